@@ -1,0 +1,315 @@
+"""Additive codes: a weight matrix as sums of codebook entries times scales.
+
+    W[r·p + a, j·g + c] ≈ scale[r (, j)] · Σ_m codebooks[(j,) m, codes[r, j, m], a, c] · input_scales[j·g + c]
+
+This is AQLM's representation (arXiv 2401.06118, eq. 5) as VQDM applies it to diffusion models (arXiv 2409.00492, §3).
+
+Letters: O rows, I columns of the matrix; p = `out_group_size`, g = `in_group_size`; R = O/p row groups,
+G = I/g column groups; M codebooks of K = 2^b entries; b = `nbits_per_codebook`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CodeSpec:
+    """What defines the stored tensors of one layer. Raises ValueError, naming the field, on impossible settings.
+
+    Attributes:
+        num_codebooks: M, 1 to 16.
+        nbits_per_codebook: b, 1 to 16 bits a code.
+        in_group_size: g, consecutive inputs that share a code.
+        out_group_size: p, consecutive outputs that share a code.
+        scale_nbits: 0 stores one 16-bit scale a row group; 1 to 8 gives every (row group, column group) a scale of
+            that many bits from a 16-bit table of its row group; 16 stores them in 16 bit.
+        codebook_value_nbits: 16 stores codebook values as they are; 1 to 8 stores indices into tables of 16-bit values.
+        codebook_value_num_groups: how many such tables a layer has.
+        groupwise_codebooks: every column group has its own M codebooks.
+        input_channel_scales: a 16-bit factor for every column.
+        group_channels: columns of a convolution run taps outermost, channels innermost.
+    """
+
+    num_codebooks: int = 3
+    nbits_per_codebook: int = 8
+    in_group_size: int = 8
+    out_group_size: int = 1
+    scale_nbits: int = 0
+    codebook_value_nbits: int = 16
+    codebook_value_num_groups: int = 1
+    groupwise_codebooks: bool = False
+    input_channel_scales: bool = False
+    group_channels: bool = True
+
+    def __post_init__(self) -> None:
+        _in_range(self, "num_codebooks", 1, 16)
+        _in_range(self, "nbits_per_codebook", 1, 16)
+        _in_range(self, "in_group_size", 1, 64)
+        _in_range(self, "out_group_size", 1, 64)
+        _in_range(self, "codebook_value_num_groups", 1, 1024)
+        if self.scale_nbits not in (*range(9), 16):
+            raise ValueError(f"scale_nbits is {self.scale_nbits}; allowed are 0 to 8, and 16")
+        if self.codebook_value_nbits not in (*range(1, 9), 16):
+            raise ValueError(f"codebook_value_nbits is {self.codebook_value_nbits}; allowed are 1 to 8, and 16")
+        if self.codebook_value_nbits < 16 and self.num_codebooks * self.entries % self.codebook_value_num_groups:
+            raise ValueError(
+                f"codebook_value_num_groups is {self.codebook_value_num_groups}; it must divide "
+                f"num_codebooks * 2^nbits_per_codebook = {self.num_codebooks * self.entries}"
+            )
+
+    @property
+    def entries(self) -> int:
+        """K, the entries of one codebook."""
+        return 2**self.nbits_per_codebook
+
+    def check_shape(self, rows: int, columns: int) -> None:
+        """Raise ValueError unless a [rows, columns] matrix divides into groups."""
+        if columns % self.in_group_size:
+            raise ValueError(f"in_group_size {self.in_group_size} does not divide its {columns} inputs")
+        if rows % self.out_group_size:
+            raise ValueError(f"out_group_size {self.out_group_size} does not divide its {rows} outputs")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def changed(self, **values) -> CodeSpec:
+        """A copy with some fields changed; raises ValueError on a field that does not exist."""
+        unknown = set(values) - {field.name for field in fields(self)}
+        if unknown:
+            raise ValueError(f"no such setting: {', '.join(sorted(unknown))}")
+        return replace(self, **values)
+
+    def tensor_shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name → (shape, dtype) of every stored tensor of a [rows, columns] layer; 16-bit floats are float16."""
+        R, G = rows // self.out_group_size, columns // self.in_group_size
+        M, K, b = self.num_codebooks, self.entries, self.nbits_per_codebook
+        banks = (G,) if self.groupwise_codebooks else ()
+        values = (*banks, M, K, self.out_group_size, self.in_group_size)
+        shapes = {"codes": ((packed_bytes(R * G * M, b),), torch.uint8)}
+        if self.codebook_value_nbits == 16:
+            shapes["codebooks"] = (values, torch.float16)
+        else:
+            count = torch.Size(values).numel()
+            shapes["codebook_codes"] = ((packed_bytes(count, self.codebook_value_nbits),), torch.uint8)
+            tables = (*banks, self.codebook_value_num_groups, 2**self.codebook_value_nbits)
+            shapes["codebook_values"] = (tables, torch.float16)
+        if self.scale_nbits == 0:
+            shapes["scales"] = ((R,), torch.float16)
+        elif self.scale_nbits == 16:
+            shapes["scales"] = ((R, G), torch.float16)
+        else:
+            shapes["scale_codes"] = ((packed_bytes(R * G, self.scale_nbits),), torch.uint8)
+            shapes["scale_values"] = ((R, 2**self.scale_nbits), torch.float16)
+        if self.input_channel_scales:
+            shapes["input_scales"] = ((columns,), torch.float16)
+        return shapes
+
+
+def _in_range(spec: CodeSpec, name: str, low: int, high: int) -> None:
+    value = getattr(spec, name)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {low} to {high}")
+
+
+@dataclass
+class AdditiveCode:
+    """An additive code in working form: unpacked codes, float values. All tensors on one device.
+
+    Attributes:
+        spec: the format.
+        codes: integers [R, G, M] in 0..K-1.
+        codebooks: float [M, K, p, g], or [G, M, K, p, g] when groupwise.
+        scales: float [R, 1], or [R, G] when `spec.scale_nbits` > 0.
+        input_scales: float [I] or None.
+    """
+
+    spec: CodeSpec
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+    input_scales: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The matrix [O, I] in the codebooks' dtype."""
+        return dequantize(self.codes, self.codebooks, self.scales, self.input_scales)
+
+    def pack(self) -> dict[str, Tensor]:
+        """Stored tensors by name, of the shapes and dtypes of `CodeSpec.tensor_shapes`."""
+        return dict(_pack(self))
+
+    @classmethod
+    def unpack(cls, spec: CodeSpec, shape: tuple[int, int], tensors: dict[str, Tensor]) -> AdditiveCode:
+        """The inverse of `pack` for a matrix of `shape` = (O, I); exact."""
+        R, G = shape[0] // spec.out_group_size, shape[1] // spec.in_group_size
+        codes = unpack_codes(tensors["codes"], spec.nbits_per_codebook, R * G * spec.num_codebooks)
+        return cls(
+            spec,
+            codes.view(R, G, spec.num_codebooks),
+            stored_codebooks(spec, G, tensors),
+            stored_scales(spec, R, G, tensors),
+            tensors.get("input_scales"),
+        )
+
+    def with_groups(self, order: Tensor) -> AdditiveCode:
+        """The code of the matrix whose column groups are this one's in the order of `order` [G]."""
+        g = self.spec.in_group_size
+        return replace(
+            self,
+            codes=self.codes[:, order],
+            codebooks=self.codebooks[order] if self.spec.groupwise_codebooks else self.codebooks,
+            scales=self.scales[:, order] if self.scales.shape[1] > 1 else self.scales,
+            input_scales=None if self.input_scales is None else self.input_scales[group_columns(order, g)],
+        )
+
+    def stored(self) -> AdditiveCode:
+        """This code as it will be read back: values rounded to what `pack` keeps."""
+        R, G, _ = self.codes.shape
+        shape = (R * self.spec.out_group_size, G * self.spec.in_group_size)
+        return AdditiveCode.unpack(self.spec, shape, self.pack())
+
+
+def group_columns(order: Tensor, g: int) -> Tensor:
+    """The columns [G·g] of column groups `order` [G]."""
+    return (order[:, None] * g + torch.arange(g, device=order.device)).view(-1)
+
+
+def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, input_scales: Tensor | None) -> Tensor:
+    """The matrix [O, I] of unpacked codes [R, G, M]; see the module's formula. In float32 at least."""
+    R, G, M = codes.shape
+    K, p, g = codebooks.shape[-3:]
+    dtype = torch.promote_types(codebooks.dtype, torch.float32)
+    flat = codebooks.reshape(-1, p * g).to(dtype)  # [(G,) M·K, p·g]
+    offset = torch.arange(M, device=codes.device) * K  # [M]
+    if codebooks.dim() == 5:
+        offset = offset + torch.arange(G, device=codes.device)[:, None] * (M * K)  # [G, M]
+    bags = (codes.long() + offset).view(R * G, M)
+    groups = torch.nn.functional.embedding_bag(bags, flat, mode="sum")  # [R·G, p·g]
+    groups = groups.view(R, G, p, g) * scales.to(dtype)[:, :, None, None]
+    matrix = groups.permute(0, 2, 1, 3).reshape(R * p, G * g)  # [R, p, G, g] → [O, I]
+    return matrix if input_scales is None else matrix * input_scales.to(dtype)
+
+
+def stored_codebooks(spec: CodeSpec, groups: int, tensors: dict[str, Tensor]) -> Tensor:
+    """Codebooks [M, K, p, g] or [G, M, K, p, g] from stored tensors, looked up where values are quantized."""
+    if spec.codebook_value_nbits == 16:
+        return tensors["codebooks"]
+    banks = (groups,) if spec.groupwise_codebooks else ()
+    shape = (*banks, spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size)
+    indices = unpack_codes(tensors["codebook_codes"], spec.codebook_value_nbits, torch.Size(shape).numel())
+    tables = tensors["codebook_values"]  # [(G,) T, 2^n]
+    indices = indices.view(*tables.shape[:-1], -1).long()
+    return torch.gather(tables, -1, indices).view(shape)
+
+
+def stored_scales(spec: CodeSpec, rows: int, groups: int, tensors: dict[str, Tensor]) -> Tensor:
+    """Scales [R, 1] or [R, G] from stored tensors."""
+    if spec.scale_nbits == 0:
+        return tensors["scales"][:, None]
+    if spec.scale_nbits == 16:
+        return tensors["scales"]
+    indices = unpack_codes(tensors["scale_codes"], spec.scale_nbits, rows * groups).view(rows, groups)
+    return torch.gather(tensors["scale_values"], 1, indices.long())
+
+
+def _pack(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
+    spec = code.spec
+    yield "codes", pack_codes(code.codes, spec.nbits_per_codebook)
+    if spec.codebook_value_nbits == 16:
+        yield "codebooks", _half(code.codebooks)
+    else:
+        banks = code.codebooks.shape[:1] if spec.groupwise_codebooks else ()
+        flat = code.codebooks.reshape(*banks, spec.codebook_value_num_groups, -1)  # [(G,) T, values]
+        tables, indices = quantize_values(flat, spec.codebook_value_nbits)
+        yield "codebook_codes", pack_codes(indices, spec.codebook_value_nbits)
+        yield "codebook_values", tables
+    if spec.scale_nbits in (0, 16):
+        yield "scales", _half(code.scales[:, 0] if spec.scale_nbits == 0 else code.scales)
+    else:
+        tables, indices = quantize_values(code.scales, spec.scale_nbits)
+        yield "scale_codes", pack_codes(indices, spec.scale_nbits)
+        yield "scale_values", tables
+    if spec.input_channel_scales:
+        yield "input_scales", _half(code.input_scales)
+
+
+def _half(values: Tensor) -> Tensor:
+    return values.to(torch.float16).contiguous()
+
+
+def quantize_values(values: Tensor, nbits: int, iterations: int = 25) -> tuple[Tensor, Tensor]:
+    """One-dimensional k-means of the last axis, deterministic, and exact where there are no more than 2^nbits values.
+
+    Returns float16 tables [..., 2^nbits], ascending, and int64 indices shaped like `values`.
+    """
+    ordered = values.float().sort(dim=-1).values
+    tables = _starting_tables(ordered, 2**nbits)  # [..., 2^n]
+    for _ in range(iterations):
+        indices = _nearest(tables, values.float())
+        sums = torch.zeros_like(tables).scatter_add_(-1, indices, values.float())
+        sizes = torch.zeros_like(tables).scatter_add_(-1, indices, torch.ones_like(values, dtype=torch.float32))
+        tables = torch.where(sizes > 0, sums / sizes.clamp(min=1), tables).sort(dim=-1).values
+    tables = _half(tables)
+    return tables, _nearest(tables.float(), values.float())
+
+
+def _starting_tables(ordered: Tensor, levels: int) -> Tensor:
+    """Ascending [..., levels]: the distinct values where they fit, quantiles elsewhere."""
+    picks = torch.linspace(0, ordered.shape[-1] - 1, levels, device=ordered.device).round().long()
+    rank = torch.nn.functional.pad(ordered.diff(dim=-1) != 0, (1, 0)).cumsum(-1)  # [..., N]
+    distinct = ordered[..., -1:].expand(*ordered.shape[:-1], levels).contiguous()
+    distinct.scatter_(-1, rank.clamp(max=levels - 1), ordered)
+    return torch.where(rank[..., -1:] < levels, distinct, ordered[..., picks])
+
+
+def _nearest(tables: Tensor, values: Tensor) -> Tensor:
+    """Index of the nearest entry of ascending `tables` [..., n] for each of `values` [..., N]."""
+    middles = (tables[..., 1:] + tables[..., :-1]) / 2
+    return torch.searchsorted(middles.contiguous(), values.contiguous())
+
+
+# ------------------------------------------------------------------------------------------------ bit packing
+
+
+def packed_bytes(count: int, nbits: int) -> int:
+    """Bytes of `count` codes of `nbits` each; rounded up to whole bundles of eight codes."""
+    return -(-count // 8) * nbits
+
+
+def pack_codes(codes: Tensor, nbits: int) -> Tensor:
+    """Pack integers in 0..2^nbits-1 of any shape, little end first, into uint8 [packed_bytes(count, nbits)].
+
+    Eight codes fill exactly `nbits` bytes, so the pattern of shifts repeats every bundle.
+    """
+    flat = codes.reshape(-1).to(torch.int32)
+    bundles = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    out = torch.zeros(len(bundles), nbits, dtype=torch.int32, device=codes.device)
+    for k in range(8):
+        byte, shift = divmod(k * nbits, 8)
+        for spill in range(-(-(shift + nbits) // 8)):
+            out[:, byte + spill] |= ((bundles[:, k] << shift) >> (8 * spill)) & 255
+    return out.to(torch.uint8).view(-1)
+
+
+def unpack_codes(packed: Tensor, nbits: int, count: int) -> Tensor:
+    """The inverse of `pack_codes`: int32 [count]."""
+    bundles = packed.view(-1, nbits)  # [count/8, nbits]
+    if nbits == 8:
+        return packed[:count].to(torch.int32)
+    out = []
+    for k in range(8):
+        byte, shift = divmod(k * nbits, 8)
+        word = bundles[:, byte].to(torch.int32)
+        for spill in range(1, -(-(shift + nbits) // 8)):
+            word = word | (bundles[:, byte + spill].to(torch.int32) << (8 * spill))
+        out.append((word >> shift) & (2**nbits - 1))
+    return torch.stack(out, dim=1).view(-1)[:count]
+
+
+def stored_bits(tensors: dict[str, Tensor]) -> int:
+    """Bits of stored tensors, as they lie in the file."""
+    return sum(8 * tensor.element_size() * tensor.numel() for tensor in tensors.values())

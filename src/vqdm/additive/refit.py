@@ -1,0 +1,130 @@
+"""The layer's quadratic loss, and what minimises it over codebooks and scales while the codes stay.
+
+    L = tr((W − Ŵ) H (W − Ŵ)ᵀ),   Ŵ linear in the codebooks, and linear in the scales
+
+AQLM (arXiv 2401.06118, eq. 6) takes Adam steps on L; both problems are least squares, so conjugate gradients on their
+normal equations get further with a tenth of the products with H.
+
+Letters: O rows, I columns; R = O/p row groups, G = I/g column groups; d = p·g values a codebook entry; M codebooks of K
+entries, C = M·K entries in all (G·M·K when groupwise); S scales a row group, 1 or G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from vqdm.additive.code import AdditiveCode
+
+
+def weighted_error(difference: Tensor, H: Tensor) -> Tensor:
+    """tr(D H Dᵀ) of D [O, I] and H [I, I], a scalar; VQDM (arXiv 2409.00492), eq. 2."""
+    return ((difference @ H) * difference).sum()
+
+
+class Lookup:
+    """Codes as a linear map E from codebook entries [C, d] to unscaled groups [R·G, d], and its adjoint."""
+
+    def __init__(self, code: AdditiveCode):
+        R, G, M = code.codes.shape
+        K = code.spec.entries
+        offset = torch.arange(M, device=code.codes.device) * K  # [M]
+        if code.codebooks.dim() == 5:
+            offset = offset + torch.arange(G, device=offset.device)[:, None] * (M * K)  # [G, M]
+        self.entries = code.codebooks[..., 0, 0].numel()
+        self.bags = (code.codes.long() + offset).view(R * G, M)
+        users = self.bags.view(-1).argsort(stable=True)
+        self.users = users // M  # the groups that use an entry, entry after entry
+        self.usage = torch.bincount(self.bags.view(-1), minlength=self.entries)  # [C]
+        self.starts = self.usage.cumsum(0) - self.usage
+
+    def groups(self, entries: Tensor) -> Tensor:
+        """E x: sums of the chosen rows of `entries` [C, d] → [R·G, d]."""
+        return embedding_bag(self.bags, entries, mode="sum")
+
+    def entry_sums(self, groups: Tensor) -> Tensor:
+        """Eᵀ y: the sum of `groups` [R·G, d] over the users of each entry → [C, d]; the same on every run."""
+        return embedding_bag(self.users, groups, self.starts, mode="sum")
+
+
+def to_groups(matrix: Tensor, p: int, g: int) -> Tensor:
+    """[O, I] → [R, G, p·g]"""
+    O, I = matrix.shape  # noqa: E741
+    return matrix.view(O // p, p, I // g, g).transpose(1, 2).reshape(O // p, I // g, p * g)
+
+
+def to_matrix(groups: Tensor, p: int) -> Tensor:
+    """[R, G, p·g] → [O, I]"""
+    R, G, d = groups.shape
+    return groups.view(R, G, p, d // p).transpose(1, 2).reshape(R * p, G * d // p)
+
+
+def refit_codebooks(W: Tensor, H: Tensor, code: AdditiveCode, iterations: int, ridge: float) -> AdditiveCode:
+    """`code` with the codebooks that minimise L plus a ridge towards the present ones.
+
+    The ridge counts as `ridge` more uses of every entry, at its present value: entries that few groups use would
+    otherwise fit their users so closely that no later search can leave them.
+    """
+    p, g = code.codebooks.shape[-2:]
+    lookup = Lookup(code)
+    scales = code.scales[:, :, None]  # [R, S, 1]
+    weight = scales.square() * H.diagonal().clamp(min=0).view(1, -1, g).repeat(1, 1, p)  # [R, G, d]
+    diagonal = lookup.entry_sums(weight.view(-1, p * g))  # [C, d]
+    prior = ridge * diagonal.sum() / lookup.usage.sum() / (p * g)
+
+    def adjoint(matrix: Tensor) -> Tensor:
+        return lookup.entry_sums((scales * to_groups(matrix @ H, p, g)).view(-1, p * g))
+
+    def normal(entries: Tensor) -> Tensor:
+        groups = lookup.groups(entries).view(*code.codes.shape[:2], p * g)
+        return adjoint(to_matrix(scales * groups, p)) + prior * entries
+
+    gradient = adjoint(W - code.dequantize())
+    step = conjugate_gradients(normal, gradient, diagonal + prior, iterations, dims=(0, 1))
+    return replace(code, codebooks=code.codebooks + step.view_as(code.codebooks))
+
+
+def refit_scales(W: Tensor, H: Tensor, code: AdditiveCode, iterations: int) -> AdditiveCode:
+    """`code` with the scales that minimise L: with one scale a row group, s = ⟨u, w⟩_H / ⟨u, u⟩_H."""
+    p, g = code.codebooks.shape[-2:]
+    unscaled = replace(code, scales=torch.ones_like(code.scales)).dequantize()
+    shape = (*code.scales.shape, -1)
+
+    def adjoint(matrix: Tensor) -> Tensor:
+        products = to_groups(matrix @ H * unscaled, p, g)  # [R, G, d]
+        return products.reshape(shape).sum(-1)  # [R, S]
+
+    def normal(scales: Tensor) -> Tensor:
+        return adjoint(to_matrix(scales[:, :, None] * to_groups(unscaled, p, g), p))
+
+    diagonal = to_groups(unscaled.square() * H.diagonal().clamp(min=0), p, g).reshape(shape).sum(-1)
+    residual = adjoint(W - code.dequantize())
+    step = conjugate_gradients(normal, residual, diagonal, iterations if code.scales.shape[1] > 1 else 1, dims=(1,))
+    return replace(code, scales=code.scales + step)
+
+
+def conjugate_gradients(
+    normal: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, iterations: int, dims: tuple[int, ...]
+) -> Tensor:
+    """x of normal(x) = right, from x = 0, preconditioned with `diagonal`; one problem for each index outside `dims`.
+
+    Directions of no curvature, and entries whose diagonal is zero, stay at zero.
+    """
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+    x = torch.zeros_like(right)
+    residual, direction = right, inverse * right
+    energy = (residual * direction).sum(dims, keepdim=True)
+    for _ in range(iterations):
+        image = normal(direction)
+        curvature = (direction * image).sum(dims, keepdim=True)
+        length = torch.where(curvature > 0, energy / curvature, 0.0)
+        x = x + length * direction
+        residual = residual - length * image
+        preconditioned = inverse * residual
+        previous, energy = energy, (residual * preconditioned).sum(dims, keepdim=True)
+        direction = preconditioned + torch.where(previous > 0, energy / previous, 0.0) * direction
+    return x

@@ -1,0 +1,253 @@
+"""One layer: from a weight matrix and the second moment of its inputs to an additive code.
+
+Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g; M codebooks of
+K entries; S scales a row group, 1 or G.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
+
+import torch
+from torch import Tensor
+
+from vqdm.additive.beam import adam_steps, beam_search
+from vqdm.additive.bound import gap_to_bound
+from vqdm.additive.code import AdditiveCode, CodeSpec, group_columns, stored_bits
+from vqdm.additive.config import SolverConfig
+from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors
+from vqdm.additive.kmeans import draw, residual_kmeans
+from vqdm.additive.refit import refit_codebooks, refit_scales, to_groups, weighted_error
+
+REFIT_ITERATIONS = 8  # of conjugate gradients
+RIDGE = 1.0  # how many more uses a codebook entry's present value counts for
+RELAXED_EPOCHS = 8  # searches with perturbed codebooks and a softened H, less and less of both
+PERTURBATION = 0.4  # noise of the first, in units of the square root of the relative error
+SOFTENING = 0.05  # added to H's diagonal in the first, in units of its mean
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a layer's code is worth. Errors are those of the code as stored, float16 and all.
+
+    Attributes:
+        error: tr((W−Ŵ) H (W−Ŵ)ᵀ) / tr(W H Wᵀ).
+        held_out_error: the same on the held-out H, or None.
+        bits_per_weight: all stored bits of the code over the layer's weights.
+        code_bits_per_weight: the codes' share of them, M·b / (p·g) but for padding to whole bytes.
+        gap_db: decibels between `error` and the rate–distortion bound at `bits_per_weight`; None where either is zero.
+        epochs: searches for codes, each with its refit.
+        seconds: wall-clock time of the whole solution.
+    """
+
+    error: float
+    held_out_error: float | None
+    bits_per_weight: float
+    code_bits_per_weight: float
+    gap_db: float | None
+    epochs: int
+    seconds: float
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def solve_layer(
+    W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator, held_out: Tensor | None = None
+) -> tuple[AdditiveCode, LayerReport]:
+    """Additive code of W [O, I] that minimises tr((W−Ŵ) H (W−Ŵ)ᵀ), eq. 2 of VQDM (arXiv 2409.00492).
+
+    Args: `W`, and the second moment `H` [I, I] of the layer's inputs, float32 on one device; `generator` for all random
+    draws, so that equal calls give equal codes; `held_out`, a second H that is only reported on.
+    Returns the code as stored, the best seen by its error on H, and a report. Raises ValueError on shapes that do not
+    divide into groups and on values that are not finite.
+    """
+    started = time.perf_counter()
+    _check(W, H, held_out, config.spec)
+    spec = config.spec
+    columns = input_scales(W) if spec.input_channel_scales else None
+    scaled, metric = fold_input_scales(W, _normalised(H), columns)
+    order = descending_groups(metric, spec.in_group_size)
+    index = group_columns(order, spec.in_group_size)
+    scaled, metric = scaled[:, index].contiguous(), metric[index][:, index].contiguous()
+    inner = replace(config, spec=spec.changed(input_channel_scales=False))
+    candidates = _ldl_candidates if config.encoder == "ldl" else _beam_candidates
+    best, epochs = _best(scaled, metric, candidates(scaled, metric, inner, generator), config)
+    code = replace(best.with_groups(order.argsort()), spec=spec, input_scales=columns).stored()
+    return code, _report(W, H, held_out, code, epochs, started)
+
+
+def _check(W: Tensor, H: Tensor, held_out: Tensor | None, spec: CodeSpec) -> None:
+    if W.dim() != 2 or W.numel() == 0:
+        raise ValueError(f"the weight has shape {tuple(W.shape)}; it must be a matrix")
+    spec.check_shape(*W.shape)
+    matrices = {"the Hessian": H} if held_out is None else {"the Hessian": H, "the held-out Hessian": held_out}
+    for name, matrix in matrices.items():
+        if matrix.shape != (W.shape[1], W.shape[1]):
+            raise ValueError(f"{name} has shape {tuple(matrix.shape)}; the weight has {W.shape[1]} columns")
+    for name, matrix in {"the weight": W, **matrices}.items():
+        if not matrix.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+
+
+def _normalised(H: Tensor) -> Tensor:
+    """H with a mean diagonal of one; the identity where H is zero, so that the weights themselves are matched."""
+    mean = H.diagonal().mean()
+    return H / mean if mean > 0 else torch.eye(len(H), dtype=H.dtype, device=H.device)
+
+
+def input_scales(W: Tensor) -> Tensor:
+    """RMS of every column of W [O, I] relative to all, as float16 keeps it, and 1 where that is zero: float32 [I]."""
+    rms = W.square().mean(0).sqrt()
+    scales = (rms / rms.mean()).to(torch.float16).float()
+    return torch.where((scales > 0) & scales.isfinite(), scales, 1.0)
+
+
+def fold_input_scales(W: Tensor, H: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The problem that is left once the input scales are taken out of W."""
+    if columns is None:
+        return W, H
+    return W / columns, H * columns * columns[:, None]
+
+
+def descending_groups(H: Tensor, g: int) -> Tensor:
+    """Column groups [G] in the order of error feedback: what weighs most comes first, and is made up for by the rest."""
+    return H.diagonal().view(-1, g).sum(1).argsort(descending=True, stable=True)
+
+
+def _best(W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: SolverConfig) -> tuple[AdditiveCode, int]:
+    """The best of the candidates and how many were seen; once none is perturbed, a small gain ends the search."""
+    settled = relaxed_epochs(config) + 1
+    best, least, previous = None, math.inf, math.inf
+    for epoch, code in enumerate(islice(candidates, config.max_epochs), start=1):
+        error = weighted_error(W - code.dequantize(), H).item()
+        if best is None or error < least:
+            best, least = code, error
+        if epoch > settled and error >= (1 - config.relative_mse_tolerance) * previous:
+            break
+        previous = error
+    return best, epoch
+
+
+def _ldl_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
+    """Error feedback once, then coordinate descent again and again, a refit after each; without end.
+
+    Plain descent settles within a few searches. Perturbing the codebooks at first (stochastic relaxation, LSQ++, Martinez
+    et al., ECCV 2018) and damping H where other groups could make up for errors lowers the error by another 5 to 10 %.
+    """
+    code = initial_code(W, config, generator)
+    code = feedback_encode(W, code, *feedback_factors(H, config.spec.in_group_size, config.damping), config.beam_size)
+    code = _refit(W, H, code)
+    yield code
+    relaxed = relaxed_epochs(config)
+    for epoch in count():
+        heat = max(0.0, 1 - epoch / relaxed) if relaxed else 0.0
+        softened = H + SOFTENING * heat**3 * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        noisy = perturbed(W, H, code, PERTURBATION * heat, generator)
+        found = coordinate_descent(W, softened, noisy, config.beam_size)
+        code = _refit(W, softened, replace(code, codes=found.codes))
+        yield code
+
+
+def relaxed_epochs(config: SolverConfig) -> int:
+    """How many searches are perturbed: none of VQDM's, and two of `max_epochs` at least stay without."""
+    return min(RELAXED_EPOCHS, max(0, config.max_epochs - 2)) if config.encoder == "ldl" else 0
+
+
+def _beam_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
+    """VQDM's rounds: Adam on codebooks and scales, then a beam search in a new random order, without end."""
+    G, M = W.shape[1] // config.spec.in_group_size, config.spec.num_codebooks
+    code = initial_code(W, config, generator)
+    code = without_feedback(W, code)
+    while True:
+        code = as_stored(adam_steps(W, H, code, config.lr, config.steps_per_epoch))
+        order = draw(G, G, generator).to(W.device)
+        codebook_orders = torch.stack([draw(M, M, generator) for _ in range(G)])
+        index = group_columns(order, config.spec.in_group_size)
+        found = beam_search(
+            W[:, index], H[index][:, index], code.with_groups(order), config.beam_size, codebook_orders
+        )
+        code = found.with_groups(order.argsort())
+        yield code
+
+
+def initial_code(W: Tensor, config: SolverConfig, generator: torch.Generator) -> AdditiveCode:
+    """Scales, residual k-means codebooks of the scaled groups, and codes that are all zero.
+
+    As in AQLM, a scale is the norm of what a whole row of such weights would be; see `_balance` for the exception.
+    """
+    spec = config.spec
+    p, g, M, K = spec.out_group_size, spec.in_group_size, spec.num_codebooks, spec.entries
+    groups = to_groups(W, p, g)  # [R, G, d]
+    R, G, d = groups.shape
+    support = groups.view(R, -1, d if spec.scale_nbits else G * d)  # [R, S, values]
+    scales = _balance(support.square().mean(2).sqrt() * math.sqrt(W.shape[1]))  # [R, S]
+    points = groups / torch.where(scales == 0, 1.0, scales)[:, :, None]
+    banks = points.unbind(1) if spec.groupwise_codebooks else [points.reshape(-1, d)]
+    limit = config.init_max_points_per_centroid * K
+    codebooks = [
+        residual_kmeans(bank, M, K, config.init_max_iter, limit, generator).view(M, K, p, g) for bank in banks
+    ]
+    codes = torch.zeros(R, G, M, dtype=torch.int64, device=W.device)
+    return as_stored(
+        AdditiveCode(spec, codes, torch.stack(codebooks) if spec.groupwise_codebooks else codebooks[0], scales)
+    )
+
+
+def _balance(scales: Tensor) -> Tensor:
+    """Scales that float16 can hold: where the largest is out of the ordinary, the codebooks take half of its exponent."""
+    exponent = math.log2(scales.max().item() or 1.0)
+    return scales * 2.0 ** -round(exponent / 2) if abs(exponent) > 8 else scales
+
+
+def without_feedback(W: Tensor, code: AdditiveCode) -> AdditiveCode:
+    """`code` with the codes of plain residual quantization, which looks at the weights alone."""
+    g = code.spec.in_group_size
+    factors = torch.eye(g, dtype=W.dtype, device=W.device).expand(W.shape[1] // g, g, g)
+    return feedback_encode(W, code, factors, W.new_zeros(W.shape[1], W.shape[1]), beam_size=1)
+
+
+def perturbed(W: Tensor, H: Tensor, code: AdditiveCode, level: float, generator: torch.Generator) -> AdditiveCode:
+    """`code` with Gaussian noise on its codebooks, all M together `level` · √(relative error) of the coded values' RMS."""
+    M = code.spec.num_codebooks
+    unscaled = replace(code, scales=torch.ones_like(code.scales)).dequantize()
+    spread = unscaled.square().mean().sqrt() * math.sqrt(relative_error(W, code, H) / M)
+    noise = torch.randn(code.codebooks.shape, generator=generator, device=generator.device).to(W.device)
+    return replace(code, codebooks=code.codebooks + level * spread * noise)
+
+
+def as_stored(code: AdditiveCode) -> AdditiveCode:
+    """`code` with its values rounded to what is stored, in float32 to go on with."""
+    stored = code.stored()
+    return replace(stored, codebooks=stored.codebooks.float(), scales=stored.scales.float())
+
+
+def _refit(W: Tensor, H: Tensor, code: AdditiveCode) -> AdditiveCode:
+    code = refit_codebooks(W, H, code, REFIT_ITERATIONS, RIDGE)
+    return as_stored(refit_scales(W, H, code, REFIT_ITERATIONS))
+
+
+def _report(
+    W: Tensor, H: Tensor, held_out: Tensor | None, code: AdditiveCode, epochs: int, started: float
+) -> LayerReport:
+    error = relative_error(W, code, H)
+    bits = stored_bits(code.pack()) / W.numel()
+    return LayerReport(
+        error=error,
+        held_out_error=None if held_out is None else relative_error(W, code, held_out),
+        bits_per_weight=bits,
+        code_bits_per_weight=stored_bits({"codes": code.pack()["codes"]}) / W.numel(),
+        gap_db=gap_to_bound(error, W, H, bits),
+        epochs=epochs,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def relative_error(W: Tensor, code: AdditiveCode, H: Tensor) -> float:
+    """tr((W−Ŵ) H (W−Ŵ)ᵀ) / tr(W H Wᵀ); 0 where the denominator is 0."""
+    energy = weighted_error(W, H).item()
+    return weighted_error(W - code.dequantize(), H).item() / energy if energy > 0 else 0.0

@@ -1,0 +1,150 @@
+"""What the four scripts share: a parser without surprises, and one-line errors with their exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from vqdm.errors import RunError, UserError
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser: no prefix matching, defaults in the help, `--config FILE.yaml` beneath the flags."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc.strip(), formatter_class=_HelpFormatter, allow_abbrev=False, add_help=False)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Flags over `--config` over defaults. Raises UserError on anything unknown."""
+        for action in self._actions:
+            if isinstance(action, Refused) and any(flag in (argv or sys.argv[1:]) for flag in action.option_strings):
+                action(self, None, None)
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--config")
+        known, _ = early.parse_known_args(argv)
+        if known.config:
+            self.set_defaults(**self._from_yaml(Path(known.config)))
+        return self.parse_args(argv)
+
+    def _from_yaml(self, path: Path) -> dict:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"--config: {path} cannot be read: {str(error).splitlines()[0]}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"--config: {path} must hold a mapping of flags to values")
+        actions = {action.dest: action for action in self._actions if action.option_strings}
+        unknown = [str(name) for name in values if name not in actions]
+        if unknown:
+            raise UserError(f"--config: {path}: no such flag: {', '.join(unknown)}")
+        return {name: self._typed(actions[name], value, path) for name, value in values.items()}
+
+    def _typed(self, action: argparse.Action, value, path: Path):
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise UserError(f"--config: {path}: {action.dest} is {value!r}; allowed are true and false")
+            return value
+        try:
+            return self._get_values(action, [str(value)])
+        except argparse.ArgumentError as error:
+            raise UserError(f"--config: {path}: {error}") from None
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
+        return action.help if plain else super()._get_help_string(action)
+
+
+class Refused(argparse.Action):
+    """A flag of the original that has no meaning here: says what to use instead."""
+
+    def __init__(self, option_strings, dest, advice: str, **_):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs="?", help=argparse.SUPPRESS)
+        self.advice = advice
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise UserError(f"{option_string or self.option_strings[0]} is not a flag here: {self.advice}")
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers in [low, high]."""
+    return _number(int, "whole number", low, high)
+
+
+def real(low: float, high: float | None = None) -> Callable[[str], float]:
+    """A parser of numbers in [low, high]."""
+    return _number(float, "number", low, high)
+
+
+def _number(kind: type, words: str, low, high):
+    allowed = f"{words}s from {low}" + ("" if high is None else f" to {high}")
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {words}; allowed are {allowed}") from None
+        if not low <= value or (high is not None and not value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; allowed are {allowed}")
+        return value
+
+    return parse
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, output: str) -> None:
+    """Flags that every script has."""
+    group = parser.add_argument_group("run")
+    group.add_argument("-h", "--help", action="help", help="show this help and exit")
+    group.add_argument("--output_dir", "--save", metavar="DIR", default=output, help="where the result goes")
+    group.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="start of every random draw")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    group.add_argument("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="live tracker")
+    group.add_argument(
+        "--wandb", dest="report_to", action="store_const", const="wandb", help="the same as --report_to wandb"
+    )
+    group.add_argument("--loglevel", choices=LOG_LEVELS, default="INFO", type=str.upper, help="DEBUG adds tracebacks")
+    group.add_argument("--config", metavar="FILE.yaml", help="values for any of these flags; the command line wins")
+    group.add_argument("--dry_run", action="store_true", help="check everything cheap, say what would be done, stop")
+
+
+def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Run a script's main function; one line on standard error and the exit status for whatever goes wrong.
+
+    0 done, 1 failed, 2 bad input, 130 interrupted.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout, force=True)
+    try:
+        main(argv)
+    except UserError as error:
+        return _complain(error, 2)
+    except (RunError, OSError, MemoryError) as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain(KeyboardInterrupt("interrupted; the same command with --resume goes on"), 130)
+    except Exception as error:
+        return _complain(RunError(f"unexpected {type(error).__name__}: {error} (--loglevel DEBUG shows where)"), 1)
+    return 0
+
+
+def _complain(error: BaseException, status: int) -> int:
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.getLogger().debug("", exc_info=True)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    print(f"error: {lines[0]}", file=sys.stderr)
+    return status

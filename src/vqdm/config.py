@@ -1,0 +1,159 @@
+"""Settings of the jobs: frozen, checked, printed, and saved beside the result before work starts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.config import SolverConfig
+from vqdm.errors import UserError
+
+# Fields that may change between a run and its resumption, because the result does not depend on them.
+FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are sampled; None leaves a setting to the pipeline.
+
+    Attributes:
+        scheduler: a name of `pipelines.SCHEDULERS`.
+        guidance_scale: classifier-free guidance weight.
+        num_inference_steps: steps of the scheduler.
+        height, width: picture size in pixels.
+    """
+
+    scheduler: str = "default"
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def call(self) -> dict:
+        """Keyword arguments of the pipeline call."""
+        return {name: value for name, value in asdict(self).items() if name != "scheduler"}
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Everything that `jobs.quantize` needs; the flags of `main_text2image.py` by the same names.
+
+    Raises:
+        UserError: settings that contradict each other, naming the flags.
+    """
+
+    model: str
+    calibration_prompts: str
+    evaluation_prompts: str
+    output_dir: str
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    variant: str | None = None
+    revision: str | None = None
+    local_files_only: bool = False
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    overrides: dict[str, dict | None] = field(default_factory=dict)
+    layer_filter: str = "default"
+    min_channels: int = 0
+    calibration_nsamples: int = 256
+    calibration_nsteps: int = 0
+    evaluation_nsamples: int = 32
+    visualize_nsamples: int = 16
+    xtx_batch_size: int = 16
+    calibration_latents: str = "teacher"
+    min_timestep: float = 0.0
+    max_timestep: float = 1000.0
+    hessian_memory_gb: float = 8.0
+    load: str | None = None
+    report_to: str = "none"
+    on_save: str | None = None
+    snapshot_step: int = 0
+    eval_step: int = 0
+    resume: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_timestep > self.max_timestep:
+            raise UserError(f"--min_timestep {self.min_timestep} is above --max_timestep {self.max_timestep}")
+        if self.visualize_nsamples > self.evaluation_nsamples:
+            raise UserError(
+                f"--visualize_nsamples {self.visualize_nsamples} is more than --evaluation_nsamples "
+                f"{self.evaluation_nsamples}, of which they are the first"
+            )
+        if self.on_save is not None:
+            _split_command(self.on_save)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types, nested as the dataclasses are."""
+        return asdict(self)
+
+    @property
+    def spec(self) -> CodeSpec:
+        return self.solver.spec
+
+
+def _split_command(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--on_save {command!r} is not a command: {error}") from None
+    if not words:
+        raise UserError("--on_save is empty; give a program and its arguments")
+    return words
+
+
+def flatten(settings: dict, prefix: str = "") -> dict:
+    """Nested settings as one level of dotted names."""
+    out = {}
+    for name, value in settings.items():
+        deeper = isinstance(value, dict) and name != "overrides"
+        out |= flatten(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
+    return out
+
+
+def differences(saved: dict, now: dict) -> list[str]:
+    """Lines that say which settings differ, and how, leaving out those the result does not depend on."""
+    before, after = flatten(saved), flatten(json.loads(json.dumps(now)))
+    names = [name for name in dict.fromkeys([*before, *after]) if name.split(".")[0] not in FREE_FIELDS]
+    return [
+        f"{name.split('.')[-1]} was {before.get(name)!r}, now {after.get(name)!r}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def read_overrides(path: str | None) -> dict[str, dict | None]:
+    """Full-match pattern → settings or None, from a JSON or YAML file; empty without a file.
+
+    Raises:
+        UserError: unreadable file, a bad pattern, or a setting that does not exist.
+    """
+    if path is None:
+        return {}
+    try:
+        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--overrides {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(plan, dict):
+        raise UserError(f"--overrides {path} must map layer names or patterns to settings, or to null")
+    for pattern, settings in plan.items():
+        _check_override(path, pattern, settings)
+    return plan
+
+
+def _check_override(path: str, pattern, settings) -> None:
+    allowed = [one.name for one in fields(CodeSpec)]
+    if not isinstance(settings, dict | None) or any(name not in allowed for name in settings or ()):
+        raise UserError(f"--overrides {path}: {pattern}: expected null, or settings out of {', '.join(allowed)}")
+    try:
+        re.compile(str(pattern))
+    except re.error as error:
+        raise UserError(f"--overrides {path}: {pattern} is not a regular expression: {error}") from None

@@ -1,0 +1,141 @@
+"""Loading text-to-image pipelines and sampling from them, with stock diffusers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from vqdm.errors import RunError, UserError
+
+SCHEDULERS = {
+    "default": None,
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmsolver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "ode": "EulerDiscreteScheduler",
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first GPU, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is float32 on a CPU and float16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    return getattr(torch, name)
+
+
+def load_pipeline(
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    scheduler: str = "default",
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> DiffusionPipeline:
+    """A frozen pipeline with a UNet, from a folder or the hub.
+
+    Raises:
+        UserError: MODEL is not a pipeline folder or cannot be had from the hub, or has no UNet.
+    """
+    check_model(model)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    offline = local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            model, dtype=dtype, variant=variant, revision=revision, local_files_only=offline
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"MODEL {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(getattr(pipeline, "unet", None), nn.Module):
+        raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
+    pipeline.set_progress_bar_config(disable=True)
+    set_scheduler(pipeline, scheduler)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    return pipeline.to(device)
+
+
+def check_model(model: str) -> None:
+    """Raise UserError for a folder that is not a pipeline, before anything slow is tried."""
+    path = Path(model)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise UserError(f"MODEL {model} is a folder without model_index.json, so not a diffusers pipeline")
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.is_file()
+    offline_only = not path.is_dir() and (looks_local or "/" not in model)
+    if offline_only:
+        raise UserError(f"MODEL {model} is not there; give a diffusers pipeline folder, or a hub name like owner/name")
+
+
+def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
+    """Replace the pipeline's scheduler, keeping its noise schedule; "default" keeps it as it is."""
+    if SCHEDULERS[name]:
+        kind = getattr(diffusers, SCHEDULERS[name])
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+
+
+def stored_dtypes(model: str) -> dict[str, torch.dtype]:
+    """Component name → floating-point type of its files, for a local folder; empty for a hub name."""
+    found = {}
+    for file in sorted(Path(model).glob("*/*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            kinds = {tensors.get_slice(name).get_dtype() for name in list(tensors.keys())[:50]}
+        known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+        floats = [known[kind] for kind in sorted(kinds) if kind in known]
+        if floats:
+            found.setdefault(file.parent.name, floats[0])
+    return found
+
+
+def cast_floats(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating tensors in place, also of a quantized model, for which diffusers refuses `.to(dtype)`."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
+    """One CPU generator a picture, so that its noise depends on neither batch size nor device."""
+    return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]
+
+
+@torch.no_grad()
+def sample(
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: int, settings: dict
+) -> list[Image.Image]:
+    """Pictures for a batch of prompts; the k-th uses seed `seed + first + k`.
+
+    Args:
+        settings: keyword arguments of the pipeline call; None values are left to the pipeline.
+
+    Raises:
+        RunError: the UNet gave NaN.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    given.setdefault("output_type", "pil")
+    result = pipeline(prompt=prompts, generator=generators(seed, range(first, first + len(prompts))), **given).images
+    if isinstance(result, torch.Tensor) and not result.isfinite().all():
+        raise RunError("sampling gave NaN or infinity; run the model in another --dtype (float32 or bfloat16)")
+    return result

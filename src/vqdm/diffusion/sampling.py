@@ -1,0 +1,98 @@
+"""Sampling whole prompt lists, and what a student's UNet says on a teacher's recorded points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from vqdm.diffusion.pipelines import sample
+from vqdm.diffusion.trajectories import Recorder, Trajectories, batches, join
+from vqdm.errors import RunError, UserError
+from vqdm.scores.fidelity import decibels
+from vqdm.tracking import bar
+
+# Pictures for evaluation use seeds far from those of calibration.
+EVALUATION_SEED_OFFSET = 1_000_000
+
+
+def sampled(pipeline, prompts: list[str], seed: int, settings: dict, size: int, what: str) -> Iterator[tuple]:
+    """Yield (prompts of a batch, function that samples it), `size` prompts a batch, under a progress bar."""
+    with bar(total=len(prompts), what=what) as progress:
+        for indices in batches(list(range(len(prompts))), size):
+            chunk = [prompts[i] for i in indices]
+            yield chunk, lambda chunk=chunk, first=indices[0]: sample(pipeline, chunk, seed, first, settings)
+            progress.update(len(chunk))
+
+
+def record_trajectories(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    seed: int,
+    settings: dict,
+    size: int,
+    low: float,
+    high: float,
+    what: str = "calibration trajectories",
+) -> Trajectories:
+    """UNet inputs of sampling every prompt, restricted to timesteps in [low, high].
+
+    Raises:
+        RunError: the samples hold NaN.
+        UserError: no step lies in the range.
+    """
+    parts = []
+    for chunk, draw in sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what):
+        with Recorder(pipeline.unet, len(chunk)) as recorder:
+            draw()
+        parts.append(recorder.trajectories().between(low, high))
+        check_trajectories(parts[-1], low, high)
+    return join(parts)
+
+
+def check_trajectories(part: Trajectories, low: float, high: float) -> None:
+    if not part.timesteps.numel():
+        raise UserError(f"no step of the scheduler lies between --min_timestep {low} and --max_timestep {high}")
+    if not part.latents.isfinite().all():
+        raise RunError("the full-precision UNet gave NaN or infinity; use another --dtype (float32 or bfloat16)")
+
+
+def record_evaluation(
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int
+) -> tuple[Trajectories, list[Image.Image]]:
+    """The teacher's UNet inputs and outputs, and its pictures."""
+    parts, pictures = [], []
+    for chunk, draw in sampled(pipeline, prompts, seed, settings, size, "teacher pictures"):
+        with Recorder(pipeline.unet, len(chunk), outputs=True) as recorder:
+            pictures += draw()
+        parts.append(recorder.trajectories())
+    return join(parts), pictures
+
+
+def pictures(
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int
+) -> list[Image.Image]:
+    """Pictures of every prompt."""
+    return [one for _, draw in sampled(pipeline, prompts, seed, settings, size, "student pictures") for one in draw()]
+
+
+@torch.no_grad()
+def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int) -> float:
+    """Squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB."""
+    first = next(tensor for tensor in unet.parameters() if tensor.is_floating_point())
+    points, error, energy = trajectories.points(), 0.0, 0.0
+    with bar(total=len(points), what="UNet-output error") as progress:
+        for batch in batches(points, size):
+            expected = trajectories.expected(batch, first.device).double()
+            guess = unet(**trajectories.inputs(batch, first.device, unet_dtype(unet))).sample.double()
+            error += (guess - expected).square().sum().item()
+            energy += expected.square().sum().item()
+            progress.update(len(batch))
+    return decibels(error, energy)
+
+
+def unet_dtype(unet: torch.nn.Module) -> torch.dtype:
+    """The type a UNet computes in: that of its first convolution, which is never quantized by default."""
+    return unet.conv_in.weight.dtype

@@ -1,0 +1,46 @@
+"""Pictures: contact sheets with labels."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, LINE = 8, 15
+
+
+def pair_sheet(prompts: list[str], left: list[Image.Image], right: list[Image.Image], labels: tuple[str, str]):
+    """A sheet of picture pairs, two pairs a row, each under its prompt.
+
+    Returns a PIL image. Small pictures are enlarged to at least 128 pixels, without smoothing.
+    """
+    side = max(128, min(384, left[0].width)) // left[0].width * left[0].width or left[0].width
+    cells = [_pair(*row, labels, side) for row in zip(prompts, left, right, strict=True)]
+    width, height = cells[0].size
+    sheet = Image.new("RGB", (2 * width if len(cells) > 1 else width, height * -(-len(cells) // 2)), "white")
+    for index, cell in enumerate(cells):
+        sheet.paste(cell, (index % 2 * width, index // 2 * height))
+    return sheet
+
+
+def _pair(prompt: str, left: Image.Image, right: Image.Image, labels: tuple[str, str], side: int) -> Image.Image:
+    font = ImageFont.load_default(12)
+    width = 2 * side + 3 * MARGIN
+    lines = textwrap.wrap(prompt, max(20, width // 7))[:2]
+    cell = Image.new("RGB", (width, side + 3 * LINE + 2 * MARGIN), "white")
+    draw = ImageDraw.Draw(cell)
+    for row, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN // 2 + row * LINE), line, fill="black", font=font)
+    for column, (picture, label) in enumerate(zip((left, right), labels, strict=True)):
+        x, y = MARGIN + column * (side + MARGIN), 3 * LINE + MARGIN
+        draw.text((x, y - LINE), label, fill="#555555", font=font)
+        cell.paste(picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (x, y))
+    return cell
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG under its final name only when it is whole."""
+    beside = path.with_name(f".{path.name}.tmp")
+    image.save(beside, format="PNG")
+    beside.replace(path)

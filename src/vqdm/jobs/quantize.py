@@ -1,0 +1,446 @@
+"""Quantize a pipeline's UNet: the main job, from prompts to a finished pipeline folder.
+
+Order of work: record the teacher once; then block by block record Hessians with the earlier blocks quantized, solve each
+layer, swap the block's layers in; then measure against the teacher and write the folder (VQDM, arXiv 2409.00492, §4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+import vqdm
+from vqdm.additive.code import AdditiveCode
+from vqdm.additive.solve import solve_layer
+from vqdm.config import QuantizeConfig
+from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
+from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
+from vqdm.diffusion.pipelines import (
+    cast_floats,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+    stored_dtypes,
+)
+from vqdm.diffusion.sampling import (
+    EVALUATION_SEED_OFFSET,
+    output_error,
+    pictures,
+    record_evaluation,
+    record_trajectories,
+)
+from vqdm.diffusion.trajectories import Trajectories, batches, held_out
+from vqdm.errors import RunError
+from vqdm.images import pair_sheet, save_png
+from vqdm.layers.quantized import quantized_layers, swap
+from vqdm.prompts import draw, load_prompts
+from vqdm.scores.fidelity import pair_scores, to_tensor
+from vqdm.storage.atomic import save_json, save_text
+from vqdm.storage.card import model_card
+from vqdm.storage.hf import mark_quantized
+from vqdm.storage.runs import RunFolder, SolvedLayer, layer_generator
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, bar, peak_memory, say
+
+
+@dataclass
+class Job:
+    """What the steps of one run share."""
+
+    config: QuantizeConfig
+    pipeline: DiffusionPipeline
+    layers: list[Layer]
+    calibration: list[str]
+    evaluation: list[str]
+    folder: RunFolder
+    tracker: Tracker
+    clock: Stopwatch
+    parameters: int
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self.pipeline.unet
+
+    @property
+    def blocks(self) -> list[tuple[str, list[Layer]]]:
+        return [(block, list(layers)) for block, layers in groupby(self.layers, key=lambda layer: layer.block)]
+
+
+def quantize(config: QuantizeConfig) -> dict | None:
+    """Run the whole job and return the summary; None after a dry run.
+
+    Raises:
+        UserError: bad input, found before anything slow starts.
+        RunError: the work failed; what is finished stays on disk for `resume`.
+    """
+    calibration, evaluation = read_prompts(config)
+    device = pick_device(config.device)
+    pipeline = load_pipeline(
+        config.model,
+        device,
+        pick_dtype(config.dtype, device),
+        config.sampling.scheduler,
+        config.variant,
+        config.revision,
+        config.local_files_only,
+    )
+    layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
+    parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
+    say(layer_table(layers, parameters))
+    if config.dry_run:
+        return None
+    folder = RunFolder(config.output_dir)
+    settings = config.to_dict() | {"prompts_sha256": _digest(calibration + evaluation)}
+    folder.open(settings, versions(), config.resume, predicted_bytes(pipeline, layers, config))
+    if folder.finished:
+        say(f"{folder.path} is finished already")
+        return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+    tracker = Tracker(config.report_to, "vqdm-quantize", folder.work, config.to_dict() | config.spec.to_dict())
+    job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters)
+    try:
+        return run(job)
+    finally:
+        tracker.finish()
+
+
+def read_prompts(config: QuantizeConfig) -> tuple[list[str], list[str]]:
+    """Calibration and evaluation prompts, drawn as the settings say."""
+    calibration = load_prompts(config.calibration_prompts, "CALIBRATION_PROMPTS")
+    evaluation = load_prompts(config.evaluation_prompts, "EVALUATION_PROMPTS")
+    return (
+        draw(
+            calibration, config.calibration_nsamples, config.seed, config.calibration_prompts, "--calibration_nsamples"
+        ),
+        draw(evaluation, config.evaluation_nsamples, config.seed, config.evaluation_prompts, "--evaluation_nsamples"),
+    )
+
+
+def run(job: Job) -> dict:
+    """All slow steps; every one of them finds and keeps what an interrupted run left."""
+    with job.clock("teacher"):
+        teacher, teacher_pictures = teacher_evaluation(job)
+        trajectories = None if job.config.calibration_latents == "student" else teacher_trajectories(job)
+    solved = load_codes(job) | {name: done for name, done in finished_layers(job).items() if done}
+    job.folder.rewrite_table([done.report for done in solved.values()])
+    for index, (block, layers) in enumerate(job.blocks, start=1):
+        todo = [layer for layer in layers if layer.name not in solved]
+        if todo:
+            if job.config.calibration_latents == "student":
+                trajectories = calibration_trajectories(job)
+            say(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to solve")
+            solved |= solve_block(job, layers, todo, trajectories)
+        swap_block(job, layers, solved)
+        after_block(job, index, block, teacher)
+    with job.clock("evaluation"):
+        error_db = output_error(job.unet, teacher, job.config.xtx_batch_size)
+        scores = compare_pictures(job, teacher_pictures)
+    return finish(job, solved, error_db, scores)
+
+
+# ------------------------------------------------------------------------------------------- recorded points
+
+
+def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
+    """The full-precision model's points, outputs and pictures on the evaluation prompts; recorded once."""
+    path, pictures_folder = job.folder.work / "evaluation.safetensors", job.folder.work / "teacher"
+    if not path.is_file():
+        config = job.config
+        trajectories, drawn = record_evaluation(
+            job.pipeline,
+            job.evaluation,
+            config.seed + EVALUATION_SEED_OFFSET,
+            config.sampling.call(),
+            config.xtx_batch_size,
+        )
+        pictures_folder.mkdir(exist_ok=True)
+        for index, picture in enumerate(drawn):
+            save_png(picture, pictures_folder / f"{index:06d}.png")
+        trajectories.save(path)
+    files = sorted(pictures_folder.glob("[0-9]*.png"))
+    return Trajectories.load(path), [Image.open(file).convert("RGB") for file in files]
+
+
+def teacher_trajectories(job: Job) -> Trajectories:
+    """The full-precision model's points on the calibration prompts; recorded once."""
+    path = job.folder.work / "calibration.safetensors"
+    if not path.is_file():
+        calibration_trajectories(job).save(path)
+    return Trajectories.load(path)
+
+
+def calibration_trajectories(job: Job) -> Trajectories:
+    """Points of sampling the calibration prompts with the pipeline as it is now."""
+    config = job.config
+    return record_trajectories(
+        job.pipeline,
+        job.calibration,
+        config.seed,
+        config.sampling.call(),
+        config.xtx_batch_size,
+        config.min_timestep,
+        config.max_timestep,
+    )
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+def finished_layers(job: Job) -> dict[str, SolvedLayer | None]:
+    return {layer.name: job.folder.load_layer(layer) for layer in job.layers}
+
+
+def load_codes(job: Job) -> dict[str, SolvedLayer]:
+    """Layers that `--load` brings from an earlier result, where name and format agree."""
+    if job.config.load is None:
+        return {}
+    earlier = load_pipeline(job.config.load, torch.device("cpu"), torch.float32)
+    held, found = quantized_layers(earlier.unet), {}
+    for layer in job.layers:
+        if layer.name in held and held[layer.name].spec == layer.spec:
+            tensors = held[layer.name].code().pack()
+            found[layer.name] = SolvedLayer(tensors, layer.spec, _row(layer, {"loaded_from": job.config.load}))
+    say(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from there")
+    return found
+
+
+def solve_block(
+    job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories
+) -> dict[str, SolvedLayer]:
+    """Record Hessians of a block's unsolved layers and solve them; each result is on disk before the next begins."""
+    calls = partial(_calls, job, trajectories)
+    training, apart = held_out(spread_points(trajectories, job.config.calibration_nsteps))
+    wanted, solved = {layer.name for layer in todo}, {}
+    groups = shared_inputs(job.unet, layers, calls(training[:1])[0]())
+    groups = [[layer for layer in group if layer.name in wanted] for group in groups]
+    progress = bar(total=len(todo), what="layers")
+    for some in passes([group for group in groups if group], job.config.hessian_memory_gb):
+        with job.clock("hessians"), bar(total=len(calls(training)) + len(calls(apart)), what="Hessians") as ticks:
+            hessians = record_hessians(job.unet, some, calls(training), calls(apart), ticks.update)
+        for group in some:
+            hessian, unseen = hessians.pop(group[0].name)
+            for layer in group:
+                solved[layer.name] = solve_one(job, layer, hessian, unseen)
+                progress.update()
+    progress.close()
+    return solved
+
+
+def spread_points(trajectories: Trajectories, steps: int) -> list[tuple[int, int]]:
+    """`steps` points a prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all."""
+    prompts, total = trajectories.latents.shape[:2]
+    if not 0 < steps < total:
+        return trajectories.points()
+    return [(n, (k * total // steps + n) % total) for n in range(prompts) for k in range(steps)]
+
+
+def _calls(job: Job, trajectories: Trajectories, points: list) -> list[partial]:
+    first = job.unet.conv_in.weight
+    return [
+        partial(trajectories.inputs, batch, first.device, first.dtype)
+        for batch in batches(points, job.config.xtx_batch_size)
+    ]
+
+
+def solve_one(job: Job, layer: Layer, hessian: Tensor, unseen: Tensor | None) -> SolvedLayer:
+    """Solve a layer, save it, and say one line about it."""
+    weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
+    solver = job.config.solver.with_spec(layer.spec)
+    with job.clock("solving"):
+        try:
+            code, report = solve_layer(weight, hessian, solver, layer_generator(job.config.seed, layer.name), unseen)
+        except ValueError as error:
+            raise RunError(f"layer {layer.name}: {error}") from None
+    row = _row(layer, report.to_dict())
+    job.folder.save_layer(layer, code, row)
+    JsonLines(job.folder.path / "layers.jsonl").write(row)
+    job.tracker.log({f"layer/{key}": value for key, value in row.items() if key not in ("rows", "columns")})
+    say(layer_line(row))
+    on_save(job.config.on_save, job.folder.layer_path(layer.name))
+    return SolvedLayer(code.pack(), layer.spec, row)
+
+
+def _row(layer: Layer, report: dict) -> dict:
+    about = {
+        "name": layer.name,
+        "block": layer.block,
+        "kind": layer.kind,
+        "rows": layer.rows,
+        "columns": layer.columns,
+    }
+    return about | report
+
+
+def swap_block(job: Job, layers: list[Layer], solved: dict[str, SolvedLayer]) -> None:
+    """Put a block's codes in the place of its weights."""
+    for layer in layers:
+        done = solved[layer.name]
+        code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors)
+        swap(job.unet, layer.name, layer.spec).set_code(code)
+
+
+def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None:
+    """Optional looks in between: the output error, a loadable snapshot."""
+    config = job.config
+    if config.eval_step and index % config.eval_step == 0:
+        error = output_error(job.unet, teacher, config.xtx_batch_size)
+        job.tracker.log({"unet_output_error_db": error}, step=index)
+        say(f"after {block}: UNet-output error {error:.2f} dB")
+    if config.snapshot_step and index % config.snapshot_step == 0:
+        mark_quantized(job.unet)
+        path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / "unet"
+        job.unet.save_pretrained(path)
+        on_save(config.on_save, path)
+
+
+def on_save(command: str | None, path: Path) -> None:
+    """Run the user's command, without a shell, `{path}` replaced by what was saved; a failure is only told."""
+    if command is None:
+        return
+    words = [word.replace("{path}", str(path)) for word in shlex.split(command)]
+    try:
+        subprocess.run(words, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"--on_save failed: {error}")
+
+
+# ------------------------------------------------------------------------------------------- the end
+
+
+def compare_pictures(job: Job, teacher: list[Image.Image]) -> dict[str, float | None]:
+    """Draw the evaluation prompts with the student, save the sheet of pairs, and score them."""
+    config = job.config
+    drawn = pictures(
+        job.pipeline,
+        job.evaluation,
+        config.seed + EVALUATION_SEED_OFFSET,
+        config.sampling.call(),
+        config.xtx_batch_size,
+    )
+    count = config.visualize_nsamples
+    if count:
+        sheet = pair_sheet(job.evaluation[:count], teacher[:count], drawn[:count], ("full precision", "quantized"))
+        save_png(sheet, job.folder.path / "image_pairs.png")
+        job.tracker.images("image_pairs", [sheet])
+    return pair_scores(to_tensor(teacher), to_tensor(drawn))
+
+
+def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: dict) -> dict:
+    """Write the pipeline folder, the card and the summary, then drop the working data."""
+    original = sum(file.stat().st_size for file in Path(job.config.model).glob("unet/*.safetensors"))
+    staged = job.folder.work / "pipeline"
+    save_pipeline(job, staged)
+    sizes = stored_sizes(job, staged)
+    summary = {
+        "model": job.config.model,
+        "layers_quantized": len(job.layers),
+        **sizes,
+        "bytes_of_original_unet": original or None,
+        "unet_output_error_db": error_db,
+        "pictures": scores | {"count": len(job.evaluation)},
+        "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+        "command": shlex.join(sys.argv),
+        "layers": [done.report for done in solved.values()],
+    }
+    save_text(model_card(job.config, summary), staged / "README.md")
+    job.folder.publish(staged)
+    save_json(summary, job.folder.path / "summary.json")
+    shutil.rmtree(job.folder.work)
+    job.tracker.log({key: value for key, value in summary.items() if not isinstance(value, dict | list)} | scores)
+    on_save(job.config.on_save, job.folder.path)
+    return summary
+
+
+def save_pipeline(job: Job, staged: Path) -> None:
+    """The whole pipeline as diffusers saves it, every component in the type it was stored in."""
+    shutil.rmtree(staged, ignore_errors=True)
+    mark_quantized(job.unet)
+    for name, dtype in stored_dtypes(job.config.model).items():
+        part = getattr(job.pipeline, name, None)
+        if isinstance(part, torch.nn.Module):
+            cast_floats(part, dtype)
+    job.pipeline.save_pretrained(staged)
+
+
+def stored_sizes(job: Job, staged: Path) -> dict[str, float]:
+    """Effective bits from the tensors as saved, and bytes of the UNet's files."""
+    layers = quantized_layers(job.unet)
+    weights = sum(layer.rows * layer.columns for layer in job.layers)
+    code_bits = sum(layer.stored_bits for layer in layers.values())
+    every_bit = sum(8 * tensor.element_size() * tensor.numel() for tensor in job.unet.parameters())
+    return {
+        "weights_quantized": weights,
+        "effective_bits_layers": code_bits / weights,
+        "effective_bits_unet": every_bit / job.parameters,
+        "bytes_of_unet": sum(file.stat().st_size for file in staged.glob("unet/*.safetensors")),
+    }
+
+
+# ------------------------------------------------------------------------------------------- words
+
+
+def layer_bits(layer: Layer) -> int:
+    """Bits that a layer will take, biases aside."""
+    shapes = layer.spec.tensor_shapes(layer.rows, layer.columns).values()
+    return sum(8 * dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
+
+
+def layer_table(layers: list[Layer], parameters: int) -> str:
+    """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size."""
+    width = max(len(layer.name) for layer in layers)
+    lines = [f"{'layer':{width}}  kind    rows × columns    code    stored bits a weight"]
+    for layer in layers:
+        spec, weights = layer.spec, layer.rows * layer.columns
+        code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
+        shape = f"{layer.rows:5d} × {layer.columns:<7d}"
+        lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
+    weights = sum(layer.rows * layer.columns for layer in layers)
+    bits = sum(layer_bits(layer) for layer in layers)
+    whole = bits + 16 * (parameters - weights)
+    lines.append(
+        f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
+        f"{bits / weights:.3f} stored bits a weight, {whole / parameters:.3f} over the whole UNet, "
+        f"about {whole / 8e6:.2f} MB instead of {parameters / 5e5:.2f} MB in 16 bit"
+    )
+    return "\n".join(lines)
+
+
+def layer_line(row: dict) -> str:
+    unseen = "" if row.get("held_out_error") is None else f" (unseen {row['held_out_error']:.5f})"
+    gap = "" if row["gap_db"] is None else f", {row['gap_db']:.1f} dB above the bound"
+    bits, seconds = row["bits_per_weight"], row["seconds"]
+    return f"{row['name']}: relative error {row['error']:.5f}{unseen}, {bits:.3f} bits{gap}, {seconds:.1f} s"
+
+
+def predicted_bytes(pipeline: DiffusionPipeline, layers: list[Layer], config: QuantizeConfig) -> int:
+    """Disk that the run needs: recorded points, and twice the pipeline without the weights that are coded."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
+    latents = pipeline.unet.config.in_channels * pipeline.unet.config.sample_size**2 * 4
+    steps = config.sampling.num_inference_steps or 50
+    return 2 * pipeline_bytes + latents * steps * (config.calibration_nsamples + 3 * config.evaluation_nsamples)
+
+
+def versions() -> dict[str, str]:
+    modules = {"vqdm": vqdm, "torch": torch, "diffusers": diffusers, "transformers": transformers}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
+
+
+def _digest(prompts: list[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()

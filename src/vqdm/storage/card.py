@@ -1,0 +1,39 @@
+"""The README.md of a quantized pipeline folder: metadata for the hub, figures, and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vqdm.config import QuantizeConfig
+
+
+def model_card(config: QuantizeConfig, summary: dict) -> str:
+    """Markdown with the hub's YAML header."""
+    hub_name = "" if Path(config.model).exists() else f"base_model: {config.model}\nbase_model_relation: quantized\n"
+    base = Path(config.model).name if Path(config.model).exists() else config.model
+    pictures = summary["pictures"]
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [vqdm, quantized, text-to-image]
+{hub_name}---
+
+# {base}, its UNet at {summary["effective_bits_layers"]:.2f} bits a weight
+
+Quantized with [vqdm](https://arxiv.org/abs/2409.00492): additive vector quantization of {summary["layers_quantized"]} layers.
+
+| | |
+|---|---|
+| stored bits a weight, quantized layers | {summary["effective_bits_layers"]:.3f} |
+| stored bits a parameter, whole UNet | {summary["effective_bits_unet"]:.3f} |
+| UNet on disk | {summary["bytes_of_unet"] / 1e6:.2f} MB |
+| UNet-output error on unseen prompts | {summary["unet_output_error_db"]:.2f} dB |
+| PSNR of {pictures["count"]} pictures at equal seeds | {pictures["psnr_db"]:.2f} dB |
+
+```python
+import vqdm  # before from_pretrained: teaches diffusers the format
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+```
+"""

@@ -1,0 +1,125 @@
+"""The format's home in diffusers: a quantizer and its configuration, registered when `vqdm` is imported.
+
+diffusers has no registration function; a backend writes itself into two dictionaries of `diffusers.quantizers.auto`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from vqdm.additive.code import CodeSpec
+from vqdm.layers.quantized import quantized_layers, swap
+
+FORMAT_VERSION = 1
+
+
+class Method(str, Enum):
+    """diffusers reads `quant_method.value`, and its own enumeration is closed."""
+
+    VQDM = "vqdm"
+
+
+class VqdmConfig(QuantizationConfigMixin):
+    """`quantization_config` of a quantized model: everything needed to build its layers without reading a tensor.
+
+    Args:
+        code: the settings that most layers share, as `CodeSpec.to_dict` gives them.
+        layers: dotted name → the settings in which this layer differs from `code`.
+        format_version: 1; any other is refused.
+
+    Raises:
+        ValueError: unknown version, unknown or impossible setting.
+    """
+
+    def __init__(self, code: dict, layers: dict[str, dict], format_version: int = FORMAT_VERSION, **_):
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {format_version!r}; this vqdm reads version {FORMAT_VERSION}. A newer vqdm may read it"
+            )
+        self.quant_method = Method.VQDM
+        self.format_version = format_version
+        self.code, self.layers = dict(code), dict(layers)
+        self.specs = {name: CodeSpec().changed(**code).changed(**own) for name, own in self.layers.items()}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> VqdmConfig:
+        """The configuration that describes a model's quantized layers."""
+        specs = {name: layer.spec for name, layer in quantized_layers(model).items()}
+        code = _commonest([spec.to_dict() for spec in specs.values()])
+        layers = {name: _difference(spec.to_dict(), code) for name, spec in specs.items()}
+        return cls(code, layers)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types only: diffusers serialises this on every load and save."""
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": self.format_version,
+            "code": self.code,
+            "layers": self.layers,
+        }
+
+    def to_diff_dict(self) -> dict:
+        """diffusers asks for the differences to the defaults when it prints a configuration."""
+        return self.to_dict()
+
+
+def _commonest(settings: list[dict]) -> dict:
+    keys = [tuple(sorted(one.items())) for one in settings]
+    return dict(max(dict.fromkeys(keys), key=keys.count)) if keys else CodeSpec().to_dict()
+
+
+def _difference(own: dict, code: dict) -> dict:
+    return {key: value for key, value in own.items() if value != code[key]}
+
+
+class VqdmQuantizer(DiffusersQuantizer):
+    """Builds quantized layers on the meta device; diffusers' ordinary loading then fills their tensors."""
+
+    requires_calibration = True
+    required_packages = None
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
+        for name, spec in self.quantization_config.specs.items():
+            try:
+                layer = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(
+                    f"quantization_config names layer {name}, which {type(model).__name__} lacks"
+                ) from None
+            if not isinstance(layer, nn.Linear | nn.Conv2d):
+                raise ValueError(f"quantization_config names layer {name}, which is a {type(layer).__name__}")
+            swap(model, name, spec)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+        if absent:
+            raise ValueError(f"the checkpoint lacks {len(absent)} tensors, the first is {absent[0]}")
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def mark_quantized(model: nn.Module) -> VqdmConfig:
+    """Tell a diffusers model that it is quantized now, so that `save_pretrained` writes the format."""
+    config = VqdmConfig.of(model)
+    model.register_to_config(quantization_config=config)
+    model.hf_quantizer = VqdmQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    return config
+
+
+def register() -> None:
+    """Make diffusers know `quant_method: vqdm`; doing it twice changes nothing."""
+    auto.AUTO_QUANTIZER_MAPPING[Method.VQDM.value] = VqdmQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.VQDM.value] = VqdmConfig

@@ -1,0 +1,128 @@
+"""The output folder of a quantization while it grows: settings, recorded data, one file a finished layer.
+
+OUT/run.json                     settings and versions, written first; what --resume compares
+OUT/work/*.safetensors           recorded trajectories
+OUT/work/layers/NAME.safetensors one solved layer: stored tensors, and its report in the header
+OUT/layers.jsonl                 a line a layer, as it goes
+OUT/summary.json                 written last; its presence means that the run is finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vqdm.additive.code import AdditiveCode, CodeSpec
+from vqdm.config import differences
+from vqdm.diffusion.blocks import Layer
+from vqdm.errors import RunError, UserError
+from vqdm.storage.atomic import save_json, save_tensors, save_text
+
+
+@dataclass(frozen=True)
+class SolvedLayer:
+    """A layer's code as stored, and what is known about it."""
+
+    tensors: dict[str, Tensor]
+    spec: CodeSpec
+    report: dict
+
+
+class RunFolder:
+    """OUT and what lies in it."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.work = self.path / "work"
+
+    def open(self, settings: dict, versions: dict, resume: bool, need_bytes: int) -> None:
+        """Claim the folder for a run.
+
+        Raises:
+            UserError: it cannot be written, holds something else, holds a run and `resume` is off, holds a run of
+                other settings, or its disk has less than `need_bytes` free.
+        """
+        record = self.path / "run.json"
+        if record.is_file():
+            self._check_resumable(record, settings, resume)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"--output_dir {self.path} exists and is not a run of vqdm; choose an empty or new folder")
+        self._check_writable(need_bytes)
+        if not record.is_file():
+            save_json({"settings": settings, "versions": versions}, record)
+
+    def _check_resumable(self, record: Path, settings: dict, resume: bool) -> None:
+        if not resume:
+            raise UserError(f"--output_dir {self.path} holds a run already; add --resume, or choose another folder")
+        try:
+            saved = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--resume: {record} is damaged; choose another folder") from None
+        changed = differences(saved, settings)
+        if changed:
+            raise UserError(f"--resume: {self.path} was started with other settings: {'; '.join(changed)}")
+
+    def _check_writable(self, need_bytes: int) -> None:
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            probe = self.work / f".probe.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+        free = shutil.disk_usage(self.path).free
+        if free < need_bytes:
+            raise UserError(
+                f"--output_dir {self.path}: {free / 1e9:.2f} GB are free, the run needs about {need_bytes / 1e9:.2f} GB"
+            )
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def layer_path(self, name: str) -> Path:
+        return self.work / "layers" / f"{name}.safetensors"
+
+    def save_layer(self, layer: Layer, code: AdditiveCode, report: dict) -> None:
+        metadata = {"spec": json.dumps(layer.spec.to_dict()), "report": json.dumps(report)}
+        save_tensors(code.pack(), self.layer_path(layer.name), metadata)
+
+    def load_layer(self, layer: Layer) -> SolvedLayer | None:
+        """A solved layer, or None when it is still to do. Raises RunError when its file is damaged."""
+        path = self.layer_path(layer.name)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata()
+            spec = CodeSpec().changed(**json.loads(metadata["spec"]))
+            return SolvedLayer(tensors, spec, json.loads(metadata["report"]))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
+
+    def rewrite_table(self, rows: list[dict]) -> None:
+        """Make `layers.jsonl` say exactly `rows`; after a kill it may lack a line or have one too many."""
+        save_text("".join(json.dumps(row) + "\n" for row in rows), self.path / "layers.jsonl")
+
+    def publish(self, staged: Path) -> None:
+        """Move a finished pipeline's parts from `staged` into OUT; `model_index.json` last."""
+        for part in sorted(staged.iterdir(), key=lambda part: part.name == "model_index.json"):
+            target = self.path / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.replace(target)
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """The random numbers of one layer depend on the seed and its name only, not on what ran before it."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

@@ -1,0 +1,114 @@
+"""What a run tells while it runs: progress bars, JSON lines, and a live tracker that can never stop the job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+log = logging.getLogger("vqdm")
+
+
+def bar(items: Iterable | None = None, total: int | None = None, what: str = "") -> tqdm:
+    """A progress bar with time left; silent where standard error is not a terminal."""
+    return tqdm(items, total=total, desc=what, disable=None, leave=False, dynamic_ncols=True)
+
+
+def say(line: str) -> None:
+    """One line of the log, without breaking a bar."""
+    with tqdm.external_write_mode(file=sys.stdout):
+        log.info(line)
+
+
+class JsonLines:
+    """Append-only rows of a table, each a whole line on disk before the next step begins."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, row: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Tracker:
+    """wandb or tensorboard through accelerate; whatever goes wrong there is a warning, once, and the job goes on."""
+
+    def __init__(self, kind: str, name: str, folder: Path, config: dict):
+        self.inner = None
+        if kind != "none":
+            self._guard(lambda: self._start(kind, name, folder, config))
+
+    def _start(self, kind: str, name: str, folder: Path, config: dict) -> None:
+        from accelerate import PartialState
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        PartialState()
+        if kind == "wandb":
+            self.inner = WandBTracker(name, dir=str(folder))
+        else:
+            self.inner = TensorBoardTracker(name, logging_dir=str(folder))
+        plain = {key: value for key, value in config.items() if isinstance(value, int | float | str | bool)}
+        self._guard(lambda: (getattr(self.inner, "start", lambda: None)(), self.inner.store_init_configuration(plain)))
+
+    def log(self, values: dict, step: int | None = None) -> None:
+        """Numbers by name."""
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        if self.inner:
+            self._guard(lambda: self.inner.log(numbers, step=step))
+
+    def images(self, name: str, images: list[Image.Image]) -> None:
+        if self.inner:
+            import numpy as np
+
+            self._guard(lambda: self.inner.log_images({name: [np.asarray(image) for image in images]}))
+
+    def finish(self) -> None:
+        if self.inner:
+            self._guard(self.inner.finish)
+
+    def _guard(self, action) -> None:
+        try:
+            action()
+        except Exception as error:
+            log.warning("tracking is off from here on: %s: %s", type(error).__name__, str(error).splitlines()[:1])
+            self.inner = None
+
+
+class Stopwatch:
+    """Seconds by phase."""
+
+    def __init__(self):
+        self.phases: dict[str, float] = {}
+
+    def __call__(self, phase: str) -> Stopwatch:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        spent = time.perf_counter() - self._began
+        self.phases[self._phase] = round(self.phases.get(self._phase, 0.0) + spent, 3)
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes: the process's largest resident set, and the most that tensors took on the GPU where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peaks["cuda"] = torch.cuda.max_memory_allocated()
+    return peaks

@@ -1,0 +1,131 @@
+"""The format: what is stored is what is read back, bit for bit."""
+
+import pytest
+import torch
+
+from vqdm.additive.code import (
+    AdditiveCode,
+    CodeSpec,
+    group_columns,
+    pack_codes,
+    packed_bytes,
+    quantize_values,
+    stored_bits,
+    unpack_codes,
+)
+
+SPECS = [
+    CodeSpec(2, 3, 4),
+    CodeSpec(3, 5, 2, out_group_size=2),
+    CodeSpec(2, 4, 4, groupwise_codebooks=True),
+    CodeSpec(1, 9, 4, scale_nbits=3),
+    CodeSpec(2, 4, 4, scale_nbits=16, input_channel_scales=True),
+    CodeSpec(2, 4, 4, codebook_value_nbits=3, codebook_value_num_groups=2),
+    CodeSpec(2, 4, 4, out_group_size=2, codebook_value_nbits=2, groupwise_codebooks=True, scale_nbits=1),
+]
+
+
+def random_code(spec, rows, columns, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    R, G, M, K = rows // spec.out_group_size, columns // spec.in_group_size, spec.num_codebooks, spec.entries
+    banks = (G,) if spec.groupwise_codebooks else ()
+    return AdditiveCode(
+        spec,
+        torch.randint(K, (R, G, M), generator=g),
+        torch.randn(*banks, M, K, spec.out_group_size, spec.in_group_size, generator=g),
+        torch.rand(R, G if spec.scale_nbits else 1, generator=g) + 0.5,
+        torch.rand(columns, generator=g) + 0.5 if spec.input_channel_scales else None,
+    )
+
+
+def plain_matrix(code):
+    R, G, M = code.codes.shape
+    p, g = code.codebooks.shape[-2:]
+    matrix = torch.zeros(R * p, G * g)
+    for r in range(R):
+        for j in range(G):
+            books = code.codebooks[j] if code.codebooks.dim() == 5 else code.codebooks
+            scale = code.scales[r, j if code.scales.shape[1] > 1 else 0]
+            value = sum(books[m, code.codes[r, j, m]] for m in range(M)) * scale
+            matrix[r * p : (r + 1) * p, j * g : (j + 1) * g] = value
+    return matrix if code.input_scales is None else matrix * code.input_scales
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_dequantize_is_the_sum_of_entries_times_scales(spec):
+    code = random_code(spec, 6, 16)
+    torch.testing.assert_close(code.dequantize(), plain_matrix(code))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_stored_tensors_have_the_announced_shapes_and_round_trip(spec):
+    code = random_code(spec, 6, 16)
+    tensors = code.pack()
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    assert found == spec.tensor_shapes(6, 16)
+    again = AdditiveCode.unpack(spec, (6, 16), tensors)
+    assert torch.equal(again.codes.long(), code.codes)
+    twice = again.pack()
+    assert all(torch.equal(tensors[name], twice[name]) for name in tensors)
+    assert torch.equal(code.stored().dequantize(), again.dequantize())
+
+
+def test_float64_codes_are_dequantized_in_float64():
+    code = random_code(CodeSpec(2, 3, 4), 4, 8)
+    code.codebooks, code.scales = code.codebooks.double(), code.scales.double()
+    assert code.dequantize().dtype == torch.float64
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_with_groups_permutes_the_matrix(spec):
+    code = random_code(spec, 6, 16)
+    order = torch.randperm(16 // spec.in_group_size, generator=torch.Generator().manual_seed(1))
+    index = group_columns(order, spec.in_group_size)
+    assert torch.equal(code.with_groups(order).dequantize(), code.dequantize()[:, index])
+    assert torch.equal(code.with_groups(order).with_groups(order.argsort()).dequantize(), code.dequantize())
+
+
+@pytest.mark.parametrize("nbits", range(1, 17))
+@pytest.mark.parametrize("count", [1, 8, 37])
+def test_packing_is_the_little_endian_bit_string(nbits, count):
+    codes = torch.randint(2**nbits, (count,), generator=torch.Generator().manual_seed(nbits))
+    packed = pack_codes(codes, nbits)
+    number = sum(code << (k * nbits) for k, code in enumerate(codes.tolist()))
+    assert bytes(packed.tolist()) == number.to_bytes(packed_bytes(count, nbits), "little")
+    assert torch.equal(unpack_codes(packed, nbits, count).long(), codes)
+
+
+def test_quantize_values_is_exact_where_the_levels_suffice():
+    values = torch.tensor([[3.0, -1.0, 3.0, 0.5], [2.0, 2.0, 2.0, 2.0]])
+    tables, indices = quantize_values(values, 2)
+    assert torch.equal(torch.gather(tables.float(), 1, indices), values)
+
+
+def test_quantize_values_beats_a_uniform_grid():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    tables, indices = quantize_values(values, 3)
+    error = (tables.float()[indices] - values).square().mean()
+    step = (values.max() - values.min()) / 7
+    grid = ((values - values.min()) / step).round() * step + values.min()
+    assert error < 0.7 * (grid - values).square().mean()
+    assert torch.equal(tables, tables.sort().values)
+
+
+def test_stored_bits_counts_codes_codebooks_and_scales():
+    code = random_code(CodeSpec(3, 8, 8), 64, 128)
+    assert stored_bits(code.pack()) == 64 * 16 * 3 * 8 + 3 * 256 * 8 * 16 + 64 * 16
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_codebooks": 0}, {"nbits_per_codebook": 17}, {"scale_nbits": 9}, {"codebook_value_nbits": 0}]
+)
+def test_impossible_settings_are_refused_by_name(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        CodeSpec(**values)
+
+
+def test_shapes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="in_group_size 8"):
+        CodeSpec().check_shape(4, 12)
+    with pytest.raises(ValueError, match="out_group_size 3"):
+        CodeSpec(out_group_size=3).check_shape(4, 16)

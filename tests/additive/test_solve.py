@@ -1,0 +1,134 @@
+"""The whole solution of a layer: quality, honesty of its report, and layers that are out of the ordinary."""
+
+import pytest
+import torch
+from test_code import SPECS
+from test_encode import randn, second_moment
+
+from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits
+from vqdm.additive.config import SolverConfig
+from vqdm.additive.solve import relative_error, solve_layer
+
+ENCODERS = ("ldl", "beam")
+
+
+def solve(W, H, spec, held_out=None, seed=0, **settings):
+    settings = {"max_epochs": 4, "steps_per_epoch": 20, "lr": 1e-3, **settings}
+    generator = torch.Generator().manual_seed(seed)
+    return solve_layer(W, H, SolverConfig(spec, **settings), generator, held_out)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("spec", [*SPECS, CodeSpec(2, 4, 4, scale_nbits=4, groupwise_codebooks=True)], ids=str)
+def test_every_format_is_solved_and_reported_as_stored(spec, encoder):
+    W, H, held_out = 0.02 * randn(24, 32), second_moment(32), second_moment(32, seed=7)
+    code, report = solve(W, H, spec, held_out, encoder=encoder)
+    tensors = code.pack()
+    read = AdditiveCode.unpack(spec, (24, 32), tensors).dequantize()
+    assert torch.equal(read, code.dequantize())
+    error, other = (torch.trace((W - read) @ A @ (W - read).T) / torch.trace(W @ A @ W.T) for A in (H, held_out))
+    assert report.error == pytest.approx(error.item(), rel=1e-3)
+    assert report.held_out_error == pytest.approx(other.item(), rel=1e-3)
+    assert report.error < 0.25
+    assert report.bits_per_weight == stored_bits(tensors) / W.numel()
+    assert set(report.to_dict()) >= {"error", "held_out_error", "bits_per_weight", "gap_db", "epochs", "seconds"}
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_equal_seeds_give_equal_codes(encoder):
+    W, H = randn(16, 32), second_moment(32)
+    (first, _), (second, _), (other, _) = (solve(W, H, CodeSpec(2, 4, 4), seed=s, encoder=encoder) for s in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.pack().values(), second.pack().values(), strict=True))
+    assert not torch.equal(first.codes, other.codes)
+
+
+def awkward_layers():
+    W, H = randn(16, 32), second_moment(32)
+    dead = H.clone()
+    dead[5:17] = 0
+    dead[:, 5:17] = 0
+    few = randn(3, 32)
+    with_rows = W.clone()
+    with_rows[2], with_rows[3], with_rows[:, 4:8] = 0, 0.7, 0
+    return {
+        "dead inputs": (W, dead),
+        "rank three": (W, few.T @ few),
+        "rank one": (W, few[:1].T @ few[:1]),
+        "no inputs at all": (W, torch.zeros(32, 32)),
+        "constant rows and zero columns": (with_rows, H),
+        "all zero": (torch.zeros(16, 32), H),
+        "all equal": (torch.ones(16, 32), H),
+        "one row": (W[:2], H),
+        "tiny weights": (1e-6 * W, H),
+        "huge weights": (1e6 * W, H),
+        "tiny inputs": (W, 1e-12 * H),
+        "huge inputs": (W, 1e12 * H),
+    }
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("name", awkward_layers())
+@pytest.mark.parametrize(
+    "spec",
+    [CodeSpec(2, 6, 4), CodeSpec(2, 3, 4, out_group_size=2, scale_nbits=2, input_channel_scales=True)],
+    ids=["many centroids", "fine scales"],
+)
+def test_awkward_layers(name, spec, encoder):
+    W, H = awkward_layers()[name]
+    code, report = solve(W, H, spec, encoder=encoder)
+    assert code.dequantize().isfinite().all()
+    assert 0 <= report.error < 0.35
+    if name == "constant rows and zero columns":
+        assert code.dequantize()[2].abs().max() < 1e-3
+    if name == "all zero":
+        assert torch.equal(code.dequantize(), W)
+
+
+def test_the_result_is_the_best_seen():
+    """More epochs never end in a higher error, whatever the last of them did."""
+    W, H = randn(32, 32), second_moment(32)
+    spec = CodeSpec(2, 4, 4, codebook_value_nbits=2)
+    errors = [
+        solve(W, H, spec, encoder="beam", lr=0.05, max_epochs=n, relative_mse_tolerance=0.0)[1].error
+        for n in (1, 2, 4)
+    ]
+    assert errors[0] >= errors[1] >= errors[2]
+
+
+def test_a_wide_tolerance_ends_the_search():
+    W, H = randn(32, 32), second_moment(32)
+    _, report = solve(W, H, CodeSpec(2, 4, 4), encoder="beam", max_epochs=20, relative_mse_tolerance=0.9)
+    assert report.epochs == 2
+
+
+def test_error_feedback_beats_the_search_over_rows():
+    W, H = randn(64, 64), second_moment(64)
+    errors = {encoder: solve(W, H, CodeSpec(2, 4, 4), encoder=encoder, max_epochs=12)[1].error for encoder in ENCODERS}
+    assert errors["ldl"] < errors["beam"]
+
+
+def test_input_scales_help_uneven_columns():
+    W, H = randn(64, 64) * torch.logspace(-1, 1, 64), second_moment(64)
+    plain, scaled = (solve(W, H, CodeSpec(2, 4, 4, input_channel_scales=on))[1].error for on in (False, True))
+    assert scaled < plain
+
+
+def test_relative_error_of_nothing_is_zero():
+    code, _ = solve(torch.zeros(4, 8), torch.eye(8), CodeSpec(1, 2, 4))
+    assert relative_error(torch.zeros(4, 8), code, torch.eye(8)) == 0
+
+
+@pytest.mark.parametrize(
+    ("W", "H", "held_out", "message"),
+    [
+        (torch.full((4, 8), torch.nan), torch.eye(8), None, "the weight has values"),
+        (torch.ones(4, 8), torch.eye(8) * torch.inf, None, "the Hessian has values"),
+        (torch.ones(4, 8), torch.eye(8), torch.eye(8) * torch.nan, "held-out Hessian has values"),
+        (torch.ones(4, 8), torch.eye(4), None, "8 columns"),
+        (torch.ones(4, 6), torch.eye(6), None, "in_group_size 4 does not divide"),
+        (torch.ones(8), torch.eye(8), None, "must be a matrix"),
+    ],
+)
+def test_bad_input_is_refused(W, H, held_out, message):
+    with pytest.raises(ValueError, match=message):
+        solve(W, H, CodeSpec(1, 2, 4), held_out)
