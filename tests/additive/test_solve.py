@@ -77,8 +77,8 @@ def test_awkward_layers(name, spec, encoder):
     W, H = awkward_layers()[name]
     code, report = solve(W, H, spec, encoder=encoder)
     assert code.dequantize().isfinite().all()
-    assert 0 <= report.error < 0.35
-    if name == "constant rows and zero columns":
+    assert 0 <= report.error < 0.5
+    if name == "constant rows and zero columns" and spec.out_group_size == 1:
         assert code.dequantize()[2].abs().max() < 1e-3
     if name == "all zero":
         assert torch.equal(code.dequantize(), W)

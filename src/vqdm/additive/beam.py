@@ -1,13 +1,13 @@
 """VQDM's own search: Adam on codebooks and scales, and a beam search over whole rows (arXiv 2409.00492, §3).
 
-The search (AQLM, arXiv 2401.06118, §3.1) visits every column group and codebook once, in random order. At each it tries
-all entries for every hypothesis, with all other codes at their present values, and keeps the best hypotheses. A direct
-implementation rebuilds all [B, O, I] hypotheses at every step. This one finds the same codes from three facts: a code is
-visited once, so hypotheses need only back-pointers; all hypotheses share the old codes of the group at hand; and a change
-of one group touches later groups only through H, which can wait until a block of columns is done.
+The search (AQLM, arXiv 2401.06118, §3.1) visits every column group and codebook once, in random order. At each it
+tries all entries for every hypothesis, with all other codes at their present values, and keeps the best hypotheses. A
+direct implementation rebuilds all [B, O, I] hypotheses at every step. This one finds the same codes from three facts:
+a code is visited once, so hypotheses need only back-pointers; all hypotheses share the old codes of the group at
+hand; and a change of one group touches later groups only through H, which can wait until a block of columns is done.
 
-Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g; M codebooks of
-K entries; B hypotheses, of which a step makes B'.
+Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g;
+M codebooks of K entries; B hypotheses, of which a step makes B'.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Hypotheses:
 def beam_search(W: Tensor, H: Tensor, code: AdditiveCode, beam_size: int, codebook_orders: Tensor) -> AdditiveCode:
     """`code` with new codes for W [O, I] under H [I, I], visiting the column groups from the first to the last.
 
-    `codebook_orders` [G, M] has the order of the codebooks in each group. To visit the groups in another order, permute
-    the columns of all three (`AdditiveCode.with_groups`).
+    `codebook_orders` [G, M] has the order of the codebooks in each group. To visit the groups in another order,
+    permute the columns of all three (`AdditiveCode.with_groups`).
     """
     p, g = code.codebooks.shape[-2:]
     R, G, _ = code.codes.shape
@@ -91,8 +91,8 @@ def _extend(
 ) -> tuple[Hypotheses, Tensor, Tensor]:
     """Choose codebook m's entry anew: the best hypotheses, the ones they continue [R, B'], and their entries [R, B'].
 
-    Taking the old values v off Ŵ turns the pull P into Q = P + v H_jj and the loss into L + 2⟨v, Q⟩ − v H_jj vᵀ; adding the
-    entry c at scale s then changes it by −2 s⟨c, Q⟩ + s² c H_jj cᵀ.
+    Taking the old values v off Ŵ turns the pull P into Q = P + v H_jj and the loss into L + 2⟨v, Q⟩ − v H_jj vᵀ;
+    adding the entry c at scale s then changes it by −2 s⟨c, Q⟩ + s² c H_jj cᵀ.
     """
     scales, codebooks = group_values(code, j)
     s = scales[:, None, None, None]  # [R, 1, 1, 1]

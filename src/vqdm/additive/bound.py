@@ -1,6 +1,6 @@
 """The least weighted error that any code of a given rate can have, for Gaussian rows.
 
-Reverse water-filling over the eigenvalues λ_i of H^½ Σ_w H^½ (Cover & Thomas, Elements of Information Theory, §10.3.3):
+Reverse water-filling over the eigenvalues λ_i of H^½ Σ_w H^½ (Cover & Thomas, Elements of Information Theory, §10.3):
 
     R = (1/I) Σ max(0, ½ log₂(λ_i/θ)),   D = Σ min(θ, λ_i),   relative bound D / Σ λ_i
 
@@ -18,7 +18,7 @@ from torch import Tensor
 def gap_to_bound(error: float, W: Tensor, H: Tensor, bits_per_weight: float) -> float | None:
     """Decibels between a code's relative error and the bound at its stored bits; negative below the bound.
 
-    None where either is zero. A layer can fall below the bound: few rows are not Gaussian, and codebooks remember them.
+    None where either is zero. A layer can fall below the bound: rows need not be Gaussian, and codebooks remember.
     """
     limit = relative_bound(row_spectrum(W, H), bits_per_weight)
     return 10 * math.log10(error / limit) if error > 0 and limit > 0 else None

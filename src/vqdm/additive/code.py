@@ -28,7 +28,8 @@ class CodeSpec:
         out_group_size: p, consecutive outputs that share a code.
         scale_nbits: 0 stores one 16-bit scale a row group; 1 to 8 gives every (row group, column group) a scale of
             that many bits from a 16-bit table of its row group; 16 stores them in 16 bit.
-        codebook_value_nbits: 16 stores codebook values as they are; 1 to 8 stores indices into tables of 16-bit values.
+        codebook_value_nbits: 16 stores codebook values as they are; 1 to 8 stores indices into tables of 16-bit
+            values.
         codebook_value_num_groups: how many such tables a layer has.
         groupwise_codebooks: every column group has its own M codebooks.
         input_channel_scales: a 16-bit factor for every column.
@@ -135,7 +136,7 @@ class AdditiveCode:
     input_scales: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The matrix [O, I] in the codebooks' dtype."""
+        """The matrix [O, I], float32 (float64 if the codebooks are)."""
         return dequantize(self.codes, self.codebooks, self.scales, self.input_scales)
 
     def pack(self) -> dict[str, Tensor]:

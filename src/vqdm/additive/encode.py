@@ -1,10 +1,10 @@
 """Finding codes: a beam over the codebooks inside a group; error feedback and coordinate descent across groups.
 
-Error feedback is GPTQ (arXiv 2210.17323) in the form of QuIP#'s block LDLQ (arXiv 2402.04396, §4.1): once groups 0..j are
-coded, the columns after them may still move, so a group is judged by the Schur complement of the columns after it.
+Error feedback is GPTQ (arXiv 2210.17323) in the form of QuIP#'s block LDLQ (arXiv 2402.04396, §4.1): once groups 0..j
+are coded, the columns after them may still move, so a group is judged by the Schur complement of the columns after it.
 
-Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g; M codebooks of
-K entries; B hypotheses (beam); N vectors.
+Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g;
+M codebooks of K entries; B hypotheses (beam); N vectors.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor
 
     A beam over the codebooks in their order: the `beam_size` best partial sums go on to the next codebook.
     """
-    M, K, _ = codebooks.shape
     norms = codebooks.square().sum(2, keepdim=True)  # [M, K, 1]
     # ‖r − c‖² = [r, 1, ‖r‖²] · [−2c, ‖c‖², 1]: one product scores every entry for every hypothesis.
     factors = torch.cat([-2 * codebooks, norms, torch.ones_like(norms)], dim=2).transpose(1, 2).contiguous()
-    parts = targets.split(rows_at_once(targets, beam_size * K))
+    parts = targets.split(rows_at_once(targets, beam_size * codebooks.shape[1]))
     return torch.cat([_encode_vectors(part, codebooks, factors, beam_size) for part in parts])
 
 
@@ -104,12 +103,11 @@ def feedback_encode(W: Tensor, code: AdditiveCode, factors: Tensor, feedback: Te
 
     Args: `factors` V_jj [G, g, g] and `feedback` [I, I] from `feedback_factors`.
     """
-    O, I = W.shape  # noqa: E741
     g = code.spec.in_group_size
     difference = torch.zeros_like(W)  # W − Ŵ where coded
     target = W.clone()
     codes = torch.empty_like(code.codes)
-    for block in column_blocks(I, g):
+    for block in column_blocks(W.shape[1], g):
         for j in range(block.start // g, block.stop // g):
             done, columns = slice(block.start, j * g), slice(j * g, (j + 1) * g)
             wanted = target[:, columns] + difference[:, done] @ feedback[done, columns]
@@ -155,13 +153,12 @@ def coordinate_descent(W: Tensor, H: Tensor, code: AdditiveCode, beam_size: int)
 
     With P = (W − Ŵ) H, the best values of group j are Ŵ_j + P_j H_jj⁻¹, and H_jj is their metric.
     """
-    O, I = W.shape  # noqa: E741
     p, g = code.spec.out_group_size, code.spec.in_group_size
     codes = code.codes.clone()
     coded = code.dequantize()
     P = (W - coded) @ H
     moved = torch.zeros_like(W)
-    for block in column_blocks(I, g):
+    for block in column_blocks(W.shape[1], g):
         for j in range(block.start // g, block.stop // g):
             done, columns = slice(block.start, j * g), slice(j * g, (j + 1) * g)
             factor = damped_cholesky(H[columns, columns], MINIMAL_DAMPING)

@@ -5,8 +5,8 @@
 AQLM (arXiv 2401.06118, eq. 6) takes Adam steps on L; both problems are least squares, so conjugate gradients on their
 normal equations get further with a tenth of the products with H.
 
-Letters: O rows, I columns; R = O/p row groups, G = I/g column groups; d = p·g values a codebook entry; M codebooks of K
-entries, C = M·K entries in all (G·M·K when groupwise); S scales a row group, 1 or G.
+Letters: O rows, I columns; R = O/p row groups, G = I/g column groups; d = p·g values a codebook entry; M codebooks
+of K entries, C = M·K entries in all (G·M·K when groupwise); S scales a row group, 1 or G.
 """
 
 from __future__ import annotations
@@ -112,16 +112,18 @@ def conjugate_gradients(
 ) -> Tensor:
     """x of normal(x) = right, from x = 0, preconditioned with `diagonal`; one problem for each index outside `dims`.
 
-    Directions of no curvature, and entries whose diagonal is zero, stay at zero.
+    Entries whose diagonal is zero stay at zero; a problem that is solved to rounding error is left alone, for what
+    remains of it is noise.
     """
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     x = torch.zeros_like(right)
     residual, direction = right, inverse * right
     energy = (residual * direction).sum(dims, keepdim=True)
+    solved = energy * torch.finfo(right.dtype).eps ** 2
     for _ in range(iterations):
         image = normal(direction)
         curvature = (direction * image).sum(dims, keepdim=True)
-        length = torch.where(curvature > 0, energy / curvature, 0.0)
+        length = torch.where((curvature > 0) & (energy > solved), energy / curvature, 0.0)
         x = x + length * direction
         residual = residual - length * image
         preconditioned = inverse * residual

@@ -1,7 +1,7 @@
 """One layer: from a weight matrix and the second moment of its inputs to an additive code.
 
-Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g; M codebooks of
-K entries; S scales a row group, 1 or G.
+Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g;
+M codebooks of K entries; S scales a row group, 1 or G.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def solve_layer(
 ) -> tuple[AdditiveCode, LayerReport]:
     """Additive code of W [O, I] that minimises tr((W−Ŵ) H (W−Ŵ)ᵀ), eq. 2 of VQDM (arXiv 2409.00492).
 
-    Args: `W`, and the second moment `H` [I, I] of the layer's inputs, float32 on one device; `generator` for all random
-    draws, so that equal calls give equal codes; `held_out`, a second H that is only reported on.
+    Args: `W`, and the second moment `H` [I, I] of the layer's inputs, float32 on one device; `generator` for all
+    random draws, so that equal calls give equal codes; `held_out`, a second H that is only reported on.
     Returns the code as stored, the best seen by its error on H, and a report. Raises ValueError on shapes that do not
     divide into groups and on values that are not finite.
     """
@@ -70,14 +70,16 @@ def solve_layer(
     _check(W, H, held_out, config.spec)
     spec = config.spec
     columns = input_scales(W) if spec.input_channel_scales else None
-    scaled, metric = fold_input_scales(W, _normalised(H), columns)
+    exponent = unit_exponent(W)
+    scaled, metric = fold_input_scales(W / 2.0**exponent, _normalised(H), columns)
     order = descending_groups(metric, spec.in_group_size)
     index = group_columns(order, spec.in_group_size)
     scaled, metric = scaled[:, index].contiguous(), metric[index][:, index].contiguous()
     inner = replace(config, spec=spec.changed(input_channel_scales=False))
     candidates = _ldl_candidates if config.encoder == "ldl" else _beam_candidates
     best, epochs = _best(scaled, metric, candidates(scaled, metric, inner, generator), config)
-    code = replace(best.with_groups(order.argsort()), spec=spec, input_scales=columns).stored()
+    code = times_power(best.with_groups(order.argsort()), exponent)
+    code = replace(code, spec=spec, input_scales=columns).stored()
     return code, _report(W, H, held_out, code, epochs, started)
 
 
@@ -100,6 +102,19 @@ def _normalised(H: Tensor) -> Tensor:
     return H / mean if mean > 0 else torch.eye(len(H), dtype=H.dtype, device=H.device)
 
 
+def unit_exponent(W: Tensor) -> int:
+    """The power of two to divide W by: 0 for ordinary rows, those whose norms float16 holds well."""
+    norm = (W.norm() / math.sqrt(len(W))).item()
+    exponent = round(math.log2(norm)) if norm > 0 else 0
+    return exponent if abs(exponent) > 8 else 0
+
+
+def times_power(code: AdditiveCode, exponent: int) -> AdditiveCode:
+    """`code` times 2^exponent, half of it in the codebooks and half in the scales, so that float16 holds both."""
+    half = exponent // 2
+    return replace(code, codebooks=code.codebooks * 2.0**half, scales=code.scales * 2.0 ** (exponent - half))
+
+
 def input_scales(W: Tensor) -> Tensor:
     """RMS of every column of W [O, I] relative to all, as float16 keeps it, and 1 where that is zero: float32 [I]."""
     rms = W.square().mean(0).sqrt()
@@ -115,7 +130,7 @@ def fold_input_scales(W: Tensor, H: Tensor, columns: Tensor | None) -> tuple[Ten
 
 
 def descending_groups(H: Tensor, g: int) -> Tensor:
-    """Column groups [G] in the order of error feedback: what weighs most comes first, and is made up for by the rest."""
+    """Column groups [G] in the order of error feedback: what weighs most first, for the rest to make up for."""
     return H.diagonal().view(-1, g).sum(1).argsort(descending=True, stable=True)
 
 
@@ -136,8 +151,8 @@ def _best(W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: Solv
 def _ldl_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
     """Error feedback once, then coordinate descent again and again, a refit after each; without end.
 
-    Plain descent settles within a few searches. Perturbing the codebooks at first (stochastic relaxation, LSQ++, Martinez
-    et al., ECCV 2018) and damping H where other groups could make up for errors lowers the error by another 5 to 10 %.
+    Plain descent settles within a few searches. Perturbed codebooks at first (stochastic relaxation, LSQ++, Martinez
+    et al., ECCV 2018), and an H that trusts other groups less to make up for errors, end 5 to 10 % lower.
     """
     code = initial_code(W, config, generator)
     code = feedback_encode(W, code, *feedback_factors(H, config.spec.in_group_size, config.damping), config.beam_size)
@@ -168,40 +183,29 @@ def _beam_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torc
         order = draw(G, G, generator).to(W.device)
         codebook_orders = torch.stack([draw(M, M, generator) for _ in range(G)])
         index = group_columns(order, config.spec.in_group_size)
-        found = beam_search(
-            W[:, index], H[index][:, index], code.with_groups(order), config.beam_size, codebook_orders
-        )
-        code = found.with_groups(order.argsort())
+        ordered = W[:, index], H[index][:, index], code.with_groups(order)
+        code = beam_search(*ordered, config.beam_size, codebook_orders).with_groups(order.argsort())
         yield code
 
 
 def initial_code(W: Tensor, config: SolverConfig, generator: torch.Generator) -> AdditiveCode:
     """Scales, residual k-means codebooks of the scaled groups, and codes that are all zero.
 
-    As in AQLM, a scale is the norm of what a whole row of such weights would be; see `_balance` for the exception.
+    As in AQLM, a scale is the norm of a row, or where it has several, of a row made of the weights it covers.
     """
     spec = config.spec
     p, g, M, K = spec.out_group_size, spec.in_group_size, spec.num_codebooks, spec.entries
     groups = to_groups(W, p, g)  # [R, G, d]
     R, G, d = groups.shape
     support = groups.view(R, -1, d if spec.scale_nbits else G * d)  # [R, S, values]
-    scales = _balance(support.square().mean(2).sqrt() * math.sqrt(W.shape[1]))  # [R, S]
+    scales = support.square().mean(2).sqrt() * math.sqrt(W.shape[1])  # [R, S]
     points = groups / torch.where(scales == 0, 1.0, scales)[:, :, None]
     banks = points.unbind(1) if spec.groupwise_codebooks else [points.reshape(-1, d)]
     limit = config.init_max_points_per_centroid * K
-    codebooks = [
-        residual_kmeans(bank, M, K, config.init_max_iter, limit, generator).view(M, K, p, g) for bank in banks
-    ]
+    found = [residual_kmeans(bank, M, K, config.init_max_iter, limit, generator) for bank in banks]
+    codebooks = torch.stack(found).view(-1, M, K, p, g)  # [G or 1, M, K, d] → [G or 1, M, K, p, g]
     codes = torch.zeros(R, G, M, dtype=torch.int64, device=W.device)
-    return as_stored(
-        AdditiveCode(spec, codes, torch.stack(codebooks) if spec.groupwise_codebooks else codebooks[0], scales)
-    )
-
-
-def _balance(scales: Tensor) -> Tensor:
-    """Scales that float16 can hold: where the largest is out of the ordinary, the codebooks take half of its exponent."""
-    exponent = math.log2(scales.max().item() or 1.0)
-    return scales * 2.0 ** -round(exponent / 2) if abs(exponent) > 8 else scales
+    return as_stored(AdditiveCode(spec, codes, codebooks if spec.groupwise_codebooks else codebooks[0], scales))
 
 
 def without_feedback(W: Tensor, code: AdditiveCode) -> AdditiveCode:
@@ -212,7 +216,7 @@ def without_feedback(W: Tensor, code: AdditiveCode) -> AdditiveCode:
 
 
 def perturbed(W: Tensor, H: Tensor, code: AdditiveCode, level: float, generator: torch.Generator) -> AdditiveCode:
-    """`code` with Gaussian noise on its codebooks, all M together `level` · √(relative error) of the coded values' RMS."""
+    """`code` with Gaussian noise on its codebooks: all M together `level` · √(relative error) · RMS of coded values."""
     M = code.spec.num_codebooks
     unscaled = replace(code, scales=torch.ones_like(code.scales)).dequantize()
     spread = unscaled.square().mean().sqrt() * math.sqrt(relative_error(W, code, H) / M)
@@ -250,4 +254,4 @@ def _report(
 def relative_error(W: Tensor, code: AdditiveCode, H: Tensor) -> float:
     """tr((W−Ŵ) H (W−Ŵ)ᵀ) / tr(W H Wᵀ); 0 where the denominator is 0."""
     energy = weighted_error(W, H).item()
-    return weighted_error(W - code.dequantize(), H).item() / energy if energy > 0 else 0.0
+    return max(0.0, weighted_error(W - code.dequantize(), H).item() / energy) if energy > 0 else 0.0

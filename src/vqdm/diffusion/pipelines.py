@@ -109,13 +109,6 @@ def stored_dtypes(model: str) -> dict[str, torch.dtype]:
     return found
 
 
-def cast_floats(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating tensors in place, also of a quantized model, for which diffusers refuses `.to(dtype)`."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-
-
 def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
     """One CPU generator a picture, so that its noise depends on neither batch size nor device."""
     return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]

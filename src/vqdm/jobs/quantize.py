@@ -32,7 +32,6 @@ from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
 from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
 from vqdm.diffusion.pipelines import (
-    cast_floats,
     load_pipeline,
     pick_device,
     pick_dtype,
@@ -48,7 +47,7 @@ from vqdm.diffusion.sampling import (
 from vqdm.diffusion.trajectories import Trajectories, batches, held_out
 from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
-from vqdm.layers.quantized import quantized_layers, swap
+from vqdm.layers.quantized import cast_plain, quantized_layers, swap
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
@@ -374,7 +373,7 @@ def save_pipeline(job: Job, staged: Path) -> None:
     for name, dtype in stored_dtypes(job.config.model).items():
         part = getattr(job.pipeline, name, None)
         if isinstance(part, torch.nn.Module):
-            cast_floats(part, dtype)
+            cast_plain(part, dtype)
     job.pipeline.save_pretrained(staged)
 
 

@@ -124,3 +124,14 @@ def swap(model: nn.Module, name: str, spec: CodeSpec) -> QuantizedLayer:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Dotted name → quantized layer, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _Coded)}
+
+
+def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating tensors in place, except those that codes consist of: these stay in 16 bit.
+
+    diffusers refuses `.to(dtype)` on a quantized model.
+    """
+    coded = {id(tensor) for layer in quantized_layers(model).values() for tensor in layer.stored_tensors().values()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in coded:
+            tensor.data = tensor.data.to(dtype)

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from conftest import tiny_unet
+from torch import nn
+
+from vqdm.additive.code import CodeSpec
+from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
+from vqdm.diffusion.hessians import Moment, add_input, input_rows, passes, record_hessians, shared_inputs
+from vqdm.errors import RunError
+
+SPEC = CodeSpec(num_codebooks=2, nbits_per_codebook=4, in_group_size=4)
+
+
+def call(seed: int, size: int = 2) -> dict:
+    """Keyword arguments of a tiny SDXL UNet's call."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    added = {"text_embeds": draw(size, 32), "time_ids": torch.ones(size, 6)}
+    return {
+        "sample": draw(size, 4, 8, 8),
+        "timestep": torch.tensor([500.0] * size),
+        "encoder_hidden_states": draw(size, 5, 64),
+        "added_cond_kwargs": added,
+    }
+
+
+def plain_rows(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """im2col by loops over output positions: [N, kh·kw·C]."""
+    (ph, pw), (sh, sw), (dh, dw) = conv.padding, conv.stride, conv.dilation
+    x = torch.nn.functional.pad(x, (pw, pw, ph, ph))
+    height, width = conv(torch.zeros(1, conv.in_channels, x.shape[2] - 2 * ph, x.shape[3] - 2 * pw)).shape[-2:]
+    rows = []
+    for image in x:
+        for i in range(height):
+            for j in range(width):
+                taps = [
+                    image[:, i * sh + a * dh, j * sw + b * dw]
+                    for a in range(conv.kernel_size[0])
+                    for b in range(conv.kernel_size[1])
+                ]
+                rows.append(torch.cat(taps))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=3, padding=1),
+        dict(kernel_size=3, stride=2, padding=1),
+        dict(kernel_size=3, padding=2, dilation=2),
+        dict(kernel_size=(1, 3), padding=(0, 1), stride=(2, 1)),
+        dict(kernel_size=1),
+    ],
+)
+def test_conv_moment_equals_im2col(options):
+    conv, x = nn.Conv2d(3, 4, **options), torch.randn(2, 3, 6, 7)
+    moment = Moment(3 * conv.kernel_size[0] * conv.kernel_size[1], x.device)
+    add_input(moment, conv, x, group_channels=True)
+    rows = plain_rows(conv, x).double()
+    torch.testing.assert_close(moment.mean().double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_channels", [True, False])
+def test_rows_times_matrix_is_the_convolution(group_channels):
+    conv, x = nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.randn(2, 3, 5, 5)
+    product = input_rows(conv, x, group_channels) @ matrix_of(conv, group_channels).T  # [B·L, O]
+    torch.testing.assert_close(product.view(2, 25, 4).transpose(1, 2).reshape(2, 4, 5, 5), conv(x))
+
+
+def test_batches_count_by_their_samples():
+    linear, x = nn.Linear(6, 2), torch.randn(7, 3, 6)
+    moment = Moment(6, x.device)
+    for part in (x[:1], x[1:]):
+        add_input(moment, linear, part, True)
+    rows = x.reshape(-1, 6)
+    torch.testing.assert_close(moment.mean(), rows.T @ rows / 21)
+
+
+def test_recorded_hessians_equal_plain_ones_for_every_layer_and_memory_budget():
+    unet = tiny_unet("sdxl")
+    layers = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "up_blocks.0"]
+    groups = shared_inputs(unet, layers, call(0))
+    seen = {one.name: [] for one in layers}
+    hooks = [
+        unet.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen[name].append((m, args[0])))
+        for name in seen
+    ]
+    with torch.no_grad():
+        for seed in (1, 2):
+            unet(**call(seed))
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    runs = passes(groups, 1e-9)
+    assert len(runs) == len(groups) > len(passes(groups, 1.0)) == 1
+    for run in runs:
+        found |= record_hessians(unet, run, [lambda s=s: call(s) for s in (1, 2)], [lambda: call(3)])
+    for group in groups:
+        for layer in group:
+            module = seen[layer.name][0][0]
+            rows = torch.cat([input_rows(module, x, True) for _, x in seen[layer.name]]).double()
+            hessian, unseen = found[group[0].name]
+            torch.testing.assert_close(hessian.double(), rows.T @ rows / len(rows), rtol=2e-4, atol=1e-5)
+            assert unseen.shape == hessian.shape and not torch.equal(unseen, hessian)
+
+
+def test_layers_that_share_an_input_are_found():
+    unet = tiny_unet("sdxl")
+    layers = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
+    groups = [[one.name.split("transformer_blocks.")[-1] for one in group] for group in shared_inputs(unet, layers, call(0))]
+    assert ["0.attn1.to_q", "0.attn1.to_k", "0.attn1.to_v"] in groups
+    assert ["0.attn2.to_k", "0.attn2.to_v"] in groups
+    assert sum(len(group) for group in groups) == len(layers)
+
+
+def hook_count(unet) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in unet.modules())
+
+
+def test_hooks_are_gone_after_an_exception():
+    unet = tiny_unet("sdxl")
+    layers = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
+    groups, before = shared_inputs(unet, layers, call(0)), hook_count(unet)
+
+    def explode():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record_hessians(unet, groups, [explode], [])
+    assert hook_count(unet) == before
+
+
+def test_nan_names_the_layer():
+    unet = tiny_unet("sdxl")
+    layers = select_layers(unet, "default", 0, SPEC, {})
+    block = [one for one in layers if one.block == "down_blocks.1"]
+    groups = shared_inputs(unet, block, call(0))
+    bad = call(1)
+    bad["sample"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(RunError, match=r"layer down_blocks\.1\..* its inputs hold NaN"):
+        record_hessians(unet, groups, [lambda: bad], [])
+
+
+def test_a_layer_that_never_runs_is_named():
+    unet = tiny_unet("sdxl")
+    unet.mid_block.idle = nn.Linear(8, 8)
+    idle = Layer("mid_block.idle", "mid_block", "linear", 8, 8, SPEC)
+    with pytest.raises(RunError, match=r"mid_block\.idle does not run"):
+        shared_inputs(unet, [idle], call(0))
+
+
+def test_only_the_blocks_up_to_the_wanted_one_run():
+    unet, ran = tiny_unet("sdxl"), []
+    unet.up_blocks[1].register_forward_pre_hook(lambda *_: ran.append(1))
+    block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "down_blocks.0"]
+    record_hessians(unet, shared_inputs(unet, block, call(0)), [lambda: call(1)], [])
+    assert not ran

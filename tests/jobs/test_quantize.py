@@ -1,0 +1,198 @@
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_unet
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from main_text2image import main
+from vqdm.additive.code import CodeSpec
+from vqdm.cli import run_script
+from vqdm.diffusion.blocks import select_layers
+from vqdm.layers.quantized import quantized_layers
+
+FAST = (
+    "--num_codebooks 2 --nbits_per_codebook 4 --in_group_size 4 --calibration_nsamples 10 --evaluation_nsamples 3 "
+    "--visualize_nsamples 2 --num_inference_steps 2 --max_epochs 1 --beam_size 2 --init_max_iter 3 --xtx_batch_size 5"
+).split()
+
+LAYERS = len(select_layers(tiny_unet("sdxl"), "default", 0, CodeSpec(2, 4, 4), {}))
+
+
+def command(model, prompts, out, *extra: str) -> list[str]:
+    return [str(model), str(prompts), str(prompts), "--output_dir", str(out), *FAST, *extra]
+
+
+def file_hashes(out: Path) -> dict[str, str]:
+    """Digest of every file of the pipeline; the summary holds times and is left out."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.parent != out]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def finished(pipelines, prompt_file, tmp_path_factory) -> Path:
+    """One whole run over the attention of a tiny SDXL pipeline."""
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out)) == 0
+    return out
+
+
+def test_result_is_a_pipeline_that_stock_diffusers_loads(finished):
+    pipeline = DiffusionPipeline.from_pretrained(finished)
+    assert len(quantized_layers(pipeline.unet)) == LAYERS
+    picture = pipeline("a red circle", num_inference_steps=2, output_type="np").images
+    assert picture.shape == (1, 16, 16, 3)
+    assert not (finished / "work").exists()
+
+
+def test_summary_counts_what_is_on_disk(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    files = list(finished.glob("unet/*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    assert summary["bytes_of_unet"] == size
+    pipeline = DiffusionPipeline.from_pretrained(finished)
+    layers = quantized_layers(pipeline.unet)
+    weights = sum(layer._rows * layer._columns for layer in layers.values())
+    bits = sum(layer.stored_bits for layer in layers.values())
+    assert summary["effective_bits_layers"] == pytest.approx(bits / weights)
+    header = int.from_bytes(files[0].read_bytes()[:8], "little") + 8
+    parameters = sum(p.numel() for p in DiffusionPipeline.from_pretrained(summary["model"]).unet.parameters())
+    assert summary["effective_bits_unet"] == pytest.approx(8 * (size - header) / parameters)
+    assert summary["unet_output_error_db"] < -5
+    assert summary["pictures"]["count"] == 3 and summary["pictures"]["psnr_db"] > 10
+    assert {"seconds", "peak_memory_bytes", "versions", "command"} <= summary.keys()
+
+
+def test_every_layer_has_a_line_and_a_held_out_error(finished):
+    rows = [json.loads(line) for line in (finished / "layers.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["name"] for row in rows}) == LAYERS
+    assert all(0 <= row["error"] < 1 and row["held_out_error"] > 0 for row in rows)
+
+
+def test_pairs_and_card_are_there(finished):
+    with Image.open(finished / "image_pairs.png") as sheet:
+        assert sheet.width > 2 * 128 and len(sheet.convert("RGB").getcolors(10**6)) > 10
+    card = (finished / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers") and "import vqdm" in card
+
+
+def test_finished_run_is_not_done_again(finished, pipelines, prompt_file):
+    before = file_hashes(finished)
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, finished, "--resume")) == 0
+    assert file_hashes(finished) == before
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(finished, pipelines, prompt_file, tmp_path):
+    out = tmp_path / "out"
+    line = [sys.executable, "main_text2image.py", *command(pipelines["sdxl"], prompt_file, out, "--resume")]
+    for wanted in (1, 20):
+        child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while child.poll() is None and len(list(out.glob("work/layers/*.safetensors"))) < wanted:
+            time.sleep(0.02)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert child.returncode == -signal.SIGKILL and not (out / "summary.json").exists()
+    (out / "layers.jsonl").write_text((out / "layers.jsonl").read_text()[:-7])
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, "--resume")) == 0
+    assert file_hashes(out) == file_hashes(finished)
+    assert len((out / "layers.jsonl").read_text().splitlines()) == LAYERS
+
+
+@pytest.mark.parametrize("family", ["turbo", "sd15", "sd21"])
+def test_other_families(pipelines, prompt_file, tmp_path, family):
+    extra = ["--layer_filter", r".*attn1\.to_q|mid_block.*conv1"]
+    extra += ["--guidance_scale", "0"] if family == "turbo" else []
+    assert run_script(main, command(pipelines[family], prompt_file, tmp_path / "out", *extra)) == 0
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert quantized_layers(pipeline.unet)
+
+
+def test_student_latents_snapshots_and_hooks(pipelines, prompt_file, tmp_path):
+    out, mark = tmp_path / "out", tmp_path / "saved.txt"
+    script = f"import sys; open({str(mark)!r}, 'a').write(sys.argv[1] + chr(10))"
+    extra = ["--layer_filter", r".*attn1\.to_q", "--calibration_latents", "student", "--snapshot_step", "2"]
+    extra += ["--eval_step", "1", "--on_save", f'{sys.executable} -c "{script}" {{path}}']
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *extra)) == 0
+    saved = mark.read_text().splitlines()
+    assert len([line for line in saved if line.endswith("to_q.safetensors")]) == 4
+    assert [line for line in saved if line.endswith("unet")] and saved[-1] == str(out)
+    snapshot = next((out / "snapshots").iterdir())
+    assert snapshot.name == "02_mid_block"
+    from diffusers import UNet2DConditionModel
+
+    assert len(quantized_layers(UNet2DConditionModel.from_pretrained(snapshot / "unet"))) == 2
+
+
+def test_load_takes_layers_over(finished, pipelines, prompt_file, tmp_path, capsys):
+    extra = ["--load", str(finished), "--overrides", str(tmp_path / "plan.yaml")]
+    (tmp_path / "plan.yaml").write_text("mid_block.*conv1:\n  num_codebooks: 3\n")
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *extra)) == 0
+    assert f"{LAYERS - 2} of {LAYERS} layers are taken from there" in capsys.readouterr().out
+    old, new = (DiffusionPipeline.from_pretrained(path).unet.state_dict() for path in (finished, tmp_path / "out"))
+    same = "down_blocks.0.resnets.0.conv1.codes"
+    assert torch.equal(old[same], new[same])
+
+
+def test_dry_run_writes_nothing(pipelines, prompt_file, tmp_path, capsys):
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", "--dry_run")) == 0
+    text = capsys.readouterr().out
+    assert "down_blocks.0.resnets.0.conv1" in text and "stored bits a weight" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_offline_wandb_gets_figures_and_pictures(pipelines, prompt_file, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    extra = ["--layer_filter", r"mid_block.*attn1\.to_q", "--report_to", "wandb"]
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *extra)) == 0
+    import wandb
+
+    assert wandb.run is None
+
+
+def test_a_broken_tracker_never_stops_the_job(pipelines, prompt_file, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("accelerate.tracking.WandBTracker.__init__", broken)
+    extra = ["--layer_filter", r"mid_block.*attn1\.to_q", "--wandb"]
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *extra)) == 0
+
+
+def nan_pipeline(folder, target, name):
+    """A copy of a pipeline with one NaN in a weight."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.unet.get_submodule(name).weight.data.view(-1)[0] = float("nan")
+    pipeline.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "status", "words"),
+    [
+        ("no/such/folder", [], 2, "MODEL no/such/folder is not there"),
+        ("tests", [], 2, "folder without model_index.json"),
+        ("sdxl", ["--calibration_nsamples", "99"], 2, "--calibration_nsamples is 99, but"),
+        ("sdxl", ["--layer_filter", "nope"], 2, "--layer_filter nope matches no layer"),
+        ("sdxl", ["--in_group_size", "5"], 2, "layer down_blocks.0.resnets.0.conv1: in_group_size 5"),
+        ("sdxl", ["--device", "cuda:99"], 2, "--device cuda:99 cannot be used"),
+        ("sdxl", ["--output_dir", "tests"], 2, "is not a run of vqdm"),
+        ("sdxl", ["--min_timestep", "1", "--max_timestep", "2"], 2, "no step of the scheduler lies between"),
+        ("nan", [], 1, "NaN"),
+    ],
+)
+def test_bad_input_is_one_line(pipelines, prompt_file, tmp_path, capsys, model, extra, status, words):
+    if model == "nan":
+        model = nan_pipeline(pipelines["sdxl"], tmp_path / "nan", "down_blocks.0.resnets.0.conv1")
+    assert run_script(main, command(pipelines.get(model, model), prompt_file, tmp_path / "out", *extra)) == status
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1

@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from vqdm.additive.code import AdditiveCode, CodeSpec
+from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, quantized_layers, swap
+
+SPECS = [
+    CodeSpec(2, 4, 4),
+    CodeSpec(3, 5, 8),
+    CodeSpec(1, 8, 4, out_group_size=2, scale_nbits=4),
+    CodeSpec(2, 4, 4, groupwise_codebooks=True, codebook_value_nbits=6, input_channel_scales=True),
+    CodeSpec(2, 3, 4, group_channels=False, scale_nbits=16),
+]
+
+
+def random_code(spec: CodeSpec, rows: int, columns: int) -> AdditiveCode:
+    """A code of random values."""
+    generator = torch.Generator().manual_seed(0)
+    R, G = rows // spec.out_group_size, columns // spec.in_group_size
+    banks = (G,) if spec.groupwise_codebooks else ()
+    shape = (*banks, spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size)
+    return AdditiveCode(
+        spec,
+        torch.randint(0, spec.entries, (R, G, spec.num_codebooks), generator=generator),
+        torch.randn(shape, generator=generator),
+        torch.rand(R, G if spec.scale_nbits else 1, generator=generator) + 0.5,
+        torch.rand(columns, generator=generator) + 0.5 if spec.input_channel_scales else None,
+    ).stored()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_a_plain_layer_of_the_decoded_weight(spec, bias):
+    plain = nn.Linear(16, 8, bias=bias)
+    layer, code = QuantizedLinear.like(plain, spec), random_code(spec, 8, 16)
+    layer.set_code(code)
+    x = torch.randn(3, 5, 16)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, code.dequantize(), plain.bias))
+    assert isinstance(layer, nn.Linear) and "weight" not in dict(layer.named_parameters())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=3, padding=1),
+        dict(kernel_size=3, stride=2, padding=1),
+        dict(kernel_size=(1, 3), dilation=2, padding="same", padding_mode="reflect"),
+        dict(kernel_size=1, bias=False),
+    ],
+)
+def test_conv_equals_a_plain_layer_of_the_decoded_weight(spec, options):
+    plain = nn.Conv2d(8, 4, **options)
+    taps = plain.kernel_size[0] * plain.kernel_size[1]
+    layer, code = QuantizedConv2d.like(plain, spec), random_code(spec, 4, 8 * taps)
+    layer.set_code(code)
+    matrix = code.dequantize()
+    if spec.group_channels:
+        kernel = matrix.view(4, *plain.kernel_size, 8).permute(0, 3, 1, 2)
+    else:
+        kernel = matrix.view(4, 8, *plain.kernel_size)
+    plain.weight.data = kernel.contiguous()
+    x = torch.randn(2, 8, 7, 9)
+    torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(layer.weight.float(), kernel, rtol=1e-3, atol=1e-3)
+
+
+def test_stored_bits_are_those_of_the_tensors():
+    layer = QuantizedLinear(64, 32, CodeSpec(3, 5, 8))
+    codes, codebooks, scales = 32 * 8 * 3 * 5, 3 * 32 * 8 * 16, 32 * 16
+    assert layer.stored_bits == codes + codebooks + scales
+    held = sum(8 * p.element_size() * p.numel() for p in layer.parameters())
+    assert held == layer.stored_bits
+
+
+def test_swap_by_dotted_name_keeps_the_bias_and_the_mode():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Conv2d(8, 8, 1)).eval()
+    bias = model[0][0].bias
+    swapped = swap(model, "0.0", CodeSpec(2, 4, 4))
+    swap(model, "1", CodeSpec(2, 4, 4))
+    assert swapped.bias is bias and not swapped.training
+    assert list(quantized_layers(model)) == ["0.0", "1"]
+
+
+def test_deepcopy_and_state_dict_keep_the_weight():
+    layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
+    layer.set_code(random_code(SPECS[0], 8, 16))
+    twin = copy.deepcopy(layer)
+    other = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(twin.weight, layer.weight) and torch.equal(other.weight, layer.weight)
+
+
+def test_a_code_of_another_shape_is_refused():
+    layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
+    with pytest.raises(ValueError, match="codebooks has shape"):
+        layer.set_code(random_code(CodeSpec(2, 4, 8), 8, 32))

@@ -1,0 +1,83 @@
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from test_quantized import SPECS, random_code
+
+from vqdm.diffusion.blocks import Layer
+from vqdm.errors import RunError, UserError
+from vqdm.storage.atomic import save_bytes
+from vqdm.storage.runs import RunFolder, layer_generator
+
+LAYER = Layer("mid_block.a.b", "mid_block", "linear", 8, 16, SPECS[0])
+SETTINGS = {"seed": 0, "solver": {"spec": {"num_codebooks": 2}}, "output_dir": "x", "overrides": {}}
+
+
+def test_layers_come_back_exactly(tmp_path):
+    folder = RunFolder(str(tmp_path / "out"))
+    folder.open(SETTINGS, {}, False, 0)
+    assert folder.load_layer(LAYER) is None
+    code = random_code(LAYER.spec, LAYER.rows, LAYER.columns)
+    folder.save_layer(LAYER, code, {"error": 0.5})
+    again = folder.load_layer(LAYER)
+    assert again.spec == LAYER.spec and again.report == {"error": 0.5}
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in code.pack().items())
+
+
+def test_a_damaged_layer_file_is_named(tmp_path):
+    folder = RunFolder(str(tmp_path / "out"))
+    folder.open(SETTINGS, {}, False, 0)
+    folder.save_layer(LAYER, random_code(LAYER.spec, 8, 16), {})
+    path = folder.layer_path(LAYER.name)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(RunError, match=r"mid_block\.a\.b\.safetensors is damaged"):
+        folder.load_layer(LAYER)
+
+
+def test_a_run_is_resumed_only_on_request_and_with_equal_settings(tmp_path):
+    RunFolder(str(tmp_path)).open(SETTINGS, {}, False, 0)
+    with pytest.raises(UserError, match="holds a run already; add --resume"):
+        RunFolder(str(tmp_path)).open(SETTINGS, {}, False, 0)
+    RunFolder(str(tmp_path)).open(SETTINGS | {"output_dir": "elsewhere"}, {}, True, 0)
+    changed = SETTINGS | {"seed": 4, "solver": {"spec": {"num_codebooks": 3}}}
+    with pytest.raises(UserError, match="seed was 0, now 4; num_codebooks was 2, now 3"):
+        RunFolder(str(tmp_path)).open(changed, {}, True, 0)
+
+
+def test_foreign_folders_and_files_are_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match="is not a run of vqdm"):
+        RunFolder(str(tmp_path)).open(SETTINGS, {}, False, 0)
+    with pytest.raises(UserError, match="is not a run of vqdm"):
+        RunFolder(str(tmp_path / "mine.txt")).open(SETTINGS, {}, False, 0)
+    with pytest.raises(UserError, match="cannot be written"):
+        RunFolder(str(tmp_path / "mine.txt" / "out")).open(SETTINGS, {}, False, 0)
+    with pytest.raises(UserError, match="cannot be written"):
+        RunFolder("/proc/vqdm").open(SETTINGS, {}, False, 0)
+
+
+def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10**9))
+    with pytest.raises(UserError, match="1.00 GB are free, the run needs about 5.00 GB"):
+        RunFolder(str(tmp_path / "out")).open(SETTINGS, {}, False, 5 * 10**9)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    save_bytes(b"old", path)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_bytes(b"new", path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_layers_random_numbers_depend_on_seed_and_name_only():
+    first = torch.rand(3, generator=layer_generator(0, "a"))
+    assert torch.equal(first, torch.rand(3, generator=layer_generator(0, "a")))
+    assert not torch.equal(first, torch.rand(3, generator=layer_generator(0, "b")))
+    assert not torch.equal(first, torch.rand(3, generator=layer_generator(1, "a")))

@@ -1,0 +1,119 @@
+import pytest
+
+from main_text2image import build_parser, to_config
+from vqdm.cli import run_script
+from vqdm.errors import RunError, UserError
+
+BASIC = ["model", "calibration.txt", "evaluation.txt"]
+
+
+def config_of(*flags):
+    return to_config(vars(build_parser().parse([*BASIC, *flags])))
+
+
+def test_every_flag_reaches_the_settings():
+    config = config_of(
+        *"--num_codebooks 2 --nbits_per_codebook 6 --in_group_size 4 --scale_nbits 3 --no-group_channels".split(),
+        *"--encoder beam --beam_size 3 --lr 0.01 --guidance_scale 0 --seed 5 --save out/x --wandb --dry_run".split(),
+    )
+    assert (config.spec.num_codebooks, config.spec.nbits_per_codebook, config.spec.in_group_size) == (2, 6, 4)
+    assert (config.spec.scale_nbits, config.spec.group_channels) == (3, False)
+    assert (config.solver.encoder, config.solver.beam_size, config.solver.lr) == ("beam", 3, 0.01)
+    assert (config.sampling.guidance_scale, config.seed, config.output_dir) == (0.0, 5, "out/x")
+    assert (config.report_to, config.dry_run, config.resume) == ("wandb", True, False)
+
+
+def test_config_file_lies_beneath_the_flags(tmp_path):
+    path = tmp_path / "flags.yaml"
+    path.write_text("num_codebooks: 5\nseed: 9\nresume: true\nlr: 1e-3\n")
+    config = config_of("--config", str(path), "--seed", "2")
+    assert (config.spec.num_codebooks, config.seed, config.resume, config.solver.lr) == (5, 2, True, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("colour: 1", "no such flag: colour"),
+        ("seed: many", "'many' is not a whole number"),
+        ("resume: 3", "allowed are true and false"),
+        ("encoder: magic", "invalid choice"),
+        ("- 1", "must hold a mapping"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_bad_config_files(tmp_path, text, words):
+    path = tmp_path / "flags.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        config_of("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num_codebooks 0", "--num_codebooks: 0 is out of range; allowed are whole numbers from 1 to 16"),
+        ("--nbits_per_codebook 17", "from 1 to 16"),
+        ("--nbits_per_codebook two", "'two' is not a whole number"),
+        ("--scale_nbits 12", "--scale_nbits is 12"),
+        ("--codebook_value_nbits 9", "--codebook_value_nbits is 9"),
+        ("--codebook_value_nbits 4 --codebook_value_num_groups 7", "--codebook_value_num_groups is 7"),
+        ("--lr 1", "--lr is 1.0"),
+        ("--lr nan", "out of range"),
+        ("--encoder fast", "invalid choice: 'fast'"),
+        ("--num_codebook 2", "unrecognized arguments"),
+        ("--min_timestep 600 --max_timestep 500", "--min_timestep 600.0 is above --max_timestep 500.0"),
+        ("--visualize_nsamples 50", "--visualize_nsamples 50 is more than"),
+        ("--overrides nowhere.json", "--overrides nowhere.json cannot be read"),
+        ("--nsamples 4", "--nsamples is not a flag here: use --calibration_nsamples"),
+        ("--use_faiss", "--use_faiss is not a flag here"),
+    ],
+)
+def test_bad_flags_say_which_and_what_is_allowed(flags, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")) as caught:
+        config_of(*flags.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [("[1]", "must map"), ('{"a": 3}', "expected null"), ('{"a": {"x": 1}}', "settings out of"), ('{"(": null}', "regular")],
+)
+def test_bad_overrides(tmp_path, plan, words):
+    path = tmp_path / "plan.json"
+    path.write_text(plan)
+    with pytest.raises(UserError, match=words):
+        config_of("--overrides", str(path))
+
+
+def test_on_save_must_be_a_command():
+    with pytest.raises(UserError, match="--on_save"):
+        config_of("--on_save", "echo 'unclosed")
+
+
+def test_help_reads(capsys):
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "--num_codebooks" in text and "(default: 3)" in text and "--use_faiss" not in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("--x is 1"), 2),
+        (RunError("layer y\nmore"), 1),
+        (OSError(28, "No space left"), 1),
+        (KeyboardInterrupt(), 130),
+        (ZeroDivisionError("oops"), 1),
+    ],
+)
+def test_errors_are_one_line_and_a_status(capsys, error, status):
+    def fail(_):
+        raise error
+
+    assert run_script(fail) == status
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err + captured.out

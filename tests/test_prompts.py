@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from vqdm.errors import UserError
+from vqdm.prompts import draw, load_prompts
+
+PROMPTS = ["a red circle", 'a "blue" star, small', "ein grüner Stern"]
+
+
+def write(path, kind: str) -> str:
+    """The three prompts as a file of one kind."""
+    file = path / f"prompts.{kind}"
+    quoted = [f'"{prompt.replace(chr(34), chr(34) * 2)}"' for prompt in PROMPTS]
+    texts = {
+        "txt": "\n".join(PROMPTS) + "\n\n",
+        "csv": "id,Caption\r\n" + "".join(f"{i},{prompt}\r\n" for i, prompt in enumerate(quoted)),
+        "tsv": "text\tid\n" + "".join(f"{prompt}\t{i}\n" for i, prompt in enumerate(quoted)),
+        "json": json.dumps({"captions": PROMPTS}),
+        "jsonl": "".join(json.dumps({"id": 1, "prompt": prompt}) + "\n" for prompt in PROMPTS),
+        "yaml": "".join(f"- prompt: {json.dumps(prompt)}\n" for prompt in PROMPTS),
+    }
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "prompt": PROMPTS}), file)
+    else:
+        file.write_bytes(texts[kind].encode())
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "json", "jsonl", "yaml", "parquet"])
+def test_every_kind_reads_the_same(tmp_path, kind):
+    assert load_prompts(write(tmp_path, kind), "PROMPTS") == PROMPTS
+
+
+def test_draw_is_seeded_and_without_replacement():
+    prompts = [str(i) for i in range(50)]
+    first = draw(prompts, 20, 0, "file", "--n")
+    assert first == draw(prompts, 20, 0, "file", "--n") != draw(prompts, 20, 1, "file", "--n")
+    assert len(set(first)) == 20
+    assert draw(prompts, 0, 0, "file", "--n") == prompts
+    with pytest.raises(UserError, match="--n is 51, but file holds 50 prompts"):
+        draw(prompts, 51, 0, "file", "--n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.txt", None, "is not there"),
+        ("empty.txt", b"\n  \n", "holds no prompt"),
+        ("empty.csv", b"", "no column named"),
+        ("wrong.csv", b"id,words\n1,a\n", "its columns are id, words"),
+        ("bad.json", b"{", "cannot be read"),
+        ("number.json", b"3", "expected a list"),
+        ("numbers.json", b"[1, 2]", "expected strings or objects"),
+        ("bad.yaml", b"a: [", "cannot be read"),
+        ("binary.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("bad.parquet", b"not parquet", "cannot be read"),
+        ("prompts.docx", b"x", "allowed are .txt .csv"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, words):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_prompts(str(path), "CALIBRATION_PROMPTS")
+    assert "CALIBRATION_PROMPTS" in str(caught.value) and name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_that_cannot_be_had_is_named():
+    with pytest.raises(UserError, match="CALIBRATION_PROMPTS: no-such-owner/no-such-set"):
+        load_prompts("no-such-owner/no-such-set", "CALIBRATION_PROMPTS")
