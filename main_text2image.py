@@ -46,9 +46,7 @@ def build_parser() -> Parser:
     prompts = "prompt file (.txt .csv .tsv .json .jsonl .yaml .parquet), or a datasets id"
     parser.add_argument("calibration_prompts", metavar="CALIBRATION_PROMPTS", help=prompts)
     parser.add_argument("evaluation_prompts", metavar="EVALUATION_PROMPTS", help=prompts + "; not used to calibrate")
-    _add_format_flags(
-        parser.add_argument_group("format (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)")
-    )
+    _add_format_flags(parser.add_argument_group("format (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)"))
     _add_layer_flags(parser.add_argument_group("layers"))
     _add_calibration_flags(parser.add_argument_group("calibration and evaluation"))
     _add_sampling_flags(parser.add_argument_group("sampling"))
@@ -196,8 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     summary = quantize(config)
     if summary:
         print(
-            f"{summary['effective_bits_layers']:.3f} bits a weight ({summary['effective_bits_unet']:.3f} over the whole "
-            f"UNet), UNet-output error {summary['unet_output_error_db']:.2f} dB\n"
+            f"{summary['effective_bits_layers']:.3f} bits a weight ({summary['effective_bits_unet']:.3f} over the "
+            f"whole UNet), UNet-output error {summary['unet_output_error_db']:.2f} dB\n"
             f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
             f'load it: import vqdm; DiffusionPipeline.from_pretrained("{config.output_dir}")'
         )

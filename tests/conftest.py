@@ -13,8 +13,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from train_text import known_words, make_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from train_text import known_words, make_tokenizer
 
 FAMILIES = ("sdxl", "turbo", "sd15", "sd21")
 _ATTENTION = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")

@@ -1,6 +1,8 @@
-import pytest
+import shlex
 
+import pytest
 from main_text2image import build_parser, to_config
+
 from vqdm.cli import run_script
 from vqdm.errors import RunError, UserError
 
@@ -13,8 +15,9 @@ def config_of(*flags):
 
 def test_every_flag_reaches_the_settings():
     config = config_of(
-        *"--num_codebooks 2 --nbits_per_codebook 6 --in_group_size 4 --scale_nbits 3 --no-group_channels".split(),
-        *"--encoder beam --beam_size 3 --lr 0.01 --guidance_scale 0 --seed 5 --save out/x --wandb --dry_run".split(),
+        *shlex.split("--num_codebooks 2 --nbits_per_codebook 6 --in_group_size 4 --scale_nbits 3 --no-group_channels"),
+        *shlex.split("--encoder beam --beam_size 3 --lr 0.01 --guidance_scale 0 --seed 5 --save out/x"),
+        *shlex.split("--wandb --dry_run"),
     )
     assert (config.spec.num_codebooks, config.spec.nbits_per_codebook, config.spec.in_group_size) == (2, 6, 4)
     assert (config.spec.scale_nbits, config.spec.group_channels) == (3, False)
@@ -76,7 +79,12 @@ def test_bad_flags_say_which_and_what_is_allowed(flags, words):
 
 @pytest.mark.parametrize(
     ("plan", "words"),
-    [("[1]", "must map"), ('{"a": 3}', "expected null"), ('{"a": {"x": 1}}', "settings out of"), ('{"(": null}', "regular")],
+    [
+        ("[1]", "must map"),
+        ('{"a": 3}', "expected null"),
+        ('{"a": {"x": 1}}', "settings out of"),
+        ('{"(": null}', "regular"),
+    ],
 )
 def test_bad_overrides(tmp_path, plan, words):
     path = tmp_path / "plan.json"

@@ -21,10 +21,8 @@ def write(path, kind: str) -> str:
         "yaml": "".join(f"- prompt: {json.dumps(prompt)}\n" for prompt in PROMPTS),
     }
     if kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "prompt": PROMPTS}), file)
+        table = pytest.importorskip("pyarrow").table({"id": [1, 2, 3], "prompt": PROMPTS})
+        pytest.importorskip("pyarrow.parquet").write_table(table, file)
     else:
         file.write_bytes(texts[kind].encode())
     return str(file)

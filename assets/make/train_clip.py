@@ -136,9 +136,7 @@ def save(model: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
 def retrieval(folder: Path, scenes: list[Scene]) -> dict[str, float]:
     """Share of captions whose picture is the most similar one, and of pictures whose caption is."""
     model = open_clip.create_model(f"local-dir:{folder}").eval()
-    texts = open_clip.get_tokenizer(f"local-dir:{folder}")(
-        [caption(s, random.Random(i)) for i, s in enumerate(scenes)]
-    )
+    texts = open_clip.get_tokenizer(f"local-dir:{folder}")([caption(s, random.Random(i)) for i, s in enumerate(scenes)])
     pictures = render_many(scenes, seed=9).float() / 127.5 - 1
     images, texts = model.encode_image(pictures, normalize=True), model.encode_text(texts, normalize=True)
     similar, wanted = texts @ images.T, torch.arange(len(scenes))  # [N, N]: captions down, pictures across

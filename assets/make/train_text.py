@@ -16,6 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
 from models import MAX_TOKENS, make_text_encoders
 from scenes import (
     BACKGROUNDS,
@@ -30,10 +35,6 @@ from scenes import (
     sample_split,
     split_of,
 )
-from tokenizers import Tokenizer, models, trainers
-from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 THING_FIELDS = {"shape": SHAPES, "colour": tuple(COLOURS), "fill": FILLS, "size": tuple(SIZES)}
 LAYOUTS = (*PLACES, "left of", "above")
@@ -46,7 +47,7 @@ def labels_of(scene: Scene) -> list[int]:
     for place in range(2):
         thing = scene.things[place] if place < len(scene.things) else None
         out += [1 + values.index(getattr(thing, name)) if thing else 0 for name, values in THING_FIELDS.items()]
-    return out + [LAYOUTS.index(scene.layout), list(BACKGROUNDS).index(scene.background), int(scene.gradient)]
+    return [*out, LAYOUTS.index(scene.layout), list(BACKGROUNDS).index(scene.background), int(scene.gradient)]
 
 
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
@@ -138,9 +139,7 @@ def main() -> None:
         if step % 250 == 0:
             with torch.no_grad():
                 right = [whole_scene_right(logits, unseen_labels) for logits in reader(unseen_ids)]
-            print(
-                json.dumps({"step": step, "loss": loss.item(), "right": right, "s": time.time() - began}), flush=True
-            )
+            print(json.dumps({"step": step, "loss": loss.item(), "right": right, "s": time.time() - began}), flush=True)
     tokenizer.save_pretrained(options.work / "tokenizer")
     for name, encoder in zip(("text_encoder", "text_encoder_2"), reader.encoders, strict=True):
         encoder.save_pretrained(options.work / name)

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
 from models import make_scheduler, make_unet
 from scenes import caption, sample_scene, split_of
-from torch import Tensor
 from train_text import tokenize
 from train_vae import render_many
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TIME_IDS = (64, 64, 0, 0, 64, 64)
 
@@ -163,7 +164,7 @@ def finish(work: Path, folder: Path) -> None:
         scheduler=make_scheduler(),
         add_watermarker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(folder)
+    pipeline.to(torch.float16).save_pretrained(folder, max_shard_size="14MB")
 
 
 def main() -> None:

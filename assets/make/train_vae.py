@@ -1,8 +1,10 @@
 """Train the small pipeline's autoencoder on renders.
 
     python assets/make/train_vae.py --work build/shapes
+    python assets/make/train_vae.py --work build/shapes --decoder_only --lr 1e-3
 
-Writes WORK/vae (a diffusers folder), going on from one that is there, and prints the reconstruction PSNR on unseen scenes.
+Writes WORK/vae (a diffusers folder), going on from one that is there, and prints the reconstruction PSNR on unseen
+scenes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+
 from models import make_vae
 from scenes import render, sample_scene, sample_split
 
@@ -59,6 +62,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=6)
+    parser.add_argument("--decoder_only", action="store_true", help="keep the latents as they are")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -68,7 +72,10 @@ def main() -> None:
     earlier = options.work / "vae"
     vae = AutoencoderKL.from_pretrained(earlier) if earlier.exists() else make_vae()
     vae.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, weight_decay=0.0)
+    if options.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps, pct_start=0.05)
     began = time.time()
     for step in range(options.steps):
@@ -82,7 +89,8 @@ def main() -> None:
             row = {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
             print(json.dumps(row | measure(vae, unseen)), flush=True)
     figures = measure(vae, unseen)
-    vae.register_to_config(scaling_factor=round(1 / figures["latent_std"], 5))
+    if not options.decoder_only:
+        vae.register_to_config(scaling_factor=round(1 / figures["latent_std"], 5))
     vae.save_pretrained(options.work / "vae")
     print(json.dumps(figures))
 

@@ -89,8 +89,7 @@ def test_the_result_is_the_best_seen():
     W, H = randn(32, 32), second_moment(32)
     spec = CodeSpec(2, 4, 4, codebook_value_nbits=2)
     errors = [
-        solve(W, H, spec, encoder="beam", lr=0.05, max_epochs=n, relative_mse_tolerance=0.0)[1].error
-        for n in (1, 2, 4)
+        solve(W, H, spec, encoder="beam", lr=0.05, max_epochs=n, relative_mse_tolerance=0.0)[1].error for n in (1, 2, 4)
     ]
     assert errors[0] >= errors[1] >= errors[2]
 

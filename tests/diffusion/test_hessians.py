@@ -107,7 +107,9 @@ def test_recorded_hessians_equal_plain_ones_for_every_layer_and_memory_budget():
 def test_layers_that_share_an_input_are_found():
     unet = tiny_unet("sdxl")
     layers = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
-    groups = [[one.name.split("transformer_blocks.")[-1] for one in group] for group in shared_inputs(unet, layers, call(0))]
+    groups = [
+        [one.name.split("transformer_blocks.")[-1] for one in group] for group in shared_inputs(unet, layers, call(0))
+    ]
     assert ["0.attn1.to_q", "0.attn1.to_k", "0.attn1.to_v"] in groups
     assert ["0.attn2.to_k", "0.attn2.to_v"] in groups
     assert sum(len(group) for group in groups) == len(layers)

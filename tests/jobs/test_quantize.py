@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,18 +11,18 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DiffusionPipeline
+from main_text2image import main
 from PIL import Image
 
-from main_text2image import main
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.quantized import quantized_layers
 
-FAST = (
+FAST = shlex.split(
     "--num_codebooks 2 --nbits_per_codebook 4 --in_group_size 4 --calibration_nsamples 10 --evaluation_nsamples 3 "
     "--visualize_nsamples 2 --num_inference_steps 2 --max_epochs 1 --beam_size 2 --init_max_iter 3 --xtx_batch_size 5"
-).split()
+)
 
 LAYERS = len(select_layers(tiny_unet("sdxl"), "default", 0, CodeSpec(2, 4, 4), {}))
 

@@ -29,6 +29,12 @@ def run(unet) -> torch.Tensor:
         return unet(sample, 500, tokens, added_cond_kwargs=added).sample
 
 
+def picture(pipeline) -> torch.Tensor:
+    """Final latents of one prompt."""
+    settings = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    return pipeline("a red star", **settings).images
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_round_trip_is_exact(tmp_path, spec):
     unet = quantized_unet(spec)
@@ -56,11 +62,8 @@ def test_whole_pipeline_with_stock_diffusers(tmp_path, pipelines):
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     again = StableDiffusionXLPipeline.from_pretrained(tmp_path)
-    draw = lambda pipe: pipe(  # noqa: E731
-        "a red star", num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0)
-    ).images
     assert isinstance(again.unet.mid_block.resnets[0].conv1, QuantizedConv2d)
-    assert torch.equal(draw(pipeline), draw(again))
+    assert torch.equal(picture(pipeline), picture(again))
 
 
 def test_half_precision_load(tmp_path):

@@ -59,7 +59,7 @@ def test_foreign_folders_and_files_are_refused(tmp_path):
 
 def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10**9))
-    with pytest.raises(UserError, match="1.00 GB are free, the run needs about 5.00 GB"):
+    with pytest.raises(UserError, match=r"1\.00 GB are free, the run needs about 5\.00 GB"):
         RunFolder(str(tmp_path / "out")).open(SETTINGS, {}, False, 5 * 10**9)
 
 

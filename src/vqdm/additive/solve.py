@@ -23,7 +23,7 @@ from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_f
 from vqdm.additive.kmeans import draw, residual_kmeans
 from vqdm.additive.refit import refit_codebooks, refit_scales, to_groups, weighted_error
 
-REFIT_ITERATIONS = 8  # of conjugate gradients
+REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
 RIDGE = 1.0  # how many more uses a codebook entry's present value counts for
 RELAXED_EPOCHS = 8  # searches with perturbed codebooks and a softened H, less and less of both
 PERTURBATION = 0.4  # noise of the first, in units of the square root of the relative error
@@ -216,7 +216,7 @@ def without_feedback(W: Tensor, code: AdditiveCode) -> AdditiveCode:
 
 
 def perturbed(W: Tensor, H: Tensor, code: AdditiveCode, level: float, generator: torch.Generator) -> AdditiveCode:
-    """`code` with Gaussian noise on its codebooks: all M together `level` · √(relative error) · RMS of coded values."""
+    """`code` with Gaussian noise on its codebooks: all M together `level` · √(relative error) · RMS of its values."""
     M = code.spec.num_codebooks
     unscaled = replace(code, scales=torch.ones_like(code.scales)).dequantize()
     spread = unscaled.square().mean().sqrt() * math.sqrt(relative_error(W, code, H) / M)

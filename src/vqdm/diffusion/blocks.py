@@ -61,8 +61,8 @@ def select_layers(
     """The layers to quantize, in order.
 
     Args:
-        layer_filter: a preset ("default" is VQDM's set, "linear_only" and "conv_only" its halves, "all" every Linear and
-            Conv2d inside the blocks) or a regular expression that must match the whole name.
+        layer_filter: a preset ("default" is VQDM's set, "linear_only" and "conv_only" its halves, "all" every Linear
+            and Conv2d inside the blocks) or a regular expression that must match the whole name.
         min_channels: layers with fewer input or output channels are left alone.
         overrides: full-match pattern → settings that replace those of `spec`, or None to leave the layer alone; the
             first pattern that matches counts.

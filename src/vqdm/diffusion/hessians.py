@@ -8,7 +8,7 @@ Letters: I inputs of the layer seen as a matrix, N samples, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def add_input(moment: Moment, module: nn.Module, x: Tensor, group_channels: bool) -> None:
-    """Count a layer's input batch in, a few images at a time so that no unfolded copy grows beyond bounds."""
+    """Count a layer's input in, a few images at a time so that no unfolded copy grows beyond bounds."""
     if isinstance(module, nn.Linear):
         moment.add(input_rows(module, x, group_channels))
         return
@@ -76,7 +76,7 @@ def geometry(module: nn.Linear | nn.Conv2d, group_channels: bool) -> tuple:
 
 @contextmanager
 def input_hooks(unet: nn.Module, names: list[str], seen: Callable[[str, nn.Module, Tensor], None]):
-    """Call `seen(name, module, input)` whenever a named layer runs; the hooks are gone on leaving, however one leaves."""
+    """Call `seen(name, module, input)` whenever a named layer runs; no hook is left, however one leaves."""
     handles = []
     try:
         for name in names:
@@ -103,10 +103,8 @@ def stopping_after(unet: nn.Module, block: str):
 
     @torch.no_grad()
     def run(call: dict) -> None:
-        try:
+        with suppress(_BlockDone):
             unet(**call)
-        except _BlockDone:
-            pass
 
     try:
         yield run
@@ -139,7 +137,7 @@ def shared_inputs(unet: nn.Module, layers: list[Layer], call: dict) -> list[list
 
 
 def passes(groups: list[list[Layer]], memory_gb: float) -> list[list[list[Layer]]]:
-    """Split groups into runs whose Hessians (training and held-out, float32) fit into `memory_gb`; at least one a run."""
+    """Split groups into runs whose Hessians (training and held-out, float32) fit into `memory_gb`."""
     out, used = [], float("inf")
     for group in groups:
         need = 2 * 4 * group[0].columns ** 2 / 1e9

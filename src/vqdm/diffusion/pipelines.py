@@ -115,9 +115,7 @@ def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
 
 
 @torch.no_grad()
-def sample(
-    pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: int, settings: dict
-) -> list[Image.Image]:
+def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: int, settings: dict) -> list[Image.Image]:
     """Pictures for a batch of prompts; the k-th uses seed `seed + first + k`.
 
     Args:

@@ -1,7 +1,7 @@
 """Quantize a pipeline's UNet: the main job, from prompts to a finished pipeline folder.
 
-Order of work: record the teacher once; then block by block record Hessians with the earlier blocks quantized, solve each
-layer, swap the block's layers in; then measure against the teacher and write the folder (VQDM, arXiv 2409.00492, §4).
+Order of work: record the teacher once; then block by block record Hessians with the earlier blocks quantized, solve
+each layer, swap the block's layers in; then measure against the teacher and write the folder (arXiv 2409.00492, §4).
 """
 
 from __future__ import annotations
@@ -217,9 +217,7 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     return found
 
 
-def solve_block(
-    job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories
-) -> dict[str, SolvedLayer]:
+def solve_block(job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories) -> dict[str, SolvedLayer]:
     """Record Hessians of a block's unsolved layers and solve them; each result is on disk before the next begins."""
     calls = partial(_calls, job, trajectories)
     training, apart = held_out(spread_points(trajectories, job.config.calibration_nsteps))

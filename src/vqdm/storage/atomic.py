@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def save_bytes(data: bytes, path: Path) -> None:
-    """Write `data` under `path` so that no reader ever sees a part of it, and a crash leaves the old file or the new."""
+    """Write `data` under `path`: no reader ever sees a part of it, and a crash leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,6 +35,4 @@ def save_json(value, path: Path) -> None:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """One safetensors file; tensors are made contiguous and moved to the CPU."""
-    save_bytes(
-        to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata), path
-    )
+    save_bytes(to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata), path)

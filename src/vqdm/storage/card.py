@@ -20,7 +20,7 @@ tags: [vqdm, quantized, text-to-image]
 
 # {base}, its UNet at {summary["effective_bits_layers"]:.2f} bits a weight
 
-Quantized with [vqdm](https://arxiv.org/abs/2409.00492): additive vector quantization of {summary["layers_quantized"]} layers.
+Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary["layers_quantized"]} layers.
 
 | | |
 |---|---|

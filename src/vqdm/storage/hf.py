@@ -18,7 +18,7 @@ from vqdm.layers.quantized import quantized_layers, swap
 FORMAT_VERSION = 1
 
 
-class Method(str, Enum):
+class Method(str, Enum):  # noqa: UP042
     """diffusers reads `quant_method.value`, and its own enumeration is closed."""
 
     VQDM = "vqdm"
@@ -39,7 +39,7 @@ class VqdmConfig(QuantizationConfigMixin):
     def __init__(self, code: dict, layers: dict[str, dict], format_version: int = FORMAT_VERSION, **_):
         if format_version != FORMAT_VERSION:
             raise ValueError(
-                f"format_version is {format_version!r}; this vqdm reads version {FORMAT_VERSION}. A newer vqdm may read it"
+                f"format_version is {format_version!r}; this vqdm reads {FORMAT_VERSION}, a newer one may read it"
             )
         self.quant_method = Method.VQDM
         self.format_version = format_version

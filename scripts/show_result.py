@@ -1,0 +1,50 @@
+"""Load a quantized pipeline with stock diffusers, draw a picture with it, and print the figures of its summary.
+
+python scripts/show_result.py out/demo [--prompt "a big red circle above a small blue star on a white background"]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+import vqdm
+
+PROMPT = "a big plain red circle left of a small striped blue star on a white background"
+
+
+def table(summary: dict) -> str:
+    """Two columns: what, and how much."""
+    original, now = summary["bytes_of_original_unet"], summary["bytes_of_unet"]
+    rows = {
+        "stored bits a weight, quantized layers": f"{summary['effective_bits_layers']:.3f}",
+        "stored bits a parameter, whole UNet": f"{summary['effective_bits_unet']:.3f}",
+        "UNet on disk": f"{now / 1e6:.2f} MB" + (f" (was {original / 1e6:.2f} MB)" if original else ""),
+        "UNet-output error, unseen prompts": f"{summary['unet_output_error_db']:.2f} dB",
+        "PSNR of pictures, equal seeds": f"{summary['pictures']['psnr_db']:.2f} dB",
+        "time": f"{summary['seconds']['total']:.0f} s",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--prompt", default=PROMPT)
+    options = parser.parse_args()
+    pipeline = DiffusionPipeline.from_pretrained(options.folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    draw = pipeline(options.prompt, num_inference_steps=20, guidance_scale=3.0, generator=torch.manual_seed(0))
+    draw.images[0].save(options.folder / "sample.png")
+    print(f"\nvqdm {vqdm.__version__}, {options.folder}\n")
+    print(table(json.loads((options.folder / "summary.json").read_text())))
+    print(f"\npicture pairs  {options.folder / 'image_pairs.png'}\none picture    {options.folder / 'sample.png'}")
+
+
+if __name__ == "__main__":
+    main()
