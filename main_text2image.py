@@ -18,30 +18,38 @@ from dataclasses import fields
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
-from vqdm.cli import Parser, Refused, add_shared_flags, real, run_script, whole
+from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, real, run_script, whole
 from vqdm.config import QuantizeConfig, SamplingConfig, read_overrides
-from vqdm.diffusion.pipelines import SCHEDULERS
 from vqdm.errors import UserError
 from vqdm.jobs.quantize import quantize
 
+_LATER = "this version does not fine-tune while it quantizes"
 REFUSED = {
     "--model_path": "give the model as the first positional argument",
-    "--dataset": "give calibration prompts as the second positional argument",
-    "--nsamples": "use --calibration_nsamples",
     "--devices": "choose GPUs with CUDA_VISIBLE_DEVICES",
-    "--offload_activations": "nothing needs offloading: Hessians are bounded by --hessian_memory_gb",
     "--code_dtype": "codes are stored packed, at exactly --nbits_per_codebook bits",
-    "--mix_compression": "use --overrides FILE to give layers their own settings",
-    "--true-sequential": "the order of blocks is fixed: down, mid, up",
+    "--offload_activations": "nothing needs offloading: Hessians are bounded by --hessian_memory_gb",
     "--use_faiss": "k-means runs in torch",
     "--skip_out_loss": "the error of the UNet's output is always reported",
-    "--no_quant": "use generate.py without a quantized folder for full precision",
+    "--print_frequency": "one line a layer is printed",
+    "--num_intermediate_finetunes": _LATER,
+    "--finetune_method": _LATER,
+    "--finetune_nsamples": _LATER,
+    "--finetune_batch_size": _LATER,
+    "--finetune_max_epochs": _LATER,
+    "--finetune_lr": _LATER,
+    "--finetune_adam_beta1": _LATER,
+    "--finetune_adam_beta2": _LATER,
+    "--finetune_relative_mse_tolerance": _LATER,
+    "--finetune_keep_best": _LATER,
+    "--local_batch_size": _LATER,
+    "--use_checkpointing": _LATER,
 }
 
 
 def build_parser() -> Parser:
     """All flags, grouped."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "MODEL CALIBRATION_PROMPTS EVALUATION_PROMPTS")
     parser.add_argument("model", metavar="MODEL", help="diffusers pipeline: a folder, or a name on the hub")
     prompts = "prompt file (.txt .csv .tsv .json .jsonl .yaml .parquet), or a datasets id"
     parser.add_argument("calibration_prompts", metavar="CALIBRATION_PROMPTS", help=prompts)
@@ -49,7 +57,7 @@ def build_parser() -> Parser:
     _add_format_flags(parser.add_argument_group("format (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)"))
     _add_layer_flags(parser.add_argument_group("layers"))
     _add_calibration_flags(parser.add_argument_group("calibration and evaluation"))
-    _add_sampling_flags(parser.add_argument_group("sampling"))
+    add_sampling_flags(parser.add_argument_group("sampling"))
     _add_solver_flags(parser.add_argument_group("layer solver"))
     _add_keeping_flags(parser.add_argument_group("keeping and going on"))
     add_shared_flags(parser, output="out/quantized")
@@ -79,7 +87,7 @@ def _add_format_flags(group: argparse._ArgumentGroup) -> None:
         "--group_channels",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="groups of a convolution run over channels at one kernel location",
+        help="groups of a convolution run over channels at one kernel location (on by default)",
     )
 
 
@@ -88,7 +96,7 @@ def _add_layer_flags(group: argparse._ArgumentGroup) -> None:
         "--layer_filter",
         default="default",
         metavar="{default,all,linear_only,conv_only,REGEX}",
-        help="which layers; a regular expression must match the whole dotted name",
+        help="which layers; a regular expression is searched for in their dotted names",
     )
     group.add_argument("--min_channels", type=whole(0), default=0, help="leave layers with fewer channels alone")
     group.add_argument(
@@ -115,17 +123,6 @@ def _add_calibration_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--hessian_memory_gb", type=real(0), default=8.0, help="a block is recorded in passes that fit into this"
     )
-
-
-def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="default", help="default: the pipeline's own")
-    group.add_argument("--guidance_scale", type=real(0), help="default: the pipeline's own; 0 for SDXL-Turbo")
-    group.add_argument("--num_inference_steps", type=whole(1, 1000), help="default: the pipeline's own")
-    group.add_argument("--height", type=whole(8), help="pixels; default: the pipeline's own")
-    group.add_argument("--width", type=whole(8), help="pixels; default: the pipeline's own")
-    group.add_argument("--variant", help="file variant of the model, such as fp16")
-    group.add_argument("--revision", help="branch, tag or commit on the hub")
-    group.add_argument("--local_files_only", action="store_true", help="never ask the hub")
 
 
 def _add_solver_flags(group: argparse._ArgumentGroup) -> None:

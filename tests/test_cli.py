@@ -26,6 +26,11 @@ def test_every_flag_reaches_the_settings():
     assert (config.report_to, config.dry_run, config.resume) == ("wandb", True, False)
 
 
+def test_spellings_of_the_original_work():
+    options = build_parser().parse([*BASIC, "--scheduler", "DDPM", "--loglevel", "warn", "--save", "x"])
+    assert (options.scheduler, options.loglevel, options.output_dir) == ("ddpm", "WARNING", "x")
+
+
 def test_config_file_lies_beneath_the_flags(tmp_path):
     path = tmp_path / "flags.yaml"
     path.write_text("num_codebooks: 5\nseed: 9\nresume: true\nlr: 1e-3\n")
@@ -67,7 +72,8 @@ def test_bad_config_files(tmp_path, text, words):
         ("--min_timestep 600 --max_timestep 500", "--min_timestep 600.0 is above --max_timestep 500.0"),
         ("--visualize_nsamples 50", "--visualize_nsamples 50 is more than"),
         ("--overrides nowhere.json", "--overrides nowhere.json cannot be read"),
-        ("--nsamples 4", "--nsamples is not a flag here: use --calibration_nsamples"),
+        ("--devices 0", "--devices is not a flag here: choose GPUs with CUDA_VISIBLE_DEVICES"),
+        ("--num_intermediate_finetunes 2", "--num_intermediate_finetunes is not a flag here"),
         ("--use_faiss", "--use_faiss is not a flag here"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from vqdm.diffusion.pipelines import SCHEDULERS
 from vqdm.errors import RunError, UserError
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -19,8 +20,14 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 class Parser(argparse.ArgumentParser):
     """Argument parser: no prefix matching, defaults in the help, `--config FILE.yaml` beneath the flags."""
 
-    def __init__(self, doc: str):
-        super().__init__(description=doc.strip(), formatter_class=_HelpFormatter, allow_abbrev=False, add_help=False)
+    def __init__(self, doc: str, usage: str):
+        super().__init__(
+            usage=f"%(prog)s {usage} [FLAGS]",
+            description=doc.strip(),
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
@@ -61,13 +68,20 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"--config: {path}: {error}") from None
 
 
+def _log_level(text: str) -> str:
+    return {"WARN": "WARNING"}.get(text.upper(), text.upper())
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=110)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        plain = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
-        return action.help if plain else super()._get_help_string(action)
+        silent = any(action.default is one for one in (None, False, True, argparse.SUPPRESS))
+        return action.help if silent or not action.option_strings else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "metavar", "TEXT")
 
 
 class Refused(argparse.Action):
@@ -83,15 +97,15 @@ class Refused(argparse.Action):
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """A parser of whole numbers in [low, high]."""
-    return _number(int, "whole number", low, high)
+    return _number(int, "whole number", "N", low, high)
 
 
 def real(low: float, high: float | None = None) -> Callable[[str], float]:
     """A parser of numbers in [low, high]."""
-    return _number(float, "number", low, high)
+    return _number(float, "number", "X", low, high)
 
 
-def _number(kind: type, words: str, low, high):
+def _number(kind: type, words: str, metavar: str, low, high):
     allowed = f"{words}s from {low}" + ("" if high is None else f" to {high}")
 
     def parse(text: str):
@@ -103,7 +117,20 @@ def _number(kind: type, words: str, low, high):
             raise argparse.ArgumentTypeError(f"{text} is out of range; allowed are {allowed}")
         return value
 
+    parse.metavar = metavar
     return parse
+
+
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    """Flags of every script that samples: how, and where the pipeline comes from."""
+    group.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="default", help="default: the pipeline's own")
+    group.add_argument("--guidance_scale", type=real(0), help="default: the pipeline's own; 0 for SDXL-Turbo")
+    group.add_argument("--num_inference_steps", type=whole(1, 1000), help="default: the pipeline's own")
+    group.add_argument("--height", type=whole(8), help="pixels; default: the pipeline's own")
+    group.add_argument("--width", type=whole(8), help="pixels; default: the pipeline's own")
+    group.add_argument("--variant", help="file variant of the model, such as fp16")
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+    group.add_argument("--local_files_only", action="store_true", help="never ask the hub")
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, output: str) -> None:
@@ -118,7 +145,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, output: str) -> None:
     group.add_argument(
         "--wandb", dest="report_to", action="store_const", const="wandb", help="the same as --report_to wandb"
     )
-    group.add_argument("--loglevel", choices=LOG_LEVELS, default="INFO", type=str.upper, help="DEBUG adds tracebacks")
+    group.add_argument("--loglevel", choices=LOG_LEVELS, default="INFO", type=_log_level, help="DEBUG adds tracebacks")
     group.add_argument("--config", metavar="FILE.yaml", help="values for any of these flags; the command line wins")
     group.add_argument("--dry_run", action="store_true", help="check everything cheap, say what would be done, stop")
 

@@ -23,6 +23,17 @@ def load_prompts(source: str, flag: str) -> list[str]:
     Raises:
         UserError: missing or unreadable file, unknown suffix, no known column, or no prompt in it; names `flag`.
     """
+    return [row["prompt"] for row in load_rows(source, flag)]
+
+
+def load_rows(source: str, flag: str) -> list[dict]:
+    """All prompts of a file or data set, in order, each a dict of `prompt` and the row's other columns as read.
+
+    An object of named prompts gives its names as the column `id`.
+
+    Raises:
+        UserError: as `load_prompts`.
+    """
     path = Path(source)
     if not path.exists() and path.suffix.lower() not in _READERS:
         return _checked(_from_data_set(source, flag), source, flag)
@@ -32,12 +43,12 @@ def load_prompts(source: str, flag: str) -> list[str]:
     if reader is None:
         raise UserError(f"{flag}: {source} ends in {path.suffix!r}; allowed are {' '.join(_READERS)}")
     try:
-        prompts = reader(path)
+        rows = reader(path)
     except UserError as error:
         raise UserError(f"{flag}: {source}: {error}") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{flag}: {source} cannot be read: {str(error).splitlines()[0]}") from None
-    return _checked(prompts, source, flag)
+    return _checked(rows, source, flag)
 
 
 def draw(prompts: list[str], count: int, seed: int, source: str, flag: str) -> list[str]:
@@ -51,8 +62,10 @@ def draw(prompts: list[str], count: int, seed: int, source: str, flag: str) -> l
     return random.Random(seed).sample(prompts, count) if count else list(prompts)
 
 
-def _checked(prompts: list, source: str, flag: str) -> list[str]:
-    kept = [str(prompt).strip() for prompt in prompts if prompt is not None and str(prompt).strip()]
+def _checked(rows: list[dict], source: str, flag: str) -> list[dict]:
+    """Rows with a prompt, stripped of the blanks around it."""
+    stripped = [row | {"prompt": str(row["prompt"]).strip()} for row in rows if row["prompt"] is not None]
+    kept = [row for row in stripped if row["prompt"]]
     if not kept:
         raise UserError(f"{flag}: {source} holds no prompt")
     return kept
@@ -67,68 +80,94 @@ def _pick_column(names: list[str]) -> str:
     raise UserError(f"no column named {', '.join(COLUMNS)}; its columns are {found}")
 
 
-def _from_rows(rows: list) -> list:
-    """Prompts of a list of strings, or of mappings with a known column."""
+def _row(values: dict, column: str) -> dict:
+    """A row whose prompt, in `column`, goes by the name `prompt`."""
+    others = {str(name).strip(): value for name, value in values.items() if name not in (column, None)}
+    return {"prompt": values.get(column)} | {name: value for name, value in others.items() if name != "prompt"}
+
+
+def _from_rows(rows: list) -> list[dict]:
+    """Rows of a list of strings, or of mappings with a known column."""
     if not rows or isinstance(rows[0], str):
-        return [row for row in rows if isinstance(row, str)]
+        return [{"prompt": row} for row in rows if isinstance(row, str)]
     if not isinstance(rows[0], dict):
         raise UserError(f"its entries are {type(rows[0]).__name__}; expected strings or objects")
     column = _pick_column(list(rows[0]))
-    return [row.get(column) for row in rows if isinstance(row, dict)]
+    return [_row(row, column) for row in rows if isinstance(row, dict)]
 
 
-def _read_lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8-sig").splitlines()
 
 
-def _read_table(delimiter: str) -> Callable[[Path], list]:
-    def read(path: Path) -> list:
+def _read_lines(path: Path) -> list[dict]:
+    return [{"prompt": line} for line in _lines(path)]
+
+
+def _read_table(delimiter: str) -> Callable[[Path], list[dict]]:
+    def read(path: Path) -> list[dict]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, delimiter=delimiter)
             column = _pick_column(list(table.fieldnames or []))
-            return [row[column] for row in table]
+            return [_row(row, column) for row in table]
 
     return read
 
 
-def _read_json(path: Path) -> list:
-    value = json.loads(path.read_text(encoding="utf-8-sig"))
-    return _from_rows(_listed(value))
+def _read_json(path: Path) -> list[dict]:
+    return _from_value(json.loads(path.read_text(encoding="utf-8-sig")))
 
 
-def _read_json_lines(path: Path) -> list:
-    return _from_rows([json.loads(line) for line in _read_lines(path) if line.strip()])
+def _read_json_lines(path: Path) -> list[dict]:
+    return _from_rows([json.loads(line) for line in _lines(path) if line.strip()])
 
 
-def _read_yaml(path: Path) -> list:
+def _read_yaml(path: Path) -> list[dict]:
     import yaml
 
     try:
-        return _from_rows(_listed(yaml.safe_load(path.read_text(encoding="utf-8-sig"))))
+        return _from_value(yaml.safe_load(path.read_text(encoding="utf-8-sig")))
     except yaml.YAMLError as error:
         raise ValueError(error) from None
 
 
-def _listed(value) -> list:
-    """A list as it is; an object of columns or of named prompts as a list."""
+def _from_value(value) -> list[dict]:
+    """Rows of a list, of an object of columns, or of an object of named prompts."""
     if isinstance(value, list):
-        return value
-    if isinstance(value, dict):
-        known = [value[name] for name in COLUMNS if isinstance(value.get(name), list)]
-        return known[0] if known else list(value.values())
-    raise UserError(f"it holds a {type(value).__name__}; expected a list")
+        return _from_rows(value)
+    if not isinstance(value, dict):
+        raise UserError(f"it holds a {type(value).__name__}; expected a list")
+    known = [name for name in COLUMNS if isinstance(value.get(name), list)]
+    if known:
+        return _from_columns(value, known[0])
+    rows = _from_rows(list(value.values()))
+    return [{"id": name} | row for name, row in zip(value, rows, strict=True)] if len(rows) == len(value) else rows
 
 
-def _read_parquet(path: Path) -> list:
+def _from_columns(value: dict, column: str) -> list[dict]:
+    """Rows of an object of columns; those that are not as long as the prompts' are left out."""
+    count = len(value[column])
+    columns = {name: cells for name, cells in value.items() if isinstance(cells, list) and len(cells) == count}
+    return [_row({name: cells[i] for name, cells in columns.items()}, column) for i in range(count)]
+
+
+def _read_parquet(path: Path) -> list[dict]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError("reading .parquet needs pyarrow (pip install pyarrow)") from None
-    table = pyarrow.parquet.read_table(path)
-    return table.column(_pick_column(table.column_names)).to_pylist()
+    file = pyarrow.parquet.ParquetFile(path)
+    column = _pick_column(file.schema_arrow.names)
+    plain = [field.name for field in file.schema_arrow if _is_plain(str(field.type))]
+    return [_row(row, column) for row in file.read(columns=[*plain]).to_pylist()]
 
 
-def _from_data_set(source: str, flag: str) -> list:
+def _is_plain(kind: str) -> bool:
+    """Whether a column holds text or numbers; pictures beside the prompts are not worth reading."""
+    return kind.startswith(("int", "uint", "float", "double", "bool", "string", "large_string"))
+
+
+def _from_data_set(source: str, flag: str) -> list[dict]:
     try:
         import datasets
     except ImportError:
@@ -139,10 +178,12 @@ def _from_data_set(source: str, flag: str) -> list:
         rows = datasets.load_dataset(source, split="train")
     except Exception as error:
         raise UserError(f"{flag}: {source} is neither a file nor a data set: {str(error).splitlines()[0]}") from None
-    return list(rows[_pick_column(rows.column_names)])
+    column = _pick_column(rows.column_names)
+    plain = [name for name, kind in rows.features.items() if _is_plain(str(getattr(kind, "dtype", "")))]
+    return [_row(row, column) for row in rows.select_columns(plain)]
 
 
-_READERS: dict[str, Callable[[Path], list]] = {
+_READERS: dict[str, Callable[[Path], list[dict]]] = {
     ".txt": _read_lines,
     ".csv": _read_table(","),
     ".tsv": _read_table("\t"),

@@ -62,7 +62,7 @@ def select_layers(
 
     Args:
         layer_filter: a preset ("default" is VQDM's set, "linear_only" and "conv_only" its halves, "all" every Linear
-            and Conv2d inside the blocks) or a regular expression that must match the whole name.
+            and Conv2d inside the blocks) or a regular expression, searched for in the name as VQDM does.
         min_channels: layers with fewer input or output channels are left alone.
         overrides: full-match pattern → settings that replace those of `spec`, or None to leave the layer alone; the
             first pattern that matches counts.
@@ -95,7 +95,7 @@ def _wanted(name: str, module: nn.Module, layer_filter: str, min_channels: int) 
     if layer_filter == "all":
         return bool(_BLOCK.match(name))
     if layer_filter not in PRESETS:
-        return _compiled(layer_filter).fullmatch(name) is not None
+        return _compiled(layer_filter).search(name) is not None
     kinds = {"linear_only": linear, "conv_only": not linear}
     return kinds.get(layer_filter, True) and any(re.fullmatch(pattern, name) for pattern in VQDM_LAYERS)
 

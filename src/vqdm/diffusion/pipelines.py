@@ -93,7 +93,8 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     """Replace the pipeline's scheduler, keeping its noise schedule; "default" keeps it as it is."""
     if SCHEDULERS[name]:
         kind = getattr(diffusers, SCHEDULERS[name])
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        options = {"use_karras_sigmas": False} if name == "ode" else {}
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
 
 
 def stored_dtypes(model: str) -> dict[str, torch.dtype]:
