@@ -5,7 +5,7 @@ Importing it teaches diffusers the format, after which `from_pretrained` loads q
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.config import SolverConfig
-from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear
+from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
 from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "SolverConfig",
     "VqdmConfig",
     "VqdmQuantizer",
+    "decoded_once",
 ]
 
 register()

@@ -123,7 +123,13 @@ def _number(kind: type, words: str, metavar: str, low, high):
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Flags of every script that samples: how, and where the pipeline comes from."""
-    group.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="default", help="default: the pipeline's own")
+    group.add_argument(
+        "--scheduler",
+        choices=tuple(SCHEDULERS),
+        default="default",
+        type=str.lower,
+        help="default: the pipeline's own",
+    )
     group.add_argument("--guidance_scale", type=real(0), help="default: the pipeline's own; 0 for SDXL-Turbo")
     group.add_argument("--num_inference_steps", type=whole(1, 1000), help="default: the pipeline's own")
     group.add_argument("--height", type=whole(8), help="pixels; default: the pipeline's own")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
-from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, quantized_layers, swap
+from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once, quantized_layers, swap
 
 SPECS = [
     CodeSpec(2, 4, 4),
@@ -92,6 +92,27 @@ def test_deepcopy_and_state_dict_keep_the_weight():
     other = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
     other.load_state_dict(layer.state_dict())
     assert torch.equal(twin.weight, layer.weight) and torch.equal(other.weight, layer.weight)
+
+
+def test_decoded_once_keeps_weights_inside_only():
+    model = nn.Sequential(QuantizedLinear.like(nn.Linear(16, 8), SPECS[0]))
+    model[0].set_code(random_code(SPECS[0], 8, 16))
+    x = torch.randn(2, 16)
+    with torch.no_grad(), decoded_once(model):
+        first = model(x)
+        kept = model[0]._decoded
+        assert torch.equal(model(x), first) and model[0]._decoded is kept is not None
+    assert model[0]._decoded is None
+    torch.testing.assert_close(model(x), first)
+
+
+def test_gradients_reach_codebooks_also_inside_decoded_once():
+    layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
+    layer.set_code(random_code(SPECS[0], 8, 16))
+    layer.codebooks = nn.Parameter(layer.codebooks.float())
+    with decoded_once(layer):
+        layer(torch.randn(2, 16)).square().sum().backward()
+    assert layer.codebooks.grad.abs().sum() > 0
 
 
 def test_a_code_of_another_shape_is_refused():

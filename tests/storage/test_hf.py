@@ -11,6 +11,8 @@ from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.quantized import QuantizedConv2d, quantized_layers, swap
 from vqdm.storage.hf import VqdmConfig, mark_quantized
 
+VICTIM = "mid_block.resnets.0.conv1.codebooks"
+
 
 def quantized_unet(spec=SPECS[0], overrides=None) -> UNet2DConditionModel:
     """A tiny SDXL UNet with random codes."""
@@ -73,14 +75,40 @@ def test_half_precision_load(tmp_path):
     assert layer.codes.dtype == torch.uint8 and layer.codebooks.dtype == torch.float16
 
 
-def test_a_missing_tensor_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop(VICTIM), f"lacks 1 tensors, the first is {VICTIM}"),
+        (lambda tensors: tensors.update(ghost=tensors[VICTIM].clone()), "holds 1 unknown tensors, the first is ghost"),
+        (lambda tensors: tensors.update({VICTIM: tensors[VICTIM][:1].clone()}), VICTIM),
+    ],
+    ids=["missing", "extra", "wrong shape"],
+)
+def test_a_wrong_checkpoint_is_an_error_that_names_the_tensor(tmp_path, change, words):
     quantized_unet().save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
-    del tensors["mid_block.resnets.0.conv1.codebooks"]
+    change(tensors)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors, the first is mid_block\.resnets\.0\.conv1\.codebooks"):
+    with pytest.raises((ValueError, RuntimeError), match=words):
         UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_sharded_files_load(tmp_path):
+    unet = quantized_unet()
+    unet.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(run(unet), run(UNet2DConditionModel.from_pretrained(tmp_path)))
+
+
+def test_dequantize_gives_a_plain_model(tmp_path):
+    unet = quantized_unet()
+    expected = run(unet)
+    unet.dequantize()
+    assert not quantized_layers(unet)
+    torch.testing.assert_close(run(unet.float()), expected, rtol=1e-2, atol=1e-2)
+    unet.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
 @pytest.mark.parametrize(

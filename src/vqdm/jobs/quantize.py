@@ -47,7 +47,7 @@ from vqdm.diffusion.sampling import (
 from vqdm.diffusion.trajectories import Trajectories, batches, held_out
 from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
-from vqdm.layers.quantized import cast_plain, quantized_layers, swap
+from vqdm.layers.quantized import cast_plain, decoded_once, quantized_layers, swap
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
@@ -145,7 +145,7 @@ def run(job: Job) -> dict:
             solved |= solve_block(job, layers, todo, trajectories)
         swap_block(job, layers, solved)
         after_block(job, index, block, teacher)
-    with job.clock("evaluation"):
+    with job.clock("evaluation"), decoded_once(job.unet):
         error_db = output_error(job.unet, teacher, job.config.xtx_batch_size)
         scores = compare_pictures(job, teacher_pictures)
     return finish(job, solved, error_db, scores)
@@ -226,7 +226,11 @@ def solve_block(job: Job, layers: list[Layer], todo: list[Layer], trajectories: 
     groups = [[layer for layer in group if layer.name in wanted] for group in groups]
     progress = bar(total=len(todo), what="layers")
     for some in passes([group for group in groups if group], job.config.hessian_memory_gb):
-        with job.clock("hessians"), bar(total=len(calls(training)) + len(calls(apart)), what="Hessians") as ticks:
+        with (
+            job.clock("hessians"),
+            decoded_once(job.unet),
+            bar(total=len(calls(training)) + len(calls(apart)), what="Hessians") as ticks,
+        ):
             hessians = record_hessians(job.unet, some, calls(training), calls(apart), ticks.update)
         for group in some:
             hessian, unseen = hessians.pop(group[0].name)

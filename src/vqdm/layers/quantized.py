@@ -1,12 +1,15 @@
 """Linear and Conv2d layers that hold only packed codes and small tensors.
 
 They subclass `nn.Linear` and `nn.Conv2d`, as peft and diffusers expect, but have no weight parameter: `weight` is
-decoded when it is asked for and freed after the call.
+decoded when it is asked for and freed after the call, except inside `decoded_once`.
 
 Letters: O outputs, I = kh·kw·C inputs as in `vqdm.additive.code`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ class _Coded:
     """What quantized layers share: stored tensors as parameters, and the decoded weight."""
 
     spec: CodeSpec
+    keep_decoded = False
+    _decoded: Tensor | None = None
 
     def _allocate(self, spec: CodeSpec, rows: int, columns: int, bias: Tensor | None, device) -> None:
         self.spec, self._rows, self._columns = spec, rows, columns
@@ -36,6 +41,7 @@ class _Coded:
             if held.shape != tensor.shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layer holds {tuple(held.shape)}")
             setattr(self, name, nn.Parameter(tensor.to(held.device), False))
+        self._decoded = None
 
     def code(self) -> AdditiveCode:
         """The layer's code in working form."""
@@ -49,6 +55,14 @@ class _Coded:
     def decoded_matrix(self) -> Tensor:
         """The weight as a float32 matrix [O, I]."""
         return self.code().dequantize()
+
+    def _decoded_as(self, x: Tensor) -> Tensor:
+        """The weight in the layer's own shape, in the type and on the device of an input."""
+        if not self.keep_decoded or torch.is_grad_enabled():
+            return self._shaped(self.decoded_matrix()).to(x.dtype)
+        if self._decoded is None or self._decoded.dtype != x.dtype or self._decoded.device != x.device:
+            self._decoded = self._shaped(self.decoded_matrix()).to(x.dtype)
+        return self._decoded
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,8 +88,17 @@ class QuantizedLinear(_Coded, nn.Linear):
         """Decoded weight [O, I]."""
         return self.decoded_matrix().to(self.dtype)
 
+    def _shaped(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def plain(self) -> nn.Linear:
+        """The ordinary layer of the decoded weight."""
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer.weight, layer.bias = nn.Parameter(self.weight, False), self.bias
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.decoded_matrix().to(x.dtype), self.bias)
+        return nn.functional.linear(x, self._decoded_as(x), self.bias)
 
 
 class QuantizedConv2d(_Coded, nn.Conv2d):
@@ -96,17 +119,33 @@ class QuantizedConv2d(_Coded, nn.Conv2d):
     @property
     def weight(self) -> Tensor:
         """Decoded weight [O, C, kh, kw]."""
-        return self._kernel().to(self.dtype)
+        return self._shaped(self.decoded_matrix()).to(self.dtype)
 
-    def _kernel(self) -> Tensor:
-        matrix = self.decoded_matrix()
+    def _shaped(self, matrix: Tensor) -> Tensor:
         if self.spec.group_channels:
             taps = matrix.view(self.out_channels, *self.kernel_size, self.in_channels)  # [O, I] → [O, kh, kw, C]
             return taps.permute(0, 3, 1, 2)
         return matrix.view(self.out_channels, self.in_channels, *self.kernel_size)  # [O, I] → [O, C, kh, kw]
 
+    def plain(self) -> nn.Conv2d:
+        """The ordinary layer of the decoded weight."""
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        )
+        geometry = {name: getattr(self, name) for name in names}
+        layer = nn.Conv2d(**geometry, bias=self.bias is not None, device="meta")
+        layer.weight, layer.bias = nn.Parameter(self.weight.contiguous(), False), self.bias
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self._kernel().to(x.dtype), self.bias)
+        return self._conv_forward(x, self._decoded_as(x), self.bias)
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
@@ -124,6 +163,28 @@ def swap(model: nn.Module, name: str, spec: CodeSpec) -> QuantizedLayer:
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Dotted name → quantized layer, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _Coded)}
+
+
+@contextmanager
+def decoded_once(model: nn.Module) -> Iterator[None]:
+    """Inside, layers keep the weight that they decode first without gradients: faster, as large as the original.
+
+    On leaving, decoded weights are dropped.
+    """
+    layers = quantized_layers(model).values()
+    try:
+        for layer in layers:
+            layer.keep_decoded = True
+        yield
+    finally:
+        for layer in layers:
+            layer.keep_decoded, layer._decoded = False, None
+
+
+def dequantize_layers(model: nn.Module) -> None:
+    """Replace every quantized layer by the plain one of its decoded weight, in place."""
+    for name, layer in quantized_layers(model).items():
+        model.set_submodule(name, layer.plain().train(layer.training))
 
 
 def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from enum import Enum
 
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
-from vqdm.layers.quantized import quantized_layers, swap
+from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
 
 FORMAT_VERSION = 1
+QUANTIZED_FIELDS = ("quantization_config", "_pre_quantization_dtype")
 
 
 class Method(str, Enum):  # noqa: UP042
@@ -83,6 +85,10 @@ class VqdmQuantizer(DiffusersQuantizer):
     requires_calibration = True
     required_packages = None
 
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None = None) -> list[str]:
+        self._loaded_keys = list(loaded_keys)
+        return loaded_keys
+
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
         for name, spec in self.quantization_config.specs.items():
             try:
@@ -94,11 +100,27 @@ class VqdmQuantizer(DiffusersQuantizer):
             if not isinstance(layer, nn.Linear | nn.Conv2d):
                 raise ValueError(f"quantization_config names layer {name}, which is a {type(layer).__name__}")
             swap(model, name, spec)
+        self._check_keys(model)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
-        absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    def _check_keys(self, model: nn.Module) -> None:
+        """A missing or extra tensor is an error here; diffusers would warn and leave a layer random."""
+        expected, loaded = model.state_dict().keys(), getattr(self, "_loaded_keys", None)
+        if loaded is None:
+            return
+        absent = [name for name in expected if name not in set(loaded)]
         if absent:
             raise ValueError(f"the checkpoint lacks {len(absent)} tensors, the first is {absent[0]}")
+        extra = [name for name in loaded if name not in set(expected)]
+        if extra:
+            raise ValueError(f"the checkpoint holds {len(extra)} unknown tensors, the first is {extra[0]}")
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        dequantize_layers(model)
+        kept = {name: value for name, value in model.config.items() if name not in QUANTIZED_FIELDS}
+        model._internal_dict = FrozenDict(kept)  # diffusers leaves the fields behind, and would save them
         return model
 
     @property
