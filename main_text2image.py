@@ -123,6 +123,12 @@ def _add_calibration_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--hessian_memory_gb", type=real(0), default=8.0, help="a block is recorded in passes that fit into this"
     )
+    group.add_argument(
+        "--hessian_samples_per_input",
+        type=whole(0),
+        default=32,
+        help="samples that a Hessian counts, as a multiple of its size, spread over all batches; 0 = all",
+    )
 
 
 def _add_solver_flags(group: argparse._ArgumentGroup) -> None:

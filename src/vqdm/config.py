@@ -72,6 +72,7 @@ class QuantizeConfig:
     min_timestep: float = 0.0
     max_timestep: float = 1000.0
     hessian_memory_gb: float = 8.0
+    hessian_samples_per_input: int = 32
     load: str | None = None
     report_to: str = "none"
     on_save: str | None = None

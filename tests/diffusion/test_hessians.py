@@ -104,6 +104,28 @@ def test_recorded_hessians_equal_plain_ones_for_every_layer_and_memory_budget():
             assert unseen.shape == hessian.shape and not torch.equal(unseen, hessian)
 
 
+def test_counted_samples_are_a_fair_share():
+    """The moment of a share is that of a subset of the same rows, near the whole, and the same every time."""
+    linear, x = nn.Linear(4, 2), torch.randn(500, 4, 4) @ torch.randn(4, 4)
+    whole, part, again = Moment(4, x.device), Moment(4, x.device, 0.5), Moment(4, x.device, 0.5)
+    for moment in (whole, part, again):
+        for batch in x.split(100):
+            add_input(moment, linear, batch, True)
+    assert (whole.count, part.count) == (2000, 1000)
+    assert torch.equal(part.mean(), again.mean())
+    assert (part.mean() - whole.mean()).norm() < 0.15 * whole.mean().norm()
+
+
+def test_samples_per_input_bounds_every_layers_count(monkeypatch):
+    unet, counts = tiny_unet("sdxl"), []
+    block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
+    groups = shared_inputs(unet, block, call(0))
+    mean = Moment.mean
+    monkeypatch.setattr(Moment, "mean", lambda self: counts.append((self.count, len(self.total))) or mean(self))
+    record_hessians(unet, groups, [lambda s=s: call(s, 16) for s in range(4)], [], samples_per_input=2)
+    assert all(count <= 2 * size + 4 for count, size in counts if count) and any(count for count, _ in counts)
+
+
 def test_layers_that_share_an_input_are_found():
     unet = tiny_unet("sdxl")
     layers = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]

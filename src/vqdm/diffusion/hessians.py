@@ -21,14 +21,23 @@ SAMPLES_AT_ONCE = 2**25
 
 
 class Moment:
-    """A running second moment in float32: the sum of x xᵀ [I, I] and the number of samples."""
+    """A running second moment in float32: the sum of x xᵀ [I, I] and the number of samples.
 
-    def __init__(self, size: int, device: torch.device):
+    Args:
+        share: the part of all samples that is counted, drawn anew from every batch with a seeded generator.
+    """
+
+    def __init__(self, size: int, device: torch.device, share: float = 1.0):
         self.total = torch.zeros(size, size, device=device)
-        self.count = 0
+        self.count, self.share = 0, share
+        self.generator = torch.Generator().manual_seed(size)
 
     def add(self, samples: Tensor) -> None:
-        """Count `samples` [N, I] in."""
+        """Count `samples` [N, I] in, or their share."""
+        if self.share < 1:
+            kept = max(1, round(self.share * len(samples)))
+            rows = torch.randperm(len(samples), generator=self.generator)[:kept].sort().values
+            samples = samples[rows.to(samples.device)]
         self.total.addmm_(samples.T, samples)
         self.count += len(samples)
 
@@ -64,6 +73,13 @@ def add_input(moment: Moment, module: nn.Module, x: Tensor, group_channels: bool
     positions = x.shape[-2] * x.shape[-1] * len(moment.total)
     for part in x.split(max(1, SAMPLES_AT_ONCE // positions)):
         moment.add(input_rows(module, part, group_channels))
+
+
+def sample_count(module: nn.Linear | nn.Conv2d, x: Tensor) -> int:
+    """How many samples a layer's input holds: tokens, or about as many output positions as the stride leaves."""
+    if isinstance(module, nn.Linear):
+        return x.numel() // x.shape[-1]
+    return max(1, x.numel() // x.shape[1] // (module.stride[0] * module.stride[1]))
 
 
 def geometry(module: nn.Linear | nn.Conv2d, group_channels: bool) -> tuple:
@@ -154,6 +170,7 @@ def record_hessians(
     groups: list[list[Layer]],
     training: list[Callable[[], dict]],
     held_out: list[Callable[[], dict]],
+    samples_per_input: int = 0,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Run the UNet on recorded batches and return, for the first layer of each group, H [I, I] and a held-out H.
@@ -161,6 +178,8 @@ def record_hessians(
     Args:
         groups: layers of one block that share an input, as `shared_inputs` finds them.
         training, held_out: functions that make the keyword arguments of one UNet call each.
+        samples_per_input: about this many samples are counted for every input of a layer, spread over all batches;
+            a second moment needs a small multiple of its size. 0 counts all.
         tick: called after every batch.
 
     Raises:
@@ -171,8 +190,11 @@ def record_hessians(
     found = {}
     for which, calls in (("training", training), ("held_out", held_out)):
         moments = {name: Moment(layer.columns, device) for name, layer in leaders.items()}
+        wanted = samples_per_input / max(1, len(calls))
 
-        def seen(name: str, module: nn.Module, x: Tensor, moments=moments) -> None:
+        def seen(name: str, module: nn.Module, x: Tensor, moments=moments, wanted=wanted) -> None:
+            if wanted:
+                moments[name].share = wanted * leaders[name].columns / sample_count(module, x)
             add_input(moments[name], module, x, leaders[name].spec.group_channels)
 
         with stopping_after(unet, groups[0][0].block) as run, input_hooks(unet, list(leaders), seen):

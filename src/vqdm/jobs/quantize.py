@@ -231,7 +231,9 @@ def solve_block(job: Job, layers: list[Layer], todo: list[Layer], trajectories: 
             decoded_once(job.unet),
             bar(total=len(calls(training)) + len(calls(apart)), what="Hessians") as ticks,
         ):
-            hessians = record_hessians(job.unet, some, calls(training), calls(apart), ticks.update)
+            hessians = record_hessians(
+                job.unet, some, calls(training), calls(apart), job.config.hessian_samples_per_input, ticks.update
+            )
         for group in some:
             hessian, unseen = hessians.pop(group[0].name)
             for layer in group:

@@ -1,0 +1,124 @@
+"""Drawing requested pictures in batches that shrink when memory does not suffice."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from vqdm.diffusion.pipelines import generators
+from vqdm.diffusion.requests import Request
+from vqdm.errors import RunError
+from vqdm.tracking import say
+
+BLACK, NAN, REPLACED = "black", "nan", "safety_checker"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture, and what is wrong with it: None, "black", "nan" or "safety_checker"."""
+
+    image: Image.Image
+    problem: str | None
+
+
+def alike(requests: list[Request]) -> list[list[Request]]:
+    """Requests in groups that one pipeline call can draw: equal settings, negative prompts for all or for none."""
+    ordered = sorted(requests, key=_call_key)
+    return [list(group) for _, group in groupby(ordered, key=_call_key)]
+
+
+def _call_key(request: Request) -> tuple:
+    # None and "" are different negative prompts to diffusers, and None does not compare with numbers.
+    settings = [(value is not None, value or 0) for value in request.settings.values()]
+    return request.negative_prompt is None, *settings
+
+
+def drawn_in_batches(
+    draw: Callable[[list[Request]], list[Picture]], groups: list[list[Request]], size: int
+) -> Iterator[tuple[list[Request], list[Picture]]]:
+    """Yield (requests, pictures) batch by batch; where memory ends, the size is halved for good and the batch repeated.
+
+    Raises:
+        RunError: memory does not suffice for a single picture.
+    """
+    for group in groups:
+        done = 0
+        while done < len(group):
+            batch = group[done : done + size]
+            pictures = _unless_out_of_memory(draw, batch)
+            if pictures is None:
+                size = _halved(len(batch))
+                continue
+            yield batch, pictures
+            done += len(batch)
+
+
+def _unless_out_of_memory(draw: Callable, batch: list[Request]) -> list[Picture] | None:
+    """What `draw` gives, or None when it ran out of memory."""
+    try:
+        return draw(batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the handler: while the exception lives, its frames hold the tensors that should go.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error means that memory, of a GPU or of the machine, did not suffice."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "not enough memory" in words
+
+
+def _halved(size: int) -> int:
+    if size == 1:
+        raise RunError("memory does not suffice for one picture; try --offload model, or smaller --height and --width")
+    say(f"out of memory with {size} pictures at once; going on with {size // 2}")
+    return size // 2
+
+
+@torch.no_grad()
+def draw(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
+    """Pictures of requests that are alike, each from its own CPU generator."""
+    negative = None if batch[0].negative_prompt is None else [request.negative_prompt for request in batch]
+    result = pipeline(
+        prompt=[request.prompt for request in batch],
+        negative_prompt=negative,
+        generator=generators(0, [request.seed for request in batch]),
+        output_type="pt",
+        **{name: value for name, value in batch[0].settings.items() if value is not None},
+    )
+    replaced = getattr(result, "nsfw_content_detected", None) or [False] * len(batch)
+    return [to_picture(one, bool(flag)) for one, flag in zip(result.images.float().cpu(), replaced, strict=True)]
+
+
+def to_picture(values: Tensor, replaced: bool = False) -> Picture:
+    """8-bit picture of float values [3, H, W] in [0, 1], rounded as diffusers does; NaN and infinity become black."""
+    finite = bool(values.isfinite().all())
+    pixels = (values.nan_to_num(0, 0, 0).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    if replaced:
+        problem = REPLACED
+    elif not finite:
+        problem = NAN
+    else:
+        problem = None if np.any(pixels) else BLACK
+    return Picture(Image.fromarray(pixels), problem)
+
+
+def settings_used(pipeline: DiffusionPipeline, request: Request, image: Image.Image) -> dict:
+    """The settings of a request with the pipeline's own defaults and the picture's size filled in."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    used = {name: parameters[name].default if value is None else value for name, value in request.settings.items()}
+    return used | {"height": image.height, "width": image.width}
