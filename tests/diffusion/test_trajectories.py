@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vqdm.diffusion.pipelines import load_pipeline, sample
-from vqdm.diffusion.sampling import output_error, record_evaluation, record_trajectories
+from vqdm.diffusion.pipelines import load_pipeline, sample, weight_files
+from vqdm.diffusion.sampling import check_timestep_range, output_error, record_evaluation, record_trajectories
 from vqdm.diffusion.trajectories import Recorder, Trajectories, held_out, join
 from vqdm.errors import UserError
 from vqdm.jobs.quantize import spread_points
@@ -42,7 +42,21 @@ def test_timestep_range(pipelines):
     assert 0 < keep.sum() < 5
     assert torch.equal(part.latents, whole.latents[:, keep]) and torch.equal(part.timesteps, whole.timesteps[keep])
     with pytest.raises(UserError, match="--min_timestep"):
-        record_trajectories(pipeline, PROMPTS, 0, settings, 3, 2, 3)
+        check_timestep_range(pipeline.scheduler, 5, 2, 3)
+
+
+def test_files_of_a_variant(tmp_path):
+    names = [
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "m-00001-of-00002.safetensors",
+        "m.fp16-00001-of-00002.safetensors",
+    ]
+    (tmp_path / "unet").mkdir()
+    for name in names:
+        (tmp_path / "unet" / name).touch()
+    found = {variant: [file.name for file in weight_files(str(tmp_path), variant)] for variant in (None, "fp16")}
+    assert found == {None: sorted(names[::2]), "fp16": sorted(names[1::2])}
 
 
 def random_trajectories() -> Trajectories:

@@ -98,10 +98,22 @@ def draw(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
         negative_prompt=negative,
         generator=generators(0, [request.seed for request in batch]),
         output_type="pt",
-        **{name: value for name, value in batch[0].settings.items() if value is not None},
+        **call_settings(pipeline, batch[0].settings),
     )
     replaced = getattr(result, "nsfw_content_detected", None) or [False] * len(batch)
     return [to_picture(one, bool(flag)) for one, flag in zip(result.images.float().cpu(), replaced, strict=True)]
+
+
+def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:
+    """The settings that are given, as keyword arguments of the pipeline call."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    # Some pipelines fall back to their own size unless both sides are given.
+    if given.keys() & {"height", "width"}:
+        side = pipeline.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        own = {"height": height * pipeline.vae_scale_factor, "width": width * pipeline.vae_scale_factor}
+        given = own | given
+    return given
 
 
 def to_picture(values: Tensor, replaced: bool = False) -> Picture:

@@ -97,10 +97,18 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
 
 
-def stored_dtypes(model: str) -> dict[str, torch.dtype]:
+def weight_files(model: str, variant: str | None, component: str = "*") -> list[Path]:
+    """Safetensors files of one variant, sorted, for a local folder; empty for a hub name."""
+    files = sorted(Path(model).glob(f"{component}/*.safetensors"))
+    if variant:
+        return [file for file in files if file.name.partition(".")[2].startswith((f"{variant}.", f"{variant}-"))]
+    return [file for file in files if file.name.count(".") == 1]
+
+
+def stored_dtypes(model: str, variant: str | None) -> dict[str, torch.dtype]:
     """Component name → floating-point type of its files, for a local folder; empty for a hub name."""
     found = {}
-    for file in sorted(Path(model).glob("*/*.safetensors")):
+    for file in weight_files(model, variant):
         with safe_open(file, "pt") as tensors:
             kinds = {tensors.get_slice(name).get_dtype() for name in list(tensors.keys())[:50]}
         known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

@@ -41,22 +41,22 @@ def record_trajectories(
 
     Raises:
         RunError: the samples hold NaN.
-        UserError: no step lies in the range.
     """
     parts = []
     for chunk, draw in sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what):
         with Recorder(pipeline.unet, len(chunk)) as recorder:
             draw()
         parts.append(recorder.trajectories().between(low, high))
-        check_trajectories(parts[-1], low, high)
+        if not parts[-1].latents.isfinite().all():
+            raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
     return join(parts)
 
 
-def check_trajectories(part: Trajectories, low: float, high: float) -> None:
-    if not part.timesteps.numel():
+def check_timestep_range(scheduler, steps: int | None, low: float, high: float) -> None:
+    """Raise UserError unless some of the scheduler's timesteps (50 where `steps` is None) lie in [low, high]."""
+    scheduler.set_timesteps(steps or 50)
+    if not ((scheduler.timesteps >= low) & (scheduler.timesteps <= high)).any():
         raise UserError(f"no step of the scheduler lies between --min_timestep {low} and --max_timestep {high}")
-    if not part.latents.isfinite().all():
-        raise RunError("the full-precision UNet gave NaN or infinity; use another --dtype (float32 or bfloat16)")
 
 
 def record_evaluation(

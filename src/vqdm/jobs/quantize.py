@@ -36,9 +36,11 @@ from vqdm.diffusion.pipelines import (
     pick_device,
     pick_dtype,
     stored_dtypes,
+    weight_files,
 )
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
+    check_timestep_range,
     output_error,
     pictures,
     record_evaluation,
@@ -101,12 +103,16 @@ def quantize(config: QuantizeConfig) -> dict | None:
     layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
     say(layer_table(layers, parameters))
+    check_timestep_range(
+        pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
+    )
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)
     settings = config.to_dict() | {"prompts_sha256": _digest(calibration + evaluation)}
     folder.open(settings, versions(), config.resume, predicted_bytes(pipeline, layers, config))
     if folder.finished:
+        shutil.rmtree(folder.work, ignore_errors=True)
         say(f"{folder.path} is finished already")
         return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
     tracker = Tracker(config.report_to, "vqdm-quantize", folder.work, config.to_dict() | config.spec.to_dict())
@@ -344,7 +350,7 @@ def compare_pictures(job: Job, teacher: list[Image.Image]) -> dict[str, float | 
 
 def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: dict) -> dict:
     """Write the pipeline folder, the card and the summary, then drop the working data."""
-    original = sum(file.stat().st_size for file in Path(job.config.model).glob("unet/*.safetensors"))
+    original = sum(file.stat().st_size for file in weight_files(job.config.model, job.config.variant, "unet"))
     staged = job.folder.work / "pipeline"
     save_pipeline(job, staged)
     sizes = stored_sizes(job, staged)
@@ -374,7 +380,7 @@ def save_pipeline(job: Job, staged: Path) -> None:
     """The whole pipeline as diffusers saves it, every component in the type it was stored in."""
     shutil.rmtree(staged, ignore_errors=True)
     mark_quantized(job.unet)
-    for name, dtype in stored_dtypes(job.config.model).items():
+    for name, dtype in stored_dtypes(job.config.model, job.config.variant).items():
         part = getattr(job.pipeline, name, None)
         if isinstance(part, torch.nn.Module):
             cast_plain(part, dtype)
