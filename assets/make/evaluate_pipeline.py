@@ -37,9 +37,9 @@ def unseen_scenes(count: int, things: int | None) -> list[Scene]:
 def load_pipeline(folder: Path, device: str) -> StableDiffusionXLPipeline:
     """In fp16 on an accelerator, in fp32 on the CPU."""
     dtype = torch.float32 if device == "cpu" else torch.float16
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, dtype)
+    return pipeline.to(device)
 
 
 def sample(pipeline: StableDiffusionXLPipeline, captions: list[str], options: argparse.Namespace) -> Tensor:
