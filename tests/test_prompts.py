@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vqdm.errors import UserError
-from vqdm.prompts import draw, load_prompts
+from vqdm.prompts import draw, load_prompts, load_rows
 
 PROMPTS = ["a red circle", 'a "blue" star, small', "ein grüner Stern"]
 
@@ -31,6 +31,30 @@ def write(path, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "json", "jsonl", "yaml", "parquet"])
 def test_every_kind_reads_the_same(tmp_path, kind):
     assert load_prompts(write(tmp_path, kind), "PROMPTS") == PROMPTS
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_rows_keep_the_other_columns(tmp_path, kind):
+    rows = load_rows(write(tmp_path, kind), "PROMPTS")
+    assert [row["prompt"] for row in rows] == PROMPTS
+    ids = {"csv": "012", "tsv": "012", "jsonl": [1, 1, 1], "parquet": [1, 2, 3]}[kind]
+    assert [row["id"] for row in rows] == list(ids)
+    assert all(row.keys() == {"prompt", "id"} for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('["a", "b"]', [{"prompt": "a"}, {"prompt": "b"}]),
+        ('{"x": "a", "y": "b"}', [{"id": "x", "prompt": "a"}, {"id": "y", "prompt": "b"}]),
+        ('{"x": {"prompt": "a", "kind": 1}}', [{"id": "x", "prompt": "a", "kind": 1}]),
+        ('{"caption": ["a", " "], "seed": [1, 2], "note": "z"}', [{"prompt": "a", "seed": 1}]),
+        ('[{"text": "t", "Caption": "c"}]', [{"prompt": "c", "text": "t"}]),
+    ],
+)
+def test_rows_of_json(tmp_path, text, rows):
+    (tmp_path / "p.json").write_text(text)
+    assert load_rows(str(tmp_path / "p.json"), "PROMPTS") == rows
 
 
 def test_draw_is_seeded_and_without_replacement():

@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         known, _ = early.parse_known_args(argv)
         if known.config:
             self.set_defaults(**self._from_yaml(Path(known.config)))
-        return self.parse_args(argv)
+        return self.parse_intermixed_args(argv)
 
     def _from_yaml(self, path: Path) -> dict:
         try:

@@ -61,7 +61,9 @@ class Tracker:
         else:
             self.inner = TensorBoardTracker(name, logging_dir=str(folder))
         plain = {key: value for key, value in config.items() if isinstance(value, int | float | str | bool)}
-        self._guard(lambda: (getattr(self.inner, "start", lambda: None)(), self.inner.store_init_configuration(plain)))
+        if hasattr(self.inner, "start"):  # newer accelerate starts a tracker in a step of its own
+            self.inner.start()
+        self.inner.store_init_configuration(plain)
 
     def log(self, values: dict, step: int | None = None) -> None:
         """Numbers by name."""

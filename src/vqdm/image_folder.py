@@ -1,0 +1,217 @@
+"""A folder of pictures with a manifest: what `generate.py` writes and `metrics.py` reads.
+
+DIR/run.json              everything needed to repeat the run; what --resume compares
+DIR/manifest.jsonl        a line a picture, sorted by prompt and sample; whole when the run is finished
+DIR/manifest.*.jsonl      lines of a process that is still running, or was interrupted
+DIR/…/*.png               pictures, in one of three layouts
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from vqdm.config import differences
+from vqdm.errors import UserError
+from vqdm.storage.atomic import save_bytes, save_json, save_text
+from vqdm.storage.fingerprint import file_sha256
+
+# Layout → where the picture of (prompt index, sample) goes.
+LAYOUTS: dict[str, Callable[[int, int], str]] = {
+    "flat": lambda index, sample: f"{index:06d}_{sample:02d}.png",
+    "geneval": lambda index, sample: f"{index:05d}/samples/{sample:05d}.png",
+    "dpg": lambda index, sample: f"samples/{index:06d}_{sample:02d}.png",
+}
+GRID_COLUMNS = 2
+MOST_IN_GRID = 4
+
+Key = tuple[int, int]
+
+
+def png_bytes(image: Image.Image, metadata: dict) -> bytes:
+    """A PNG file with `metadata` as JSON in its text field `parameters`; equal input gives equal bytes."""
+    about = PngInfo()
+    about.add_itxt("parameters", json.dumps(metadata, ensure_ascii=False))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=about)
+    return buffer.getvalue()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a manifest; a line that a crash cut off is left out, a missing file has none."""
+    if not path.is_file():
+        return []
+    rows = [_parsed(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return [row for row in rows if row is not None]
+
+
+def _parsed(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+        return row if {"index", "sample", "file", "sha256"} <= row.keys() else None
+    except (ValueError, AttributeError):
+        return None
+
+
+def key_of(row: dict) -> Key:
+    return row["index"], row["sample"]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """DIR, seen from one shard of a run.
+
+    Attributes:
+        path: the folder.
+        layout: a name of `LAYOUTS`.
+        shard: (number, count); shards may share a folder, also at the same time.
+    """
+
+    path: Path
+    layout: str = "flat"
+    shard: tuple[int, int] = (0, 1)
+
+    # ------------------------------------------------------------------------------------ claiming
+
+    def check(self, settings: dict, resume: bool) -> None:
+        """Look whether a run may write here, without writing.
+
+        Raises:
+            UserError: the folder holds something and `resume` is off, holds no run, or a run of other settings.
+        """
+        record = self.path / "run.json"
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        if not record.is_file():
+            raise UserError(f"--output_dir {self.path} exists and is not a run of vqdm; choose an empty or new folder")
+        if not resume:
+            raise UserError(f"--output_dir {self.path} holds a run already; add --resume, or choose another folder")
+        changed = differences(self._saved_settings(record), settings)
+        if changed:
+            raise UserError(f"--resume: {self.path} was started with other settings: {'; '.join(changed)}")
+
+    def _saved_settings(self, record: Path) -> dict:
+        try:
+            return json.loads(record.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--resume: {record} is damaged; choose another folder") from None
+
+    def claim(self, about: dict) -> None:
+        """Write `run.json`, unless an earlier part of this run has.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        record = self.path / "run.json"
+        try:
+            if not record.is_file():
+                save_json(about, record)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+
+    # ------------------------------------------------------------------------------------ pictures
+
+    def file_of(self, key: Key) -> str:
+        """A picture's path inside the folder."""
+        return LAYOUTS[self.layout](*key)
+
+    def save(self, key: Key, image: Image.Image, metadata: dict) -> str:
+        """Write a picture whole or not at all; returns the SHA-256 of the file."""
+        data = png_bytes(image, metadata)
+        save_bytes(data, self.path / self.file_of(key))
+        return hashlib.sha256(data).hexdigest()
+
+    def intact(self, row: dict) -> bool:
+        """Whether a row's file is there and still the one that was written."""
+        path = self.path / row["file"]
+        return row["file"] == self.file_of(key_of(row)) and path.is_file() and file_sha256(path) == row["sha256"]
+
+    # ------------------------------------------------------------------------------------ manifest
+
+    def part(self, rank: int) -> Path:
+        """Where one process of this shard keeps its rows until they are merged."""
+        number, count = self.shard
+        return self.path / f"manifest.{number}of{count}.rank{rank}.jsonl"
+
+    def rows(self) -> dict[Key, dict]:
+        """All rows so far, sorted; this shard's own unmerged rows are newer than merged ones, other shards' are not."""
+        own, parts = self._own_parts(), sorted(self.path.glob("manifest.*.jsonl"))
+        files = [path for path in parts if path not in own] + [self.path / "manifest.jsonl"] + own
+        found = {key_of(row): row for file in files for row in read_rows(file)}
+        return dict(sorted(found.items()))
+
+    def _own_parts(self) -> list[Path]:
+        return sorted(self.path.glob(self.part(0).name.replace("rank0", "rank*")))
+
+    def merge(self, unless: Callable[[dict], bool] = lambda row: False) -> dict[Key, dict]:
+        """Put all rows into `manifest.jsonl`, leaving out those for which `unless` holds; returns them."""
+        with self._locked():
+            kept = {key: row for key, row in self.rows().items() if not unless(row)}
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept.values())
+            save_text("".join(lines), self.path / "manifest.jsonl")
+            for path in self._own_parts():
+                path.unlink()
+        return kept
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other shards from merging meanwhile."""
+        with open(self.path / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def finished(self, wanted: Iterable[Key]) -> set[Key]:
+        """Merge, forget wanted pictures that are missing or damaged, and say which of the wanted ones are there."""
+        wanted = set(wanted)
+        kept = self.merge(unless=lambda row: key_of(row) in wanted and not self.intact(row))
+        return wanted & kept.keys()
+
+    # ------------------------------------------------------------------------------------ layouts
+
+    def write_prompt_files(self, rows: dict[int, dict]) -> None:
+        """The layout's file beside each prompt's pictures: GenEval reads the row itself from `metadata.jsonl`."""
+        if self.layout == "geneval":
+            for index, row in rows.items():
+                line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+                save_text(line, (self.path / self.file_of((index, 0))).parent.parent / "metadata.jsonl")
+
+    def write_grids(self, names: dict[int, str], rows: dict[Key, dict]) -> None:
+        """The layout's sheets: DPG-Bench reads a prompt's pictures from one file, `grids/ID.png`, two a row."""
+        if self.layout != "dpg":
+            return
+        for index, name in names.items():
+            files = [rows[index, k]["file"] for k in range(MOST_IN_GRID) if (index, k) in rows]
+            if files:
+                sheet = grid([Image.open(self.path / file).convert("RGB") for file in files])
+                save_bytes(png_bytes(sheet, {"files": files}), self.path / "grids" / f"{name}.png")
+
+
+def grid(images: list[Image.Image]) -> Image.Image:
+    """Pictures of one size without gaps, two a row; a single one as it is."""
+    width, height = images[0].size
+    columns = min(GRID_COLUMNS, len(images))
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for k, image in enumerate(images):
+        sheet.paste(image, (k % columns * width, k // columns * height))
+    return sheet
+
+
+def check_layout(layout: str, names: list[str], samples: int) -> None:
+    """Raise UserError where a layout cannot hold what is asked for."""
+    if layout != "dpg":
+        return
+    if samples > MOST_IN_GRID:
+        raise UserError(f"--num_samples_per_prompt is {samples}; --layout dpg holds {MOST_IN_GRID} at most")
+    unfit = [name for name in names if not re.fullmatch(r"[\w-]+", name)]
+    if unfit:
+        raise UserError(f"--layout dpg names files by id; {unfit[0]!r} has other signs than letters, digits, _ and -")
