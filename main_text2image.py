@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{summary['effective_bits_layers']:.3f} bits a weight ({summary['effective_bits_unet']:.3f} over the "
             f"whole UNet), UNet-output error {summary['unet_output_error_db']:.2f} dB\n"
             f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
-            f'load it: import vqdm; DiffusionPipeline.from_pretrained("{config.output_dir}")'
+            f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
         )
 
 

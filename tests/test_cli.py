@@ -72,6 +72,7 @@ def test_bad_config_files(tmp_path, text, words):
         ("--min_timestep 600 --max_timestep 500", "--min_timestep 600.0 is above --max_timestep 500.0"),
         ("--visualize_nsamples 50", "--visualize_nsamples 50 is more than"),
         ("--overrides nowhere.json", "--overrides nowhere.json cannot be read"),
+        ("--height 64", "--height and --width are given together"),
         ("--devices 0", "--devices is not a flag here: choose GPUs with CUDA_VISIBLE_DEVICES"),
         ("--num_intermediate_finetunes 2", "--num_intermediate_finetunes is not a flag here"),
         ("--use_faiss", "--use_faiss is not a flag here"),

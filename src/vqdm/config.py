@@ -89,6 +89,8 @@ class QuantizeConfig:
                 f"--visualize_nsamples {self.visualize_nsamples} is more than --evaluation_nsamples "
                 f"{self.evaluation_nsamples}, of which they are the first"
             )
+        if (self.sampling.height is None) != (self.sampling.width is None):
+            raise UserError("--height and --width are given together, or neither")
         if self.on_save is not None:
             _split_command(self.on_save)
 

@@ -8,36 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shlex
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
-from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
-import vqdm
 from vqdm.additive.code import AdditiveCode
-from vqdm.additive.solve import solve_layer
 from vqdm.config import QuantizeConfig
-from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
-from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
-from vqdm.diffusion.pipelines import (
-    load_pipeline,
-    pick_device,
-    pick_dtype,
-    stored_dtypes,
-    weight_files,
-)
+from vqdm.diffusion.blocks import Layer, select_layers
+from vqdm.diffusion.pipelines import load_pipeline, pick_device, pick_dtype, stored_dtypes, weight_files
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
     check_timestep_range,
@@ -46,40 +28,20 @@ from vqdm.diffusion.sampling import (
     record_evaluation,
     record_trajectories,
 )
-from vqdm.diffusion.trajectories import Trajectories, batches, held_out
-from vqdm.errors import RunError
+from vqdm.diffusion.trajectories import Trajectories
 from vqdm.images import pair_sheet, save_png
+from vqdm.jobs.job import Job, on_save
+from vqdm.jobs.plan import layer_table, predicted_bytes
+from vqdm.jobs.solving import layer_row, solve_block
 from vqdm.layers.quantized import cast_plain, decoded_once, quantized_layers, swap
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.storage.hf import mark_quantized
-from vqdm.storage.runs import RunFolder, SolvedLayer, layer_generator
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, bar, peak_memory, say
-
-
-@dataclass
-class Job:
-    """What the steps of one run share."""
-
-    config: QuantizeConfig
-    pipeline: DiffusionPipeline
-    layers: list[Layer]
-    calibration: list[str]
-    evaluation: list[str]
-    folder: RunFolder
-    tracker: Tracker
-    clock: Stopwatch
-    parameters: int
-
-    @property
-    def unet(self) -> torch.nn.Module:
-        return self.pipeline.unet
-
-    @property
-    def blocks(self) -> list[tuple[str, list[Layer]]]:
-        return [(block, list(layers)) for block, layers in groupby(self.layers, key=lambda layer: layer.block)]
+from vqdm.storage.runs import RunFolder, SolvedLayer
+from vqdm.tracking import Stopwatch, Tracker, peak_memory, say
+from vqdm.versions import versions
 
 
 def quantize(config: QuantizeConfig) -> dict | None:
@@ -218,80 +180,9 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     for layer in job.layers:
         if layer.name in held and held[layer.name].spec == layer.spec:
             tensors = held[layer.name].code().pack()
-            found[layer.name] = SolvedLayer(tensors, layer.spec, _row(layer, {"loaded_from": job.config.load}))
+            found[layer.name] = SolvedLayer(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
     say(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from there")
     return found
-
-
-def solve_block(job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories) -> dict[str, SolvedLayer]:
-    """Record Hessians of a block's unsolved layers and solve them; each result is on disk before the next begins."""
-    calls = partial(_calls, job, trajectories)
-    training, apart = held_out(spread_points(trajectories, job.config.calibration_nsteps))
-    wanted, solved = {layer.name for layer in todo}, {}
-    groups = shared_inputs(job.unet, layers, calls(training[:1])[0]())
-    groups = [[layer for layer in group if layer.name in wanted] for group in groups]
-    progress = bar(total=len(todo), what="layers")
-    for some in passes([group for group in groups if group], job.config.hessian_memory_gb):
-        with (
-            job.clock("hessians"),
-            decoded_once(job.unet),
-            bar(total=len(calls(training)) + len(calls(apart)), what="Hessians") as ticks,
-        ):
-            hessians = record_hessians(
-                job.unet, some, calls(training), calls(apart), job.config.hessian_samples_per_input, ticks.update
-            )
-        for group in some:
-            hessian, unseen = hessians.pop(group[0].name)
-            for layer in group:
-                solved[layer.name] = solve_one(job, layer, hessian, unseen)
-                progress.update()
-    progress.close()
-    return solved
-
-
-def spread_points(trajectories: Trajectories, steps: int) -> list[tuple[int, int]]:
-    """`steps` points a prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all."""
-    prompts, total = trajectories.latents.shape[:2]
-    if not 0 < steps < total:
-        return trajectories.points()
-    return [(n, (k * total // steps + n) % total) for n in range(prompts) for k in range(steps)]
-
-
-def _calls(job: Job, trajectories: Trajectories, points: list) -> list[partial]:
-    first = job.unet.conv_in.weight
-    return [
-        partial(trajectories.inputs, batch, first.device, first.dtype)
-        for batch in batches(points, job.config.xtx_batch_size)
-    ]
-
-
-def solve_one(job: Job, layer: Layer, hessian: Tensor, unseen: Tensor | None) -> SolvedLayer:
-    """Solve a layer, save it, and say one line about it."""
-    weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
-    solver = job.config.solver.with_spec(layer.spec)
-    with job.clock("solving"):
-        try:
-            code, report = solve_layer(weight, hessian, solver, layer_generator(job.config.seed, layer.name), unseen)
-        except ValueError as error:
-            raise RunError(f"layer {layer.name}: {error}") from None
-    row = _row(layer, report.to_dict())
-    job.folder.save_layer(layer, code, row)
-    JsonLines(job.folder.path / "layers.jsonl").write(row)
-    job.tracker.log({f"layer/{key}": value for key, value in row.items() if key not in ("rows", "columns")})
-    say(layer_line(row))
-    on_save(job.config.on_save, job.folder.layer_path(layer.name))
-    return SolvedLayer(code.pack(), layer.spec, row)
-
-
-def _row(layer: Layer, report: dict) -> dict:
-    about = {
-        "name": layer.name,
-        "block": layer.block,
-        "kind": layer.kind,
-        "rows": layer.rows,
-        "columns": layer.columns,
-    }
-    return about | report
 
 
 def swap_block(job: Job, layers: list[Layer], solved: dict[str, SolvedLayer]) -> None:
@@ -314,17 +205,6 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
         path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / "unet"
         job.unet.save_pretrained(path)
         on_save(config.on_save, path)
-
-
-def on_save(command: str | None, path: Path) -> None:
-    """Run the user's command, without a shell, `{path}` replaced by what was saved; a failure is only told."""
-    if command is None:
-        return
-    words = [word.replace("{path}", str(path)) for word in shlex.split(command)]
-    try:
-        subprocess.run(words, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        say(f"--on_save failed: {error}")
 
 
 # ------------------------------------------------------------------------------------------- the end
@@ -399,56 +279,6 @@ def stored_sizes(job: Job, staged: Path) -> dict[str, float]:
         "effective_bits_unet": every_bit / job.parameters,
         "bytes_of_unet": sum(file.stat().st_size for file in staged.glob("unet/*.safetensors")),
     }
-
-
-# ------------------------------------------------------------------------------------------- words
-
-
-def layer_bits(layer: Layer) -> int:
-    """Bits that a layer will take, biases aside."""
-    shapes = layer.spec.tensor_shapes(layer.rows, layer.columns).values()
-    return sum(8 * dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
-
-
-def layer_table(layers: list[Layer], parameters: int) -> str:
-    """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size."""
-    width = max(len(layer.name) for layer in layers)
-    lines = [f"{'layer':{width}}  kind    rows × columns    code    stored bits a weight"]
-    for layer in layers:
-        spec, weights = layer.spec, layer.rows * layer.columns
-        code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
-        shape = f"{layer.rows:5d} × {layer.columns:<7d}"
-        lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
-    weights = sum(layer.rows * layer.columns for layer in layers)
-    bits = sum(layer_bits(layer) for layer in layers)
-    whole = bits + 16 * (parameters - weights)
-    lines.append(
-        f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
-        f"{bits / weights:.3f} stored bits a weight, {whole / parameters:.3f} over the whole UNet, "
-        f"about {whole / 8e6:.2f} MB instead of {parameters / 5e5:.2f} MB in 16 bit"
-    )
-    return "\n".join(lines)
-
-
-def layer_line(row: dict) -> str:
-    unseen = "" if row.get("held_out_error") is None else f" (unseen {row['held_out_error']:.5f})"
-    gap = "" if row["gap_db"] is None else f", {row['gap_db']:.1f} dB above the bound"
-    bits, seconds = row["bits_per_weight"], row["seconds"]
-    return f"{row['name']}: relative error {row['error']:.5f}{unseen}, {bits:.3f} bits{gap}, {seconds:.1f} s"
-
-
-def predicted_bytes(pipeline: DiffusionPipeline, layers: list[Layer], config: QuantizeConfig) -> int:
-    """Disk that the run needs: recorded points, and twice the pipeline without the weights that are coded."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
-    latents = pipeline.unet.config.in_channels * pipeline.unet.config.sample_size**2 * 4
-    steps = config.sampling.num_inference_steps or 50
-    return 2 * pipeline_bytes + latents * steps * (config.calibration_nsamples + 3 * config.evaluation_nsamples)
-
-
-def versions() -> dict[str, str]:
-    modules = {"vqdm": vqdm, "torch": torch, "diffusers": diffusers, "transformers": transformers}
-    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
 
 
 def _digest(prompts: list[str]) -> str:

@@ -29,12 +29,12 @@ from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_
 from vqdm.diffusion.requests import Request, check_size, make_requests
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import ImageFolder, Key, check_layout
-from vqdm.jobs.quantize import versions
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows
 from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
 from vqdm.tracking import JsonLines, Tracker, bar, say
+from vqdm.versions import versions
 
 # The pictures do not depend on these, so they may change between a run and its resumption.
 FREE_FIELDS = ("output_dir", "device", "bs", "limit", "shard", "num_samples_per_prompt", "compile", "offload")

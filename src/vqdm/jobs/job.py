@@ -1,0 +1,51 @@
+"""What the steps of a quantization share."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from vqdm.config import QuantizeConfig
+from vqdm.diffusion.blocks import Layer
+from vqdm.storage.runs import RunFolder
+from vqdm.tracking import Stopwatch, Tracker, say
+
+
+@dataclass
+class Job:
+    """What the steps of one run share."""
+
+    config: QuantizeConfig
+    pipeline: DiffusionPipeline
+    layers: list[Layer]
+    calibration: list[str]
+    evaluation: list[str]
+    folder: RunFolder
+    tracker: Tracker
+    clock: Stopwatch
+    parameters: int
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self.pipeline.unet
+
+    @property
+    def blocks(self) -> list[tuple[str, list[Layer]]]:
+        return [(block, list(layers)) for block, layers in groupby(self.layers, key=lambda layer: layer.block)]
+
+
+def on_save(command: str | None, path: Path) -> None:
+    """Run the user's command, without a shell, `{path}` replaced by what was saved; a failure is only told."""
+    if command is None:
+        return
+    words = [word.replace("{path}", str(path)) for word in shlex.split(command)]
+    try:
+        subprocess.run(words, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"--on_save failed: {error}")

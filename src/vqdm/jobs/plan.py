@@ -1,0 +1,51 @@
+"""What a quantization will do and take, before it starts; and a line for each layer while it runs."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline
+
+from vqdm.config import QuantizeConfig
+from vqdm.diffusion.blocks import Layer
+
+
+def layer_bits(layer: Layer) -> int:
+    """Bits that a layer will take, biases aside."""
+    shapes = layer.spec.tensor_shapes(layer.rows, layer.columns).values()
+    return sum(8 * dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
+
+
+def layer_table(layers: list[Layer], parameters: int) -> str:
+    """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size."""
+    width = max(len(layer.name) for layer in layers)
+    lines = [f"{'layer':{width}}  kind    rows × columns    code    stored bits a weight"]
+    for layer in layers:
+        spec, weights = layer.spec, layer.rows * layer.columns
+        code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
+        shape = f"{layer.rows:5d} × {layer.columns:<7d}"
+        lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
+    weights = sum(layer.rows * layer.columns for layer in layers)
+    bits = sum(layer_bits(layer) for layer in layers)
+    whole = bits + 16 * (parameters - weights)
+    lines.append(
+        f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
+        f"{bits / weights:.3f} stored bits a weight, {whole / parameters:.3f} over the whole UNet, "
+        f"about {whole / 8e6:.2f} MB instead of {parameters / 5e5:.2f} MB in 16 bit"
+    )
+    return "\n".join(lines)
+
+
+def layer_line(row: dict) -> str:
+    unseen = "" if row.get("held_out_error") is None else f" (unseen {row['held_out_error']:.5f})"
+    gap = "" if row["gap_db"] is None else f", {row['gap_db']:.1f} dB above the bound"
+    bits, seconds = row["bits_per_weight"], row["seconds"]
+    return f"{row['name']}: relative error {row['error']:.5f}{unseen}, {bits:.3f} bits{gap}, {seconds:.1f} s"
+
+
+def predicted_bytes(pipeline: DiffusionPipeline, layers: list[Layer], config: QuantizeConfig) -> int:
+    """Disk that the run needs: recorded points, and twice the pipeline without the weights that are coded."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
+    latents = pipeline.unet.config.in_channels * pipeline.unet.config.sample_size**2 * 4
+    steps = config.sampling.num_inference_steps or 50
+    return 2 * pipeline_bytes + latents * steps * (config.calibration_nsamples + 3 * config.evaluation_nsamples)
