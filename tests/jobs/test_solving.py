@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from main_text2image import main
 from test_quantize import command
 
-from main_text2image import main
 from vqdm.cli import run_script
 
 
