@@ -52,7 +52,7 @@ def labels_of(scene: Scene) -> list[int]:
 
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
     """A CLIP tokenizer over all bytes, with byte-pair merges learned until each known word is one token."""
-    alphabet = ByteLevel.alphabet()
+    alphabet = sorted(ByteLevel.alphabet())  # a set: its order would change the merges from run to run
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
