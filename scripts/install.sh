@@ -7,7 +7,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${VQDM_VENV:-$root/.venv}"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -c 'import sys; sys.exit("vqdm needs Python 3.11 or newer") if sys.version_info < (3, 11) else 0'
-wanted="$(cd "$root" && cat "$@" constraints.txt pyproject.toml | cksum)"
+wanted="$root $(cd "$root" && cat "$@" constraints.txt pyproject.toml | cksum)"
 if [ "$(cat "$venv/vqdm-installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $venv (about three minutes the first time)"
     files=()

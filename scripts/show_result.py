@@ -9,7 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 
 import vqdm
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompt", default=PROMPT)
     options = parser.parse_args()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(options.folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     draw = pipeline(options.prompt, num_inference_steps=20, guidance_scale=3.0, generator=torch.manual_seed(0))

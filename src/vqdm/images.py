@@ -8,10 +8,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LINE = 8, 15
+PROMPT_LINES = 3
 
 
 def pair_sheet(prompts: list[str], left: list[Image.Image], right: list[Image.Image], labels: tuple[str, str]):
-    """A sheet of picture pairs, two pairs a row, each under its prompt.
+    """A sheet of picture pairs, two pairs a row, each under the start of its prompt.
 
     Returns a PIL image. Small pictures are enlarged to at least 128 pixels, without smoothing.
     """
@@ -27,13 +28,13 @@ def pair_sheet(prompts: list[str], left: list[Image.Image], right: list[Image.Im
 def _pair(prompt: str, left: Image.Image, right: Image.Image, labels: tuple[str, str], side: int) -> Image.Image:
     font = ImageFont.load_default(12)
     width = 2 * side + 3 * MARGIN
-    lines = textwrap.wrap(prompt, max(20, width // 7))[:2]
-    cell = Image.new("RGB", (width, side + 3 * LINE + 2 * MARGIN), "white")
+    lines = textwrap.wrap(prompt, max(20, width // 7))[:PROMPT_LINES]
+    cell = Image.new("RGB", (width, side + (PROMPT_LINES + 1) * LINE + 2 * MARGIN), "white")
     draw = ImageDraw.Draw(cell)
     for row, line in enumerate(lines):
         draw.text((MARGIN, MARGIN // 2 + row * LINE), line, fill="black", font=font)
     for column, (picture, label) in enumerate(zip((left, right), labels, strict=True)):
-        x, y = MARGIN + column * (side + MARGIN), 3 * LINE + MARGIN
+        x, y = MARGIN + column * (side + MARGIN), (PROMPT_LINES + 1) * LINE + MARGIN
         draw.text((x, y - LINE), label, fill="#555555", font=font)
         cell.paste(picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (x, y))
     return cell
