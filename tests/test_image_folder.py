@@ -7,6 +7,7 @@ from PIL import Image
 
 from vqdm.errors import UserError
 from vqdm.image_folder import ImageFolder, check_layout, grid, png_bytes, read_rows
+from vqdm.storage.claims import check_claim
 from vqdm.tracking import JsonLines
 
 
@@ -91,24 +92,24 @@ def test_finished_forgets_missing_and_damaged_pictures(tmp_path):
 
 def test_check_names_what_changed(tmp_path):
     folder, settings = ImageFolder(tmp_path / "out"), {"seed": 0, "sampling": {"height": 8}}
-    folder.check(settings, resume=False)
+    check_claim(folder.path, settings, resume=False)
     folder.claim({"settings": settings})
     folder.claim({"settings": {"seed": 5}})
-    folder.check(settings, resume=True)
+    check_claim(folder.path, settings, resume=True)
     with pytest.raises(UserError, match="add --resume"):
-        folder.check(settings, resume=False)
+        check_claim(folder.path, settings, resume=False)
     with pytest.raises(UserError, match=r"seed was 0, now 1; height was 8, now 16$"):
-        folder.check({"seed": 1, "sampling": {"height": 16}}, resume=True)
+        check_claim(folder.path, {"seed": 1, "sampling": {"height": 16}}, resume=True)
     (folder.path / "run.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        folder.check(settings, resume=True)
+        check_claim(folder.path, settings, resume=True)
 
 
 def test_foreign_folders_and_files_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(UserError, match="is not a run of vqdm"):
-            ImageFolder(path).check({}, resume=True)
+            check_claim(path, {}, resume=True)
     with pytest.raises(UserError, match="cannot be written"):
         ImageFolder(tmp_path / "file" / "below").claim({})
 

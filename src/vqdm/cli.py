@@ -34,9 +34,6 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Flags over `--config` over defaults. Raises UserError on anything unknown."""
-        for action in self._actions:
-            if isinstance(action, Refused) and any(flag in (argv or sys.argv[1:]) for flag in action.option_strings):
-                action(self, None, None)
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--config")
         known, _ = early.parse_known_args(argv)
@@ -92,7 +89,7 @@ class Refused(argparse.Action):
         self.advice = advice
 
     def __call__(self, parser, namespace, values, option_string=None):
-        raise UserError(f"{option_string or self.option_strings[0]} is not a flag here: {self.advice}")
+        raise UserError(f"{option_string} is not a flag here: {self.advice}")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

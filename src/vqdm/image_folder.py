@@ -21,7 +21,6 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from vqdm.config import differences
 from vqdm.errors import UserError
 from vqdm.storage.atomic import save_bytes, save_json, save_text
 from vqdm.storage.fingerprint import file_sha256
@@ -82,29 +81,6 @@ class ImageFolder:
     shard: tuple[int, int] = (0, 1)
 
     # ------------------------------------------------------------------------------------ claiming
-
-    def check(self, settings: dict, resume: bool) -> None:
-        """Look whether a run may write here, without writing.
-
-        Raises:
-            UserError: the folder holds something and `resume` is off, holds no run, or a run of other settings.
-        """
-        record = self.path / "run.json"
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
-            return
-        if not record.is_file():
-            raise UserError(f"--output_dir {self.path} exists and is not a run of vqdm; choose an empty or new folder")
-        if not resume:
-            raise UserError(f"--output_dir {self.path} holds a run already; add --resume, or choose another folder")
-        changed = differences(self._saved_settings(record), settings)
-        if changed:
-            raise UserError(f"--resume: {self.path} was started with other settings: {'; '.join(changed)}")
-
-    def _saved_settings(self, record: Path) -> dict:
-        try:
-            return json.loads(record.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"--resume: {record} is damaged; choose another folder") from None
 
     def claim(self, about: dict) -> None:
         """Write `run.json`, unless an earlier part of this run has.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from vqdm.storage.atomic import save_bytes
 
 MARGIN, LINE = 8, 15
 PROMPT_LINES = 3
@@ -42,6 +45,6 @@ def _pair(prompt: str, left: Image.Image, right: Image.Image, labels: tuple[str,
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG under its final name only when it is whole."""
-    beside = path.with_name(f".{path.name}.tmp")
-    image.save(beside, format="PNG")
-    beside.replace(path)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    save_bytes(buffer.getvalue(), path)

@@ -3,9 +3,8 @@ import torch
 
 from vqdm.diffusion.pipelines import load_pipeline, sample, weight_files
 from vqdm.diffusion.sampling import check_timestep_range, output_error, record_evaluation, record_trajectories
-from vqdm.diffusion.trajectories import Recorder, Trajectories, held_out, join
+from vqdm.diffusion.trajectories import Recorder, Trajectories, held_out, join, spread_points
 from vqdm.errors import UserError
-from vqdm.jobs.solving import spread_points
 
 PROMPTS = ["a red circle", "a blue star", "a big green heart"]
 

@@ -81,12 +81,11 @@ def pictures(
 @torch.no_grad()
 def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int) -> float:
     """Squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB."""
-    first = next(tensor for tensor in unet.parameters() if tensor.is_floating_point())
     points, error, energy = trajectories.points(), 0.0, 0.0
     with bar(total=len(points), what="UNet-output error") as progress:
         for batch in batches(points, size):
-            expected = trajectories.expected(batch, first.device).double()
-            guess = unet(**trajectories.inputs(batch, first.device, unet_dtype(unet))).sample.double()
+            expected = trajectories.expected(batch, unet.device).double()
+            guess = unet(**trajectories.inputs(batch, unet.device, unet_dtype(unet))).sample.double()
             error += (guess - expected).square().sum().item()
             energy += expected.square().sum().item()
             progress.update(len(batch))
@@ -94,5 +93,5 @@ def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int) -
 
 
 def unet_dtype(unet: torch.nn.Module) -> torch.dtype:
-    """The type a UNet computes in: that of its first convolution, which is never quantized by default."""
-    return unet.conv_in.weight.dtype
+    """The type a UNet computes in: that of a bias, which stays as it is also where `conv_in` itself is quantized."""
+    return unet.conv_in.bias.dtype

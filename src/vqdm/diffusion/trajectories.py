@@ -136,6 +136,14 @@ def batches(points: list, size: int) -> Iterator[list]:
     yield from (points[i : i + size] for i in range(0, len(points), size))
 
 
+def spread_points(trajectories: Trajectories, steps: int) -> list[tuple[int, int]]:
+    """`steps` points a prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all."""
+    prompts, total = trajectories.latents.shape[:2]
+    if not 0 < steps < total:
+        return trajectories.points()
+    return [(n, (k * total // steps + n) % total) for n in range(prompts) for k in range(steps)]
+
+
 def held_out(points: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Split points nine to one: whole prompts are held out where there are ten or more, else single points."""
     prompts = len({n for n, _ in points})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from diffusers import DiffusionPipeline
 
-from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer
 
 
@@ -42,10 +41,9 @@ def layer_line(row: dict) -> str:
     return f"{row['name']}: relative error {row['error']:.5f}{unseen}, {bits:.3f} bits{gap}, {seconds:.1f} s"
 
 
-def predicted_bytes(pipeline: DiffusionPipeline, layers: list[Layer], config: QuantizeConfig) -> int:
-    """Disk that the run needs: recorded points, and twice the pipeline without the weights that are coded."""
+def predicted_bytes(pipeline: DiffusionPipeline, steps: int | None, calibration: int, evaluation: int) -> int:
+    """Disk that a run on so many prompts needs: recorded points, and the pipeline twice."""
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
     latents = pipeline.unet.config.in_channels * pipeline.unet.config.sample_size**2 * 4
-    steps = config.sampling.num_inference_steps or 50
-    return 2 * pipeline_bytes + latents * steps * (config.calibration_nsamples + 3 * config.evaluation_nsamples)
+    return 2 * pipeline_bytes + latents * (steps or 50) * (calibration + 3 * evaluation)

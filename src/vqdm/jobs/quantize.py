@@ -40,7 +40,7 @@ from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.runs import RunFolder, SolvedLayer
-from vqdm.tracking import Stopwatch, Tracker, peak_memory, say
+from vqdm.tracking import Stopwatch, Tracker, bar, peak_memory, say
 from vqdm.versions import versions
 
 
@@ -72,12 +72,17 @@ def quantize(config: QuantizeConfig) -> dict | None:
         return None
     folder = RunFolder(config.output_dir)
     settings = config.to_dict() | {"prompts_sha256": _digest(calibration + evaluation)}
-    folder.open(settings, versions(), config.resume, predicted_bytes(pipeline, layers, config))
+    folder.open(
+        settings,
+        versions(),
+        config.resume,
+        predicted_bytes(pipeline, config.sampling.num_inference_steps, len(calibration), len(evaluation)),
+    )
     if folder.finished:
         shutil.rmtree(folder.work, ignore_errors=True)
         say(f"{folder.path} is finished already")
         return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
-    tracker = Tracker(config.report_to, "vqdm-quantize", folder.work, config.to_dict() | config.spec.to_dict())
+    tracker = Tracker(config.report_to, "vqdm-quantize", folder.path, config.to_dict() | config.spec.to_dict())
     job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters)
     try:
         return run(job)
@@ -104,7 +109,7 @@ def run(job: Job) -> dict:
         trajectories = None if job.config.calibration_latents == "student" else teacher_trajectories(job)
     solved = load_codes(job) | {name: done for name, done in finished_layers(job).items() if done}
     job.folder.rewrite_table([done.report for done in solved.values()])
-    for index, (block, layers) in enumerate(job.blocks, start=1):
+    for index, (block, layers) in enumerate(bar(job.blocks, what="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in solved]
         if todo:
             if job.config.calibration_latents == "student":

@@ -32,6 +32,7 @@ from vqdm.image_folder import ImageFolder, Key, check_layout
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows
+from vqdm.storage.claims import check_claim
 from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
 from vqdm.tracking import JsonLines, Tracker, bar, say
 from vqdm.versions import versions
@@ -139,7 +140,7 @@ def sample_images(config: SampleConfig) -> Drawn | None:
         settings = settings_of(config, ranks, rows, unet_folder)
         folder = ImageFolder(Path(config.output_dir), config.layout, config.shard)
         if ranks.main:
-            folder.check(settings, config.resume)
+            check_claim(folder.path, settings, config.resume)
         say(plan(config, ranks, folder, requests))
         if config.dry_run:
             return None

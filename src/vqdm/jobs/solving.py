@@ -14,7 +14,8 @@ from vqdm.additive.code import AdditiveCode
 from vqdm.additive.solve import LayerReport, solve_layer
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
-from vqdm.diffusion.trajectories import Trajectories, batches, held_out
+from vqdm.diffusion.sampling import unet_dtype
+from vqdm.diffusion.trajectories import Trajectories, batches, held_out, spread_points
 from vqdm.errors import RunError
 from vqdm.jobs.job import Job, on_save
 from vqdm.jobs.plan import layer_line
@@ -27,20 +28,20 @@ MATRICES_A_LAYER = 6  # square matrices of a layer's size that its solution hold
 
 def solve_block(job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories) -> dict[str, SolvedLayer]:
     """Record Hessians of a block's unsolved layers and solve them; each result is on disk before the next begins."""
-    calls = partial(_calls, job, trajectories)
-    training, apart = held_out(spread_points(trajectories, job.config.calibration_nsteps))
+    points = held_out(spread_points(trajectories, job.config.calibration_nsteps))
+    training, apart = (_calls(job, trajectories, part) for part in points)
     wanted, solved = {layer.name for layer in todo}, {}
-    groups = shared_inputs(job.unet, layers, calls(training[:1])[0]())
+    groups = shared_inputs(job.unet, layers, _calls(job, trajectories, points[0][:1])[0]())
     groups = [[layer for layer in group if layer.name in wanted] for group in groups]
     progress = bar(total=len(todo), what="layers")
     for some in passes([group for group in groups if group], job.config.hessian_memory_gb):
         with (
             job.clock("hessians"),
             decoded_once(job.unet),
-            bar(total=len(calls(training)) + len(calls(apart)), what="Hessians") as ticks,
+            bar(total=len(training) + len(apart), what="Hessians") as ticks,
         ):
             hessians = record_hessians(
-                job.unet, some, calls(training), calls(apart), job.config.hessian_samples_per_input, ticks.update
+                job.unet, some, training, apart, job.config.hessian_samples_per_input, ticks.update
             )
         with job.clock("solving"):
             for layer, (code, report) in solve_layers(job, some, hessians):
@@ -81,18 +82,9 @@ def one_thread_a_layer(job: Job, columns: int) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def spread_points(trajectories: Trajectories, steps: int) -> list[tuple[int, int]]:
-    """`steps` points a prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all."""
-    prompts, total = trajectories.latents.shape[:2]
-    if not 0 < steps < total:
-        return trajectories.points()
-    return [(n, (k * total // steps + n) % total) for n in range(prompts) for k in range(steps)]
-
-
 def _calls(job: Job, trajectories: Trajectories, points: list) -> list[partial]:
-    first = job.unet.conv_in.weight
     return [
-        partial(trajectories.inputs, batch, first.device, first.dtype)
+        partial(trajectories.inputs, batch, job.unet.device, unet_dtype(job.unet))
         for batch in batches(points, job.config.xtx_batch_size)
     ]
 

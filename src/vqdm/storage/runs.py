@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
-from vqdm.config import differences
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
 from vqdm.storage.atomic import save_json, save_tensors, save_text
+from vqdm.storage.claims import check_claim
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,10 @@ class RunFolder:
                 other settings, or its disk has less than `need_bytes` free.
         """
         record = self.path / "run.json"
-        if record.is_file():
-            self._check_resumable(record, settings, resume)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"--output_dir {self.path} exists and is not a run of vqdm; choose an empty or new folder")
+        check_claim(self.path, settings, resume)
         self._check_writable(need_bytes)
         if not record.is_file():
             save_json({"settings": settings, "versions": versions}, record)
-
-    def _check_resumable(self, record: Path, settings: dict, resume: bool) -> None:
-        if not resume:
-            raise UserError(f"--output_dir {self.path} holds a run already; add --resume, or choose another folder")
-        try:
-            saved = json.loads(record.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"--resume: {record} is damaged; choose another folder") from None
-        changed = differences(saved, settings)
-        if changed:
-            raise UserError(f"--resume: {self.path} was started with other settings: {'; '.join(changed)}")
 
     def _check_writable(self, need_bytes: int) -> None:
         try:

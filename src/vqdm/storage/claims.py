@@ -1,0 +1,35 @@
+"""Whether a run may write into an output folder: its own only, and only with the settings that it was started with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vqdm.config import differences
+from vqdm.errors import UserError
+
+
+def check_claim(folder: Path, settings: dict, resume: bool) -> None:
+    """Look at `folder`/run.json, without writing.
+
+    Raises:
+        UserError: the folder holds something else, holds a run and `resume` is off, or a run of other settings.
+    """
+    record = folder / "run.json"
+    if record.is_file():
+        _check_resumable(record, settings, resume)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output_dir {folder} exists and is not a run of vqdm; choose an empty or new folder")
+
+
+def _check_resumable(record: Path, settings: dict, resume: bool) -> None:
+    folder = record.parent
+    if not resume:
+        raise UserError(f"--output_dir {folder} holds a run already; add --resume, or choose another folder")
+    try:
+        saved = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--resume: {record} is damaged; choose another folder") from None
+    changed = differences(saved, settings)
+    if changed:
+        raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(changed)}")
