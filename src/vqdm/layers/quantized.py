@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits
+from vqdm.layers.banks import CodebookBanks, banks_of, drop_banks
 
 
 class _Coded:
     """What quantized layers share: stored tensors as parameters, and the decoded weight."""
 
     spec: CodeSpec
+    banks: tuple[CodebookBanks, ...] = ()  # in a tuple, so that the model's banks do not become the layer's own
     keep_decoded = False
     _decoded: Tensor | None = None
 
@@ -35,7 +37,9 @@ class _Coded:
         return {name: tensor for name, tensor in self.named_parameters(recurse=False) if name != "bias"}
 
     def set_code(self, code: AdditiveCode) -> None:
-        """Take over a code of this layer's format. Raises ValueError when a tensor's shape differs."""
+        """Take over a code of this layer's format. Raises ValueError when a tensor's shape or the bank differs."""
+        if self.spec.shared_codebooks and not torch.equal(self.shared_codebooks().cpu(), code.codebooks.half().cpu()):
+            raise ValueError(f"the code was found with other codebooks than those of bank {self.spec.shared_codebooks}")
         for name, tensor in code.pack().items():
             held = getattr(self, name)
             if held.shape != tensor.shape:
@@ -45,7 +49,12 @@ class _Coded:
 
     def code(self) -> AdditiveCode:
         """The layer's code in working form."""
-        return AdditiveCode.unpack(self.spec, (self._rows, self._columns), self.stored_tensors())
+        shape = (self._rows, self._columns)
+        return AdditiveCode.unpack(self.spec, shape, self.stored_tensors(), self.shared_codebooks())
+
+    def shared_codebooks(self) -> Tensor | None:
+        """The codebooks [M, K, p, g] of the layer's bank; None where it has its own."""
+        return self.banks[0](self.spec.shared_codebooks) if self.spec.shared_codebooks else None
 
     @property
     def stored_bits(self) -> int:
@@ -152,10 +161,16 @@ QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
 
 def swap(model: nn.Module, name: str, spec: CodeSpec) -> QuantizedLayer:
-    """Replace the plain layer `name` (dotted) by an empty quantized one, in place, and return it."""
+    """Replace the plain layer `name` (dotted) by an empty quantized one, in place, and return it.
+
+    Raises ValueError when `spec` names a bank that the model holds in another shape.
+    """
     plain = model.get_submodule(name)
     kind = QuantizedLinear if isinstance(plain, nn.Linear) else QuantizedConv2d
     quantized = kind.like(plain, spec).train(plain.training)
+    if spec.shared_codebooks:
+        quantized.banks = (banks_of(model),)
+        quantized.banks[0].reserve(spec, plain.weight.device)
     model.set_submodule(name, quantized)
     return quantized
 
@@ -185,6 +200,7 @@ def dequantize_layers(model: nn.Module) -> None:
     """Replace every quantized layer by the plain one of its decoded weight, in place."""
     for name, layer in quantized_layers(model).items():
         model.set_submodule(name, layer.plain().train(layer.training))
+    drop_banks(model)
 
 
 def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
@@ -192,7 +208,9 @@ def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
 
     diffusers refuses `.to(dtype)` on a quantized model.
     """
-    coded = {id(tensor) for layer in quantized_layers(model).values() for tensor in layer.stored_tensors().values()}
+    layers = quantized_layers(model).values()
+    coded = {id(tensor) for layer in layers for tensor in layer.stored_tensors().values()}
+    coded |= {id(bank) for layer in layers for module in layer.banks for bank in module.parameters()}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in coded:
             tensor.data = tensor.data.to(dtype)
