@@ -80,10 +80,8 @@ def test_solving_keeps_the_bank_and_stores_no_codebooks(bank):
 
 def test_more_epochs_are_never_worse(bank):
     W, H = problems()[0]
-    errors = [
-        solve_layer(W, H, replace(CONFIG, max_epochs=n, relative_mse_tolerance=0.0), generator(), bank=Bank(bank, 10_000))[1].error
-        for n in (1, 2, 4)
-    ]
+    configs = [replace(CONFIG, max_epochs=n, relative_mse_tolerance=0.0) for n in (1, 2, 4)]
+    errors = [solve_layer(W, H, config, generator(), bank=Bank(bank, 10_000))[1].error for config in configs]
     assert errors[0] > errors[1] >= errors[2]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
@@ -45,6 +46,14 @@ def matrix_of(layer: nn.Linear | nn.Conv2d, group_channels: bool) -> Tensor:
     if weight.dim() == 4 and group_channels:
         weight = weight.permute(0, 2, 3, 1)  # [O, C, kh, kw] → [O, kh, kw, C]
     return weight.reshape(weight.shape[0], -1)
+
+
+def weight_of(matrix: Tensor, shape: torch.Size, group_channels: bool) -> Tensor:
+    """The inverse of `matrix_of`: the weight of `shape` whose matrix is `matrix` [O, I]."""
+    if len(shape) == 4 and group_channels:
+        O, C, kh, kw = shape  # noqa: E741
+        return matrix.view(O, kh, kw, C).permute(0, 3, 1, 2)  # [O, I] → [O, C, kh, kw]
+    return matrix.view(shape)
 
 
 def block_of(name: str) -> str:

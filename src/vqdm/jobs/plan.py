@@ -8,6 +8,20 @@ from diffusers import DiffusionPipeline
 from vqdm.diffusion.blocks import Layer
 
 
+def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
+    """Name of a bank of shared codebooks → the layers that use it, in their order."""
+    found: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.spec.shared_codebooks:
+            found.setdefault(layer.spec.shared_codebooks, []).append(layer)
+    return found
+
+
+def bank_bits(layers: list[Layer]) -> int:
+    """Bits of all banks that the layers use."""
+    return sum(16 * torch.Size(of[0].spec.codebooks_shape).numel() for of in bank_users(layers).values())
+
+
 def layer_bits(layer: Layer) -> int:
     """Bits that a layer will take, biases aside."""
     shapes = layer.spec.tensor_shapes(layer.rows, layer.columns).values()
@@ -24,7 +38,7 @@ def layer_table(layers: list[Layer], parameters: int) -> str:
         shape = f"{layer.rows:5d} × {layer.columns:<7d}"
         lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
     weights = sum(layer.rows * layer.columns for layer in layers)
-    bits = sum(layer_bits(layer) for layer in layers)
+    bits = sum(layer_bits(layer) for layer in layers) + bank_bits(layers)
     whole = bits + 16 * (parameters - weights)
     lines.append(
         f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
@@ -32,6 +46,17 @@ def layer_table(layers: list[Layer], parameters: int) -> str:
         f"about {whole / 8e6:.2f} MB instead of {parameters / 5e5:.2f} MB in 16 bit"
     )
     return "\n".join(lines)
+
+
+def target_line(layers: list[Layer], parameters: int, target_bits: float) -> str:
+    """What can be said before a plan is made."""
+    weights = sum(layer.rows * layer.columns for layer in layers)
+    whole = target_bits * weights + 16 * (parameters - weights)
+    return (
+        f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: {target_bits:g} stored bits a "
+        f"weight, {whole / parameters:.3f} over the whole UNet, about {whole / 8e6:.2f} MB instead of "
+        f"{parameters / 5e5:.2f} MB in 16 bit; which layer gets how many is decided after calibration"
+    )
 
 
 def layer_line(row: dict) -> str:
