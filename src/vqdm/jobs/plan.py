@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from vqdm.diffusion.blocks import Layer
 
@@ -14,8 +15,18 @@ def layer_bits(layer: Layer) -> int:
     return sum(8 * dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
 
 
-def layer_table(layers: list[Layer], parameters: int) -> str:
-    """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size."""
+def rounded_bits(rest: list[nn.Linear | nn.Conv2d]) -> int:
+    """Bits that layers take in 8 bit, biases aside."""
+    return sum(8 * layer.weight.numel() + 16 * len(layer.weight) for layer in rest)
+
+
+def layer_table(layers: list[Layer], parameters: int, rest: list[nn.Linear | nn.Conv2d]) -> str:
+    """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size.
+
+    Args:
+        parameters: of the whole UNet.
+        rest: the plain layers that go into 8 bit.
+    """
     width = max(len(layer.name) for layer in layers)
     lines = [f"{'layer':{width}}  kind    rows × columns    code    stored bits a weight"]
     for layer in layers:
@@ -25,7 +36,12 @@ def layer_table(layers: list[Layer], parameters: int) -> str:
         lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
     weights = sum(layer.rows * layer.columns for layer in layers)
     bits = sum(layer_bits(layer) for layer in layers)
-    whole = bits + 16 * (parameters - weights)
+    others = sum(layer.weight.numel() for layer in rest)
+    whole = bits + rounded_bits(rest) + 16 * (parameters - weights - others)
+    if rest:
+        lines.append(
+            f"{len(rest)} other layers, {others / 1e6:.2f} M weights: {rounded_bits(rest) / others:.3f} bits each"
+        )
     lines.append(
         f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
         f"{bits / weights:.3f} stored bits a weight, {whole / parameters:.3f} over the whole UNet, "

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.config import QuantizeConfig
-from vqdm.diffusion.blocks import Layer, select_layers
+from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.pipelines import load_pipeline, pick_device, pick_dtype, stored_dtypes, weight_files
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
@@ -29,11 +29,13 @@ from vqdm.diffusion.sampling import (
     record_trajectories,
 )
 from vqdm.diffusion.trajectories import Trajectories
+from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.job import Job, on_save
 from vqdm.jobs.plan import layer_table, predicted_bytes
 from vqdm.jobs.solving import layer_row, solve_block
 from vqdm.layers.quantized import cast_plain, decoded_once, quantized_layers, swap
+from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
@@ -64,7 +66,8 @@ def quantize(config: QuantizeConfig) -> dict | None:
     )
     layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-    say(layer_table(layers, parameters))
+    rest = rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else []
+    say(layer_table(layers, parameters, [pipeline.unet.get_submodule(name) for name in rest]))
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
@@ -107,6 +110,8 @@ def run(job: Job) -> dict:
     with job.clock("teacher"):
         teacher, teacher_pictures = teacher_evaluation(job)
         trajectories = None if job.config.calibration_latents == "student" else teacher_trajectories(job)
+    if job.config.rest_nbits == 8:
+        round_rest(job)
     solved = load_codes(job) | {name: done for name, done in finished_layers(job).items() if done}
     job.folder.rewrite_table([done.report for done in solved.values()])
     for index, (block, layers) in enumerate(bar(job.blocks, what="blocks"), start=1):
@@ -190,6 +195,19 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     return found
 
 
+def round_rest(job: Job) -> None:
+    """Put what is not to be quantized into 8 bit, before Hessians are recorded.
+
+    Raises:
+        RunError: a weight is not finite; names the layer.
+    """
+    for name in rest_layers(job.unet, job.layers):
+        try:
+            round_layer(job.unet, name)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+
 def swap_block(job: Job, layers: list[Layer], solved: dict[str, SolvedLayer]) -> None:
     """Put a block's codes in the place of its weights."""
     for layer in layers:
@@ -242,6 +260,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: di
     summary = {
         "model": job.config.model,
         "layers_quantized": len(job.layers),
+        "layers_in_8_bit": len(rounded_layers(job.unet)),
         **sizes,
         "bytes_of_original_unet": original or None,
         "unet_output_error_db": error_db,

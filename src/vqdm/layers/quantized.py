@@ -192,7 +192,8 @@ def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
 
     diffusers refuses `.to(dtype)` on a quantized model.
     """
-    coded = {id(tensor) for layer in quantized_layers(model).values() for tensor in layer.stored_tensors().values()}
+    stored = [module.stored_tensors() for module in model.modules() if hasattr(module, "stored_tensors")]
+    coded = {id(tensor) for tensors in stored for tensor in tensors.values()}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in coded:
             tensor.data = tensor.data.to(dtype)
