@@ -5,7 +5,7 @@ diffusers has no registration function; a backend writes itself into two diction
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 
 from diffusers.configuration_utils import FrozenDict
@@ -13,6 +13,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
@@ -29,8 +30,10 @@ class Method(str, Enum):  # noqa: UP042
     VQDM = "vqdm"
 
 
-class VqdmConfig(QuantizationConfigMixin):
+class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
     """`quantization_config` of a quantized model: everything needed to build its layers without reading a tensor.
+
+    One class for diffusers and transformers, as both ask for a subclass of their own.
 
     Args:
         code: the settings that most layers share, as `CodeSpec.to_dict` gives them.
@@ -72,6 +75,11 @@ class VqdmConfig(QuantizationConfigMixin):
         """The oldest version that can say what this configuration says."""
         return 2 if any(getattr(self, key) for key in VERSION_2_KEYS) else 1
 
+    def renamed(self, rename: Callable[[str], str]) -> VqdmConfig:
+        """The same configuration with other names of the layers."""
+        layers = {rename(name): own for name, own in self.layers.items()}
+        return VqdmConfig(self.code, layers, map(rename, self.rounded))
+
     def to_dict(self) -> dict:
         """Plain JSON types only: diffusers serialises this on every load and save."""
         return {
@@ -107,25 +115,9 @@ class VqdmQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
-        for name, spec in self.quantization_config.specs.items():
-            _check_plain(model, name)
-            swap(model, name, spec)
-        for name in self.quantization_config.rounded:
-            _check_plain(model, name)
-            swap_rounded(model, name)
-        self._check_keys(model)
-
-    def _check_keys(self, model: nn.Module) -> None:
-        """A missing or extra tensor is an error here; diffusers would warn and leave a layer random."""
-        expected, loaded = model.state_dict().keys(), getattr(self, "_loaded_keys", None)
-        if loaded is None:
-            return
-        absent = [name for name in expected if name not in set(loaded)]
-        if absent:
-            raise ValueError(f"the checkpoint lacks {len(absent)} tensors, the first is {absent[0]}")
-        extra = [name for name in loaded if name not in set(expected)]
-        if extra:
-            raise ValueError(f"the checkpoint holds {len(extra)} unknown tensors, the first is {extra[0]}")
+        build_layers(model, self.quantization_config)
+        if hasattr(self, "_loaded_keys"):
+            check_names(model.state_dict().keys(), self._loaded_keys)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         return model
@@ -144,6 +136,31 @@ class VqdmQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def build_layers(model: nn.Module, config: VqdmConfig) -> None:
+    """Replace plain layers by the empty ones that `config` describes, in place.
+
+    Raises:
+        ValueError: a layer that it names is not there, or is neither Linear nor Conv2d.
+    """
+    for name, spec in config.specs.items():
+        _check_plain(model, name)
+        swap(model, name, spec)
+    for name in config.rounded:
+        _check_plain(model, name)
+        swap_rounded(model, name)
+
+
+def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
+    """Raise ValueError where tensors are missing or unknown: the libraries would warn, and leave a layer random."""
+    expected, loaded = dict.fromkeys(expected), dict.fromkeys(loaded)
+    absent = [name for name in expected if name not in loaded]
+    if absent:
+        raise ValueError(f"the checkpoint lacks {len(absent)} tensors, the first is {absent[0]}")
+    extra = [name for name in loaded if name not in expected]
+    if extra:
+        raise ValueError(f"the checkpoint holds {len(extra)} unknown tensors, the first is {extra[0]}")
 
 
 def _check_plain(model: nn.Module, name: str) -> None:
