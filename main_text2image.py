@@ -90,6 +90,14 @@ def _add_format_flags(group: argparse._ArgumentGroup) -> None:
         default=True,
         help="groups of a convolution run over channels at one kernel location (on by default)",
     )
+    group.add_argument(
+        "--rest_nbits",
+        type=int,
+        choices=(16, 8),
+        default=16,
+        help="8: every Linear and Conv2d that is not quantized, but conv_in and conv_out, is stored in 8 bit with a "
+        "16-bit scale an output: time_embedding, add_embedding, time_emb_proj, and what filters and overrides leave",
+    )
 
 
 def _add_bits_flags(group: argparse._ArgumentGroup) -> None:

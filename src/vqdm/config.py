@@ -71,6 +71,7 @@ class QuantizeConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     overrides: dict[str, dict | None] = field(default_factory=dict)
+    rest_nbits: int = 16
     layer_filter: str = "default"
     min_channels: int = 0
     calibration_nsamples: int = 256

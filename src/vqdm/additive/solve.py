@@ -145,7 +145,7 @@ def unit_exponent(W: Tensor) -> int:
 
 
 def times_power(code: AdditiveCode, exponent: int) -> AdditiveCode:
-    """`code` times 2^exponent, half of it in codebooks of its own, the rest in the scales, so that float16 holds both."""
+    """`code` times 2^exponent, half of it in own codebooks, the rest in the scales, so that float16 holds both."""
     half = 0 if code.spec.shared_codebooks else exponent // 2
     return replace(code, codebooks=code.codebooks * 2.0**half, scales=code.scales * 2.0 ** (exponent - half))
 

@@ -92,6 +92,15 @@ def select_layers(
     return layers
 
 
+def rest_layers(unet: nn.Module, quantized: list[Layer]) -> list[str]:
+    """Names of every other Linear and Conv2d but `conv_in` and `conv_out`, in module order: what may go into 8 bit.
+
+    In VQDM's default set these are the time and size embeddings and the `time_emb_proj` of every resnet.
+    """
+    taken = {layer.name for layer in quantized} | {"conv_in", "conv_out"}
+    return [name for name, _ in _plain_layers(unet) if name not in taken]
+
+
 def _plain_layers(unet: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 

@@ -90,7 +90,8 @@ def measured(job: Job, store: HessianStore) -> list[Choices]:
 
 def formats(layer: Layer, how: str) -> list[Layer]:
     """The layer in every format of the menu."""
-    specs = [layer.spec.changed(num_codebooks=M, nbits_per_codebook=b, in_group_size=GROUP) for M, b in MENU]
+    own = layer.spec.changed(in_group_size=GROUP, shared_codebooks="")
+    specs = [own.changed(num_codebooks=M, nbits_per_codebook=b) for M, b in MENU]
     return [shared(replace(layer, spec=spec), how) for spec in specs]
 
 

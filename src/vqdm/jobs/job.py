@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from vqdm.additive.code import Bank
 from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer
+from vqdm.jobs.plan import Rest
 from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import Stopwatch, Tracker, say
@@ -24,6 +25,8 @@ class Job:
     """What the steps of one run share.
 
     Attributes:
+        parameters: of the whole UNet.
+        rest: what goes into 8 bit.
         store: Hessians of the full-precision model, where the run keeps them.
         banks: shared codebooks by name.
     """
@@ -37,6 +40,7 @@ class Job:
     tracker: Tracker
     clock: Stopwatch
     parameters: int
+    rest: Rest
     store: HessianStore | None = None
     banks: dict[str, Bank] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.config import QuantizeConfig
-from vqdm.diffusion.blocks import Layer, select_layers
+from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.pipelines import load_pipeline, pick_device, pick_dtype, stored_dtypes, weight_files
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
@@ -26,11 +26,12 @@ from vqdm.diffusion.sampling import (
     pictures,
 )
 from vqdm.diffusion.trajectories import Trajectories
+from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.allocation import allocated
 from vqdm.jobs.banks import make_banks, shared
 from vqdm.jobs.job import Job, on_save
-from vqdm.jobs.plan import bank_bits, bank_users, layer_table, predicted_bytes, target_line
+from vqdm.jobs.plan import Rest, bank_bits, bank_users, layer_table, predicted_bytes, totals
 from vqdm.jobs.recording import (
     calibration_trajectories,
     digest,
@@ -40,6 +41,7 @@ from vqdm.jobs.recording import (
 )
 from vqdm.jobs.solving import layer_row, solve_block
 from vqdm.layers.quantized import cast_plain, decoded_once, quantized_layers, swap
+from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
@@ -71,7 +73,12 @@ def quantize(config: QuantizeConfig) -> dict | None:
     layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
     layers = [shared(layer, config.share_codebooks) for layer in layers]
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-    say(target_line(layers, parameters, config.target_bits) if config.target_bits else layer_table(layers, parameters))
+    rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
+    if config.target_bits:
+        weights = sum(layer.rows * layer.columns for layer in layers)
+        say(totals(layers, parameters, rest, config.target_bits * weights) + "; divided after calibration")
+    else:
+        say(layer_table(layers, parameters, rest))
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
@@ -90,7 +97,7 @@ def quantize(config: QuantizeConfig) -> dict | None:
         say(f"{folder.path} is finished already")
         return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
     tracker = Tracker(config.report_to, "vqdm-quantize", folder.path, config.to_dict() | config.spec.to_dict())
-    job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters)
+    job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
     try:
         return run(job)
     finally:
@@ -113,6 +120,8 @@ def run(job: Job) -> dict:
     """All slow steps; every one of them finds and keeps what an interrupted run left."""
     with job.clock("teacher"):
         teacher, teacher_pictures = teacher_evaluation(job)
+    if job.config.rest_nbits == 8:
+        round_rest(job)
     prepare(job)
     solved = load_codes(job) | {name: done for name, done in finished_layers(job).items() if done}
     job.folder.rewrite_table([done.report for done in solved.values()])
@@ -138,7 +147,7 @@ def prepare(job: Job) -> None:
     if config.target_bits:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
-            say(layer_table(job.layers, job.parameters))
+            say(layer_table(job.layers, job.parameters, job.rest))
     with job.clock("banks"):
         job.banks = make_banks(job, job.store) if bank_users(job.layers) else {}
 
@@ -169,6 +178,19 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
             found[layer.name] = SolvedLayer(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
     say(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from there")
     return found
+
+
+def round_rest(job: Job) -> None:
+    """Put what is not to be quantized into 8 bit, before Hessians are recorded.
+
+    Raises:
+        RunError: a weight is not finite; names the layer.
+    """
+    for name in rest_layers(job.unet, job.layers):
+        try:
+            round_layer(job.unet, name)
+        except ValueError as error:
+            raise RunError(str(error)) from None
 
 
 def swap_block(job: Job, layers: list[Layer], solved: dict[str, SolvedLayer]) -> None:
@@ -227,6 +249,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: di
     summary = {
         "model": job.config.model,
         "layers_quantized": len(job.layers),
+        "layers_in_8_bit": len(rounded_layers(job.unet)),
         **sizes,
         "bytes_of_original_unet": original or None,
         "unet_output_error_db": error_db,

@@ -99,6 +99,7 @@ def hessian_settings(job: Job) -> dict:
         "model": pipeline_fingerprint(folder) if folder.is_dir() else f"{config.model}@{config.revision}",
         "variant": config.variant,
         "dtype": str(job.unet.dtype),
+        "rest_nbits": config.rest_nbits,
         "calibration_prompts_sha256": digest(job.calibration),
         "seed": config.seed,
         "sampling": config.to_dict()["sampling"],

@@ -34,6 +34,10 @@ class CodebookBanks(nn.Module):
         held = self._parameters[name]
         held.data = codebooks.to(held.device, held.dtype)
 
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """All banks by name."""
+        return dict(self._parameters)
+
     def forward(self, name: str) -> Tensor:
         """Codebooks [M, K, p, g]."""
         return self._parameters[name]

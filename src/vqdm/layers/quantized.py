@@ -208,9 +208,8 @@ def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
 
     diffusers refuses `.to(dtype)` on a quantized model.
     """
-    layers = quantized_layers(model).values()
-    coded = {id(tensor) for layer in layers for tensor in layer.stored_tensors().values()}
-    coded |= {id(bank) for layer in layers for module in layer.banks for bank in module.parameters()}
+    stored = [module.stored_tensors() for module in model.modules() if hasattr(module, "stored_tensors")]
+    coded = {id(tensor) for tensors in stored for tensor in tensors.values()}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in coded:
             tensor.data = tensor.data.to(dtype)
