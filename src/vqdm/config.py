@@ -113,6 +113,8 @@ class QuantizeConfig:
     def _check_sharing(self) -> None:
         if self.share_codebooks != "none" and self.solver.encoder != "ldl":
             raise UserError("--share_codebooks needs --encoder ldl; beam fits codebooks to one layer")
+        if self.share_codebooks != "none" and not self.spec.can_share:
+            raise UserError("--share_codebooks goes neither with --groupwise_codebooks nor with --codebook_value_nbits")
         if self.hessian_cache and self.calibration_latents == "student":
             raise UserError("--hessian_cache is of the full-precision model; --calibration_latents student is not")
         if self.target_bits is None:

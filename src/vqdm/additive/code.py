@@ -65,8 +65,13 @@ class CodeSpec:
                 f"codebook_value_num_groups is {self.codebook_value_num_groups}; it must divide "
                 f"num_codebooks * 2^nbits_per_codebook = {self.num_codebooks * self.entries}"
             )
-        if self.shared_codebooks and (self.groupwise_codebooks or self.codebook_value_nbits < 16):
+        if self.shared_codebooks and not self.can_share:
             raise ValueError("shared_codebooks go neither with groupwise_codebooks nor with codebook_value_nbits")
+
+    @property
+    def can_share(self) -> bool:
+        """Whether the codebooks are of a kind that layers can share: one set a layer, its values as they are."""
+        return not self.groupwise_codebooks and self.codebook_value_nbits == 16
 
     @property
     def codebooks_shape(self) -> tuple[int, int, int, int]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from vqdm.additive.allocate import allocate
-from vqdm.additive.banks import encode, sample_error
 from vqdm.additive.code import Bank
+from vqdm.additive.shared import encode, sample_error
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effect, outputs, spread_over_noise
@@ -49,7 +50,7 @@ class Choices:
     bits: list[int]
     costs: list[float]
 
-    def without(self, banks: set[str]) -> Choices:
+    def without(self, banks: Set[str]) -> Choices:
         """The choices that use none of `banks`."""
         kept = [k for k, layer in enumerate(self.layers) if layer.spec.shared_codebooks not in banks]
         return Choices(*([values[k] for k in kept] for values in (self.layers, self.bits, self.costs)))
@@ -139,18 +140,19 @@ def output_effects(job: Job, store: HessianStore, layers: list[Layer]) -> dict[s
 def divided(choices: list[Choices], target_bits: float) -> list[Layer]:
     """The layers in formats that take at most `target_bits` a weight, banks included, at the least summed cost.
 
-    Banks whose own bits are better spent on codes are left out, one after another.
+    Banks whose own bits are better spent on codes are left out, one after another. Raises UserError when even the
+    cheapest formats take more.
     """
+    banks = {name: bank_bits(of) for name, of in bank_users([o for one in choices for o in one.layers]).items()}
     dropped: set[str] = set()
-    best = _divided(choices, target_bits)
-    while True:
-        names = list(bank_users(best[1]))
-        tries = {name: _divided([one.without({*dropped, name}) for one in choices], target_bits) for name in names}
-        name = min(tries, key=lambda one: tries[one][0], default=None)
-        if name is None or tries[name][0] >= best[0]:
+    cost, layers = _divided(choices, banks, target_bits)
+    while len(dropped) < len(banks) - 1:
+        tries = {name: _divided(choices, banks, target_bits, {*dropped, name}) for name in banks if name not in dropped}
+        name = min(tries, key=lambda one: (tries[one][0], -banks[one]))
+        if tries[name][0] >= cost < math.inf:
             break
-        dropped, best = {*dropped, name}, tries[name]
-    cost, layers = best
+        dropped.add(name)
+        cost, layers = tries[name]
     if not layers:
         least = sum(min(one.bits) for one in choices) / _weights([one.layers[0] for one in choices])
         raise UserError(f"--target_bits {target_bits} is too low: codes and scales alone take {least:.3f}")
@@ -159,17 +161,20 @@ def divided(choices: list[Choices], target_bits: float) -> list[Layer]:
     return layers
 
 
-def _divided(choices: list[Choices], target_bits: float) -> tuple[float, list[Layer]]:
-    """Cost and layers; infinite and empty where the target cannot be met."""
-    if not all(one.layers for one in choices):
+def _divided(
+    choices: list[Choices], banks: dict[str, int], target_bits: float, dropped: Set[str] = frozenset()
+) -> tuple[float, list[Layer]]:
+    """Cost and layers without the banks that are dropped; infinite and empty where the target cannot be met."""
+    left = [one.without(dropped) for one in choices]
+    if not all(one.layers for one in left):
         return math.inf, []
-    weights = _weights([one.layers[0] for one in choices])
-    budget = int(target_bits * weights) - bank_bits([layer for one in choices for layer in one.layers])
+    paid = sum(bits for name, bits in banks.items() if name not in dropped)
+    budget = int(target_bits * _weights([one.layers[0] for one in left])) - paid
     try:
-        chosen = allocate([one.bits for one in choices], [one.costs for one in choices], budget)
+        chosen = allocate([one.bits for one in left], [one.costs for one in left], budget)
     except ValueError:
         return math.inf, []
-    picked = list(zip(choices, chosen, strict=True))
+    picked = list(zip(left, chosen, strict=True))
     return sum(one.costs[k] for one, k in picked), [one.layers[k] for one, k in picked]
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vqdm.additive.banks import Sample, sample_layer, train_bank
 from vqdm.additive.code import Bank, CodeSpec
 from vqdm.additive.config import SolverConfig
+from vqdm.additive.shared import Sample, sample_layer, train_bank
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.jobs.job import Job
 from vqdm.jobs.plan import bank_users
@@ -26,7 +26,7 @@ GROUPS = 2**18  # column groups that they give together, about
 
 def shared(layer: Layer, how: str) -> Layer:
     """The layer with its codebooks in the bank of its format, of the whole UNet or ("kind") of its kind of layer."""
-    if how == "none" or layer.spec.shared_codebooks:
+    if how == "none" or layer.spec.shared_codebooks or not layer.spec.can_share:
         return layer
     return replace(layer, spec=layer.spec.changed(shared_codebooks=bank_name(layer.spec, how, layer.kind)))
 
@@ -43,10 +43,17 @@ def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
     for name, layers in bank_users(job.layers).items():
         config = job.config.solver.with_spec(layers[0].spec)
         if not bank_path(job, name).is_file():
-            train(job, config, draw_samples(job, store, layers, config))
+            train(job, config, draw_samples(job, store, trained_on(job.layers, name, layers[0].spec), config))
         weights = sum(layer.rows * layer.columns for layer in layers)
         banks[name] = Bank(load_codebooks(job, name), weights)
     return banks
+
+
+def trained_on(layers: list[Layer], name: str, spec: CodeSpec) -> list[Layer]:
+    """The layers that a bank is trained on: all of its owner, not its users alone, so that it depends on no plan."""
+    owners = {"linear", "conv"} & {name.split("_")[0]}
+    fits = [one for one in layers if one.columns % spec.in_group_size == one.rows % spec.out_group_size == 0]
+    return [one for one in fits if not owners or one.kind in owners]
 
 
 def train(job: Job, config: SolverConfig, samples: dict[str, Sample]) -> Tensor:

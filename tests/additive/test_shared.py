@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_encode import randn, second_moment
 
-from vqdm.additive.banks import encode, sample_error, sample_layer, train_bank
 from vqdm.additive.code import Bank, CodeSpec, stored_bits
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.refit import Fit, refit_codebooks, weighted_error
+from vqdm.additive.shared import encode, sample_error, sample_layer, train_bank
 from vqdm.additive.solve import relative_error, solve_layer
 
 SPEC = CodeSpec(2, 4, 4, shared_codebooks="unet")
