@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqdm.additive.code import packed_bytes
 from vqdm.layers.stored import Stored
 
-GROUPS_AT_ONCE = 2**14  # whose values, and the indices into one codebook, fit in a second-level cache
+GROUPS_AT_ONCE = 2**15  # whose values, and the indices into one codebook, fit in a second-level cache
 JOINT_BITS = 12  # codebooks are added up beforehand while all sums of their entries are no more than 2^12
 WORD = 8  # bytes read at once: at least a code and the seven bits before it
 
@@ -88,7 +89,7 @@ def _decode_part(stored: Stored, tables: list, part: slice, out: Tensor) -> None
     for run, (first, bits, table) in enumerate(tables):
         indices = _field(codes, n, spec.num_codebooks * spec.nbits_per_codebook, first, bits)
         if spec.groupwise_codebooks:
-            indices.reshape(rows, G)[:] += np.arange(0, G * spec.entries, spec.entries)
+            indices += np.tile(np.arange(0, G * spec.entries, spec.entries), rows)
         _take(table, indices, values, add=run > 0)
     values = values.reshape(rows, G, p, g)
     _scale(stored, part, values)
@@ -98,7 +99,8 @@ def _decode_part(stored: Stored, tables: list, part: slice, out: Tensor) -> None
 
 def _bytes_of(packed: Tensor, first: int, n: int, bits: int) -> np.ndarray:
     """The bytes of n records from the first, a multiple of eight bits away, and some more to read beyond the end."""
-    start, stop = first * bits // 8, -(-(first + n) * bits // 8) + WORD
+    start = first * bits // 8
+    stop = start + packed_bytes(n, bits) + WORD
     codes = packed.numpy()[start:stop]
     missing = stop - start - len(codes)
     return np.concatenate([codes, np.zeros(missing, np.uint8)]) if missing else codes
@@ -134,11 +136,9 @@ def _take(table: np.ndarray, indices: np.ndarray, values: np.ndarray, add: bool)
 
 def _scale(stored: Stored, part: slice, values: np.ndarray) -> None:
     """Multiply `values` [rows, G, p, g] by row or group scales and input scales, in place."""
-    scales = stored.scale_matrix()[part].detach().float().numpy()  # [rows, S]
     rows, G, p, g = values.shape
-    if scales.shape[1] == 1:
-        values.reshape(rows, -1)[:] *= scales
-    else:
-        values.reshape(rows, G, p * g)[:] *= scales[:, :, None]
+    scales = stored.scale_matrix()[part].detach().float().numpy()  # [rows, S]
+    flat = values.reshape(scales.size, -1)  # what a scale covers lies together: long rows, which numpy is fast at
+    np.multiply(flat, scales.reshape(-1, 1), out=flat)
     if stored.input_scales is not None:
         values *= stored.input_scales.detach().float().numpy().reshape(G, 1, g)

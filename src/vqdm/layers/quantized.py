@@ -69,17 +69,7 @@ class _Coded:
 
     def _stored(self) -> Stored:
         """What the weight is decoded from."""
-        scales = getattr(self, "scales", None)
-        return Stored(
-            self.spec,
-            (self._rows, self._columns),
-            self.codes,
-            self._codebooks(),
-            scales[:, None] if self.spec.scale_nbits == 0 else scales,
-            getattr(self, "scale_codes", None),
-            getattr(self, "scale_values", None),
-            getattr(self, "input_scales", None),
-        )
+        return Stored.of(self.spec, (self._rows, self._columns), self._parameters, self._codebooks())
 
     def _codebooks(self) -> Tensor:
         """Codebooks [M, K, p, g], or [G, M, K, p, g] when groupwise."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqdm.additive.code import AdditiveCode, CodeSpec, unpack_codes
+from vqdm.additive.code import AdditiveCode, CodeSpec, stored_codebooks, unpack_codes
 
 
 class Stored(NamedTuple):
@@ -32,6 +33,17 @@ class Stored(NamedTuple):
     scale_codes: Tensor | None = None
     scale_values: Tensor | None = None
     input_scales: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, spec: CodeSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor], codebooks: Tensor | None = None
+    ) -> Stored:
+        """From tensors of the names and shapes of `CodeSpec.tensor_shapes`; `codebooks` from elsewhere if given."""
+        if codebooks is None:
+            codebooks = stored_codebooks(spec, shape[1] // spec.in_group_size, tensors)
+        scales = tensors["scales"][:, None] if spec.scale_nbits == 0 else tensors.get("scales")
+        rest = (tensors.get(name) for name in ("scale_codes", "scale_values", "input_scales"))
+        return cls(spec, shape, tensors["codes"], codebooks, scales, *rest)
 
     @property
     def groups(self) -> tuple[int, int]:
