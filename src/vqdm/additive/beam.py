@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode
-from vqdm.additive.encode import column_blocks, group_values, smallest
+from vqdm.additive.encode import column_blocks, group_values
 from vqdm.additive.kmeans import rows_at_once
 from vqdm.additive.refit import weighted_error
+from vqdm.additive.topk import smallest
 
 
 def adam_steps(W: Tensor, H: Tensor, code: AdditiveCode, lr: float, steps: int) -> AdditiveCode:

@@ -21,7 +21,7 @@ from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
 
 LAYERS = 48  # layers that a bank is trained on; more gain nothing
-GROUPS = 2**18  # column groups that they give together, about
+GROUPS = 2**17  # column groups that they give together, about
 
 
 def shared(layer: Layer, how: str) -> Layer:
