@@ -77,7 +77,7 @@ def _points(sample: Sample, config: SolverConfig) -> Tensor:
 
 def encode(sample: Sample, codebooks: Tensor, config: SolverConfig) -> AdditiveCode:
     """The sample's code by one pass of error feedback with given codebooks, its scales fitted."""
-    code = zero_code(sample.W, config.spec, codebooks)
+    code = zero_code(sample.W, config.spec, codebooks, support_rms(sample.W, config.spec))
     code = feedback_encode(sample.W, code, sample.factors, sample.feedback, config.beam_size)
     return refit_scales(sample.W, sample.H, code, REFIT_ITERATIONS)
 

@@ -25,6 +25,7 @@ from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, w
 
 REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
 RIDGE = 1.0  # how many more uses a codebook entry's present value counts for
+SAMPLED_USES = 128  # uses of a codebook entry that a fit needs; more rows gain nothing
 RELAXED_EPOCHS = 8  # searches with perturbed codebooks and a softened H, less and less of both
 PERTURBATION = 0.4  # noise of the first, in units of the square root of the relative error
 SOFTENING = 0.05  # added to H's diagonal in the first, in units of its mean
@@ -109,7 +110,7 @@ def solve_layer(
     _check(W, H, held_out, spec, bank)
     problem = Problem.of(W, H, spec)
     inner = replace(config, spec=spec.changed(input_channel_scales=False))
-    best, epochs = _best(problem.W, problem.H, _candidates(problem, inner, generator, bank), inner)
+    best, epochs = search(problem.W, problem.H, inner, generator, bank)
     code = problem.finish(best, spec)
     return code, _report(W, H, held_out, code, bank, epochs, started)
 
@@ -169,9 +170,41 @@ def descending_groups(H: Tensor, g: int) -> Tensor:
     return H.diagonal().view(-1, g).sum(1).argsort(descending=True, stable=True)
 
 
-def _best(W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: SolverConfig) -> tuple[AdditiveCode, int]:
-    """The best of the candidates and how many were seen; once none is perturbed, a small gain ends the search."""
-    settled = relaxed_epochs(config) + 1
+def search(
+    W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator, bank: Bank | None
+) -> tuple[AdditiveCode, int]:
+    """The best code found and the number of searches for codes it took.
+
+    A large layer's codebooks are fitted to some of its rows, and all rows are then coded with them.
+    """
+    if bank is not None:
+        codebooks, scales = bank.codebooks.float(), support_rms(W, config.spec)
+        return _best(W, H, _fixed_candidates(W, H, config, codebooks, scales), config, settled=1)
+    if config.encoder == "beam":
+        return _best(W, H, _beam_candidates(W, H, config, generator), config, settled=1)
+    rows = sampled_rows(W, config.spec, generator)
+    some = W if rows is None else W[rows]
+    found, epochs = _best(some, H, _ldl_candidates(some, H, config, generator), config, relaxed_epochs(config) + 1)
+    if rows is None:
+        return found, epochs
+    candidates = _fixed_candidates(W, H, config, found.codebooks, row_norms(W, config.spec))
+    best, more = _best(W, H, candidates, config, settled=1)
+    return best, epochs + more
+
+
+def sampled_rows(W: Tensor, spec: CodeSpec, generator: torch.Generator) -> Tensor | None:
+    """The rows of W [O, I] that own codebooks are fitted to, whole row groups; None for all."""
+    p, R, G = spec.out_group_size, len(W) // spec.out_group_size, W.shape[1] // spec.in_group_size
+    wanted = -(-SAMPLED_USES * spec.entries // (1 if spec.groupwise_codebooks else G))
+    if wanted >= R:
+        return None
+    return group_columns(draw(R, wanted, generator).sort().values.to(W.device), p)
+
+
+def _best(
+    W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: SolverConfig, settled: int
+) -> tuple[AdditiveCode, int]:
+    """The best of the candidates and how many were seen; after `settled` of them, a small gain ends the search."""
     best, least, previous = None, math.inf, math.inf
     for epoch, code in enumerate(islice(candidates, config.max_epochs), start=1):
         error = weighted_error(W - code.dequantize(), H).item()
@@ -183,18 +216,11 @@ def _best(W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: Solv
     return best, epoch
 
 
-def _candidates(
-    problem: Problem, config: SolverConfig, generator: torch.Generator, bank: Bank | None
+def _fixed_candidates(
+    W: Tensor, H: Tensor, config: SolverConfig, codebooks: Tensor, scales: Tensor
 ) -> Iterator[AdditiveCode]:
-    if bank is not None:
-        return _shared_candidates(problem.W, problem.H, config, bank.codebooks.float())
-    search = _ldl_candidates if config.encoder == "ldl" else _beam_candidates
-    return search(problem.W, problem.H, config, generator)
-
-
-def _shared_candidates(W: Tensor, H: Tensor, config: SolverConfig, codebooks: Tensor) -> Iterator[AdditiveCode]:
     """Error feedback once, then coordinate descent again and again, scales fitted after each; without end."""
-    code = zero_code(W, config.spec, codebooks)
+    code = zero_code(W, config.spec, codebooks, scales)
     code = feedback_encode(W, code, *feedback_factors(H, config.spec.in_group_size, config.damping), config.beam_size)
     while True:
         code = as_stored(refit_scales(W, H, code, REFIT_ITERATIONS))
@@ -215,17 +241,25 @@ def _ldl_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch
     relaxed = relaxed_epochs(config)
     for epoch in count():
         heat = max(0.0, 1 - epoch / relaxed) if relaxed else 0.0
-        softened = H + SOFTENING * heat**3 * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        softened = with_diagonal(H, SOFTENING * heat**3)
         noisy = perturbed(W, H, code, PERTURBATION * heat, generator)
         found = coordinate_descent(W, softened, noisy, config.beam_size)
         code = _refit(W, softened, replace(code, codes=found.codes))
         yield code
 
 
+def with_diagonal(H: Tensor, added: float) -> Tensor:
+    """H with so much added to its diagonal; itself where that is nothing."""
+    if not added:
+        return H
+    softened = H.clone()
+    softened.diagonal().add_(added)
+    return softened
+
+
 def relaxed_epochs(config: SolverConfig) -> int:
-    """How many searches are perturbed: only those that fit codebooks by `ldl`, and two of `max_epochs` are not."""
-    perturbs = config.encoder == "ldl" and not config.spec.shared_codebooks
-    return min(RELAXED_EPOCHS, max(0, config.max_epochs - 2)) if perturbs else 0
+    """How many of the searches that fit codebooks are perturbed; two of `max_epochs` are not."""
+    return min(RELAXED_EPOCHS, max(0, config.max_epochs - 2))
 
 
 def _beam_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
@@ -247,7 +281,7 @@ def initial_code(W: Tensor, config: SolverConfig, generator: torch.Generator) ->
     """Scales, residual k-means codebooks of the scaled groups, and codes that are all zero."""
     spec = config.spec
     p, g, M, K = spec.out_group_size, spec.in_group_size, spec.num_codebooks, spec.entries
-    scales = support_rms(W, spec) * math.sqrt(W.shape[1])  # [R, S], norms as in AQLM
+    scales = row_norms(W, spec)
     points = scaled_groups(W, scales, p, g)  # [R, G, d]
     banks = points.unbind(1) if spec.groupwise_codebooks else [points.reshape(-1, p * g)]
     limit = config.init_max_points_per_centroid * K
@@ -257,11 +291,16 @@ def initial_code(W: Tensor, config: SolverConfig, generator: torch.Generator) ->
     return as_stored(AdditiveCode(spec, codes, codebooks if spec.groupwise_codebooks else codebooks[0], scales))
 
 
-def zero_code(W: Tensor, spec: CodeSpec, codebooks: Tensor) -> AdditiveCode:
-    """Given codebooks of values around one, RMS scales, and codes that are all zero."""
+def zero_code(W: Tensor, spec: CodeSpec, codebooks: Tensor, scales: Tensor) -> AdditiveCode:
+    """Given codebooks and scales [R, S], and codes that are all zero."""
     R, G = len(W) // spec.out_group_size, W.shape[1] // spec.in_group_size
     codes = torch.zeros(R, G, spec.num_codebooks, dtype=torch.int64, device=W.device)
-    return as_stored(AdditiveCode(spec, codes, codebooks, support_rms(W, spec)))
+    return as_stored(AdditiveCode(spec, codes, codebooks, scales))
+
+
+def row_norms(W: Tensor, spec: CodeSpec) -> Tensor:
+    """AQLM's first scales [R, S] for a layer's own codebooks: norms of rows, or of rows like what a scale covers."""
+    return support_rms(W, spec) * math.sqrt(W.shape[1])
 
 
 def support_rms(W: Tensor, spec: CodeSpec) -> Tensor:

@@ -123,6 +123,7 @@ def output_effects(job: Job, store: HessianStore, layers: list[Layer]) -> dict[s
     trajectories = teacher_trajectories(job)
     calls = unet_calls(job, trajectories, spread_over_noise(trajectories, job.config.sensitivity_points))
     expected, effects = outputs(job.unet, calls), {}
+    say(f"effects of {len(layers)} layers on the output, at {len(calls)} batches of points")
     banks = {name: Bank(load_codebooks(job, name), 1) for name in bank_users(layers)}
     solver = replace(job.config.solver, max_epochs=1)
     with bar(total=len(layers), what="effects of layers") as progress:
