@@ -87,7 +87,7 @@ class QuantizeConfig:
     hessian_cache: str | None = None
     share_codebooks: str = "none"
     target_bits: float | None = None
-    sensitivity_points: int = 16
+    sensitivity_points: int = 8
     load: str | None = None
     report_to: str = "none"
     on_save: str | None = None

@@ -25,8 +25,10 @@ from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, w
 
 REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
 RIDGE = 1.0  # how many more uses a codebook entry's present value counts for
-SAMPLED_USES = 128  # uses of a codebook entry that a fit needs; more rows gain nothing
+SAMPLED_USES = 512  # uses of a codebook entry that a fit needs; more rows gain nothing
 RELAXED_EPOCHS = 8  # searches with perturbed codebooks and a softened H, less and less of both
+RELAXED_EPOCHS_LARGE = 3  # the same for layers of many groups, which gain little from more
+MANY_GROUPS = 2**14
 PERTURBATION = 0.4  # noise of the first, in units of the square root of the relative error
 SOFTENING = 0.05  # added to H's diagonal in the first, in units of its mean
 
@@ -184,7 +186,9 @@ def search(
         return _best(W, H, _beam_candidates(W, H, config, generator), config, settled=1)
     rows = sampled_rows(W, config.spec, generator)
     some = W if rows is None else W[rows]
-    found, epochs = _best(some, H, _ldl_candidates(some, H, config, generator), config, relaxed_epochs(config) + 1)
+    found, epochs = _best(
+        some, H, _ldl_candidates(some, H, config, generator), config, relaxed_epochs(some, config) + 1
+    )
     if rows is None:
         return found, epochs
     candidates = _fixed_candidates(W, H, config, found.codebooks, row_norms(W, config.spec))
@@ -238,7 +242,7 @@ def _ldl_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch
     code = feedback_encode(W, code, *feedback_factors(H, config.spec.in_group_size, config.damping), config.beam_size)
     code = _refit(W, H, code)
     yield code
-    relaxed = relaxed_epochs(config)
+    relaxed = relaxed_epochs(W, config)
     for epoch in count():
         heat = max(0.0, 1 - epoch / relaxed) if relaxed else 0.0
         softened = with_diagonal(H, SOFTENING * heat**3)
@@ -257,9 +261,11 @@ def with_diagonal(H: Tensor, added: float) -> Tensor:
     return softened
 
 
-def relaxed_epochs(config: SolverConfig) -> int:
-    """How many of the searches that fit codebooks are perturbed; two of `max_epochs` are not."""
-    return min(RELAXED_EPOCHS, max(0, config.max_epochs - 2))
+def relaxed_epochs(W: Tensor, config: SolverConfig) -> int:
+    """How many of the searches that fit codebooks to W [O, I] are perturbed; two of `max_epochs` are not."""
+    groups = W.numel() // (config.spec.out_group_size * config.spec.in_group_size)
+    wanted = RELAXED_EPOCHS if groups < MANY_GROUPS else RELAXED_EPOCHS_LARGE
+    return min(wanted, max(0, config.max_epochs - 2))
 
 
 def _beam_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
