@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --shapes 256x256 --codes 2x8g8 3x8g8 --encoders ldl beam
     OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --model assets/shapes-xl --codes 3x8g8 --encoders ldl beam plain
+    python benchmarks/bench_solver.py --shapes 1280x1280 10240x1280 1280x5120 1280x11520 --codes 1x8g4s --extrapolate
 
 Without --model: the synthetic problem, from a CPU generator seeded `--seed`, for O rows and I columns:
 W = randn(O, I) · 0.02, its columns times 0.5 + rand(1, I); A = randn(I, I) / √I; N = 8192 inputs
@@ -24,23 +25,33 @@ from itertools import product
 import plain
 import torch
 from layer_problems import model_layers, synthetic_layer
+from sdxl import extrapolate
 from torch import Tensor
 
-from vqdm.additive.code import CodeSpec
+from vqdm.additive.code import Bank, CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
+from vqdm.additive.shared import sample_layer, train_bank
 from vqdm.additive.solve import Problem, initial_code, solve_layer, without_feedback
 from vqdm.tracking import peak_memory
 
+BANK_GROUPS = 2**15  # column groups that a bank is trained on here
+SDXL_WEIGHTS = 2_540_953_600  # that share a bank
+
 
 def solver_config(code: str, encoder: str, arguments: argparse.Namespace) -> SolverConfig:
-    """`code` is like 3x8g8: codebooks x bits, group size."""
-    M, b, g = map(int, code.replace("g", "x").split("x"))
-    return SolverConfig(CodeSpec(M, b, g), encoder, arguments.beam_size, max_epochs=arguments.max_epochs)
+    """`code` is like 3x8g8: codebooks x bits, group size; an s at its end stands for shared codebooks."""
+    M, b, g = map(int, code.rstrip("s").replace("g", "x").split("x"))
+    spec = CodeSpec(M, b, g, shared_codebooks="bank" if code.endswith("s") else "")
+    return SolverConfig(spec, encoder, arguments.beam_size, max_epochs=arguments.max_epochs)
 
 
 def solved(W: Tensor, H: Tensor, held_out: Tensor | None, config: SolverConfig, seed: int) -> dict:
-    """One solved layer, as it is printed."""
-    _, report = solve_layer(W, H, config, torch.Generator().manual_seed(seed), held_out)
+    """One solved layer, as it is printed. A bank is trained on the layer itself, and stands for one that exists."""
+    generator, bank = torch.Generator().manual_seed(seed), None
+    if config.spec.shared_codebooks:
+        rows = max(8, BANK_GROUPS * config.spec.in_group_size // W.shape[1])
+        bank = Bank(train_bank([sample_layer(W, H, rows, config, generator)], config, generator), SDXL_WEIGHTS)
+    _, report = solve_layer(W, H, config, generator, held_out, bank)
     return report.to_dict()
 
 
@@ -89,11 +100,17 @@ def main() -> None:
     parser.add_argument("--encoders", nargs="+", default=["ldl"], choices=[*ENCODERS, "plain"])
     parser.add_argument("--beam_size", type=int, default=SolverConfig.beam_size)
     parser.add_argument("--max_epochs", type=int, default=SolverConfig.max_epochs)
+    parser.add_argument("--extrapolate", action="store_true", help="from the solved shapes to all layers of SDXL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    found = []
     for row in rows(arguments):
+        found.append(row)
         print(json.dumps(row), flush=True)
+    if arguments.extrapolate:
+        measured = [(row["rows"], row["columns"], row["seconds"]) for row in found]
+        print(json.dumps({"problem": "SDXL, extrapolated"} | extrapolate(measured)))
 
 
 if __name__ == "__main__":
