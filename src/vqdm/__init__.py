@@ -5,6 +5,7 @@ Importing it teaches diffusers the format, after which `from_pretrained` loads q
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.config import SolverConfig
+from vqdm.layers.decode import set_decode_path
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
 from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
 
@@ -18,6 +19,7 @@ __all__ = [
     "VqdmConfig",
     "VqdmQuantizer",
     "decoded_once",
+    "set_decode_path",
 ]
 
 register()

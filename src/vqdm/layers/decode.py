@@ -11,7 +11,6 @@ By itself the fastest by measurement is taken, once a device, type, format and s
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -74,12 +73,15 @@ def traced(stored: Stored) -> Tensor:
     differentiable = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in stored)
     if stored.codes.device.type != "cpu" or differentiable:
         return pointwise(stored)
-    return _gather_operator(json.dumps(stored.spec.to_dict()), list(stored.shape), *stored[2:])
+    spec = stored.spec
+    numbers = [spec.num_codebooks, spec.nbits_per_codebook, spec.in_group_size, spec.out_group_size, spec.scale_nbits]
+    return _gather_operator(numbers, spec.groupwise_codebooks, list(stored.shape), *stored[2:])
 
 
 @torch.library.custom_op("vqdm::gather", mutates_args=())
 def _gather_operator(
-    spec: str,
+    numbers: list[int],
+    groupwise: bool,
     shape: list[int],
     codes: Tensor,
     codebooks: Tensor,
@@ -88,14 +90,15 @@ def _gather_operator(
     scale_values: Tensor | None,
     input_scales: Tensor | None,
 ) -> Tensor:
+    """`gather` as an operator that compiled graphs can call: numpy cannot be traced."""
     out = torch.empty(shape)
     tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales
-    gather(Stored(CodeSpec(**json.loads(spec)), tuple(shape), *tensors), out)
+    gather(Stored(CodeSpec(*numbers, groupwise_codebooks=groupwise), tuple(shape), *tensors), out)
     return out
 
 
 @_gather_operator.register_fake
-def _(spec: str, shape: list[int], *_) -> Tensor:
+def _(numbers: list[int], groupwise: bool, shape: list[int], *_) -> Tensor:
     return torch.empty(shape)
 
 

@@ -136,7 +136,7 @@ def _take(table: np.ndarray, indices: np.ndarray, values: np.ndarray, add: bool)
 
 def _scale(stored: Stored, part: slice, values: np.ndarray) -> None:
     """Multiply `values` [rows, G, p, g] by row or group scales and input scales, in place."""
-    rows, G, p, g = values.shape
+    _, G, _, g = values.shape
     scales = stored.scale_matrix()[part].detach().float().numpy()  # [rows, S]
     flat = values.reshape(scales.size, -1)  # what a scale covers lies together: long rows, which numpy is fast at
     np.multiply(flat, scales.reshape(-1, 1), out=flat)
