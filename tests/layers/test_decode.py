@@ -8,6 +8,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.errors import UserError
 from vqdm.layers import decode as decoding
 from vqdm.layers.decode import decode
+from vqdm.layers.native import compiler
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(decoding, "_wanted", None)
     monkeypatch.setattr(decoding, "_chosen", {})
     monkeypatch.setattr(decoding, "_said", set())
+    monkeypatch.setitem(decoding.CANDIDATES, "cpu", ("gather", "torch"))
     decoding._warn_once.cache_clear()
 
 
@@ -28,9 +30,11 @@ def used(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("path", ["torch", "gather", "triton"])
+@pytest.mark.parametrize("path", ["torch", "gather", "native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_all_ways_agree(path, dtype, triton_device):
+    if path == "native" and compiler() is None:
+        pytest.skip("no C compiler")
     if path == "triton" and triton_device != "cpu":
         pytest.skip("the tensors of this test are on the CPU")
     stored, code = stored_of(CodeSpec(2, 6, 4, scale_nbits=4), 16, 32)
@@ -88,7 +92,9 @@ def test_what_is_measured_is_the_layers_first_rows(spec, monkeypatch):
 
 def test_an_unknown_way_and_one_for_another_device_are_refused():
     stored, _ = stored_of(SPECS[0], 8, 16)
-    with pytest.raises(UserError, match="set_decode_path is 'fast'; allowed are auto, torch, gather, triton, compile"):
+    with pytest.raises(
+        UserError, match="set_decode_path is 'fast'; allowed are auto, torch, gather, native, triton, compile"
+    ):
         decoding.set_decode_path("fast")
     with pytest.raises(UserError, match="gather, which is for the CPU; meta takes"):
         decode(stored._replace(codes=stored.codes.to("meta")), torch.float32, path="gather")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers import decode as decoding
-from vqdm.layers import gather
+from vqdm.layers import parts
 from vqdm.layers.quantized import decoded_once, quantized_layers, swap
 from vqdm.layers.scratch import free_scratch
 
@@ -75,7 +75,7 @@ def peak(run):
 
 
 def test_a_forward_pass_holds_one_decoded_layer(monkeypatch):
-    monkeypatch.setattr(gather, "GROUPS_AT_ONCE", 2**11)
+    monkeypatch.setattr(parts, "GROUPS_AT_ONCE", 2**11)
     model, x = model_of_four(), torch.randn(4, 512)
     largest = 4 * 1024 * 512
     activations = 4 * 4 * (1024 + 512) * 2  # an input and an output, and a copy of each
