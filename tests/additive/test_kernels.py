@@ -1,9 +1,5 @@
 """The Triton kernel of the in-group beam against scoring everything and sorting, on a GPU or in the interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -75,22 +71,3 @@ def test_rounded_products_stay_close(triton_device):
     for precision in kernels.PRECISIONS:
         found, _ = by_kernel(residuals, codebook, 4, triton_device, precision=precision)
         torch.testing.assert_close(found, distances, rtol=0.02, atol=0.02)
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from vqdm.additive import kernels
-
-constants = dict(count=8, PRECISION="ieee", **kernels._blocks(8, 256, 8, 8))
-types = ("*fp32", "*fp32", "*fp32", "*i64", "i32", "i32", "i32", "i32", *["constexpr"] * len(constants))
-signature = dict(zip(kernels._best_entries.arg_names, types, strict=True))
-source = triton.compiler.ASTSource(kernels._best_entries, signature, constants)
-assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-"""
-
-
-def test_the_kernel_compiles_for_gpus_that_are_not_here():
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ import torch
 from test_quantized import SPECS, random_code
 
 from vqdm.additive.code import CodeSpec
-from vqdm.layers import gather
+from vqdm.layers import gather, parts
 from vqdm.layers.stored import Stored
 
 WIDTHS = [CodeSpec(M, b, 4) for b in range(1, 17) for M in (1, 3)]
@@ -36,7 +36,7 @@ def test_other_types_are_rounded_once(dtype):
 @pytest.mark.parametrize("spec", [CodeSpec(3, 5, 4), CodeSpec(2, 6, 4, scale_nbits=3), SPECS[3]], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_parts_make_the_whole(spec, threads, monkeypatch):
-    monkeypatch.setattr(gather, "GROUPS_AT_ONCE", 20)
+    monkeypatch.setattr(parts, "GROUPS_AT_ONCE", 20)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     stored, code = stored_of(spec, 37, 12)
     out = torch.empty(37, 12)

@@ -2,6 +2,7 @@
 
     torch     the definition in plain operations, on every device
     gather    numpy gathers, on the CPU
+    native    a loop in C, on the CPU where there is a compiler
     triton    one Triton kernel, on CUDA
     compile   one kernel that `torch.compile` makes, anywhere; its first use takes seconds
 
@@ -11,7 +12,6 @@ By itself the fastest by measurement is taken, once a device, type, format and s
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -24,14 +24,19 @@ from torch import Tensor
 from vqdm.additive.code import CodeSpec, packed_bytes
 from vqdm.errors import UserError
 from vqdm.layers.gather import gather
+from vqdm.layers.native import compiler, native
 from vqdm.layers.pointwise import pointwise
 from vqdm.layers.stored import Stored
 
 log = logging.getLogger("vqdm")
 
 ENVIRONMENT = "VQDM_DECODE"
-PATHS = ("auto", "torch", "gather", "triton", "compile")
-CANDIDATES = {"cpu": ("gather", "torch"), "cuda": ("triton", "torch")}  # on other devices torch alone
+PATHS = ("auto", "torch", "gather", "native", "triton", "compile")
+ON_CPU = ("gather", "native")
+CANDIDATES = {  # on other devices torch alone
+    "cpu": ("native", "gather", "torch") if compiler() else ("gather", "torch"),
+    "cuda": ("triton", "torch"),
+}
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
 COMPILATIONS = 64  # formats that torch.compile may meet
 
@@ -59,27 +64,30 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: 
         out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
     name = path or _wanted or os.environ.get(ENVIRONMENT, "auto")
     name = _choice(stored, dtype) if _known(name, ENVIRONMENT) == "auto" else name
-    if name == "gather" and out.device.type != "cpu":
-        raise UserError(f"{ENVIRONMENT} is gather, which is for the CPU; {out.device} takes torch, triton or compile")
+    if name in ON_CPU and out.device.type != "cpu":
+        raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
     with torch.no_grad():
         RUNS[name](stored, out)
     return out
 
 
 def traced(stored: Stored) -> Tensor:
-    """The matrix [O, I] while `torch.compile` looks on: fused on a GPU, a call of `gather` on the CPU.
+    """The matrix [O, I] while `torch.compile` looks on: fused on a GPU, on the CPU a call of what is fastest there.
 
     Differentiable in all but the codes.
     """
     differentiable = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in stored)
     if stored.codes.device.type != "cpu" or differentiable:
         return pointwise(stored)
-    return _gather_operator(json.dumps(stored.spec.to_dict()), list(stored.shape), *stored[2:])
+    spec = stored.spec
+    numbers = [spec.num_codebooks, spec.nbits_per_codebook, spec.in_group_size, spec.out_group_size, spec.scale_nbits]
+    return _decode_operator(numbers, spec.groupwise_codebooks, list(stored.shape), *stored[2:])
 
 
-@torch.library.custom_op("vqdm::gather", mutates_args=())
-def _gather_operator(
-    spec: str,
+@torch.library.custom_op("vqdm::decode", mutates_args=())
+def _decode_operator(
+    numbers: list[int],
+    groupwise: bool,
     shape: list[int],
     codes: Tensor,
     codebooks: Tensor,
@@ -88,14 +96,14 @@ def _gather_operator(
     scale_values: Tensor | None,
     input_scales: Tensor | None,
 ) -> Tensor:
-    out = torch.empty(shape)
+    """`decode` as an operator that compiled graphs can call: numpy and C cannot be traced."""
     tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales
-    gather(Stored(CodeSpec(**json.loads(spec)), tuple(shape), *tensors), out)
-    return out
+    stored = Stored(CodeSpec(*numbers, groupwise_codebooks=groupwise), tuple(shape), *tensors)
+    return decode(stored, torch.float32)
 
 
-@_gather_operator.register_fake
-def _(spec: str, shape: list[int], *_) -> Tensor:
+@_decode_operator.register_fake
+def _(numbers: list[int], groupwise: bool, shape: list[int], *_) -> Tensor:
     return torch.empty(shape)
 
 
@@ -125,6 +133,7 @@ def _compiled() -> Callable[[Stored, Tensor], None]:
 RUNS: dict[str, Callable[[Stored, Tensor], None]] = {
     "torch": _by_torch,
     "gather": gather,
+    "native": native,
     "triton": _by_triton,
     "compile": _by_compile,
 }

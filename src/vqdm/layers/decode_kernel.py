@@ -74,9 +74,10 @@ def _decode(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < N
-    r, j = n // G, n % G
+    r, j = (n // G).to(tl.int64), (n % G).to(tl.int64)  # a division of 64 bits is slow; bits and values may be more than 2^31
+    n = n.to(tl.int64)
     value = tl.arange(0, BLOCK_D)
     inside = live[:, None] & (value < p * g)[None, :]
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)

@@ -1,14 +1,13 @@
-"""Decoding on the CPU: gathers of whole codebook entries by numpy, in parts that stay in the cache.
+"""Decoding on the CPU without a compiler: numpy gathers of whole codebook entries.
 
 numpy reads words at any byte and copies rows of 16 and 32 bytes at a few cycles each; torch's gathers take two to three
-times as long. It releases the interpreter's lock meanwhile, so that parts go to as many threads as torch may use.
+times as long.
 
 Letters as in `vqdm.additive.code`; d = p·g values of an entry; n groups; a record is the M·b bits of a group's codes.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from math import gcd
 
 import numpy as np
@@ -16,32 +15,17 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import packed_bytes
+from vqdm.layers.parts import in_parts
 from vqdm.layers.stored import Stored
 
-GROUPS_AT_ONCE = 2**15  # whose values, and the indices into one codebook, fit in a second-level cache
-JOINT_BITS = 12  # codebooks are added up beforehand while all sums of their entries are no more than 2^12
 WORD = 8  # bytes read at once: at least a code and the seven bits before it
+JOINT_BITS = 12  # codebooks are added up beforehand while all sums of their entries are no more than 2^12
 
 
 def gather(stored: Stored, out: Tensor) -> None:
     """Decode into `out` [O, I], a CPU tensor of any floating type; float32 inside."""
-    R, G = stored.groups
-    rows = _rows_at_once(G)
     tables = _tables(stored)
-    parts = [slice(start, min(start + rows, R)) for start in range(0, R, rows)]
-    threads = min(torch.get_num_threads(), len(parts))
-    if threads == 1:
-        for part in parts:
-            _decode_part(stored, tables, part, out)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda part: _decode_part(stored, tables, part, out), parts))
-
-
-def _rows_at_once(G: int) -> int:
-    """Row groups of a part, whose codes begin and end with a byte."""
-    whole = 8 // gcd(G, 8)
-    return max(whole, GROUPS_AT_ONCE // G // whole * whole)
+    in_parts(stored, out, lambda part, values: _decode_part(stored, tables, part, values.numpy()))
 
 
 def _joint(M: int, b: int, n: int) -> int:
@@ -78,27 +62,21 @@ def _sums(books: np.ndarray) -> np.ndarray:
     return table
 
 
-def _decode_part(stored: Stored, tables: list, part: slice, out: Tensor) -> None:
-    spec, (_, G) = stored.spec, stored.groups
-    p, g = spec.out_group_size, spec.in_group_size
-    rows, n = part.stop - part.start, (part.stop - part.start) * G
-    target = out[part.start * p : part.stop * p]  # [rows·p, I]
-    in_place = p == 1 and out.dtype == torch.float32
-    values = target.view(n, g).numpy() if in_place else np.empty((n, p * g), np.float32)
-    codes = _bytes_of(stored.codes, part.start * G, n, spec.num_codebooks * spec.nbits_per_codebook)
+def _decode_part(stored: Stored, tables: list, part: slice, values: np.ndarray) -> None:
+    """The `values` [n, d] of some row groups."""
+    spec, G = stored.spec, stored.groups[1]
+    record = spec.num_codebooks * spec.nbits_per_codebook
+    codes = _bytes_of(stored.codes, part.start * G, len(values), record)
     for run, (first, bits, table) in enumerate(tables):
-        indices = _field(codes, n, spec.num_codebooks * spec.nbits_per_codebook, first, bits)
+        indices = _field(codes, len(values), record, first, bits)
         if spec.groupwise_codebooks:
-            indices += np.tile(np.arange(0, G * spec.entries, spec.entries), rows)
+            indices += np.tile(np.arange(0, G * spec.entries, spec.entries), len(values) // G)
         _take(table, indices, values, add=run > 0)
-    values = values.reshape(rows, G, p, g)
     _scale(stored, part, values)
-    if not in_place:
-        target.view(rows, p, G, g).copy_(torch.from_numpy(values).transpose(1, 2))
 
 
 def _bytes_of(packed: Tensor, first: int, n: int, bits: int) -> np.ndarray:
-    """The bytes of n records from the first, a multiple of eight bits away, and some more to read beyond the end."""
+    """The bytes of n records of `bits` bits from the first, which begins a byte, and some more to read past the end."""
     start = first * bits // 8
     stop = start + packed_bytes(n, bits) + WORD
     codes = packed.numpy()[start:stop]
@@ -135,10 +113,11 @@ def _take(table: np.ndarray, indices: np.ndarray, values: np.ndarray, add: bool)
 
 
 def _scale(stored: Stored, part: slice, values: np.ndarray) -> None:
-    """Multiply `values` [rows, G, p, g] by row or group scales and input scales, in place."""
-    G, g = values.shape[1], values.shape[3]
+    """Multiply `values` [n, d] by row or group scales and input scales, in place."""
     scales = stored.scale_matrix()[part].detach().float().numpy()  # [rows, S]
     flat = values.reshape(scales.size, -1)  # what a scale covers lies together: long rows, which numpy is fast at
     np.multiply(flat, scales.reshape(-1, 1), out=flat)
     if stored.input_scales is not None:
-        values *= stored.input_scales.detach().float().numpy().reshape(G, 1, g)
+        G, g = stored.groups[1], stored.spec.in_group_size
+        shaped = values.reshape(-1, G, values.shape[1] // g, g)  # [rows, G, p, g]
+        shaped *= stored.input_scales.detach().float().numpy().reshape(G, 1, g)
