@@ -5,11 +5,8 @@ Importing it teaches diffusers and transformers the format, after which `from_pr
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.config import SolverConfig
-<<<<<<< HEAD
 from vqdm.jobs.text_encoder import quantize_text_encoder
-=======
 from vqdm.layers.decode import set_decode_path
->>>>>>> wt4
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
 from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
 from vqdm.storage.hf_text import VqdmTextQuantizer, register_text
@@ -25,11 +22,8 @@ __all__ = [
     "VqdmQuantizer",
     "VqdmTextQuantizer",
     "decoded_once",
-<<<<<<< HEAD
     "quantize_text_encoder",
-=======
     "set_decode_path",
->>>>>>> wt4
 ]
 
 register()
