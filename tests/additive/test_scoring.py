@@ -76,7 +76,7 @@ def test_wrong_results_of_a_kernel_are_not_used(monkeypatch):
 
 
 def test_an_unknown_path_is_refused(monkeypatch):
-    with pytest.raises(UserError, match="set_scoring is 'fast'; allowed are auto, torch, triton"):
+    with pytest.raises(UserError, match="set_scoring is 'fast'; allowed are auto, torch, native, triton"):
         scoring.set_scoring("fast")
     monkeypatch.setenv(scoring.ENVIRONMENT, "cuda")
     with pytest.raises(UserError, match="VQDM_SCORING is 'cuda'"):

@@ -5,10 +5,10 @@ import torch
 from test_gather import SPECS, stored_of
 
 from vqdm.additive.code import CodeSpec
+from vqdm.compiled import compiler
 from vqdm.errors import UserError
 from vqdm.layers import decode as decoding
 from vqdm.layers.decode import decode
-from vqdm.layers.native import compiler
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,10 @@ typedef struct {
     int32_t parent, entry;
 } Pick;
 
-enum { CHUNK = 64 };
+enum { LANES = 16, CHUNK = 64 };
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Marks __attribute__((vector_size(4 * LANES)));
 
 /* Put a pick where it belongs among at most `want` ascending ones. */
 static inline int insert(Pick *picks, int held, int want, Pick one) {
@@ -29,18 +32,39 @@ static inline int insert(Pick *picks, int held, int want, Pick one) {
     return held;
 }
 
-/* Scores of `count` entries for one hypothesis, and the least of them; with d known, a few vector instructions each. */
+/* The lesser of each pair. */
+static inline Lanes lesser(Lanes a, Lanes b) {
+    Marks less = a < b; /* all bits set where true */
+    return (Lanes)(((Marks)a & less) | ((Marks)b & ~less));
+}
+
+/* Scores of CHUNK entries for one hypothesis, and the least of them. */
 static inline __attribute__((always_inline)) float score(
-    const float *norms, const float *columns, int64_t K, const float *residual, float base, int count, int d, float *out
+    const float *norms, const float *columns, int64_t K, const float *residual, float base, const int d, float *out
+) {
+    Lanes sums[CHUNK / LANES];
+    for (int v = 0; v < CHUNK / LANES; v++) sums[v] = *(const Lanes *)(norms + v * LANES) + base;
+    for (int i = 0; i < d; i++)
+        for (int v = 0; v < CHUNK / LANES; v++) sums[v] += residual[i] * *(const Lanes *)(columns + i * K + v * LANES);
+    Lanes least = sums[0];
+    for (int v = 1; v < CHUNK / LANES; v++) least = lesser(least, sums[v]);
+    memcpy(out, sums, sizeof sums);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; k++) least[k] = least[k + width] < least[k] ? least[k + width] : least[k];
+    return least[0];
+}
+
+/* The same for less than CHUNK entries. */
+static float score_few(
+    const float *norms, const float *columns, int64_t K, const float *residual, float base, const int d, float *out,
+    int count
 ) {
     float least = 3.4e38f;
-    for (int k = 0; k < count; k++) out[k] = base + norms[k];
-    for (int i = 0; i < d; i++) {
-        const float r = residual[i], *column = columns + i * K;
-        for (int k = 0; k < count; k++) out[k] += r * column[k];
+    for (int k = 0; k < count; k++) {
+        out[k] = base + norms[k];
+        for (int i = 0; i < d; i++) out[k] += residual[i] * columns[i * K + k];
+        least = out[k] < least ? out[k] : least;
     }
-#pragma omp simd reduction(min : least)
-    for (int k = 0; k < count; k++) least = out[k] < least ? out[k] : least;
     return least;
 }
 
@@ -49,13 +73,13 @@ static inline __attribute__((always_inline)) int extend(
     const Job *job, int m, const float *residual, int parent, Pick *picks, int held, int want, const int d
 ) {
     const float *norms = job->norms + m * job->K, *columns = job->columns + m * job->K * d;
-    const int count = job->K < CHUNK ? job->K : CHUNK;
     float scores[CHUNK], base = 0;
     for (int i = 0; i < d; i++) base += residual[i] * residual[i];
-    for (int64_t start = 0; start < job->K; start += count) {
-        float least = count == CHUNK
-            ? score(norms + start, columns + start, job->K, residual, base, CHUNK, d, scores)
-            : score(norms + start, columns + start, job->K, residual, base, count, d, scores);
+    for (int64_t start = 0; start < job->K; start += CHUNK) {
+        const int count = job->K - start < CHUNK ? (int)(job->K - start) : CHUNK;
+        const float least = count == CHUNK
+            ? score(norms + start, columns + start, job->K, residual, base, d, scores)
+            : score_few(norms + start, columns + start, job->K, residual, base, d, scores, count);
         if (held == want && !(least < picks[want - 1].score)) continue;
         for (int k = 0; k < count; k++)
             if (held < want || scores[k] < picks[want - 1].score)

@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vqdm.additive import native
 from vqdm.additive.code import AdditiveCode
 from vqdm.additive.kmeans import rows_at_once
-from vqdm.additive.scoring import BestEntries, fused_scoring
+from vqdm.additive.scoring import BestEntries, fused_scoring, native_scoring
 from vqdm.additive.topk import smallest
 
 MINIMAL_DAMPING = 1e-6  # the least that helps a float32 factorization
@@ -32,6 +33,8 @@ def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor
 
     A beam over the codebooks in their order: the `beam_size` best partial sums go on to the next codebook.
     """
+    if native_scoring(targets):
+        return native.encode(targets, codebooks, beam_size)
     if best_entries := fused_scoring(targets):
         return _encode_vectors(targets, codebooks, partial(_fused_picks, best_entries, codebooks), beam_size)
     norms = codebooks.square().sum(2, keepdim=True)  # [M, K, 1]

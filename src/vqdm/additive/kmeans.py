@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqdm.additive.scoring import fused_scoring
+from vqdm.additive import native
+from vqdm.additive.scoring import fused_scoring, native_scoring
 from vqdm.additive.topk import smallest
 
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}  # what the cache, or the memory, has room for
@@ -59,6 +60,9 @@ def draw(population: int, count: int, generator: torch.Generator) -> Tensor:
 
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Index [N] of the centroid nearest to each of `points` [N, d], and its squared distance [N]."""
+    if native_scoring(points):
+        indices = native.encode(points, centroids[None], 1)[:, 0]
+        return indices, (points - centroids[indices]).square().sum(1)
     if best_entries := fused_scoring(points):
         distances, _, indices = best_entries(points[:, None], centroids, 1)
         return indices[:, 0], distances[:, 0].clamp(min=0)

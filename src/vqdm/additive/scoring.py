@@ -1,4 +1,4 @@
-"""Which code scores codebook entries and selects the best: plain torch, or on CUDA the Triton kernel.
+"""Which code scores codebook entries and selects the best: plain torch, a page of C, or on CUDA the Triton kernel.
 
 This is the one place that decides. `VQDM_SCORING`, or `set_scoring`, overrides it.
 """
@@ -13,13 +13,14 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from vqdm.additive import native
 from vqdm.errors import UserError
 
 log = logging.getLogger("vqdm")
 
 ENVIRONMENT = "VQDM_SCORING"
 PRECISIONS = {"triton": "ieee", "triton_tf32x3": "tf32x3", "triton_tf32": "tf32"}
-PATHS = ("auto", "torch", *PRECISIONS)
+PATHS = ("auto", "torch", "native", *PRECISIONS)
 
 BestEntries = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
@@ -40,15 +41,51 @@ def fused_scoring(vectors: Tensor) -> BestEntries | None:
     Raises:
         UserError: the kernel is asked for by name and does not work.
     """
-    path = _wanted or _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
-    if path == "auto":
-        path = "triton" if vectors.is_cuda and _failure(vectors.device, "triton") is None else "torch"
-        _say(vectors.device, path)
-    if path == "torch" or vectors.dtype != torch.float32:
+    path = _path(vectors)
+    if path in ("torch", "native") or vectors.dtype != torch.float32:
         return None
     if reason := _failure(vectors.device, path):
         raise UserError(f"{ENVIRONMENT} is {path}, which does not work on {vectors.device}: {reason}")
     return _kernel(path)
+
+
+def native_scoring(vectors: Tensor) -> bool:
+    """Whether `native.encode` serves `vectors`: float32 on the CPU, where there is a compiler.
+
+    Raises:
+        UserError: it is asked for by name and does not work.
+    """
+    path = _path(vectors)
+    if path != "native" or vectors.dtype != torch.float32:
+        return False
+    if vectors.device.type != "cpu":
+        raise UserError(f"{ENVIRONMENT} is native, which is for the CPU, not for {vectors.device}")
+    if reason := _native_failure():
+        raise UserError(f"{ENVIRONMENT} is native, which does not work: {reason}")
+    return True
+
+
+def _path(vectors: Tensor) -> str:
+    """One of `PATHS` but "auto"."""
+    path = _wanted or _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    if path != "auto":
+        return path
+    if vectors.is_cuda:
+        path = "triton" if _failure(vectors.device, "triton") is None else "torch"
+    else:
+        path = "native" if vectors.device.type == "cpu" and _native_failure() is None else "torch"
+    _say(vectors.device, path)
+    return path
+
+
+@cache
+def _native_failure() -> str | None:
+    """Why the C code cannot be used; None where it can."""
+    try:
+        native.library()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _known(path: str, source: str) -> str:
@@ -81,5 +118,7 @@ def _say(device: torch.device, path: str) -> None:
     """Once a device: what is used, and where that is not the fast way, why."""
     if device.type == "cuda" and path == "torch":
         log.warning("scoring on %s: torch, slower than Triton, which fails: %s", device, _failure(device, "triton"))
+    elif path == "torch" and device.type == "cpu":
+        log.info("scoring on cpu: torch, slower than C, which fails: %s", _native_failure())
     else:
         log.log(logging.INFO if device.type == "cuda" else logging.DEBUG, "scoring on %s: %s", device, path)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import CodeSpec, packed_bytes
+from vqdm.compiled import compiler
 from vqdm.errors import UserError
 from vqdm.layers.gather import gather
-from vqdm.layers.native import compiler, native
+from vqdm.layers.native_decode import native
 from vqdm.layers.pointwise import pointwise
 from vqdm.layers.stored import Stored
 

@@ -76,7 +76,8 @@ def _decode(
 ):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < N
-    r, j = (n // G).to(tl.int64), (n % G).to(tl.int64)  # divided in 32 bits, which is fast; bits may be over 2^31
+    # A division of 64 bits is slow; bits and values may be more than 2^31.
+    r, j = (n // G).to(tl.int64), (n % G).to(tl.int64)
     n = n.to(tl.int64)
     value = tl.arange(0, BLOCK_D)
     inside = live[:, None] & (value < p * g)[None, :]

@@ -6,38 +6,27 @@ Two to five times as fast as gathers by numpy, and without their intermediate ar
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
+from vqdm.compiled import build
 from vqdm.layers.parts import in_parts
 from vqdm.layers.stored import Stored
 
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")  # sums to the last bit those of the other ways
+FLAGS = ("-O3", "-ffp-contract=off")  # sums to the last bit those of the other ways
 
 
 class _Job(ctypes.Structure):
-    """As in native.c."""
+    """As in native_decode.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "end", "books", "scales", "input_scales", "values")),
         *((name, ctypes.c_int64) for name in ("first", "n", "G", "per_scale")),
         *((name, ctypes.c_int32) for name in ("M", "bits", "d", "g", "groupwise")),
     )
-
-
-def compiler() -> str | None:
-    """The C compiler: `$CC`, or cc, gcc or clang on the path; None where there is none."""
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def native(stored: Stored, out: Tensor) -> None:
@@ -77,27 +66,4 @@ def _job(
 @cache
 def library() -> ctypes.CDLL:
     """The compiled code. Raises RuntimeError where it cannot be made or loaded."""
-    path = compiler()
-    if path is None:
-        raise RuntimeError("no C compiler: neither $CC nor cc, gcc, clang")
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((path, FLAGS, platform.machine())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqdm"
-    built = folder / f"decode-{key}.so"
-    try:
-        if not built.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(path, built)
-        return ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
-        raise RuntimeError(f"{path} cannot compile {SOURCE.name} to {built}: {reason}") from None
-
-
-def _compile(path: str, built: Path) -> None:
-    """Compile beside `built`, then rename: another process may be doing the same."""
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        made = Path(folder) / built.name
-        subprocess.run(
-            [path, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=60
-        )
-        made.replace(built)
+    return build(SOURCE, FLAGS)
