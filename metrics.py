@@ -1,0 +1,100 @@
+"""Score pictures, alone or against those of the full-precision model, and compare runs.
+
+    python metrics.py out/images-3bit --reference out/images-full
+    python metrics.py out/images-3bit --reference out/images-full --fid_reference coco.npz --metrics fid fid_fp clip
+    python metrics.py real-pictures --save_stats coco.npz
+    accelerate launch metrics.py out/images-3bit --reference out/images-full --bs 64
+
+IMAGES is a folder of generate.py, any folder of pictures, or a zip file; pictures of two folders belong together by
+prompt id and sample. Without --metrics, everything is scored that the input allows and whose network is at hand.
+The result goes into IMAGES/metrics: metrics.json, per_image.csv and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import fields
+
+from vqdm.cli import Parser, add_shared_flags, run_script, whole
+from vqdm.jobs.score import FID_MODES, ScoreConfig, Scored, score_images
+from vqdm.scores.catalogue import NAMES
+from vqdm.scores.networks import LPIPS_FILES
+from vqdm.scores.results import terminal_table
+
+
+def build_parser() -> Parser:
+    """All flags of scoring, grouped."""
+    parser = Parser(__doc__, "IMAGES [--reference IMAGES_FP] [--fid_reference DIR|ZIP|NPZ]")
+    parser.add_argument("images", metavar="IMAGES", help="pictures to score: a folder, or a zip file")
+    _add_input_flags(parser.add_argument_group("what is scored"))
+    _add_network_flags(parser.add_argument_group("networks (each a folder or file, or a name on the hub)"))
+    _add_report_flags(parser.add_argument_group("report"))
+    add_shared_flags(parser, output=None, dtype=False)
+    return parser
+
+
+def _add_input_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--reference", metavar="IMAGES_FP", help="the full-precision model's pictures, same prompts, seeds"
+    )
+    group.add_argument("--fid_reference", metavar="PATH", help="what fid, kid, ... compare with: folder, zip or .npz")
+    group.add_argument("--metrics", nargs="+", metavar="NAME", help=f"only these: {', '.join(NAMES)}")
+    group.add_argument("--force", action="store_true", help="score pairs although their settings differ")
+    group.add_argument("--save_stats", metavar="FILE.npz", help="write IMAGES' statistics for a later --fid_reference")
+    group.add_argument("--bs", type=whole(1), default=16, help="pictures a network sees at once")
+    group.add_argument("--threads", type=whole(1, 256), default=4, help="threads that decode pictures")
+
+
+def _add_network_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--clip_model", default="ViT-H-14", help="open_clip architecture, or folder or hub name")
+    group.add_argument("--clip_pretrained", default="laion2b_s32b_b79k", help="open_clip tag, or file of weights")
+    group.add_argument("--fid_features", default="inception", help="inception, a file of its weights, or an encoder")
+    group.add_argument(
+        "--fid_mode", choices=FID_MODES, help="how pictures reach Inception's 299 pixels; default: clean"
+    )
+    group.add_argument("--cmmd_model", default="openai/clip-vit-large-patch14-336")
+    group.add_argument("--fd_dinov2_model", default="facebook/dinov2-large")
+    group.add_argument("--pickscore_model", default="yuvalkirstain/PickScore_v1")
+    group.add_argument("--hpsv2_weights", metavar="FILE.pt", help="default: HPS_v2.1_compressed.pt of the hub")
+    group.add_argument("--lpips_net", choices=tuple(LPIPS_FILES), default="alex", help="backbone of LPIPS")
+    group.add_argument("--lpips_weights", metavar="FILE.pth", help="default: torchvision's, in torch.hub's folder")
+    group.add_argument("--clip_i_model", default="openai/clip-vit-large-patch14")
+    group.add_argument("--dino_i_model", default="facebook/dinov2-base")
+    group.add_argument("--local_files_only", action="store_true", help="never ask the hub")
+
+
+def _add_report_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--report_images", type=whole(0), default=64, help="pairs in report.html, worst first; 0: none")
+    group.add_argument("--report_size", type=whole(16), default=512, help="pixels of the longer side of its pictures")
+
+
+def to_config(values: dict) -> ScoreConfig:
+    """Flags to settings. Raises UserError where they contradict each other."""
+    named = {one.name: values[one.name] for one in fields(ScoreConfig)}
+    return ScoreConfig(**named | {"metrics": values["metrics"] and tuple(values["metrics"])})
+
+
+def report(scored: Scored) -> None:
+    """The table, what was skipped and why, and where the files are."""
+    if scored.scores:
+        print(f"\n{terminal_table(scored.scores)}\n")
+    for reason in dict.fromkeys(scored.skipped.values()):
+        print(f"skipped {', '.join(name for name in scored.skipped if scored.skipped[name] == reason)}: {reason}")
+    for line in scored.warnings:
+        logging.getLogger("vqdm").warning("warning: %s", line)
+    print(f"metrics.json and per_image.csv are in {scored.folder}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, call, say where the result is."""
+    options = build_parser().parse(argv)
+    logging.getLogger().setLevel(options.loglevel)
+    scored = score_images(to_config(vars(options)))
+    if scored:
+        report(scored)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, after_interrupt="nothing was written"))
