@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vqdm.errors import UserError
@@ -59,7 +60,7 @@ def load_encoder(network: Network, device: torch.device) -> Encoder:
     """
     try:
         return _LOADERS[network.kind](network, device)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
         raise UserError(f"{network.source} cannot be loaded as {network.kind}: {str(error).splitlines()[0]}") from None
