@@ -85,6 +85,8 @@ def report(scored: Scored) -> None:
     for line in scored.warnings:
         logging.getLogger("vqdm").warning("warning: %s", line)
     print(f"metrics.json and per_image.csv are in {scored.folder}")
+    if scored.report:
+        print(f"report: {scored.report}")
 
 
 def main(argv: list[str] | None = None) -> None:

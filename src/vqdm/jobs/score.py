@@ -31,6 +31,7 @@ from vqdm.scores.kernels import cmmd, kid, mind
 from vqdm.scores.measuring import SMALLEST_FOR_SSIM, Work, fit, pixel_table, similarity_table, text_table, truncated
 from vqdm.scores.networks import Missing, Network
 from vqdm.scores.picture_sets import Key, PictureSet, mismatches, open_pictures, shared_keys
+from vqdm.scores.report import write_page
 from vqdm.scores.results import (
     SCHEMA,
     Score,
@@ -473,10 +474,20 @@ def finish(job: Job) -> Scored:
     result = record(job)
     save_json(result, folder / "metrics.json")
     save_text(per_image_csv(list(job.images.pictures.values()), job.table), folder / "per_image.csv")
+    report = write_report(job, result) if config.report_images else None
     tracker = Tracker(config.report_to, "vqdm-metrics", folder, asdict(config))
     tracker.log({name: score.value for name, score in job.scores.items()})
     tracker.finish()
-    return Scored(folder, list(job.scores.values()), job.plan.skipped, job.warnings, None)
+    return Scored(folder, list(job.scores.values()), job.plan.skipped, job.warnings, report)
+
+
+def write_report(job: Job, result: dict) -> Path:
+    """report.html; returns its path."""
+    config, path = job.config, job.config.folder / "report.html"
+    sets = (job.images, job.reference, config.folder)
+    page = write_page(result, list(job.scores.values()), job.table, *sets, config.report_images, config.report_size)
+    save_text(page, path)
+    return path
 
 
 def record(job: Job) -> dict:

@@ -48,9 +48,10 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
     Raises:
         UserError: the file does not hold them.
     """
-    net = empty_inception()
+    with torch.device("meta"):
+        net = empty_inception()
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except Exception as error:
         raise UserError(
             f"--fid_features {path} does not hold Inception's weights: {str(error).splitlines()[0]}"
