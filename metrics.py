@@ -66,7 +66,9 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_report_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--report_images", type=whole(0), default=64, help="pairs in report.html, worst first; 0: none")
+    group.add_argument(
+        "--report_images", type=whole(0), default=64, help="worst in report.html, and as many by lot; 0: none"
+    )
     group.add_argument("--report_size", type=whole(16), default=512, help="pixels of the longer side of its pictures")
 
 

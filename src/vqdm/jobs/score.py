@@ -31,7 +31,7 @@ from vqdm.scores.kernels import cmmd, kid, mind
 from vqdm.scores.measuring import SMALLEST_FOR_SSIM, Work, fit, pixel_table, similarity_table, text_table, truncated
 from vqdm.scores.networks import Missing, Network
 from vqdm.scores.picture_sets import Key, PictureSet, mismatches, open_pictures, shared_keys
-from vqdm.scores.report import write_page
+from vqdm.scores.report import Material, write_page
 from vqdm.scores.results import (
     SCHEMA,
     Score,
@@ -61,7 +61,7 @@ class ScoreConfig:
         metrics: names of the catalogue, each an error where it cannot be had; None is all that can be had without a
             download.
         force: score pairs although more than the UNet differs between them.
-        report_images: rows of the report at most; 0 writes none.
+        report_images: worst pictures in the report, and as many drawn by lot for the vote; 0 writes no report.
         report_size: pixels of the longer side of pictures inside the report.
 
     Raises:
@@ -484,8 +484,9 @@ def finish(job: Job) -> Scored:
 def write_report(job: Job, result: dict) -> Path:
     """report.html; returns its path."""
     config, path = job.config, job.config.folder / "report.html"
-    sets = (job.images, job.reference, config.folder)
-    page = write_page(result, list(job.scores.values()), job.table, *sets, config.report_images, config.report_size)
+    scores = list(job.scores.values())
+    material = Material(result, scores, job.table, job.images, job.reference, config.folder, config.report_size)
+    page = write_page(material, config.report_images, config.seed)
     save_text(page, path)
     return path
 

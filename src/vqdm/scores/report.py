@@ -14,11 +14,14 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 from PIL import Image, ImageChops
 
 from vqdm.scores.catalogue import METRICS
@@ -33,32 +36,35 @@ GAIN = 2
 LOSSLESS_SIDE = 256
 
 
-def write_page(
-    record: dict,
-    scores: Sequence[Score],
-    table: Table,
-    images: PictureSet,
-    reference: PictureSet | None,
-    folder: Path,
-    limit: int,
-    side: int,
-) -> str:
+@dataclass(frozen=True)
+class Material:
+    """What a page is made of.
+
+    Attributes:
+        record: content of metrics.json.
+        folder: where the page will lie; links to the picture files are relative to it.
+        side: pixels of the longer side of the pictures in the page.
+    """
+
+    record: dict
+    scores: Sequence[Score]
+    table: Table
+    images: PictureSet
+    reference: PictureSet | None
+    folder: Path
+    side: int
+
+
+def write_page(material: Material, limit: int, seed: int) -> str:
     """The whole page.
 
     Args:
-        record: content of metrics.json.
-        folder: where the page will lie; links to the picture files are relative to it.
-        limit: pictures at most, the worst by the best judge that was measured.
-        side: pixels of the longer side of the pictures in the page.
+        limit: so many of the worst pictures by the best judge that was measured, and as many drawn by lot for the vote.
+        seed: of the lot.
     """
-    judge = next((name for name in WORST_BY if any(name in row for row in table.values())), None)
-    chosen = worst(list(images.pictures), table, judge)[:limit]
-    numbers = {key: k for k, key in enumerate(images.pictures)}
-    rows = [
-        row_of(images.pictures[key], numbers[key], table.get(key, {}), images, reference, folder, side)
-        for key in sorted(chosen, key=numbers.get)
-    ]
-    data = page_data(record, scores, table, images, reference, rows, judge)
+    record, scores = material.record, material.scores
+    judge = next((name for name in WORST_BY if any(name in row for row in material.table.values())), None)
+    data = page_data(material, rows_of(material, judge, limit, seed), judge)
     script = part("page.js")
     pieces = {
         "TITLE": escaped(title_of(record)),
@@ -103,31 +109,48 @@ def worst(keys: Sequence[Key], table: Table, judge: str | None) -> list[Key]:
 
     def badness(key: Key) -> float:
         row = table.get(key, {})
-        value = row.get(judge, math.inf)
-        return sign * (value - row.get(f"{judge}_reference", 0.0))
+        return sign * (row[judge] - row.get(f"{judge}_reference", 0.0)) if judge in row else math.inf
 
     return sorted(keys, key=badness)
 
 
-def row_of(
-    picture: Picture,
-    place: int,
-    scores: dict[str, float],
-    images: PictureSet,
-    reference: PictureSet | None,
-    folder: Path,
-    side: int,
-) -> dict:
+def by_lot(keys: Sequence[Key], limit: int, seed: int) -> list[Key]:
+    """Keys drawn without replacement; a second picture of a prompt only when every prompt has one."""
+    shuffled = [keys[k] for k in np.random.default_rng(seed).permutation(len(keys))]
+    earlier: Counter[str] = Counter()
+    turns = {}
+    for key in shuffled:
+        turns[key] = earlier[key[0]]
+        earlier[key[0]] += 1
+    return sorted(shuffled, key=turns.get)[:limit]
+
+
+def rows_of(material: Material, judge: str | None, limit: int, seed: int) -> list[dict]:
+    """The page's rows in the order of the pictures, each with its number and whether it was drawn by lot."""
+    keys = list(material.images.pictures)
+    drawn = set(by_lot(keys, limit, seed))
+    chosen = drawn | set(worst(keys, material.table, judge)[:limit])
+    return [
+        row_of(material, key) | {"number": number, "by_lot": key in drawn}
+        for number, key in enumerate(keys)
+        if key in chosen
+    ]
+
+
+def row_of(material: Material, key: Key) -> dict:
     """What the page needs of one picture."""
+    images, reference, side = material.images, material.reference, material.side
+    picture = images.pictures[key]
     ours = images.load(picture)
-    row = {"id": picture.id, "sample": picture.sample, "number": place, "prompt": picture.prompt}
-    row |= {"problem": picture.row.get("problem"), "scores": {name: rounded(value) for name, value in scores.items()}}
-    row |= {"picture": data_uri(ours, side), "file": link(images, picture, folder)}
-    partner = reference and reference.pictures.get(picture.key)
+    scores = {name: rounded(value) for name, value in material.table.get(key, {}).items()}
+    row = {"id": picture.id, "sample": picture.sample, "prompt": picture.prompt, "scores": scores}
+    row |= {"problem": picture.row.get("problem"), "picture": data_uri(ours, side)}
+    row |= {"file": link(images, picture, material.folder)}
+    partner = reference and reference.pictures.get(key)
     if partner:
         theirs = reference.load(partner)
         gap = ImageChops.difference(ours, resized(theirs, ours.size)).point(lambda level: min(255, GAIN * level))
-        row |= {"reference": data_uri(theirs, side), "reference_file": link(reference, partner, folder)}
+        row |= {"reference": data_uri(theirs, side), "reference_file": link(reference, partner, material.folder)}
         row |= {"difference": data_uri(gap, side)}
     return row
 
@@ -156,43 +179,40 @@ def rounded(value: float) -> float:
 # --------------------------------------------------------------------------------------------- the page's data
 
 
-def page_data(
-    record: dict,
-    scores: Sequence[Score],
-    table: Table,
-    images: PictureSet,
-    reference: PictureSet | None,
-    rows: list[dict],
-    judge: str | None,
-) -> dict:
+def page_data(material: Material, rows: list[dict], judge: str | None) -> dict:
     """What the script reads: rows, and every column of scores with all its values."""
-    labels = {score.name: score.label for score in scores}
-    columns, values = {}, {}
-    for name in METRICS:
-        found = [(row[name], row.get(f"{name}_reference")) for row in table.values() if name in row]
-        if not found:
-            continue
-        metric = METRICS[name]
-        columns[name] = {"title": labels.get(name, metric.title), "higher": metric.higher, "decimals": metric.decimals}
-        values[name] = [rounded(value) for value, _ in found]
-        if all(theirs is not None for _, theirs in found):
-            title = f"{columns[name]['title']}, change"
-            columns[f"{name}_change"] = columns[name] | {"title": title, "of": name}
-            values[f"{name}_change"] = [rounded(value - theirs) for value, theirs in found]
+    columns, values = page_columns(material)
+    record, pictures = material.record, material.images.pictures.values()
+    shown = json.dumps([record["images"], record["reference"], [(row["id"], row["sample"]) for row in rows]])
     return {
         "names": set_names(record),
         "columns": columns,
         "values": values,
         "rows": rows,
-        "total": len(images.pictures),
-        "several": len({picture.sample for picture in images.pictures.values()}) > 1,
-        "relative": any("of" in column for column in columns.values()),
+        "total": len(pictures),
+        "several": len({picture.sample for picture in pictures}) > 1,
         "sort": f"{judge}_change" if f"{judge}_change" in columns else judge,
         "gain": GAIN,
-        "key": hashlib.sha256(
-            json.dumps([record["images"], record["reference"], [row["id"] for row in rows]]).encode()
-        ).hexdigest()[:16],
+        # Votes are kept in the browser under this name.
+        "key": hashlib.sha256(shown.encode()).hexdigest()[:16],
     }
+
+
+def page_columns(material: Material) -> tuple[dict[str, dict], dict[str, list[float]]]:
+    """Columns of the table, and all their values; NAME_change is the gap to the full-precision picture."""
+    labels = {score.name: score.label for score in material.scores}
+    columns, values = {}, {}
+    for name, metric in METRICS.items():
+        found = [(row[name], row.get(f"{name}_reference")) for row in material.table.values() if name in row]
+        if not found:
+            continue
+        title = labels.get(name, metric.title)
+        columns[name] = {"title": title, "higher": metric.higher, "decimals": metric.decimals}
+        values[name] = [rounded(value) for value, _ in found]
+        if all(theirs is not None for _, theirs in found):
+            columns[f"{name}_change"] = columns[name] | {"title": f"{title}, change", "of": name}
+            values[f"{name}_change"] = [rounded(value - theirs) for value, theirs in found]
+    return columns, values
 
 
 def set_names(record: dict) -> dict[str, str]:

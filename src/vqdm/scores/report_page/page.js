@@ -69,20 +69,19 @@
 
   // ------------------------------------------------------------------------------------------- sorting and filters
 
-  const filters = {
-    all: ["all", () => true],
-    lower: [`scored lower than ${data.names.reference}`, (row, name) => gap(row, name) < 0],
-    higher: [`scored higher than ${data.names.reference}`, (row, name) => gap(row, name) > 0],
-    problem: ["with a problem", (row) => Boolean(row.problem)],
-  };
-
-  function gap(row, name) {
-    const base = data.columns[name]?.of;
-    return base ? row.scores[base] - row.scores[`${base}_reference`] : row.scores[name] - row.scores[`${name}_reference`];
+  const filters = { all: ["all", () => true] };
+  for (const [name, one] of Object.entries(data.columns)) {
+    if (!one.of) continue;
+    filters[`${one.of} lower`] = [`${data.columns[one.of].title} below ${data.names.reference}`, (row) => gap(row, one.of) < 0];
+    filters[`${one.of} higher`] = [`${data.columns[one.of].title} above ${data.names.reference}`, (row) => gap(row, one.of) > 0];
   }
+  if (data.rows.some((row) => row.problem)) filters.problem = ["with a problem", (row) => Boolean(row.problem)];
+
+  const gap = (row, name) => row.scores[name] - row.scores[`${name}_reference`];
 
   function value(row, name) {
-    return data.columns[name].of ? gap(row, name) : row.scores[name];
+    const of = data.columns[name].of;
+    return of ? gap(row, of) : row.scores[name];
   }
 
   function ordered(rows) {
@@ -97,7 +96,7 @@
   function refresh() {
     const words = find("text").value.toLowerCase().split(/\s+/).filter(Boolean);
     const fits = filters[find("show").value][1], name = find("sort").value;
-    const rows = ordered(data.rows).filter((row) => fits(row, name) && words.every((word) => label(row).toLowerCase().includes(word)));
+    const rows = ordered(data.rows).filter((row) => fits(row) && words.every((word) => label(row).toLowerCase().includes(word)));
     find("rows").replaceChildren(...rows.map(cardOf));
     find("nothing").hidden = rows.length > 0;
     const all = data.rows.length === data.total ? "" : ` (${data.total} scored)`;
@@ -129,8 +128,7 @@
     const sortable = Object.entries(data.columns).filter(([name]) => data.values[name]);
     find("sort").append(...sortable.map(([name, one]) => make("option", { value: name }, one.title)));
     if (data.sort) find("sort").value = data.sort;
-    const usable = { all: true, lower: data.relative, higher: data.relative, problem: data.rows.some((row) => row.problem) };
-    find("show").append(...Object.keys(filters).filter((key) => usable[key]).map((key) => make("option", { value: key }, filters[key][0])));
+    find("show").append(...Object.entries(filters).map(([key, [words]]) => make("option", { value: key }, words)));
     if (!sortable.length) find("sort").closest("label").hidden = find("order").closest("label").hidden = true;
     for (const id of ["sort", "order", "show"]) find(id).addEventListener("change", refresh);
     find("text").addEventListener("input", refresh);
@@ -175,7 +173,8 @@
 
   // ------------------------------------------------------------------------------------------- blind vote
 
-  const pairs = data.rows.filter((row) => row.reference);
+  // Only pictures that were drawn by lot: the worst ones alone would tilt the vote.
+  const pairs = data.rows.filter((row) => row.reference && row.by_lot);
   const storage = `vqdm-votes-${data.key}`;
   let session = null, since = 0;
 
@@ -261,7 +260,7 @@
     return { picture: of("picture"), reference: of("reference"), tie: of("tie"), n: session.votes.length };
   }
 
-  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+  const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
 
   function tally() {
     find("booth").hidden = true;
@@ -269,7 +268,7 @@
     const { picture: ours, reference: theirs, tie, n } = counts(), body = find("tally").querySelector("tbody");
     const share = (ours + tie / 2) / n, [low, high] = n ? wilson(ours + tie / 2, n) : [0, 1];
     find("verdict").textContent = !n ? "No vote yet." : `The ${data.names.picture} pictures are preferred in ${percent(share)} of ${n} votes, ` +
-      `95 % interval ${percent(low)} to ${percent(high)}. ` +
+      `95\u00a0% interval ${percent(low)} to ${percent(high)}. ` +
       (low > 0.5 || high < 0.5 ? "The interval excludes 50 %." : "The interval includes 50 %: no difference is shown.");
     const lines = [[`${data.names.picture} better`, ours], [`${data.names.reference} better`, theirs], ["no difference", tie]];
     body.replaceChildren(...lines.map(([name, count]) => make("tr", {}, make("th", {}, name), make("td", {}, String(count)))));
