@@ -4,6 +4,7 @@
     python metrics.py out/images-3bit --reference out/images-full --fid_reference coco.npz --metrics fid fid_fp clip
     python metrics.py real-pictures --save_stats coco.npz
     accelerate launch metrics.py out/images-3bit --reference out/images-full --bs 64
+    python metrics.py compare out/images-4bit out/images-3bit out/images-2bit
 
 IMAGES is a folder of generate.py, any folder of pictures, or a zip file; pictures of two folders belong together by
 prompt id and sample. Without --metrics, everything is scored that the input allows and whose network is at hand.
@@ -17,9 +18,11 @@ import logging
 import sys
 from dataclasses import fields
 
-from vqdm.cli import Parser, add_shared_flags, run_script, whole
+from vqdm.cli import LOG_LEVELS, Parser, add_shared_flags, run_script, whole
+from vqdm.jobs.compare import CompareConfig, compare_runs
 from vqdm.jobs.score import FID_MODES, ScoreConfig, Scored, score_images
 from vqdm.scores.catalogue import NAMES
+from vqdm.scores.comparison import markdown
 from vqdm.scores.networks import LPIPS_FILES
 from vqdm.scores.results import terminal_table
 
@@ -72,6 +75,26 @@ def _add_report_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--report_size", type=whole(16), default=512, help="pixels of the longer side of its pictures")
 
 
+def build_compare_parser() -> Parser:
+    """All flags of comparing."""
+    parser = Parser("Put scored runs into one table and one figure of bits against quality.", "RUN [RUN ...]")
+    parser.prog += " compare"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of scored pictures, or a metrics.json")
+    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
+    parser.add_argument("--output_dir", metavar="DIR", default="out/comparison", help="where the result goes")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="one for each RUN; default: their folders'")
+    parser.add_argument("--plot", nargs="+", metavar="METRIC", help="panels of the figure; default: the usual ones")
+    parser.add_argument("--force", action="store_true", help="compare although networks or numbers of pictures differ")
+    parser.add_argument("--loglevel", choices=LOG_LEVELS, default="INFO", help="DEBUG adds tracebacks")
+    return parser
+
+
+def to_compare_config(values: dict) -> CompareConfig:
+    """Flags to settings. Raises UserError where they contradict each other."""
+    lists = {name: values[name] and tuple(values[name]) for name in ("runs", "names", "plot")}
+    return CompareConfig(**lists, output_dir=values["output_dir"], force=values["force"])
+
+
 def to_config(values: dict) -> ScoreConfig:
     """Flags to settings. Raises UserError where they contradict each other."""
     named = {one.name: values[one.name] for one in fields(ScoreConfig)}
@@ -91,8 +114,22 @@ def report(scored: Scored) -> None:
         print(f"report: {scored.report}")
 
 
+def main_compare(argv: list[str]) -> None:
+    """`metrics.py compare`."""
+    options = build_compare_parser().parse(argv)
+    logging.getLogger().setLevel(options.loglevel)
+    compared = compare_runs(to_compare_config(vars(options)))
+    print(markdown(compared.comparison))
+    for line in compared.warnings:
+        logging.getLogger("vqdm").warning("warning: %s", line)
+    print(f"comparison.md, .tex, .csv and pareto.png, .svg are in {compared.folder}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, call, say where the result is."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["compare"]:
+        return main_compare(words[1:])
     options = build_parser().parse(argv)
     logging.getLogger().setLevel(options.loglevel)
     scored = score_images(to_config(vars(options)))

@@ -237,6 +237,7 @@ def test_forced_comparisons_say_so(folders, tmp_path, capsys):
     assert score(*words, out=tmp_path / "out") == 0
     line = "warning: compared by --force: seed is 9, the reference's 3 (8 of 8 pictures)"
     assert line in capsys.readouterr().out and line[9:] in result(tmp_path / "out")["warnings"]
+    assert result(tmp_path / "out")["mismatches"] == ["seed is 9, the reference's 3 (8 of 8 pictures)"]
 
 
 def test_problems_of_pictures_are_counted(tmp_path, capsys):

@@ -136,6 +136,7 @@ class Job:
     reference: PictureSet | None
     target: PictureSet | Statistics | None
     plan: Plan
+    mismatches: list[str]
     table: Table = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -171,14 +172,15 @@ def score_images(config: ScoreConfig) -> Scored | None:
     images = open_pictures(config.images, "IMAGES")
     reference = open_pictures(config.reference, "--reference") if config.reference else None
     target = open_target(config.fid_reference) if config.fid_reference else None
-    found = check_pairs(images, reference, config.force) if reference else []
+    differing = check_pairs(images, reference, config.force) if reference else []
     with launched(config.device) as ranks:
         plan = ranks.agreed(make_plan(config, images, reference, target) if ranks.main else None)
         say(describe(config, images, ranks, plan))
         if config.dry_run:
             return None
         check_writable(config.folder)
-        job = Job(config, Work(ranks, config.bs, config.threads), images, reference, target, plan, warnings=found)
+        job = Job(config, Work(ranks, config.bs, config.threads), images, reference, target, plan, differing)
+        job.warnings += [f"compared by --force: {line}" for line in differing]
         with exact():
             measure(job)
         return finish(job) if ranks.main else None
@@ -197,7 +199,7 @@ def open_target(path: str) -> PictureSet | Statistics:
 
 
 def check_pairs(images: PictureSet, reference: PictureSet, force: bool) -> list[str]:
-    """Warnings about a comparison that measures more than the UNet.
+    """Lines about what differs beside the UNet.
 
     Raises:
         UserError: there are any and `force` is off, or no picture has a partner.
@@ -209,7 +211,7 @@ def check_pairs(images: PictureSet, reference: PictureSet, force: bool) -> list[
         raise UserError(
             f"--reference {reference.path} does not match: {'; '.join(found)}; --force scores it all the same"
         )
-    return [f"compared by --force: {line}" for line in found]
+    return found
 
 
 def check_writable(folder: Path) -> None:
@@ -500,6 +502,7 @@ def record(job: Job) -> dict:
         "images": config.images,
         "reference": config.reference,
         "fid_reference": config.fid_reference,
+        "mismatches": job.mismatches,
         "pictures": len(job.images.pictures),
         "prompts": len({picture.id for picture in job.images.pictures.values()}),
         "full_precision": job.images.run.get("full_precision"),
