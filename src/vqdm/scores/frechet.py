@@ -31,7 +31,8 @@ class Moments:
 
     def add(self, features: Tensor) -> None:
         """Count features [N, d] of any floating type in."""
-        rows = features.double()
+        # Apple's GPUs know no float64.
+        rows = (features.cpu() if features.device.type == "mps" else features).double()
         self.count += len(rows)
         self.total += rows.sum(0).cpu()
         self.products += (rows.T @ rows).cpu()

@@ -49,7 +49,7 @@ class Network:
     options: dict = field(default_factory=dict)
 
     def about(self) -> dict:
-        """For the record; weights by digest, never by a path of this machine alone."""
+        """Plain JSON for the record."""
         return asdict(self)
 
 
