@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from dataclasses import fields
 
@@ -57,14 +58,14 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fid_mode", choices=FID_MODES, help="how pictures reach Inception's 299 pixels; default: clean"
     )
-    group.add_argument("--cmmd_model", default="openai/clip-vit-large-patch14-336")
-    group.add_argument("--fd_dinov2_model", default="facebook/dinov2-large")
-    group.add_argument("--pickscore_model", default="yuvalkirstain/PickScore_v1")
+    group.add_argument("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="CLIP of cmmd")
+    group.add_argument("--fd_dinov2_model", default="facebook/dinov2-large", help="DINOv2 of fd_dinov2")
+    group.add_argument("--pickscore_model", default="yuvalkirstain/PickScore_v1", help="CLIP of pickscore")
     group.add_argument("--hpsv2_weights", metavar="FILE.pt", help="default: HPS_v2.1_compressed.pt of the hub")
     group.add_argument("--lpips_net", choices=tuple(LPIPS_FILES), default="alex", help="backbone of LPIPS")
     group.add_argument("--lpips_weights", metavar="FILE.pth", help="default: torchvision's, in torch.hub's folder")
-    group.add_argument("--clip_i_model", default="openai/clip-vit-large-patch14")
-    group.add_argument("--dino_i_model", default="facebook/dinov2-base")
+    group.add_argument("--clip_i_model", default="openai/clip-vit-large-patch14", help="CLIP of clip_i")
+    group.add_argument("--dino_i_model", default="facebook/dinov2-base", help="DINOv2 of dino_i")
     group.add_argument("--local_files_only", action="store_true", help="never ask the hub")
 
 
@@ -98,7 +99,12 @@ def to_compare_config(values: dict) -> CompareConfig:
 def to_config(values: dict) -> ScoreConfig:
     """Flags to settings. Raises UserError where they contradict each other."""
     named = {one.name: values[one.name] for one in fields(ScoreConfig)}
-    return ScoreConfig(**named | {"metrics": values["metrics"] and tuple(values["metrics"])})
+    return ScoreConfig(**named | {"metrics": values["metrics"] and split(values["metrics"])})
+
+
+def split(words: list[str]) -> tuple[str, ...]:
+    """Names that were given as several words, with commas, or as one text in a --config file."""
+    return tuple(name for word in words for name in re.split(r"[,\s]+", word) if name)
 
 
 def report(scored: Scored) -> None:

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,11 +9,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import metrics
 import numpy as np
 import open_clip
 import pytest
 import torch
-from metrics import build_parser, main, to_config
+from metrics import build_compare_parser, build_parser, main, to_compare_config, to_config
 from PIL import Image
 
 from vqdm.cli import run_script
@@ -320,3 +322,33 @@ def test_flags_reach_the_settings():
     assert (config.images, config.reference, config.fid_reference) == ("I", "R", "F.npz")
     assert (config.metrics, config.bs, config.threads, config.lpips_net) == (("clip", "psnr"), 7, 2, "vgg")
     assert config.seed == 3 and config.force and config.folder == Path("I/metrics")
+    assert to_config(vars(build_parser().parse(["I", "--metrics", "clip,psnr"]))).metrics == ("clip", "psnr")
+
+
+def test_every_flag_of_the_documents_exists():
+    lines = re.findall(r"^(?:python|accelerate launch) metrics\.py (.*)$", Path("docs/metrics.md").read_text(), re.M)
+    lines += re.findall(r"^    (?:python|accelerate launch) metrics\.py (.*)$", metrics.__doc__, re.M)
+    assert len(lines) > 8
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if words[0] == "compare":
+            to_compare_config(vars(build_compare_parser().parse(words[1:])))
+        else:
+            to_config(vars(build_parser().parse(words)))
+
+
+def test_help_reads(capsys):
+    for parser in (build_parser(), build_compare_parser()):
+        with pytest.raises(SystemExit) as caught:
+            parser.parse(["--help"])
+        text = capsys.readouterr().out
+        assert caught.value.code == 0 and max(map(len, text.splitlines())) <= 120
+    assert "compare RUN [RUN ...]" in text
+
+
+def test_a_tracker_gets_every_value(folders, tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr("vqdm.jobs.score.Tracker.log", lambda self, values, step=None: logged.append(values))
+    words = [folders["QUANTIZED"], "--reference", folders["FULL"], "--metrics", "psnr"]
+    assert score(*words, out=tmp_path / "out") == 0
+    assert logged == [{name: one["value"] for name, one in result(tmp_path / "out")["metrics"].items()}]
+    assert set(logged[0]) == {"psnr", "psnr_global"}

@@ -10,7 +10,8 @@ from vqdm.errors import UserError
 from vqdm.scores.frechet import (
     Moments,
     Statistics,
-    check_statistics,
+    check_tags,
+    check_width,
     frechet_distance,
     load_statistics,
     save_statistics,
@@ -129,15 +130,16 @@ def test_injected_statistics_give_what_torchmetrics_gives(tmp_path):
 def test_statistics_of_another_kind_are_refused(tmp_path, about, message):
     fit = fitted(features(30, 4, 0))
     with pytest.raises(UserError, match=message):
-        check_statistics(Statistics(fit.mean, fit.covariance, 30, about), TAGS, 4, tmp_path, "--fid_reference")
+        check_tags(Statistics(fit.mean, fit.covariance, 30, about), TAGS, tmp_path, "--fid_reference")
 
 
 def test_untagged_statistics_are_taken_but_known_as_such(tmp_path):
     fit = fitted(features(30, 4, 0))
-    assert check_statistics(fit, TAGS, 4, tmp_path, "--fid_reference") is False
-    assert check_statistics(Statistics(fit.mean, fit.covariance, 30, TAGS), TAGS, 4, tmp_path, "x") is True
+    assert check_tags(fit, TAGS, tmp_path, "--fid_reference") is False
+    assert check_tags(Statistics(fit.mean, fit.covariance, 30, TAGS), TAGS, tmp_path, "x") is True
+    check_width(fit, 4, tmp_path, "--fid_reference")
     with pytest.raises(UserError, match="has 4 features, the network here 5"):
-        check_statistics(fit, TAGS, 5, tmp_path, "--fid_reference")
+        check_width(fit, 5, tmp_path, "--fid_reference")
 
 
 def test_files_of_something_else_are_refused(tmp_path):

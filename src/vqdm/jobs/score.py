@@ -26,7 +26,14 @@ from vqdm.scores import networks
 from vqdm.scores.catalogue import FLAGS, METRICS, NAMES, NEEDS
 from vqdm.scores.encoders import Encoder, exact, load_encoder
 from vqdm.scores.fidelity import load_lpips
-from vqdm.scores.frechet import Statistics, check_statistics, frechet_distance, load_statistics, save_statistics
+from vqdm.scores.frechet import (
+    Statistics,
+    check_tags,
+    check_width,
+    frechet_distance,
+    load_statistics,
+    save_statistics,
+)
 from vqdm.scores.kernels import cmmd, kid, mind
 from vqdm.scores.measuring import SMALLEST_FOR_SSIM, Work, fit, pixel_table, similarity_table, text_table, truncated
 from vqdm.scores.networks import Missing, Network
@@ -320,14 +327,15 @@ def describe(config: ScoreConfig, images: PictureSet, ranks: Ranks, plan: Plan) 
 def measure(job: Job) -> None:
     """All passes, then the table of all ranks in the order of the pictures."""
     chosen = job.plan.networks
+    # Sets come first: statistics that do not fit are refused before anything slow.
+    for slot in ("features", "dinov2", "cmmd"):
+        set_pass(job, slot, [name for name in chosen if name in SET_METRICS and METRICS[name].network == slot])
     tables = [table for name in chosen for table in picture_pass(job, name)]
     merged: Table = {}
     for part in (one for parts in job.work.ranks.gathered(tables) for one in parts):
         for key, row in part.items():
             merged[key] = merged.get(key, {}) | row
     job.table = {key: merged[key] for key in job.images.pictures if key in merged}
-    for slot in ("features", "dinov2", "cmmd"):
-        set_pass(job, slot, [name for name in chosen if name in SET_METRICS and METRICS[name].network == slot])
     if job.work.ranks.main:
         collect(job)
 
@@ -366,6 +374,8 @@ def set_pass(job: Job, slot: str, names: list[str]) -> None:
     encoder = load_encoder(network, job.work.ranks.device)
     keep = any(name in ("kid", "mind", "cmmd") for name in names)
     sets = Sets(job, network, encoder, keep)
+    if isinstance(job.target, Statistics) and any("fid_reference" in METRICS[name].needs for name in names):
+        sets.check_target()
     ours = sets.of(job.images)
     if any(name.startswith(("fid", "fd")) for name in names):
         warn_of_rank(job, ours)
@@ -397,15 +407,19 @@ class Sets:
         return {"preprocess": self.encoder.preprocess, "weights_sha256": self.network.sha256}
 
     def target(self) -> Statistics:
-        """Of `--fid_reference`, whose file must fit where it is one."""
+        """Of `--fid_reference`."""
         target = self.job.target
         if isinstance(target, PictureSet):
             return self.of(target)
-        path, width = Path(self.job.config.fid_reference), self.of(self.job.images).width
-        if not check_statistics(target, self.tags(), width, path, "--fid_reference"):
-            line = f"--fid_reference {path} does not say how it was made; its preprocessing may differ"
-            self.job.warnings += [line] if line not in self.job.warnings else []
+        check_width(target, self.of(self.job.images).width, Path(self.job.config.fid_reference), "--fid_reference")
         return target
+
+    def check_target(self) -> None:
+        """Raise UserError where the file of `--fid_reference` was made otherwise; warn where it does not say how."""
+        path = Path(self.job.config.fid_reference)
+        if not check_tags(self.job.target, self.tags(), path, "--fid_reference"):
+            line = f"--fid_reference {path} does not say how it was made; its preprocessing may differ"
+            self.job.warnings.append(line)
 
 
 def set_score(job: Job, name: str, network: Network, ours: Statistics, sets: Sets) -> Score:

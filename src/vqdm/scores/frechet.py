@@ -124,16 +124,20 @@ def load_statistics(path: Path, flag: str) -> Statistics:
     return Statistics(mean, covariance, int(arrays["n"]) if "n" in arrays else None, about, features)
 
 
-def check_statistics(statistics: Statistics, about: dict[str, str], width: int, path: Path, flag: str) -> bool:
-    """Whether a file says that it was made as the features here are; False where it says nothing.
+def check_tags(statistics: Statistics, about: dict[str, str], path: Path, flag: str) -> bool:
+    """Whether a file says that it was made as the features here are; False where it does not say how.
 
     Raises:
         UserError: it was made with another network or preprocessing.
     """
-    if statistics.width != width:
-        raise UserError(f"{flag}: {path} has {statistics.width} features, the network here {width}")
     for name in ("preprocess", "weights_sha256"):
         ours, theirs = about[name], statistics.about.get(name)
         if theirs is not None and theirs != ours:
             raise UserError(f"{flag}: {path} was made with {name} {theirs}, here it is {ours}")
     return {"preprocess", "weights_sha256"} <= statistics.about.keys()
+
+
+def check_width(statistics: Statistics, width: int, path: Path, flag: str) -> None:
+    """Raise UserError for a file of another network, as far as its number of features tells."""
+    if statistics.width != width:
+        raise UserError(f"{flag}: {path} has {statistics.width} features, the network here {width}")
