@@ -27,17 +27,18 @@ def streamed(count: int, seed: int) -> Statistics:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10000])
-    print("| pictures | peak memory | ms a picture | distance to as many others | seconds for the distance |")
+    counts = parser.parse_args().counts
+    reference = streamed(counts[0], seed=1)
+    print(f"| pictures | peak memory | ms a picture | distance to {counts[0]:,} others | seconds for the distance |")
     print("|---|---|---|---|---|")
-    for count in parser.parse_args().counts:
+    for count in counts:
         began = time.perf_counter()
-        first, second = streamed(count, 0), streamed(count, 1)
+        statistics = streamed(count, seed=0)
         middle = time.perf_counter()
-        distance = frechet_distance(first, second)
-        ended = time.perf_counter()
-        memory = peak_memory()["host"] / 1e9
-        rate = 1000 * (middle - began) / (2 * count)
-        print(f"| {count:,} | {memory:.2f} GB | {rate:.2f} | {distance:.3f} | {ended - middle:.1f} |", flush=True)
+        distance = frechet_distance(statistics, reference)
+        seconds, memory = time.perf_counter() - middle, peak_memory()["host"] / 1e9
+        rate = 1000 * (middle - began) / count
+        print(f"| {count:,} | {memory:.2f} GB | {rate:.2f} | {distance:.3f} | {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,19 @@ def test_every_picture_has_its_line(finished):
     assert {"clip", "clip_reference", "ssim", "clip_i"} <= rows[0].keys()
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_report_is_written_with_and_without_a_reference(folders, tmp_path, capsys, paired):
+    out = tmp_path / "out"
+    words = [str(folders["QUANTIZED"]), *SHAPES, "--report_images", "3", "--output_dir", str(out)]
+    assert run_script(main, words + (["--reference", str(folders["FULL"])] if paired else [])) == 0
+    assert f"report: {out / 'report.html'}" in capsys.readouterr().out
+    text = (out / "report.html").read_text()
+    rows = json.loads(re.search(r'type="application/json">(.*?)</script>', text, re.DOTALL)[1])["rows"]
+    assert 3 <= len(rows) <= 6 and sum(row["by_lot"] for row in rows) == 3
+    assert all(("difference" in row) == paired for row in rows)
+    assert (out / rows[0]["file"]).is_file()
+
+
 def test_two_processes_give_the_same_figures(finished, folders, tmp_path):
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "metrics.py"]

@@ -299,9 +299,8 @@ def find_network(config: ScoreConfig, slot: str, download: bool) -> Network:
     try:
         return finders[slot]()
     except Missing as reason:
-        raise Missing(
-            f"{reason}; {FLAGS[slot]} names another" + ("" if download else ", --metrics downloads it")
-        ) from None
+        advice = "" if download or networks.offline(config.local_files_only) else ", --metrics downloads it"
+        raise Missing(f"{reason}; {FLAGS[slot]} names another{advice}") from None
 
 
 def find_statistics_network(config: ScoreConfig, found: dict[str, Network]) -> Network:
