@@ -42,7 +42,9 @@ def page(tmp_path_factory) -> Path:
     images, reference = write_set(root / "images", 1), write_set(root / "reference", 0)
     table = {(str(k), 0): {"psnr": 50.0 - k, "clip": 30.0 - k, "clip_reference": 25.0} for k in range(COUNT)}
     scores = [
-        Score("clip", "CLIP score[tiny]", 24.5, COUNT, (20, 28), 25.0, -0.5, (-0.9, -0.1), "tiny"),
+        Score(
+            "clip", "CLIP score[ViT-H-14/laion2b_s32b_b79k]", 24.5, COUNT, (20, 28), 25.0, -0.5, (-0.9, -0.1), "tiny"
+        ),
         Score("psnr", "PSNR (dB)", 44.5, COUNT, (40, 48)),
     ]
     record = {
