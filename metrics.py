@@ -21,7 +21,8 @@ from dataclasses import fields
 
 from vqdm.cli import LOG_LEVELS, Parser, add_shared_flags, run_script, whole
 from vqdm.jobs.compare import CompareConfig, compare_runs
-from vqdm.jobs.score import FID_MODES, ScoreConfig, Scored, score_images
+from vqdm.jobs.score import Scored, score_images
+from vqdm.jobs.score_job import FID_MODES, ScoreConfig
 from vqdm.scores.catalogue import NAMES
 from vqdm.scores.comparison import markdown
 from vqdm.scores.networks import LPIPS_FILES
@@ -47,6 +48,7 @@ def _add_input_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--metrics", nargs="+", metavar="NAME", help=f"only these: {', '.join(NAMES)}")
     group.add_argument("--force", action="store_true", help="score pairs although their settings differ")
     group.add_argument("--save_stats", metavar="FILE.npz", help="write IMAGES' statistics for a later --fid_reference")
+    group.add_argument("--save_features", action="store_true", help="also into FILE.npz; kid and mind need them")
     group.add_argument("--bs", type=whole(1), default=16, help="pictures a network sees at once")
     group.add_argument("--threads", type=whole(1, 256), default=4, help="threads that decode pictures")
 

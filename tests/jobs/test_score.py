@@ -206,8 +206,8 @@ def test_inception_scores_and_saved_statistics(folders, inception, tmp_path, mon
     assert "the published file 6726825d…" in capsys.readouterr().err
     monkeypatch.setattr(networks, "INCEPTION_SHA256", networks.file_sha256(inception)[:8])
     assert score(*words, full, out=tmp_path / "a") == 0
-    stats = ["--fid_features", inception, "--save_stats", tmp_path / "full.npz", "--metrics", "fid", "kid"]
-    assert score(full, "--fid_reference", full, *stats, out=tmp_path / "b") == 0
+    stats = ["--fid_features", inception, "--save_stats", tmp_path / "full.npz", "--save_features"]
+    assert score(full, *stats, out=tmp_path / "b") == 0
     assert score(*words, tmp_path / "full.npz", out=tmp_path / "c") == 0
     first, second = (result(tmp_path / name)["metrics"] for name in "ac")
     assert first["fid"]["label"] == "FID-4[clean]" and first["kid"]["label"] == "KID[clean]"
@@ -231,6 +231,7 @@ def test_plain_pictures_give_statistics_from_folder_and_zip(folders, tmp_path, c
     assert score(tmp_path / "plain.zip", *features, tmp_path / "zip.npz", out=tmp_path / "b") == 0
     with np.load(tmp_path / "folder.npz") as first, np.load(tmp_path / "zip.npz") as second:
         assert np.array_equal(first["mu"], second["mu"]) and first["n"] == 8 and first["mu"].shape == (256,)
+        assert "features" not in first.files
     assert result(tmp_path / "a")["skipped"]["clip"].startswith("needs prompts")
     untagged = {name: np.load(tmp_path / "zip.npz")[name] for name in ("mu", "sigma")}
     np.savez(tmp_path / "untagged.npz", **untagged)
@@ -296,6 +297,7 @@ def test_the_size_of_the_model_comes_from_its_summary(folders, tmp_path):
         ("FULL --fid_reference FULL --metrics kid SHAPES", "needs Inception's features"),
         ("FULL --fid_mode legacy SHAPES", "--fid_mode legacy is for Inception"),
         ("FULL --save_stats x.npz", "--save_stats x.npz: "),
+        ("FULL --save_features SHAPES", "--save_features is about the file of --save_stats"),
         ("OTHER --reference FULL", "does not match: seed is 9, the reference's 3 (8 of 8 pictures); --force"),
         ("FULL --reference assets", "--reference: assets holds no picture"),
         ("FULL", "nothing can be scored"),
