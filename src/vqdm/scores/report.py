@@ -27,7 +27,7 @@ from PIL import Image, ImageChops
 from vqdm.scores.catalogue import METRICS
 from vqdm.scores.measuring import resized
 from vqdm.scores.picture_sets import Key, Picture, PictureSet
-from vqdm.scores.results import Score, Table, interval_text, number
+from vqdm.scores.results import Score, Table, interval_text, number, spread_text
 
 # Metrics by which the worst pictures are found, best judge first; those of text count by their difference.
 WORST_BY = ("lpips", "dino_i", "clip_i", "ssim", "psnr", "pickscore", "clip", "hpsv2")
@@ -266,7 +266,7 @@ def score_table(scores: Sequence[Score]) -> str:
 def score_row(score: Score, paired: bool) -> str:
     digits = score.metric.decimals
     cells = [f'<th scope="row">{escaped(score.label)} {score.metric.arrow}</th>']
-    cells += [f'<td class="value">{number(score.value, digits)}</td>', ranged(interval_text(score.interval, digits))]
+    cells += [f'<td class="value">{number(score.value, digits)}</td>', ranged(spread_text(score))]
     if paired:
         change = number(score.difference, digits, "+")
         cells += [f"<td>{number(score.reference, digits)}</td>", f'<td class="{verdict(score)}">{change}</td>']

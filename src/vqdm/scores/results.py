@@ -137,7 +137,7 @@ def terminal_table(scores: Sequence[Score]) -> str:
     rows = [["metric", "value", "95 % interval", "full precision", "difference", "95 % interval", "N"]]
     for score in scores:
         digits = score.metric.decimals
-        cells = [number(score.value, digits), interval_text(score.interval, digits), number(score.reference, digits)]
+        cells = [number(score.value, digits), spread_text(score), number(score.reference, digits)]
         cells += [number(score.difference, digits, "+"), interval_text(score.difference_interval, digits, "+")]
         rows.append([f"{score.label} {score.metric.arrow}", *cells, str(score.n)])
     kept = [k for k in range(len(rows[0])) if any(row[k] for row in rows[1:])]
@@ -148,6 +148,13 @@ def terminal_table(scores: Sequence[Score]) -> str:
 
 def number(value: float | None, digits: int, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def spread_text(score: Score) -> str:
+    """How sure a value is: its interval, or ± a standard deviation where that is what is known."""
+    digits = score.metric.decimals
+    deviation = score.extra.get("std")
+    return interval_text(score.interval, digits) if deviation is None else f"± {number(deviation, digits)}"
 
 
 def interval_text(interval: Sequence[float] | None, digits: int, sign: str = "") -> str:

@@ -176,9 +176,9 @@
   // Only pictures that were drawn by lot: the worst ones alone would tilt the vote.
   const pairs = data.rows.filter((row) => row.reference && row.by_lot);
   const storage = `vqdm-votes-${data.key}`;
-  let session = null, since = 0;
+  let poll = null, since = 0;
 
-  // A session: the order of the pairs, which side the scored picture is on, and a vote for each pair so far.
+  // A poll: the order of the pairs, which side the scored picture is on, and a vote for each pair so far.
   function fresh() {
     const order = pairs.map((_, k) => k);
     for (let k = order.length - 1; k > 0; k--) {
@@ -198,18 +198,18 @@
   }
 
   function keep() {
-    try { localStorage.setItem(storage, JSON.stringify(session)); } catch { /* a page without storage still votes */ }
+    try { localStorage.setItem(storage, JSON.stringify(poll)); } catch { /* a page without storage still votes */ }
   }
 
   function openBallot() {
-    session = stored() ?? fresh();
+    poll = stored() ?? fresh();
     find("ballot").showModal();
-    session.votes.length < pairs.length ? ask() : tally();
+    poll.votes.length < pairs.length ? ask() : tally();
   }
 
   function current() {
-    const k = session.votes.length, row = pairs[session.order[k]];
-    return { row, swapped: session.swapped[k] };
+    const k = poll.votes.length, row = pairs[poll.order[k]];
+    return { row, swapped: poll.swapped[k] };
   }
 
   function ask() {
@@ -222,9 +222,9 @@
       const image = picture(sources[k], `${side.dataset.choice} picture`);
       side.querySelector("img").replaceWith(image);
     });
-    Object.assign(booth.querySelector("progress"), { max: pairs.length, value: session.votes.length });
-    find("place").textContent = `${session.votes.length + 1} of ${pairs.length}`;
-    find("undo").disabled = session.votes.length === 0;
+    Object.assign(booth.querySelector("progress"), { max: pairs.length, value: poll.votes.length });
+    find("place").textContent = `${poll.votes.length + 1} of ${pairs.length}`;
+    find("undo").disabled = poll.votes.length === 0;
     // No side may look chosen before it is.
     booth.focus();
     since = Date.now();
@@ -234,16 +234,16 @@
     const { row, swapped } = current();
     const side = { left: swapped, right: !swapped }[choice];
     const preferred = choice === "tie" ? "tie" : side ? "picture" : "reference";
-    session.votes.push({ id: row.id, sample: row.sample, prompt: row.prompt, choice, preferred,
+    poll.votes.push({ id: row.id, sample: row.sample, prompt: row.prompt, choice, preferred,
       left: swapped ? "picture" : "reference", right: swapped ? "reference" : "picture",
       seconds: (Date.now() - since) / 1000, at: new Date().toISOString() });
     keep();
-    session.votes.length < pairs.length ? ask() : tally();
+    poll.votes.length < pairs.length ? ask() : tally();
   }
 
   function undo() {
-    if (!session.votes.length) return;
-    session.votes.pop();
+    if (!poll.votes.length) return;
+    poll.votes.pop();
     keep();
     ask();
   }
@@ -256,8 +256,8 @@
   }
 
   function counts() {
-    const of = (kind) => session.votes.filter((one) => one.preferred === kind).length;
-    return { picture: of("picture"), reference: of("reference"), tie: of("tie"), n: session.votes.length };
+    const of = (kind) => poll.votes.filter((one) => one.preferred === kind).length;
+    return { picture: of("picture"), reference: of("reference"), tie: of("tie"), n: poll.votes.length };
   }
 
   const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
@@ -293,7 +293,7 @@
   function exported() {
     const names = ["number", "id", "sample", "prompt", "left", "right", "choice", "preferred", "seconds", "at"];
     const sides = { picture: data.names.picture, reference: data.names.reference, tie: "tie" };
-    const lines = session.votes.map((one, k) => ({ ...one, number: k + 1, left: sides[one.left], right: sides[one.right], preferred: sides[one.preferred] }));
+    const lines = poll.votes.map((one, k) => ({ ...one, number: k + 1, left: sides[one.left], right: sides[one.right], preferred: sides[one.preferred] }));
     return [names.join(","), ...lines.map((one) => names.map((name) => cell(one[name])).join(","))].join("\r\n") + "\r\n";
   }
 
@@ -323,7 +323,7 @@
     });
     ballot.querySelectorAll("[data-choice]").forEach((one) => one.addEventListener("click", () => vote(one.dataset.choice)));
     const actions = { undo, finish: tally, export: save, more: ask, leave: () => ballot.close() };
-    actions.again = () => { session = fresh(); keep(); ask(); };
+    actions.again = () => { poll = fresh(); keep(); ask(); };
     for (const [id, action] of Object.entries(actions)) find(id).addEventListener("click", action);
   }
 
