@@ -55,6 +55,7 @@ def build_parser() -> Parser:
     parser.add_argument("calibration_prompts", metavar="CALIBRATION_PROMPTS", help=prompts)
     parser.add_argument("evaluation_prompts", metavar="EVALUATION_PROMPTS", help=prompts + "; not used to calibrate")
     _add_format_flags(parser.add_argument_group("format (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)"))
+    _add_bits_flags(parser.add_argument_group("bits where they matter"))
     _add_layer_flags(parser.add_argument_group("layers"))
     _add_calibration_flags(parser.add_argument_group("calibration and evaluation"))
     add_sampling_flags(parser.add_argument_group("sampling"))
@@ -88,6 +89,33 @@ def _add_format_flags(group: argparse._ArgumentGroup) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="groups of a convolution run over channels at one kernel location (on by default)",
+    )
+    group.add_argument(
+        "--rest_nbits",
+        type=int,
+        choices=(16, 8),
+        default=16,
+        help="8: every Linear and Conv2d that is not quantized, but conv_in and conv_out, is stored in 8 bit with a "
+        "16-bit scale an output: time_embedding, add_embedding, time_emb_proj, and what filters and overrides leave",
+    )
+
+
+def _add_bits_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--target_bits",
+        type=real(0, 16),
+        metavar="BITS",
+        help="stored bits a weight of the quantized layers, such as 2.5, divided among them by what each is worth; "
+        "the plan is written to plan.json",
+    )
+    group.add_argument(
+        "--share_codebooks",
+        choices=("none", "kind", "unet"),
+        help="layers store codebooks of their own, share them among linear layers and among convolutions, or all "
+        "(default: unet with --target_bits, else none)",
+    )
+    group.add_argument(
+        "--sensitivity_points", type=whole(1), default=8, help="recorded points that a layer's worth is measured on"
     )
 
 
@@ -128,6 +156,11 @@ def _add_calibration_flags(group: argparse._ArgumentGroup) -> None:
         type=whole(0),
         default=32,
         help="samples that a Hessian counts, as a multiple of its size, spread over all batches; 0 = all",
+    )
+    group.add_argument(
+        "--hessian_cache",
+        metavar="FOLDER",
+        help="calibrate with Hessians of the full-precision model, kept here: runs at other bits need no calibration",
     )
 
 
@@ -180,7 +213,9 @@ def to_config(values: dict) -> QuantizeConfig:
     except ValueError as error:
         raise UserError(f"--{error}") from None
     sampling = SamplingConfig(**_pick(SamplingConfig, values))
-    values = values | {"solver": solver, "sampling": sampling, "overrides": read_overrides(values["overrides"])}
+    sharing = values["share_codebooks"] or ("none" if values["target_bits"] is None else "unet")
+    values = values | {"solver": solver, "sampling": sampling, "share_codebooks": sharing}
+    values = values | {"overrides": read_overrides(values["overrides"])}
     return QuantizeConfig(**_pick(QuantizeConfig, values))
 
 

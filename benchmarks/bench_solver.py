@@ -1,70 +1,116 @@
-"""Error and time of the layer solver on the synthetic layer problem: one JSON line a row.
+"""Error and time of the layer solver: one JSON line a row.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --shapes 256x256 --codes 2x8g8 3x8g8 --encoders ldl beam
+    OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --model assets/shapes-xl --codes 3x8g8 --encoders ldl beam plain
+    python benchmarks/bench_solver.py --shapes 1280x1280 10240x1280 1280x5120 1280x11520 --codes 1x8g4s --extrapolate
 
-The problem, from a CPU generator seeded `--seed`, for O rows and I columns: W = randn(O, I) · 0.02, its columns times
-0.5 + rand(1, I); A = randn(I, I) / √I; X = (randn(N, I) · logspace(0, −2, I)) Aᵀ · 8 + 0.1 · randn(N, I), N = 8192;
-one channel in a hundred times 10; H = XᵀX / N. The held-out H is that of another X, drawn after all of this.
+Without --model: the synthetic problem, from a CPU generator seeded `--seed`, for O rows and I columns:
+W = randn(O, I) · 0.02, its columns times 0.5 + rand(1, I); A = randn(I, I) / √I; N = 8192 inputs
+X = (randn(N, I) · logspace(0, −2, I)) Aᵀ · 8 + 0.1 · randn(N, I); one channel in a hundred times 10; H = XᵀX / N. The
+held-out H is that of another X, drawn after all of this. With --model: all layers that are quantized by default, on
+Hessians of its own sampling, which stay in --hessian_cache.
+
+The encoder `plain` is the published procedure as it is written down, `beam` the same codes in a shorter way. A whole
+run of `plain` takes hours: one layer of every shape is timed for an epoch, and `beam` says how many epochs it takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Iterator
 from itertools import product
 
+import plain
 import torch
+from layer_problems import model_layers, synthetic_layer
+from sdxl import extrapolate
 from torch import Tensor
 
-from vqdm.additive.code import CodeSpec
+from vqdm.additive.code import Bank, CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
-from vqdm.additive.solve import solve_layer
+from vqdm.additive.shared import sample_layer, train_bank
+from vqdm.additive.solve import Problem, initial_code, solve_layer, without_feedback
+from vqdm.tracking import peak_memory
 
-SAMPLES = 8192
+BANK_GROUPS = 2**15  # column groups that a bank is trained on here
+SDXL_WEIGHTS = 2_540_953_600  # that share a bank
 
 
-def synthetic_layer(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """W [O, I], H [I, I] and the held-out H [I, I] of the problem above, float32 on the CPU."""
+def solver_config(code: str, encoder: str, arguments: argparse.Namespace) -> SolverConfig:
+    """`code` is like 3x8g8: codebooks x bits, group size; an s at its end stands for shared codebooks."""
+    M, b, g = map(int, code.rstrip("s").replace("g", "x").split("x"))
+    spec = CodeSpec(M, b, g, shared_codebooks="bank" if code.endswith("s") else "")
+    return SolverConfig(spec, encoder, arguments.beam_size, max_epochs=arguments.max_epochs)
+
+
+def solved(W: Tensor, H: Tensor, held_out: Tensor | None, config: SolverConfig, seed: int) -> dict:
+    """One solved layer, as it is printed. A bank is trained on the layer itself, and stands for one that exists."""
+    generator, bank = torch.Generator().manual_seed(seed), None
+    if config.spec.shared_codebooks:
+        rows = max(8, BANK_GROUPS * config.spec.in_group_size // W.shape[1])
+        bank = Bank(train_bank([sample_layer(W, H, rows, config, generator)], config, generator), SDXL_WEIGHTS)
+    _, report = solve_layer(W, H, config, generator, held_out, bank)
+    return report.to_dict()
+
+
+def plain_epoch(W: Tensor, H: Tensor, config: SolverConfig, seed: int) -> float:
+    """Seconds of one round of the published procedure."""
     generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(rows, columns, generator=generator) * 0.02
-    W *= 0.5 + torch.rand(1, columns, generator=generator)
-    A = torch.randn(columns, columns, generator=generator) / columns**0.5
-    X = _inputs(A, generator)
-    loud = torch.randperm(columns, generator=generator)[: max(1, columns // 100)]
-    other = _inputs(A, generator)
-    for inputs in (X, other):
-        inputs[:, loud] *= 10
-    return W, X.T @ X / SAMPLES, other.T @ other / SAMPLES
+    problem = Problem.of(W, H, config.spec)
+    code = without_feedback(problem.W, initial_code(problem.W, config, generator))
+    started = time.perf_counter()
+    plain.epoch(problem.W, problem.H, code, config.steps_per_epoch, config.lr, config.beam_size, generator)
+    return time.perf_counter() - started
 
 
-def _inputs(A: Tensor, generator: torch.Generator) -> Tensor:
-    spread = torch.randn(SAMPLES, len(A), generator=generator) * torch.logspace(0, -2, len(A))
-    return spread @ A.T * 8 + 0.1 * torch.randn(SAMPLES, len(A), generator=generator)
+def rows(arguments: argparse.Namespace) -> Iterator[dict]:
+    """Every problem with every code and encoder; after a model's layers, their totals."""
+    for code, encoder in product(arguments.codes, arguments.encoders):
+        config = solver_config(code, "beam" if encoder == "plain" else encoder, arguments)
+        about = {"code": code, "encoder": encoder, "beam": config.beam_size}
+        timed: set[torch.Size] = set()
+        for name, W, H, held_out in problems(arguments):
+            W, H = W.to(arguments.device), H.to(arguments.device)
+            held_out = None if held_out is None else held_out.to(arguments.device)
+            about |= {"problem": name, "rows": len(W), "columns": W.shape[1]}
+            if encoder != "plain":
+                yield about | solved(W, H, held_out, config, arguments.seed) | {"peak_memory_bytes": peak_memory()}
+            elif W.shape not in timed:
+                timed.add(W.shape)
+                yield about | {"seconds_an_epoch": plain_epoch(W, H, config, arguments.seed)}
 
 
-def row(shape: str, code: str, encoder: str, arguments: argparse.Namespace) -> dict:
-    """One solved layer, as it is printed."""
-    rows, columns = map(int, shape.split("x"))
-    M, b, g = map(int, code.replace("g", "x").split("x"))
-    W, H, held_out = (matrix.to(arguments.device) for matrix in synthetic_layer(rows, columns, arguments.seed))
-    config = SolverConfig(CodeSpec(M, b, g), encoder, arguments.beam_size, max_epochs=arguments.max_epochs)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    _, report = solve_layer(W, H, config, generator, held_out)
-    return {"problem": shape, "encoder": encoder, "M": M, "b": b, "g": g, "beam": config.beam_size, **report.to_dict()}
+def problems(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """(name, W [O, I], H [I, I], held-out H)"""
+    if arguments.model:
+        yield from model_layers(arguments.model, arguments.hessian_cache, arguments.device)
+        return
+    for shape in arguments.shapes:
+        yield shape, *synthetic_layer(*map(int, shape.split("x")), arguments.seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["64x64", "128x128", "256x256"], metavar="OxI")
+    parser.add_argument("--model", metavar="FOLDER", help="a pipeline's layers instead of synthetic ones")
+    parser.add_argument("--hessian_cache", default="build/hessians", metavar="FOLDER")
     parser.add_argument("--codes", nargs="+", default=["2x8g8", "3x8g8", "2x6g4"], metavar="MxbgG")
-    parser.add_argument("--encoders", nargs="+", default=["ldl"], choices=ENCODERS)
+    parser.add_argument("--encoders", nargs="+", default=["ldl"], choices=[*ENCODERS, "plain"])
     parser.add_argument("--beam_size", type=int, default=SolverConfig.beam_size)
     parser.add_argument("--max_epochs", type=int, default=SolverConfig.max_epochs)
+    parser.add_argument("--extrapolate", action="store_true", help="from the solved shapes to all layers of SDXL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    for shape, code, encoder in product(arguments.shapes, arguments.codes, arguments.encoders):
-        print(json.dumps(row(shape, code, encoder, arguments)), flush=True)
+    found = []
+    for row in rows(arguments):
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    if arguments.extrapolate:
+        measured = [(row["rows"], row["columns"], row["seconds"]) for row in found]
+        print(json.dumps({"problem": "SDXL, extrapolated"} | extrapolate(measured)))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which diffusers does
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -85,6 +89,16 @@ def tiny_pipeline(family: str) -> StableDiffusionXLPipeline | StableDiffusionPip
         )
     second = CLIPTextModelWithProjection(CLIPTextConfig(**shared))
     return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False)
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """Where Triton kernels run: a GPU, or without one the CPU, by Triton's interpreter."""
+    if torch.cuda.is_available():
+        return "cuda"
+    triton = pytest.importorskip("triton")
+    assert triton.knobs.runtime.interpret, "Triton was imported before tests/conftest.py asked for its interpreter"
+    return "cpu"
 
 
 @pytest.fixture(scope="session")

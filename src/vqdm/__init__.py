@@ -1,12 +1,15 @@
 """vqdm: text-to-image diffusion models at 2 to 4 bits a weight, with additive vector quantization.
 
-Importing it teaches diffusers the format, after which `from_pretrained` loads quantized folders.
+Importing it teaches diffusers and transformers the format, after which `from_pretrained` loads quantized folders.
 """
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.config import SolverConfig
+from vqdm.jobs.text_encoder import quantize_text_encoder
+from vqdm.layers.decode import set_decode_path
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
 from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
+from vqdm.storage.hf_text import VqdmTextQuantizer, register_text
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,7 +20,11 @@ __all__ = [
     "SolverConfig",
     "VqdmConfig",
     "VqdmQuantizer",
+    "VqdmTextQuantizer",
     "decoded_once",
+    "quantize_text_encoder",
+    "set_decode_path",
 ]
 
 register()
+register_text()

@@ -17,6 +17,16 @@ from vqdm.errors import UserError
 # Fields that may change between a run and its resumption, because the result does not depend on them.
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
 
+# Fields of the format that --target_bits decides, or that do not go with the shared codebooks that it needs.
+CHOSEN_BY_TARGET = (
+    "num_codebooks",
+    "nbits_per_codebook",
+    "in_group_size",
+    "out_group_size",
+    "codebook_value_nbits",
+    "groupwise_codebooks",
+)
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -61,6 +71,7 @@ class QuantizeConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     overrides: dict[str, dict | None] = field(default_factory=dict)
+    rest_nbits: int = 16
     layer_filter: str = "default"
     min_channels: int = 0
     calibration_nsamples: int = 256
@@ -73,6 +84,10 @@ class QuantizeConfig:
     max_timestep: float = 1000.0
     hessian_memory_gb: float = 8.0
     hessian_samples_per_input: int = 32
+    hessian_cache: str | None = None
+    share_codebooks: str = "none"
+    target_bits: float | None = None
+    sensitivity_points: int = 8
     load: str | None = None
     report_to: str = "none"
     on_save: str | None = None
@@ -93,6 +108,22 @@ class QuantizeConfig:
             raise UserError("--height and --width are given together, or neither")
         if self.on_save is not None:
             _split_command(self.on_save)
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        if self.share_codebooks != "none" and self.solver.encoder != "ldl":
+            raise UserError("--share_codebooks needs --encoder ldl; beam fits codebooks to one layer")
+        if self.share_codebooks != "none" and not self.spec.can_share:
+            raise UserError("--share_codebooks goes neither with --groupwise_codebooks nor with --codebook_value_nbits")
+        if self.hessian_cache and self.calibration_latents == "student":
+            raise UserError("--hessian_cache is of the full-precision model; --calibration_latents student is not")
+        if self.target_bits is None:
+            return
+        if self.share_codebooks == "none":
+            raise UserError("--target_bits needs --share_codebooks kind or unet; it is none")
+        changed = [name for name in CHOSEN_BY_TARGET if getattr(self.spec, name) != getattr(CodeSpec(), name)]
+        if changed:
+            raise UserError(f"--target_bits chooses formats itself; leave out --{', --'.join(changed)}")
 
     def to_dict(self) -> dict:
         """Plain JSON types, nested as the dataclasses are."""

@@ -50,7 +50,9 @@ CASES = [
 
 @pytest.mark.parametrize(("spec", "rows", "columns", "beam_size"), CASES, ids=str)
 @pytest.mark.parametrize("block", [8, 128])
-def test_codes_are_those_of_the_plain_search(spec, rows, columns, beam_size, block, monkeypatch):
+@pytest.mark.parametrize("values", [2**24, 200])
+def test_codes_are_those_of_the_plain_search(spec, rows, columns, beam_size, block, values, monkeypatch):
+    monkeypatch.setitem(beam_search.__globals__, "HYPOTHESES_AT_ONCE", values)
     monkeypatch.setitem(beam_search.__globals__["column_blocks"].__globals__, "COLUMNS_AT_ONCE", block)
     W, H = randn(rows, columns).double(), second_moment(columns).double()
     code = random_code(spec, rows, columns)

@@ -9,6 +9,7 @@ from test_encode import randn, second_moment
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.refit import (
+    Fit,
     Lookup,
     conjugate_gradients,
     refit_codebooks,
@@ -27,6 +28,10 @@ def problem(spec, rows=12, columns=16):
 
 def jacobian(function, x):
     return torch.autograd.functional.jacobian(function, x).reshape(-1, x.numel())
+
+
+def refit(W, H, code, iterations, ridge):
+    return replace(code, codebooks=refit_codebooks([Fit(W, H, code)], iterations, ridge))
 
 
 def test_weighted_error_is_the_trace():
@@ -60,14 +65,14 @@ def test_codebooks_reach_the_least_squares_error(spec):
     A = jacobian(lambda books: replace(code, codebooks=books).dequantize() @ root, code.codebooks)
     best = torch.linalg.lstsq(A, (W @ root).reshape(-1, 1), driver="gelsd").solution
     least = (A @ best - (W @ root).reshape(-1, 1)).square().sum()
-    found = refit_codebooks(W, H, code, iterations=400, ridge=0.0)
+    found = refit(W, H, code, iterations=400, ridge=0.0)
     scale = weighted_error(W, H)
     torch.testing.assert_close(weighted_error(W - found.dequantize(), H) / scale, least / scale, atol=1e-5, rtol=1e-3)
 
 
 def test_the_ridge_keeps_unused_and_holds_used_entries():
     W, H, code = problem(CodeSpec(2, 6, 4))
-    free, held, fixed = (refit_codebooks(W, H, code, 30, ridge) for ridge in (0.0, 1.0, 1e9))
+    free, held, fixed = (refit(W, H, code, 30, ridge) for ridge in (0.0, 1.0, 1e9))
     unused = Lookup(code).usage.view(2, 64) == 0
     assert unused.any()
     assert torch.equal(held.codebooks[unused], code.codebooks[unused])

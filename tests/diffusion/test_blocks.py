@@ -7,7 +7,7 @@ from conftest import FAMILIES, tiny_unet
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
-from vqdm.diffusion.blocks import block_of, matrix_of, select_layers
+from vqdm.diffusion.blocks import block_of, matrix_of, rest_layers, select_layers
 from vqdm.errors import UserError
 
 SPEC = CodeSpec(num_codebooks=2, nbits_per_codebook=4, in_group_size=4)
@@ -38,6 +38,17 @@ def test_blocks_run_down_mid_up_in_module_order(family):
     for block in blocks:
         inside = [tree.index(name) for name in names(unet) if block_of(name) == block]
         assert inside == sorted(inside)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rest_is_what_is_neither_quantized_nor_an_end(family):
+    unet = tiny_unet(family)
+    layers = select_layers(unet, "default", 0, SPEC, {r"mid_block.*conv1": None})
+    every = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    rest = rest_layers(unet, layers)
+    assert set(rest) | {layer.name for layer in layers} | {"conv_in", "conv_out"} == every
+    assert all(any(word in name for word in (*LEFT_ALONE[2:], "mid_block")) for name in rest)
+    assert len(rest) == len(set(rest)) and "mid_block.resnets.0.conv1" in rest
 
 
 def test_order_does_not_depend_on_the_hash_seed():

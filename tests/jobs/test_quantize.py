@@ -18,6 +18,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.quantized import quantized_layers
+from vqdm.layers.rounded import rounded_layers
 
 FAST = shlex.split(
     "--num_codebooks 2 --nbits_per_codebook 4 --in_group_size 4 --calibration_nsamples 10 --evaluation_nsamples 3 "
@@ -119,6 +120,25 @@ def test_the_first_and_last_convolution_may_be_quantized(pipelines, prompt_file,
     extra = ["--layer_filter", r"conv_in|conv_out|mid_block.*attn1\.to_q"]
     assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *extra)) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["layers_quantized"] == 3
+
+
+def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
+    extra = ["--rest_nbits", "8", "--layer_filter", r".*attn1\.to_q"]
+    out = tmp_path / "out"
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *extra)) == 0
+    summary, unet = json.loads((out / "summary.json").read_text()), DiffusionPipeline.from_pretrained(out).unet
+    others = rounded_layers(unet)
+    assert summary["layers_in_8_bit"] == len(others) and "down_blocks.0.resnets.0.conv1" in others
+    parameters = sum(p.numel() for p in DiffusionPipeline.from_pretrained(summary["model"]).unet.parameters())
+    bits = sum(8 * p.element_size() * p.numel() for p in unet.parameters())
+    assert summary["effective_bits_unet"] == pytest.approx(bits / parameters)
+    assert summary["unet_output_error_db"] < -20
+    assert f"{len(others)} others are in 8 bit" in (out / "README.md").read_text()
+    said = capsys.readouterr().out
+    assert f"{len(others)} other layers" in said
+    half = sum(8 * min(p.element_size(), 2) * p.numel() for p in unet.parameters())
+    assert f"{half / parameters:.3f} over the whole UNet" in said
+    assert json.loads((finished / "summary.json").read_text())["layers_in_8_bit"] == 0
 
 
 def test_student_latents_snapshots_and_hooks(pipelines, prompt_file, tmp_path):

@@ -50,6 +50,10 @@ def test_linear_equals_a_plain_layer_of_the_decoded_weight(spec, bias):
         dict(kernel_size=3, stride=2, padding=1),
         dict(kernel_size=(1, 3), dilation=2, padding="same", padding_mode="reflect"),
         dict(kernel_size=1, bias=False),
+        dict(kernel_size=(3, 2), stride=(2, 3), padding=(0, 2), dilation=(1, 2)),
+        dict(kernel_size=(2, 4), padding="same"),
+        dict(kernel_size=3, padding="valid", dilation=2),
+        dict(kernel_size=3, stride=2, padding=1, padding_mode="circular"),
     ],
 )
 def test_conv_equals_a_plain_layer_of_the_decoded_weight(spec, options):
@@ -119,3 +123,46 @@ def test_a_code_of_another_shape_is_refused():
     layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
     with pytest.raises(ValueError, match="codebooks has shape"):
         layer.set_code(random_code(CodeSpec(2, 4, 8), 8, 32))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_model_compiles_to_one_graph(learned):
+    model = nn.Sequential(nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"), nn.SiLU(), nn.Linear(8, 8))
+    for name, shape in (("0", (4, 72)), ("2", (8, 8))):
+        swap(model, name, SPECS[0]).set_code(random_code(SPECS[0], *shape))
+        layer = model.get_submodule(name)
+        layer.scales = nn.Parameter(layer.scales.float(), learned)
+    x = torch.randn(2, 8, 6, 8)
+    with torch.set_grad_enabled(learned):
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, model(x))
+    assert found.requires_grad == (learned or any(p.requires_grad for p in model.parameters() if learned))
+
+
+def test_a_call_uses_the_codebooks_that_the_layer_is_given():
+    class Borrowing(QuantizedLinear):
+        def _codebooks(self):
+            return self.bank
+
+    layer, code = Borrowing.like(nn.Linear(16, 8), SPECS[0]), random_code(SPECS[0], 8, 16)
+    layer.set_code(code)
+    layer.bank = nn.Parameter(code.codebooks.float() * 2)
+    x = torch.randn(3, 16)
+    wanted = nn.functional.linear(x, 2 * code.dequantize(), layer.bias)
+    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer.weight.float(), 2 * code.dequantize(), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), wanted)
+    layer(x).sum().backward()
+    assert layer.bank.grad.abs().sum() > 0
+
+
+def test_autocast_decodes_into_its_own_type():
+    layer, code = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0]), random_code(SPECS[0], 8, 16)
+    layer.set_code(code)
+    x = torch.randn(3, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        wanted = nn.functional.linear(x, code.dequantize(), layer.bias)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted)

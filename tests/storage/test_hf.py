@@ -8,18 +8,24 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_quantized import SPECS, random_code
 
-from vqdm.diffusion.blocks import select_layers
-from vqdm.layers.quantized import QuantizedConv2d, quantized_layers, swap
+from vqdm.diffusion.blocks import rest_layers, select_layers
+from vqdm.layers.quantized import QuantizedConv2d, cast_plain, quantized_layers, swap
+from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.storage.hf import VqdmConfig, mark_quantized
 
 VICTIM = "mid_block.resnets.0.conv1.codebooks"
+ROUNDED_VICTIM = "time_embedding.linear_1.values"
 
 
-def quantized_unet(spec=SPECS[0], overrides=None) -> UNet2DConditionModel:
+def quantized_unet(spec=SPECS[0], overrides=None, rest_nbits=16) -> UNet2DConditionModel:
     """A tiny SDXL UNet with random codes."""
     unet = tiny_unet("sdxl")
-    for layer in select_layers(unet, "default", 0, spec, overrides or {}):
+    layers = select_layers(unet, "default", 0, spec, overrides or {})
+    for layer in layers:
         swap(unet, layer.name, layer.spec).set_code(random_code(layer.spec, layer.rows, layer.columns))
+    if rest_nbits == 8:
+        for name in rest_layers(unet, layers):
+            round_layer(unet, name)
     mark_quantized(unet)
     return unet
 
@@ -76,17 +82,46 @@ def test_half_precision_load(tmp_path):
     assert layer.codes.dtype == torch.uint8 and layer.codebooks.dtype == torch.float16
 
 
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}, {"variant": "fp16"}])
+def test_layers_in_8_bit_come_back(tmp_path, options):
+    unet = quantized_unet(overrides={".*conv1": None}, rest_nbits=8)
+    unet.save_pretrained(tmp_path, **options)
+    again = UNet2DConditionModel.from_pretrained(tmp_path, variant=options.get("variant"))
+    names = set(rounded_layers(again))
+    assert {"time_embedding.linear_1", "add_embedding.linear_2", "mid_block.resnets.1.conv1"} <= names
+    assert names == set(rounded_layers(unet)) and not {"conv_in", "conv_out"} & names
+    assert torch.equal(run(unet), run(again)) and torch.equal(run(unet), run(copy.deepcopy(unet)))
+    unet.dequantize()
+    assert not rounded_layers(unet) and (run(unet.float()) - run(again)).norm() < 0.02 * run(again).norm()
+
+
+@pytest.mark.parametrize(("rest_nbits", "version"), [(16, 1), (8, 2)])
+def test_a_file_is_of_the_oldest_version_that_holds_it(tmp_path, rest_nbits, version):
+    quantized_unet(rest_nbits=rest_nbits).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["format_version"] == version and ("rounded" in written) == (version == 2)
+
+
+def test_casting_what_is_plain_leaves_stored_tensors_alone():
+    unet = quantized_unet(rest_nbits=8)
+    cast_plain(unet, torch.bfloat16)
+    assert unet.time_embedding.linear_1.scales.dtype == unet.mid_block.resnets[0].conv1.codebooks.dtype == torch.float16
+    assert unet.time_embedding.linear_1.bias.dtype == unet.conv_in.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (lambda tensors: tensors.pop(ROUNDED_VICTIM), f"lacks 1 tensors, the first is {ROUNDED_VICTIM}"),
+        (lambda tensors: tensors.update({ROUNDED_VICTIM: tensors[ROUNDED_VICTIM][:1].clone()}), ROUNDED_VICTIM),
         (lambda tensors: tensors.pop(VICTIM), f"lacks 1 tensors, the first is {VICTIM}"),
         (lambda tensors: tensors.update(ghost=tensors[VICTIM].clone()), "holds 1 unknown tensors, the first is ghost"),
         (lambda tensors: tensors.update({VICTIM: tensors[VICTIM][:1].clone()}), VICTIM),
     ],
-    ids=["missing", "extra", "wrong shape"],
+    ids=["missing 8 bit", "wrong shape 8 bit", "missing", "extra", "wrong shape"],
 )
 def test_a_wrong_checkpoint_is_an_error_that_names_the_tensor(tmp_path, change, words):
-    quantized_unet().save_pretrained(tmp_path)
+    quantized_unet(rest_nbits=8).save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -123,6 +158,9 @@ def test_dequantize_gives_a_plain_model(tmp_path):
     ("change", "words"),
     [
         (lambda config: config.update(format_version=99), "format_version is 99"),
+        (lambda config: config.update(format_version=3), "format_version is 3; this vqdm reads 1 to 2"),
+        (lambda config: config.update(rounded=["no.such"]), "names layer no.such"),
+        (lambda config: config.update(rounded=[VICTIM[:-10]]), "which is a QuantizedConv2d"),
         (lambda config: config["layers"].update({"no.such": {}}), "names layer no.such"),
         (lambda config: config["layers"].update({"mid_block": {}}), "which is a UNetMidBlock2DCrossAttn"),
         (lambda config: config["code"].update(num_codebooks=0), "num_codebooks is 0"),
@@ -140,6 +178,6 @@ def test_bad_configurations_are_refused(tmp_path, change, words):
 
 
 def test_config_is_plain_json():
-    config = VqdmConfig.of(quantized_unet())
+    config = VqdmConfig.of(quantized_unet(rest_nbits=8))
     text = json.dumps(config.to_dict())
     assert VqdmConfig(**json.loads(text)).to_dict() == config.to_dict()

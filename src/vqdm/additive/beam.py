@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode
-from vqdm.additive.encode import column_blocks, group_values, smallest
+from vqdm.additive.encode import column_blocks, group_values
 from vqdm.additive.kmeans import rows_at_once
 from vqdm.additive.refit import weighted_error
+from vqdm.additive.topk import smallest
+
+HYPOTHESES_AT_ONCE = 2**24  # values of weight matrices that are held, whatever the number of rows
 
 
 def adam_steps(W: Tensor, H: Tensor, code: AdditiveCode, lr: float, steps: int) -> AdditiveCode:
@@ -62,8 +65,20 @@ def beam_search(W: Tensor, H: Tensor, code: AdditiveCode, beam_size: int, codebo
     `codebook_orders` [G, M] has the order of the codebooks in each group. To visit the groups in another order,
     permute the columns of all three (`AdditiveCode.with_groups`).
     """
-    p, g = code.codebooks.shape[-2:]
+    R = len(code.codes)
+    tile = max(1, HYPOTHESES_AT_ONCE // (beam_size * W[0].numel() * code.spec.out_group_size))
+    codes = [_search_rows(W, H, code, rows, beam_size, codebook_orders) for rows in torch.arange(R).split(tile)]
+    return replace(code, codes=torch.cat(codes))
+
+
+def _search_rows(
+    W: Tensor, H: Tensor, whole: AdditiveCode, rows: Tensor, beam_size: int, codebook_orders: Tensor
+) -> Tensor:
+    """Codes [R', G, M] of the row groups `rows` [R'], which do not depend on the others."""
+    p, g = whole.codebooks.shape[-2:]
+    code = replace(whole, codes=whole.codes[rows], scales=whole.scales[rows])
     R, G, _ = code.codes.shape
+    W = W.view(-1, p, G * g)[rows].flatten(0, 1)  # [O, I] → [R'·p, I]
     difference = (W - code.dequantize()).view(R, 1, p, G * g)
     P = difference @ H  # [R, B, p, I], up to date in the block at hand
     losses = (P * difference).sum((2, 3))  # [R, B]
@@ -83,7 +98,7 @@ def beam_search(W: Tensor, H: Tensor, code: AdditiveCode, beam_size: int, codebo
             moved[..., columns.start - block.start : columns.stop - block.start] = state.change
         P = take(P, origin)
         P[..., block.stop :] -= moved @ H[block, block.stop :]
-    return replace(code, codes=_trace_back(code.codes, losses, trail))
+    return _trace_back(code.codes, losses, trail)
 
 
 def _extend(

@@ -34,6 +34,8 @@ class CodeSpec:
         groupwise_codebooks: every column group has its own M codebooks.
         input_channel_scales: a 16-bit factor for every column.
         group_channels: columns of a convolution run taps outermost, channels innermost.
+        shared_codebooks: the name of a bank of codebooks that layers share and the model stores once; empty: the
+            layer stores its own.
     """
 
     num_codebooks: int = 3
@@ -46,6 +48,7 @@ class CodeSpec:
     groupwise_codebooks: bool = False
     input_channel_scales: bool = False
     group_channels: bool = True
+    shared_codebooks: str = ""
 
     def __post_init__(self) -> None:
         _in_range(self, "num_codebooks", 1, 16)
@@ -62,6 +65,18 @@ class CodeSpec:
                 f"codebook_value_num_groups is {self.codebook_value_num_groups}; it must divide "
                 f"num_codebooks * 2^nbits_per_codebook = {self.num_codebooks * self.entries}"
             )
+        if self.shared_codebooks and not self.can_share:
+            raise ValueError("shared_codebooks go neither with groupwise_codebooks nor with codebook_value_nbits")
+
+    @property
+    def can_share(self) -> bool:
+        """Whether the codebooks are of a kind that layers can share: one set a layer, its values as they are."""
+        return not self.groupwise_codebooks and self.codebook_value_nbits == 16
+
+    @property
+    def codebooks_shape(self) -> tuple[int, int, int, int]:
+        """[M, K, p, g], the shape of one set of codebooks."""
+        return (self.num_codebooks, self.entries, self.out_group_size, self.in_group_size)
 
     @property
     def entries(self) -> int:
@@ -88,13 +103,12 @@ class CodeSpec:
     def tensor_shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name → (shape, dtype) of every stored tensor of a [rows, columns] layer; 16-bit floats are float16."""
         R, G = rows // self.out_group_size, columns // self.in_group_size
-        M, K, b = self.num_codebooks, self.entries, self.nbits_per_codebook
         banks = (G,) if self.groupwise_codebooks else ()
-        values = (*banks, M, K, self.out_group_size, self.in_group_size)
-        shapes = {"codes": ((packed_bytes(R * G * M, b),), torch.uint8)}
-        if self.codebook_value_nbits == 16:
+        values = (*banks, *self.codebooks_shape)
+        shapes = {"codes": ((packed_bytes(R * G * self.num_codebooks, self.nbits_per_codebook),), torch.uint8)}
+        if self.codebook_value_nbits == 16 and not self.shared_codebooks:
             shapes["codebooks"] = (values, torch.float16)
-        else:
+        elif not self.shared_codebooks:
             count = torch.Size(values).numel()
             shapes["codebook_codes"] = ((packed_bytes(count, self.codebook_value_nbits),), torch.uint8)
             tables = (*banks, self.codebook_value_num_groups, 2**self.codebook_value_nbits)
@@ -144,14 +158,16 @@ class AdditiveCode:
         return dict(_pack(self))
 
     @classmethod
-    def unpack(cls, spec: CodeSpec, shape: tuple[int, int], tensors: dict[str, Tensor]) -> AdditiveCode:
-        """The inverse of `pack` for a matrix of `shape` = (O, I); exact."""
+    def unpack(
+        cls, spec: CodeSpec, shape: tuple[int, int], tensors: dict[str, Tensor], shared: Tensor | None = None
+    ) -> AdditiveCode:
+        """The inverse of `pack` for a matrix of `shape` = (O, I); exact. `shared`: the codebooks of the spec's bank."""
         R, G = shape[0] // spec.out_group_size, shape[1] // spec.in_group_size
         codes = unpack_codes(tensors["codes"], spec.nbits_per_codebook, R * G * spec.num_codebooks)
         return cls(
             spec,
             codes.view(R, G, spec.num_codebooks),
-            stored_codebooks(spec, G, tensors),
+            shared if spec.shared_codebooks else stored_codebooks(spec, G, tensors),
             stored_scales(spec, R, G, tensors),
             tensors.get("input_scales"),
         )
@@ -171,7 +187,25 @@ class AdditiveCode:
         """This code as it will be read back: values rounded to what `pack` keeps."""
         R, G, _ = self.codes.shape
         shape = (R * self.spec.out_group_size, G * self.spec.in_group_size)
-        return AdditiveCode.unpack(self.spec, shape, self.pack())
+        return AdditiveCode.unpack(self.spec, shape, self.pack(), self.codebooks)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Codebooks that several layers share.
+
+    Attributes:
+        codebooks: [M, K, p, g], the values that float16 keeps.
+        weights: the number of weights of all layers that use them.
+    """
+
+    codebooks: Tensor
+    weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """What storing the bank once costs each of its weights."""
+        return 16 * self.codebooks.numel() / self.weights
 
 
 def group_columns(order: Tensor, g: int) -> Tensor:
@@ -199,8 +233,7 @@ def stored_codebooks(spec: CodeSpec, groups: int, tensors: dict[str, Tensor]) ->
     """Codebooks [M, K, p, g] or [G, M, K, p, g] from stored tensors, looked up where values are quantized."""
     if spec.codebook_value_nbits == 16:
         return tensors["codebooks"]
-    banks = (groups,) if spec.groupwise_codebooks else ()
-    shape = (*banks, spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size)
+    shape = (*((groups,) if spec.groupwise_codebooks else ()), *spec.codebooks_shape)
     indices = unpack_codes(tensors["codebook_codes"], spec.codebook_value_nbits, torch.Size(shape).numel())
     tables = tensors["codebook_values"]  # [(G,) T, 2^n]
     indices = indices.view(*tables.shape[:-1], -1).long()
@@ -220,9 +253,9 @@ def stored_scales(spec: CodeSpec, rows: int, groups: int, tensors: dict[str, Ten
 def _pack(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
     spec = code.spec
     yield "codes", pack_codes(code.codes, spec.nbits_per_codebook)
-    if spec.codebook_value_nbits == 16:
+    if spec.codebook_value_nbits == 16 and not spec.shared_codebooks:
         yield "codebooks", _half(code.codebooks)
-    else:
+    elif not spec.shared_codebooks:
         banks = code.codebooks.shape[:1] if spec.groupwise_codebooks else ()
         flat = code.codebooks.reshape(*banks, spec.codebook_value_num_groups, -1)  # [(G,) T, values]
         tables, indices = quantize_values(flat, spec.codebook_value_nbits)

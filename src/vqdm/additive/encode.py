@@ -9,16 +9,22 @@ M codebooks of K entries; B hypotheses (beam); N vectors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.additive.kmeans import rows_at_once
+from vqdm.additive.scoring import BestEntries, fused_scoring
+from vqdm.additive.topk import smallest
 
 MINIMAL_DAMPING = 1e-6  # the least that helps a float32 factorization
 COLUMNS_AT_ONCE = 128  # columns between two products with the rest of the matrix
+
+Picks = Callable[[int, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
@@ -26,60 +32,44 @@ def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor
 
     A beam over the codebooks in their order: the `beam_size` best partial sums go on to the next codebook.
     """
+    if best_entries := fused_scoring(targets):
+        return _encode_vectors(targets, codebooks, partial(_fused_picks, best_entries, codebooks), beam_size)
     norms = codebooks.square().sum(2, keepdim=True)  # [M, K, 1]
     # ‖r − c‖² = [r, 1, ‖r‖²] · [−2c, ‖c‖², 1]: one product scores every entry for every hypothesis.
     factors = torch.cat([-2 * codebooks, norms, torch.ones_like(norms)], dim=2).transpose(1, 2).contiguous()
     parts = targets.split(rows_at_once(targets, beam_size * codebooks.shape[1]))
-    return torch.cat([_encode_vectors(part, codebooks, factors, beam_size) for part in parts])
+    return torch.cat([_encode_vectors(part, codebooks, partial(_scored_picks, factors), beam_size) for part in parts])
 
 
-def _encode_vectors(targets: Tensor, codebooks: Tensor, factors: Tensor, beam_size: int) -> Tensor:
-    M, K, _ = codebooks.shape
-    N = len(targets)
+def _encode_vectors(targets: Tensor, codebooks: Tensor, pick: Picks, beam_size: int) -> Tensor:
+    M, N = len(codebooks), len(targets)
     residual = targets  # [N·B, d]
     codes = torch.empty(N, 0, dtype=torch.int64, device=targets.device)  # [N·B, m]
     rows = torch.arange(N, device=targets.device)[:, None]
     B = 1
     for m in range(M):
-        norm = residual.square().sum(1, keepdim=True)
-        scores = torch.cat([residual, torch.ones_like(norm), norm], dim=1) @ factors[m]  # [N·B, K]
-        picks = smallest(scores.view(N, B * K), beam_size if m < M - 1 else 1)  # [N, B']
-        parents = (picks // K + rows * B).view(-1)  # [N·B']
-        entries = (picks % K).view(-1)
-        residual = residual[parents] - codebooks[m][entries]
-        codes = torch.cat([codes[parents], entries[:, None]], dim=1)
-        B = picks.shape[1]
+        parents, entries = pick(m, residual, B, beam_size if m < M - 1 else 1)  # [N, B']
+        B, above = parents.shape[1], (parents + rows * B).view(-1)  # [N·B']
+        residual = residual[above] - codebooks[m][entries.view(-1)]
+        codes = torch.cat([codes[above], entries.view(-1, 1)], dim=1)
     return codes
 
 
-def smallest(scores: Tensor, count: int) -> Tensor:
-    """Indices [N, min(count, n)] of the smallest of every row of `scores` [N, n], in no order.
-
-    The smallest `count` values lie in the `count` columns of [S, n/S] with the smallest minima, so that a minimum
-    over the first axis, which is fast, leaves little to the selection, which is slow.
-    """
-    N, n = scores.shape
-    S = _segments(n, count)
-    if S == 1:
-        return scores.topk(min(count, n), dim=1, largest=False, sorted=False).indices
-    columns = scores.view(N, S, n // S)
-    picked = _select(columns.amin(1), count)  # [N, count]
-    inside = _select(columns.gather(2, picked[:, None].expand(-1, S, -1)).view(N, S * count), count)
-    return inside // count * (n // S) + picked.gather(1, inside % count)
+def _scored_picks(factors: Tensor, m: int, residual: Tensor, B: int, count: int) -> tuple[Tensor, Tensor]:
+    """Hypotheses and entries [N, B'] of codebook m that leave the least of `residual` [N·B, d]."""
+    K = factors.shape[2]
+    norm = residual.square().sum(1, keepdim=True)
+    scores = torch.cat([residual, torch.ones_like(norm), norm], dim=1) @ factors[m]  # [N·B, K]
+    picks = smallest(scores.view(-1, B * K), count)  # [N, B']
+    return picks // K, picks % K
 
 
-def _select(scores: Tensor, count: int) -> Tensor:
-    if count == 1:
-        return scores.argmin(1, keepdim=True)
-    return scores.topk(count, dim=1, largest=False, sorted=False).indices
-
-
-def _segments(n: int, count: int) -> int:
-    """A power of two near √(n/count) that divides n and leaves `count` columns; 1 where there is nothing to gain."""
-    S = 1
-    while S * S * count < n and n % (2 * S) == 0 and n // (2 * S) >= count:
-        S *= 2
-    return S
+def _fused_picks(
+    best_entries: BestEntries, codebooks: Tensor, m: int, residual: Tensor, B: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """The same from one kernel, which keeps no scores."""
+    _, parents, entries = best_entries(residual.view(-1, B, residual.shape[1]), codebooks[m], count)
+    return parents, entries
 
 
 def encode_group(

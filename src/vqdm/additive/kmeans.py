@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqdm.additive.scoring import fused_scoring
+from vqdm.additive.topk import smallest
+
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}  # what the cache, or the memory, has room for
 LLOYD_TOLERANCE = 1e-3  # the refits that follow make a closer optimum worthless
 
@@ -56,6 +59,9 @@ def draw(population: int, count: int, generator: torch.Generator) -> Tensor:
 
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Index [N] of the centroid nearest to each of `points` [N, d], and its squared distance [N]."""
+    if best_entries := fused_scoring(points):
+        distances, _, indices = best_entries(points[:, None], centroids, 1)
+        return indices[:, 0], distances[:, 0].clamp(min=0)
     norms = centroids.square().sum(1)  # [K]
     found = [_nearest(part, centroids, norms) for part in points.split(rows_at_once(points, len(centroids)))]
     indices, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -68,8 +74,9 @@ def rows_at_once(rows: Tensor, scores: int) -> int:
 
 
 def _nearest(points: Tensor, centroids: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    scores, indices = torch.addmm(norms, points, centroids.T, alpha=-2).min(dim=1)  # of [N, K]
-    return indices, scores
+    scores = torch.addmm(norms, points, centroids.T, alpha=-2)  # [N, K]
+    indices = smallest(scores, 1)  # [N, 1]
+    return indices[:, 0], scores.gather(1, indices)[:, 0]
 
 
 def _means(points: Tensor, indices: Tensor, entries: int) -> tuple[Tensor, Tensor]:

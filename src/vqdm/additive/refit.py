@@ -63,29 +63,54 @@ def to_matrix(groups: Tensor, p: int) -> Tensor:
     return groups.view(R, G, p, d // p).transpose(1, 2).reshape(R * p, G * d // p)
 
 
-def refit_codebooks(W: Tensor, H: Tensor, code: AdditiveCode, iterations: int, ridge: float) -> AdditiveCode:
-    """`code` with the codebooks that minimise L plus a ridge towards the present ones.
+class Fit:
+    """A coded layer's part in the least squares of codebooks: a quadratic in their entries x [C, d].
+
+    Args: `W` [O, I], `H` [I, I], `code`, and the `weight` of its L among other layers'.
+    """
+
+    def __init__(self, W: Tensor, H: Tensor, code: AdditiveCode, weight: float = 1.0):
+        self.W, self.H, self.code, self.weight = W, H, code, weight
+        self.p, self.g = code.codebooks.shape[-2:]
+        self.lookup, self.scales = Lookup(code), code.scales[:, :, None]  # [R, S, 1]
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of the normal equations, [C, d], with the diagonal blocks of H taken as diagonal."""
+        columns = self.H.diagonal().clamp(min=0).view(1, -1, self.g).repeat(1, 1, self.p)
+        return self.weight * self.lookup.entry_sums((self.scales.square() * columns).view(-1, self.p * self.g))
+
+    def gradient(self) -> Tensor:
+        """Where the present codebooks are, minus half the gradient of L: [C, d]."""
+        return self._adjoint(self.W - self.code.dequantize())
+
+    def normal(self, entries: Tensor) -> Tensor:
+        """The normal equations' matrix times `entries` [C, d]."""
+        groups = self.lookup.groups(entries).view(*self.code.codes.shape[:2], self.p * self.g)
+        return self._adjoint(to_matrix(self.scales * groups, self.p))
+
+    def _adjoint(self, matrix: Tensor) -> Tensor:
+        groups = self.scales * to_groups(matrix @ self.H, self.p, self.g)  # [R, G, d]
+        return self.weight * self.lookup.entry_sums(groups.view(-1, self.p * self.g))
+
+
+def refit_codebooks(fits: list[Fit], iterations: int, ridge: float) -> Tensor:
+    """The codebooks, shaped as they are, that minimise the layers' summed L plus a ridge towards the present ones.
 
     The ridge counts as `ridge` more uses of every entry, at its present value: entries that few groups use would
     otherwise fit their users so closely that no later search can leave them.
     """
-    p, g = code.codebooks.shape[-2:]
-    lookup = Lookup(code)
-    scales = code.scales[:, :, None]  # [R, S, 1]
-    weight = scales.square() * H.diagonal().clamp(min=0).view(1, -1, g).repeat(1, 1, p)  # [R, G, d]
-    diagonal = lookup.entry_sums(weight.view(-1, p * g))  # [C, d]
-    prior = ridge * diagonal.sum() / lookup.usage.sum() / (p * g)
-
-    def adjoint(matrix: Tensor) -> Tensor:
-        return lookup.entry_sums((scales * to_groups(matrix @ H, p, g)).view(-1, p * g))
-
-    def normal(entries: Tensor) -> Tensor:
-        groups = lookup.groups(entries).view(*code.codes.shape[:2], p * g)
-        return adjoint(to_matrix(scales * groups, p)) + prior * entries
-
-    gradient = adjoint(W - code.dequantize())
-    step = conjugate_gradients(normal, gradient, diagonal + prior, iterations, dims=(0, 1))
-    return replace(code, codebooks=code.codebooks + step.view_as(code.codebooks))
+    codebooks = fits[0].code.codebooks
+    diagonal = sum(fit.diagonal() for fit in fits)  # [C, d]
+    uses = sum(fit.lookup.usage.sum() for fit in fits)
+    prior = ridge * diagonal.sum() / uses / diagonal.shape[1]
+    step = conjugate_gradients(
+        lambda entries: sum(fit.normal(entries) for fit in fits) + prior * entries,
+        sum(fit.gradient() for fit in fits),
+        diagonal + prior,
+        iterations,
+        dims=(0, 1),
+    )
+    return codebooks + step.view_as(codebooks)
 
 
 def refit_scales(W: Tensor, H: Tensor, code: AdditiveCode, iterations: int) -> AdditiveCode:

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from vqdm.additive.beam import adam_steps, beam_search
 from vqdm.additive.bound import gap_to_bound
-from vqdm.additive.code import AdditiveCode, CodeSpec, group_columns, stored_bits
+from vqdm.additive.code import AdditiveCode, Bank, CodeSpec, group_columns, stored_bits
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors
 from vqdm.additive.kmeans import draw, residual_kmeans
-from vqdm.additive.refit import refit_codebooks, refit_scales, to_groups, weighted_error
+from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, weighted_error
 
 REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
 RIDGE = 1.0  # how many more uses a codebook entry's present value counts for
+SAMPLED_USES = 512  # uses of a codebook entry that a fit needs; more rows gain nothing
 RELAXED_EPOCHS = 8  # searches with perturbed codebooks and a softened H, less and less of both
+RELAXED_EPOCHS_LARGE = 3  # the same for layers of many groups, which gain little from more
+MANY_GROUPS = 2**14
 PERTURBATION = 0.4  # noise of the first, in units of the square root of the relative error
 SOFTENING = 0.05  # added to H's diagonal in the first, in units of its mean
 
@@ -37,7 +40,7 @@ class LayerReport:
     Attributes:
         error: tr((W−Ŵ) H (W−Ŵ)ᵀ) / tr(W H Wᵀ).
         held_out_error: the same on the held-out H, or None.
-        bits_per_weight: all stored bits of the code over the layer's weights.
+        bits_per_weight: all stored bits of the code over the layer's weights, with the layer's share of its bank.
         code_bits_per_weight: the codes' share of them, M·b / (p·g) but for padding to whole bytes.
         gap_db: decibels between `error` and the rate–distortion bound at `bits_per_weight`; None where either is zero.
         epochs: searches for codes, each with its refit.
@@ -56,37 +59,72 @@ class LayerReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A layer ready to be coded: columns reordered, input scales and a power of two taken out, H of mean diagonal one.
+
+    Attributes:
+        W, H: [O, I] and [I, I].
+        order: the column groups of the layer in the order they have here, [G].
+        exponent: W is the layer's weight over 2^exponent.
+        input_scales: [I] in the layer's order, or None.
+    """
+
+    W: Tensor
+    H: Tensor
+    order: Tensor
+    exponent: int
+    input_scales: Tensor | None
+
+    @classmethod
+    def of(cls, W: Tensor, H: Tensor, spec: CodeSpec) -> Problem:
+        columns = input_scales(W) if spec.input_channel_scales else None
+        exponent = unit_exponent(W)
+        scaled, metric = fold_input_scales(W / 2.0**exponent, _normalised(H), columns)
+        order = descending_groups(metric, spec.in_group_size)
+        index = group_columns(order, spec.in_group_size)
+        return cls(scaled[:, index].contiguous(), metric[index][:, index].contiguous(), order, exponent, columns)
+
+    def finish(self, code: AdditiveCode, spec: CodeSpec) -> AdditiveCode:
+        """The layer's code as stored, from a code of `W`."""
+        code = times_power(code.with_groups(self.order.argsort()), self.exponent)
+        return replace(code, spec=spec, input_scales=self.input_scales).stored()
+
+
 def solve_layer(
-    W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator, held_out: Tensor | None = None
+    W: Tensor,
+    H: Tensor,
+    config: SolverConfig,
+    generator: torch.Generator,
+    held_out: Tensor | None = None,
+    bank: Bank | None = None,
 ) -> tuple[AdditiveCode, LayerReport]:
     """Additive code of W [O, I] that minimises tr((W−Ŵ) H (W−Ŵ)ᵀ), eq. 2 of VQDM (arXiv 2409.00492).
 
     Args: `W`, and the second moment `H` [I, I] of the layer's inputs, float32 on one device; `generator` for all
-    random draws, so that equal calls give equal codes; `held_out`, a second H that is only reported on.
+    random draws, so that equal calls give equal codes; `held_out`, a second H that is only reported on; `bank`, the one
+    that `config.spec` names, whose codebooks stay as they are.
     Returns the code as stored, the best seen by its error on H, and a report. Raises ValueError on shapes that do not
     divide into groups and on values that are not finite.
     """
     started = time.perf_counter()
-    _check(W, H, held_out, config.spec)
     spec = config.spec
-    columns = input_scales(W) if spec.input_channel_scales else None
-    exponent = unit_exponent(W)
-    scaled, metric = fold_input_scales(W / 2.0**exponent, _normalised(H), columns)
-    order = descending_groups(metric, spec.in_group_size)
-    index = group_columns(order, spec.in_group_size)
-    scaled, metric = scaled[:, index].contiguous(), metric[index][:, index].contiguous()
+    _check(W, H, held_out, spec, bank)
+    problem = Problem.of(W, H, spec)
     inner = replace(config, spec=spec.changed(input_channel_scales=False))
-    candidates = _ldl_candidates if config.encoder == "ldl" else _beam_candidates
-    best, epochs = _best(scaled, metric, candidates(scaled, metric, inner, generator), config)
-    code = times_power(best.with_groups(order.argsort()), exponent)
-    code = replace(code, spec=spec, input_scales=columns).stored()
-    return code, _report(W, H, held_out, code, epochs, started)
+    best, epochs = search(problem.W, problem.H, inner, generator, bank)
+    code = problem.finish(best, spec)
+    return code, _report(W, H, held_out, code, bank, epochs, started)
 
 
-def _check(W: Tensor, H: Tensor, held_out: Tensor | None, spec: CodeSpec) -> None:
+def _check(W: Tensor, H: Tensor, held_out: Tensor | None, spec: CodeSpec, bank: Bank | None) -> None:
     if W.dim() != 2 or W.numel() == 0:
         raise ValueError(f"the weight has shape {tuple(W.shape)}; it must be a matrix")
     spec.check_shape(*W.shape)
+    if bool(spec.shared_codebooks) != (bank is not None):
+        raise ValueError("a bank is needed where the format shares codebooks, and only there")
+    if bank is not None and bank.codebooks.shape != spec.codebooks_shape:
+        raise ValueError(f"the bank has shape {tuple(bank.codebooks.shape)}; the format has {spec.codebooks_shape}")
     matrices = {"the Hessian": H} if held_out is None else {"the Hessian": H, "the held-out Hessian": held_out}
     for name, matrix in matrices.items():
         if matrix.shape != (W.shape[1], W.shape[1]):
@@ -110,8 +148,8 @@ def unit_exponent(W: Tensor) -> int:
 
 
 def times_power(code: AdditiveCode, exponent: int) -> AdditiveCode:
-    """`code` times 2^exponent, half of it in the codebooks and half in the scales, so that float16 holds both."""
-    half = exponent // 2
+    """`code` times 2^exponent, half of it in own codebooks, the rest in the scales, so that float16 holds both."""
+    half = 0 if code.spec.shared_codebooks else exponent // 2
     return replace(code, codebooks=code.codebooks * 2.0**half, scales=code.scales * 2.0 ** (exponent - half))
 
 
@@ -134,9 +172,43 @@ def descending_groups(H: Tensor, g: int) -> Tensor:
     return H.diagonal().view(-1, g).sum(1).argsort(descending=True, stable=True)
 
 
-def _best(W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: SolverConfig) -> tuple[AdditiveCode, int]:
-    """The best of the candidates and how many were seen; once none is perturbed, a small gain ends the search."""
-    settled = relaxed_epochs(config) + 1
+def search(
+    W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator, bank: Bank | None
+) -> tuple[AdditiveCode, int]:
+    """The best code found and the number of searches for codes it took.
+
+    A large layer's codebooks are fitted to some of its rows, and all rows are then coded with them.
+    """
+    if bank is not None:
+        codebooks, scales = bank.codebooks.float(), support_rms(W, config.spec)
+        return _best(W, H, _fixed_candidates(W, H, config, codebooks, scales), config, settled=1)
+    if config.encoder == "beam":
+        return _best(W, H, _beam_candidates(W, H, config, generator), config, settled=1)
+    rows = sampled_rows(W, config.spec, generator)
+    some = W if rows is None else W[rows]
+    found, epochs = _best(
+        some, H, _ldl_candidates(some, H, config, generator), config, relaxed_epochs(some, config) + 1
+    )
+    if rows is None:
+        return found, epochs
+    candidates = _fixed_candidates(W, H, config, found.codebooks, row_norms(W, config.spec))
+    best, more = _best(W, H, candidates, config, settled=1)
+    return best, epochs + more
+
+
+def sampled_rows(W: Tensor, spec: CodeSpec, generator: torch.Generator) -> Tensor | None:
+    """The rows of W [O, I] that own codebooks are fitted to, whole row groups; None for all."""
+    p, R, G = spec.out_group_size, len(W) // spec.out_group_size, W.shape[1] // spec.in_group_size
+    wanted = -(-SAMPLED_USES * spec.entries // (1 if spec.groupwise_codebooks else G))
+    if wanted >= R:
+        return None
+    return group_columns(draw(R, wanted, generator).sort().values.to(W.device), p)
+
+
+def _best(
+    W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: SolverConfig, settled: int
+) -> tuple[AdditiveCode, int]:
+    """The best of the candidates and how many were seen; after `settled` of them, a small gain ends the search."""
     best, least, previous = None, math.inf, math.inf
     for epoch, code in enumerate(islice(candidates, config.max_epochs), start=1):
         error = weighted_error(W - code.dequantize(), H).item()
@@ -146,6 +218,18 @@ def _best(W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: Solv
             break
         previous = error
     return best, epoch
+
+
+def _fixed_candidates(
+    W: Tensor, H: Tensor, config: SolverConfig, codebooks: Tensor, scales: Tensor
+) -> Iterator[AdditiveCode]:
+    """Error feedback once, then coordinate descent again and again, scales fitted after each; without end."""
+    code = zero_code(W, config.spec, codebooks, scales)
+    code = feedback_encode(W, code, *feedback_factors(H, config.spec.in_group_size, config.damping), config.beam_size)
+    while True:
+        code = as_stored(refit_scales(W, H, code, REFIT_ITERATIONS))
+        yield code
+        code = coordinate_descent(W, H, code, config.beam_size)
 
 
 def _ldl_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
@@ -158,19 +242,30 @@ def _ldl_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch
     code = feedback_encode(W, code, *feedback_factors(H, config.spec.in_group_size, config.damping), config.beam_size)
     code = _refit(W, H, code)
     yield code
-    relaxed = relaxed_epochs(config)
+    relaxed = relaxed_epochs(W, config)
     for epoch in count():
         heat = max(0.0, 1 - epoch / relaxed) if relaxed else 0.0
-        softened = H + SOFTENING * heat**3 * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        softened = with_diagonal(H, SOFTENING * heat**3)
         noisy = perturbed(W, H, code, PERTURBATION * heat, generator)
         found = coordinate_descent(W, softened, noisy, config.beam_size)
         code = _refit(W, softened, replace(code, codes=found.codes))
         yield code
 
 
-def relaxed_epochs(config: SolverConfig) -> int:
-    """How many searches are perturbed: none of VQDM's, and two of `max_epochs` at least stay without."""
-    return min(RELAXED_EPOCHS, max(0, config.max_epochs - 2)) if config.encoder == "ldl" else 0
+def with_diagonal(H: Tensor, added: float) -> Tensor:
+    """H with so much added to its diagonal; itself where that is nothing."""
+    if not added:
+        return H
+    softened = H.clone()
+    softened.diagonal().add_(added)
+    return softened
+
+
+def relaxed_epochs(W: Tensor, config: SolverConfig) -> int:
+    """How many of the searches that fit codebooks to W [O, I] are perturbed; two of `max_epochs` are not."""
+    groups = W.numel() // (config.spec.out_group_size * config.spec.in_group_size)
+    wanted = RELAXED_EPOCHS if groups < MANY_GROUPS else RELAXED_EPOCHS_LARGE
+    return min(wanted, max(0, config.max_epochs - 2))
 
 
 def _beam_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
@@ -189,23 +284,41 @@ def _beam_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torc
 
 
 def initial_code(W: Tensor, config: SolverConfig, generator: torch.Generator) -> AdditiveCode:
-    """Scales, residual k-means codebooks of the scaled groups, and codes that are all zero.
-
-    As in AQLM, a scale is the norm of a row, or where it has several, of a row made of the weights it covers.
-    """
+    """Scales, residual k-means codebooks of the scaled groups, and codes that are all zero."""
     spec = config.spec
     p, g, M, K = spec.out_group_size, spec.in_group_size, spec.num_codebooks, spec.entries
-    groups = to_groups(W, p, g)  # [R, G, d]
-    R, G, d = groups.shape
-    support = groups.view(R, -1, d if spec.scale_nbits else G * d)  # [R, S, values]
-    scales = support.square().mean(2).sqrt() * math.sqrt(W.shape[1])  # [R, S]
-    points = groups / torch.where(scales == 0, 1.0, scales)[:, :, None]
-    banks = points.unbind(1) if spec.groupwise_codebooks else [points.reshape(-1, d)]
+    scales = row_norms(W, spec)
+    points = scaled_groups(W, scales, p, g)  # [R, G, d]
+    banks = points.unbind(1) if spec.groupwise_codebooks else [points.reshape(-1, p * g)]
     limit = config.init_max_points_per_centroid * K
     found = [residual_kmeans(bank, M, K, config.init_max_iter, limit, generator) for bank in banks]
     codebooks = torch.stack(found).view(-1, M, K, p, g)  # [G or 1, M, K, d] → [G or 1, M, K, p, g]
-    codes = torch.zeros(R, G, M, dtype=torch.int64, device=W.device)
+    codes = torch.zeros(*points.shape[:2], M, dtype=torch.int64, device=W.device)
     return as_stored(AdditiveCode(spec, codes, codebooks if spec.groupwise_codebooks else codebooks[0], scales))
+
+
+def zero_code(W: Tensor, spec: CodeSpec, codebooks: Tensor, scales: Tensor) -> AdditiveCode:
+    """Given codebooks and scales [R, S], and codes that are all zero."""
+    R, G = len(W) // spec.out_group_size, W.shape[1] // spec.in_group_size
+    codes = torch.zeros(R, G, spec.num_codebooks, dtype=torch.int64, device=W.device)
+    return as_stored(AdditiveCode(spec, codes, codebooks, scales))
+
+
+def row_norms(W: Tensor, spec: CodeSpec) -> Tensor:
+    """AQLM's first scales [R, S] for a layer's own codebooks: norms of rows, or of rows like what a scale covers."""
+    return support_rms(W, spec) * math.sqrt(W.shape[1])
+
+
+def support_rms(W: Tensor, spec: CodeSpec) -> Tensor:
+    """RMS [R, S] of the weights that each scale covers."""
+    groups = to_groups(W, spec.out_group_size, spec.in_group_size)  # [R, G, d]
+    R, G, d = groups.shape
+    return groups.view(R, -1, d if spec.scale_nbits else G * d).square().mean(2).sqrt()
+
+
+def scaled_groups(W: Tensor, scales: Tensor, p: int, g: int) -> Tensor:
+    """Column groups [R, G, d] of W over their scales [R, S]; where a scale is zero, as they are."""
+    return to_groups(W, p, g) / torch.where(scales == 0, 1.0, scales)[:, :, None]
 
 
 def without_feedback(W: Tensor, code: AdditiveCode) -> AdditiveCode:
@@ -231,15 +344,15 @@ def as_stored(code: AdditiveCode) -> AdditiveCode:
 
 
 def _refit(W: Tensor, H: Tensor, code: AdditiveCode) -> AdditiveCode:
-    code = refit_codebooks(W, H, code, REFIT_ITERATIONS, RIDGE)
+    code = replace(code, codebooks=refit_codebooks([Fit(W, H, code)], REFIT_ITERATIONS, RIDGE))
     return as_stored(refit_scales(W, H, code, REFIT_ITERATIONS))
 
 
 def _report(
-    W: Tensor, H: Tensor, held_out: Tensor | None, code: AdditiveCode, epochs: int, started: float
+    W: Tensor, H: Tensor, held_out: Tensor | None, code: AdditiveCode, bank: Bank | None, epochs: int, started: float
 ) -> LayerReport:
     error = relative_error(W, code, H)
-    bits = stored_bits(code.pack()) / W.numel()
+    bits = stored_bits(code.pack()) / W.numel() + (bank.bits_per_weight if bank else 0)
     return LayerReport(
         error=error,
         held_out_error=None if held_out is None else relative_error(W, code, held_out),

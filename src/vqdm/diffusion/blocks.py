@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
@@ -47,6 +48,14 @@ def matrix_of(layer: nn.Linear | nn.Conv2d, group_channels: bool) -> Tensor:
     return weight.reshape(weight.shape[0], -1)
 
 
+def weight_of(matrix: Tensor, shape: torch.Size, group_channels: bool) -> Tensor:
+    """The inverse of `matrix_of`: the weight of `shape` whose matrix is `matrix` [O, I]."""
+    if len(shape) == 4 and group_channels:
+        O, C, kh, kw = shape  # noqa: E741
+        return matrix.view(O, kh, kw, C).permute(0, 3, 1, 2)  # [O, I] → [O, C, kh, kw]
+    return matrix.view(shape)
+
+
 def block_of(name: str) -> str:
     """The block that a layer name belongs to; "stem" before the first, "head" after the last."""
     found = _BLOCK.match(name)
@@ -81,6 +90,15 @@ def select_layers(
     if not layers:
         raise UserError("--overrides leaves no layer to quantize")
     return layers
+
+
+def rest_layers(unet: nn.Module, quantized: list[Layer]) -> list[str]:
+    """Names of every other Linear and Conv2d but `conv_in` and `conv_out`, in module order: what may go into 8 bit.
+
+    In VQDM's default set these are the time and size embeddings and the `time_emb_proj` of every resnet.
+    """
+    taken = {layer.name for layer in quantized} | {"conv_in", "conv_out"}
+    return [name for name, _ in _plain_layers(unet) if name not in taken]
 
 
 def _plain_layers(unet: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -130,7 +130,7 @@ def stopping_after(unet: nn.Module, block: str):
 
 
 def shared_inputs(unet: nn.Module, layers: list[Layer], call: dict) -> list[list[Layer]]:
-    """Group a block's layers by the input they see in one UNet call; groups and members keep the order of `layers`.
+    """Group layers by the input they see in one UNet call; groups and members keep the order of `layers`.
 
     Inputs are kept alive during the call, so that an address never stands for two tensors.
     """
@@ -141,7 +141,7 @@ def shared_inputs(unet: nn.Module, layers: list[Layer], call: dict) -> list[list
         key = (x.data_ptr(), tuple(x.shape), x.stride(), geometry(module, by_name[name].spec.group_channels))
         groups.setdefault(key, []).append(name)
 
-    with stopping_after(unet, layers[0].block) as run, input_hooks(unet, list(by_name), seen):
+    with stopping_after(unet, layers[-1].block) as run, input_hooks(unet, list(by_name), seen):
         run(call)
     place = {layer.name: index for index, layer in enumerate(layers)}
     reached = {name for names in groups.values() for name in names}
@@ -176,7 +176,7 @@ def record_hessians(
     """Run the UNet on recorded batches and return, for the first layer of each group, H [I, I] and a held-out H.
 
     Args:
-        groups: layers of one block that share an input, as `shared_inputs` finds them.
+        groups: layers that share an input, as `shared_inputs` finds them.
         training, held_out: functions that make the keyword arguments of one UNet call each.
         samples_per_input: about this many samples are counted for every input of a layer, spread over all batches;
             a second moment needs a small multiple of its size. 0 counts all.
@@ -197,7 +197,7 @@ def record_hessians(
                 moments[name].share = wanted * leaders[name].columns / sample_count(module, x)
             add_input(moments[name], module, x, leaders[name].spec.group_channels)
 
-        with stopping_after(unet, groups[0][0].block) as run, input_hooks(unet, list(leaders), seen):
+        with stopping_after(unet, groups[-1][0].block) as run, input_hooks(unet, list(leaders), seen):
             for call in calls:
                 run(call())
                 tick()

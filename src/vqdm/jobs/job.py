@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
+from vqdm.additive.code import Bank
 from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer
+from vqdm.jobs.plan import Rest
+from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import Stopwatch, Tracker, say
 
 
 @dataclass
 class Job:
-    """What the steps of one run share."""
+    """What the steps of one run share.
+
+    Attributes:
+        parameters: of the whole UNet.
+        rest: what goes into 8 bit.
+        store: Hessians of the full-precision model, where the run keeps them.
+        banks: shared codebooks by name.
+    """
 
     config: QuantizeConfig
     pipeline: DiffusionPipeline
@@ -30,6 +40,9 @@ class Job:
     tracker: Tracker
     clock: Stopwatch
     parameters: int
+    rest: Rest
+    store: HessianStore | None = None
+    banks: dict[str, Bank] = field(default_factory=dict)
 
     @property
     def unet(self) -> torch.nn.Module:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from vqdm.diffusion.blocks import Layer
+
+
+def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
+    """Name of a bank of shared codebooks → the layers that use it, in their order."""
+    found: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.spec.shared_codebooks:
+            found.setdefault(layer.spec.shared_codebooks, []).append(layer)
+    return found
+
+
+def bank_bits(layers: list[Layer]) -> int:
+    """Bits of all banks that the layers use."""
+    return sum(16 * torch.Size(of[0].spec.codebooks_shape).numel() for of in bank_users(layers).values())
 
 
 def layer_bits(layer: Layer) -> int:
@@ -14,8 +31,28 @@ def layer_bits(layer: Layer) -> int:
     return sum(8 * dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
 
 
-def layer_table(layers: list[Layer], parameters: int) -> str:
-    """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size."""
+@dataclass(frozen=True)
+class Rest:
+    """What goes into 8 bit: how many layers, their weights, and the bits these take."""
+
+    layers: int = 0
+    weights: int = 0
+    bits: int = 0
+
+    @classmethod
+    def of(cls, unet: nn.Module, names: list[str]) -> Rest:
+        weights = [unet.get_submodule(name).weight for name in names]
+        sizes = [weight.numel() for weight in weights]
+        return cls(len(names), sum(sizes), 8 * sum(sizes) + 16 * sum(map(len, weights)))
+
+
+def layer_table(layers: list[Layer], parameters: int, rest: Rest) -> str:
+    """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size.
+
+    Args:
+        parameters: of the whole UNet.
+        rest: what goes into 8 bit.
+    """
     width = max(len(layer.name) for layer in layers)
     lines = [f"{'layer':{width}}  kind    rows × columns    code    stored bits a weight"]
     for layer in layers:
@@ -23,15 +60,22 @@ def layer_table(layers: list[Layer], parameters: int) -> str:
         code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
         shape = f"{layer.rows:5d} × {layer.columns:<7d}"
         lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
+    if rest.layers:
+        each = rest.bits / rest.weights
+        lines.append(f"{rest.layers} other layers, {rest.weights / 1e6:.2f} M weights: {each:.3f} bits each")
+    lines.append(totals(layers, parameters, rest, sum(map(layer_bits, layers)) + bank_bits(layers)))
+    return "\n".join(lines)
+
+
+def totals(layers: list[Layer], parameters: int, rest: Rest, bits: float) -> str:
+    """The last line of the table, for layers that take so many `bits` together; also before a plan is made."""
     weights = sum(layer.rows * layer.columns for layer in layers)
-    bits = sum(layer_bits(layer) for layer in layers)
-    whole = bits + 16 * (parameters - weights)
-    lines.append(
+    whole = bits + rest.bits + 16 * (parameters - weights - rest.weights)
+    return (
         f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
         f"{bits / weights:.3f} stored bits a weight, {whole / parameters:.3f} over the whole UNet, "
         f"about {whole / 8e6:.2f} MB instead of {parameters / 5e5:.2f} MB in 16 bit"
     )
-    return "\n".join(lines)
 
 
 def layer_line(row: dict) -> str:

@@ -6,7 +6,6 @@ each layer, swap the block's layers in; then measure against the teacher and wri
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -18,22 +17,31 @@ from PIL import Image
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.config import QuantizeConfig
-from vqdm.diffusion.blocks import Layer, select_layers
+from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.pipelines import load_pipeline, pick_device, pick_dtype, stored_dtypes, weight_files
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
     check_timestep_range,
     output_error,
     pictures,
-    record_evaluation,
-    record_trajectories,
 )
 from vqdm.diffusion.trajectories import Trajectories
+from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
+from vqdm.jobs.allocation import allocated
+from vqdm.jobs.banks import make_banks, shared
 from vqdm.jobs.job import Job, on_save
-from vqdm.jobs.plan import layer_table, predicted_bytes
+from vqdm.jobs.plan import Rest, bank_bits, bank_users, layer_table, predicted_bytes, totals
+from vqdm.jobs.recording import (
+    calibration_trajectories,
+    digest,
+    teacher_evaluation,
+    teacher_hessians,
+    teacher_trajectories,
+)
 from vqdm.jobs.solving import layer_row, solve_block
 from vqdm.layers.quantized import cast_plain, decoded_once, quantized_layers, swap
+from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
@@ -63,15 +71,21 @@ def quantize(config: QuantizeConfig) -> dict | None:
         config.local_files_only,
     )
     layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
+    layers = [shared(layer, config.share_codebooks) for layer in layers]
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-    say(layer_table(layers, parameters))
+    rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
+    if config.target_bits:
+        weights = sum(layer.rows * layer.columns for layer in layers)
+        say(totals(layers, parameters, rest, config.target_bits * weights) + "; divided after calibration")
+    else:
+        say(layer_table(layers, parameters, rest))
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)
-    settings = config.to_dict() | {"prompts_sha256": _digest(calibration + evaluation)}
+    settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
     folder.open(
         settings,
         versions(),
@@ -83,7 +97,7 @@ def quantize(config: QuantizeConfig) -> dict | None:
         say(f"{folder.path} is finished already")
         return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
     tracker = Tracker(config.report_to, "vqdm-quantize", folder.path, config.to_dict() | config.spec.to_dict())
-    job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters)
+    job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
     try:
         return run(job)
     finally:
@@ -106,16 +120,16 @@ def run(job: Job) -> dict:
     """All slow steps; every one of them finds and keeps what an interrupted run left."""
     with job.clock("teacher"):
         teacher, teacher_pictures = teacher_evaluation(job)
-        trajectories = None if job.config.calibration_latents == "student" else teacher_trajectories(job)
+    if job.config.rest_nbits == 8:
+        round_rest(job)
+    prepare(job)
     solved = load_codes(job) | {name: done for name, done in finished_layers(job).items() if done}
     job.folder.rewrite_table([done.report for done in solved.values()])
     for index, (block, layers) in enumerate(bar(job.blocks, what="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in solved]
         if todo:
-            if job.config.calibration_latents == "student":
-                trajectories = calibration_trajectories(job)
             say(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to solve")
-            solved |= solve_block(job, layers, todo, trajectories)
+            solved |= solve_block(job, layers, todo, calibration_points(job))
         swap_block(job, layers, solved)
         after_block(job, index, block, teacher)
     with job.clock("evaluation"), decoded_once(job.unet):
@@ -124,49 +138,25 @@ def run(job: Job) -> dict:
     return finish(job, solved, error_db, scores)
 
 
-# ------------------------------------------------------------------------------------------- recorded points
-
-
-def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
-    """The full-precision model's points, outputs and pictures on the evaluation prompts; recorded once."""
-    path, pictures_folder = job.folder.work / "evaluation.safetensors", job.folder.work / "teacher"
-    if not path.is_file():
-        config = job.config
-        trajectories, drawn = record_evaluation(
-            job.pipeline,
-            job.evaluation,
-            config.seed + EVALUATION_SEED_OFFSET,
-            config.sampling.call(),
-            config.xtx_batch_size,
-        )
-        pictures_folder.mkdir(exist_ok=True)
-        for index, picture in enumerate(drawn):
-            save_png(picture, pictures_folder / f"{index:06d}.png")
-        trajectories.save(path)
-    files = sorted(pictures_folder.glob("[0-9]*.png"))
-    return Trajectories.load(path), [Image.open(file).convert("RGB") for file in files]
-
-
-def teacher_trajectories(job: Job) -> Trajectories:
-    """The full-precision model's points on the calibration prompts; recorded once."""
-    path = job.folder.work / "calibration.safetensors"
-    if not path.is_file():
-        calibration_trajectories(job).save(path)
-    return Trajectories.load(path)
-
-
-def calibration_trajectories(job: Job) -> Trajectories:
-    """Points of sampling the calibration prompts with the pipeline as it is now."""
+def prepare(job: Job) -> None:
+    """What the layers have in common: Hessians of the full-precision model, formats, shared codebooks."""
     config = job.config
-    return record_trajectories(
-        job.pipeline,
-        job.calibration,
-        config.seed,
-        config.sampling.call(),
-        config.xtx_batch_size,
-        config.min_timestep,
-        config.max_timestep,
-    )
+    if config.hessian_cache or config.target_bits or bank_users(job.layers):
+        with job.clock("hessians"):
+            job.store = teacher_hessians(job)
+    if config.target_bits:
+        with job.clock("allocation"):
+            job.layers = allocated(job, job.store)
+            say(layer_table(job.layers, job.parameters, job.rest))
+    with job.clock("banks"):
+        job.banks = make_banks(job, job.store) if bank_users(job.layers) else {}
+
+
+def calibration_points(job: Job) -> Trajectories | None:
+    """The points that a block is calibrated on; None where stored Hessians serve."""
+    if job.config.hessian_cache:
+        return None
+    return calibration_trajectories(job) if job.config.calibration_latents == "student" else teacher_trajectories(job)
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -190,12 +180,29 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     return found
 
 
+def round_rest(job: Job) -> None:
+    """Put what is not to be quantized into 8 bit, before Hessians are recorded.
+
+    Raises:
+        RunError: a weight is not finite; names the layer.
+    """
+    for name in rest_layers(job.unet, job.layers):
+        try:
+            round_layer(job.unet, name)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+
 def swap_block(job: Job, layers: list[Layer], solved: dict[str, SolvedLayer]) -> None:
     """Put a block's codes in the place of its weights."""
     for layer in layers:
         done = solved[layer.name]
-        code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors)
-        swap(job.unet, layer.name, layer.spec).set_code(code)
+        name, bank = layer.spec.shared_codebooks, job.banks.get(layer.spec.shared_codebooks)
+        code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors, bank and bank.codebooks)
+        quantized = swap(job.unet, layer.name, layer.spec)
+        if bank:
+            quantized.banks[0].fill(name, bank.codebooks)
+        quantized.set_code(code)
 
 
 def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None:
@@ -242,6 +249,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: di
     summary = {
         "model": job.config.model,
         "layers_quantized": len(job.layers),
+        "layers_in_8_bit": len(rounded_layers(job.unet)),
         **sizes,
         "bytes_of_original_unet": original or None,
         "unet_output_error_db": error_db,
@@ -276,7 +284,7 @@ def stored_sizes(job: Job, staged: Path) -> dict[str, float]:
     """Effective bits from the tensors as saved, and bytes of the UNet's files."""
     layers = quantized_layers(job.unet)
     weights = sum(layer.rows * layer.columns for layer in job.layers)
-    code_bits = sum(layer.stored_bits for layer in layers.values())
+    code_bits = sum(layer.stored_bits for layer in layers.values()) + bank_bits(job.layers)
     every_bit = sum(8 * tensor.element_size() * tensor.numel() for tensor in job.unet.parameters())
     return {
         "weights_quantized": weights,
@@ -284,7 +292,3 @@ def stored_sizes(job: Job, staged: Path) -> dict[str, float]:
         "effective_bits_unet": every_bit / job.parameters,
         "bytes_of_unet": sum(file.stat().st_size for file in staged.glob("unet/*.safetensors")),
     }
-
-
-def _digest(prompts: list[str]) -> str:
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()

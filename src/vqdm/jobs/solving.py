@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from vqdm.additive.code import AdditiveCode
+from vqdm.additive.code import AdditiveCode, Bank
+from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import LayerReport, solve_layer
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
-from vqdm.diffusion.sampling import unet_dtype
-from vqdm.diffusion.trajectories import Trajectories, batches, held_out, spread_points
+from vqdm.diffusion.trajectories import Trajectories, held_out, spread_points
 from vqdm.errors import RunError
 from vqdm.jobs.job import Job, on_save
 from vqdm.jobs.plan import layer_line
+from vqdm.jobs.recording import unet_calls
 from vqdm.layers.quantized import decoded_once
 from vqdm.storage.runs import SolvedLayer, layer_generator
 from vqdm.tracking import JsonLines, bar, say
@@ -26,14 +26,40 @@ from vqdm.tracking import JsonLines, bar, say
 MATRICES_A_LAYER = 6  # square matrices of a layer's size that its solution holds at once
 
 
-def solve_block(job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories) -> dict[str, SolvedLayer]:
-    """Record Hessians of a block's unsolved layers and solve them; each result is on disk before the next begins."""
+def solve_block(
+    job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories | None
+) -> dict[str, SolvedLayer]:
+    """Solve a block's unsolved layers; each result is on disk before the next begins.
+
+    Their Hessians are the stored ones of the full-precision model where the job has them, else those of the student
+    so far on `trajectories`.
+    """
+    solved = {}
+    parts = stored_hessians(job, todo) if trajectories is None else student_hessians(job, layers, todo, trajectories)
+    with bar(total=len(todo), what="layers") as progress:
+        for groups, hessians in parts:
+            with job.clock("solving"):
+                for layer, (code, report) in solve_layers(job, groups, hessians, job.config.solver, job.banks):
+                    solved[layer.name] = keep(job, layer, code, report)
+                    progress.update()
+    return solved
+
+
+def stored_hessians(job: Job, todo: list[Layer]) -> Iterator[tuple[list[list[Layer]], dict]]:
+    """(layers by input, Hessians by the first layer of each) of the job's store, as many as fit into memory."""
+    for groups in passes(job.store.groups(todo), job.config.hessian_memory_gb):
+        yield groups, {group[0].name: job.store.load(group[0], job.unet.device) for group in groups}
+
+
+def student_hessians(
+    job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories
+) -> Iterator[tuple[list[list[Layer]], dict]]:
+    """The same, recorded with the blocks before this one already quantized."""
     points = held_out(spread_points(trajectories, job.config.calibration_nsteps))
-    training, apart = (_calls(job, trajectories, part) for part in points)
-    wanted, solved = {layer.name for layer in todo}, {}
-    groups = shared_inputs(job.unet, layers, _calls(job, trajectories, points[0][:1])[0]())
+    training, apart = (unet_calls(job, trajectories, part) for part in points)
+    wanted = {layer.name for layer in todo}
+    groups = shared_inputs(job.unet, layers, unet_calls(job, trajectories, points[0][:1])[0]())
     groups = [[layer for layer in group if layer.name in wanted] for group in groups]
-    progress = bar(total=len(todo), what="layers")
     for some in passes([group for group in groups if group], job.config.hessian_memory_gb):
         with (
             job.clock("hessians"),
@@ -43,15 +69,12 @@ def solve_block(job: Job, layers: list[Layer], todo: list[Layer], trajectories: 
             hessians = record_hessians(
                 job.unet, some, training, apart, job.config.hessian_samples_per_input, ticks.update
             )
-        with job.clock("solving"):
-            for layer, (code, report) in solve_layers(job, some, hessians):
-                solved[layer.name] = keep(job, layer, code, report)
-                progress.update()
-    progress.close()
-    return solved
+        yield some, hessians
 
 
-def solve_layers(job: Job, groups: list[list[Layer]], hessians: dict) -> Iterator[tuple[Layer, tuple]]:
+def solve_layers(
+    job: Job, groups: list[list[Layer]], hessians: dict, solver: SolverConfig, banks: dict[str, Bank]
+) -> Iterator[tuple[Layer, tuple]]:
     """Yield (layer, (code, report)) in order; on a CPU several layers are worked on at once, one thread each.
 
     The codes do not depend on how many.
@@ -60,7 +83,7 @@ def solve_layers(job: Job, groups: list[list[Layer]], hessians: dict) -> Iterato
     with one_thread_a_layer(job, max(layer.columns for layer, *_ in tasks)) as workers:
         pool = ThreadPoolExecutor(workers)
         try:
-            results = [pool.submit(solve_one, job, *task) for task in tasks]
+            results = [pool.submit(solve_one, job, solver, banks, *task) for task in tasks]
             for (layer, *_), result in zip(tasks, results, strict=True):
                 yield layer, result.result()
         finally:
@@ -82,19 +105,14 @@ def one_thread_a_layer(job: Job, columns: int) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _calls(job: Job, trajectories: Trajectories, points: list) -> list[partial]:
-    return [
-        partial(trajectories.inputs, batch, job.unet.device, unet_dtype(job.unet))
-        for batch in batches(points, job.config.xtx_batch_size)
-    ]
-
-
-def solve_one(job: Job, layer: Layer, hessian: Tensor, unseen: Tensor | None) -> tuple[AdditiveCode, LayerReport]:
+def solve_one(
+    job: Job, solver: SolverConfig, banks: dict[str, Bank], layer: Layer, hessian: Tensor, unseen: Tensor | None
+) -> tuple[AdditiveCode, LayerReport]:
     """A layer's code and report. Raises RunError that names the layer."""
     weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
-    solver, generator = job.config.solver.with_spec(layer.spec), layer_generator(job.config.seed, layer.name)
+    generator, bank = layer_generator(job.config.seed, layer.name), banks.get(layer.spec.shared_codebooks)
     try:
-        return solve_layer(weight, hessian, solver, generator, unseen)
+        return solve_layer(weight, hessian, solver.with_spec(layer.spec), generator, unseen, bank)
     except ValueError as error:
         raise RunError(f"layer {layer.name}: {error}") from None
 

@@ -1,7 +1,7 @@
 """Linear and Conv2d layers that hold only packed codes and small tensors.
 
 They subclass `nn.Linear` and `nn.Conv2d`, as peft and diffusers expect, but have no weight parameter: `weight` is
-decoded when it is asked for and freed after the call, except inside `decoded_once`.
+decoded when it is asked for, and a call decodes into a buffer that all layers share, except inside `decoded_once`.
 
 Letters: O outputs, I = kh·kw·C inputs as in `vqdm.additive.code`.
 """
@@ -14,14 +14,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits
+from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits, stored_codebooks
+from vqdm.layers.banks import CodebookBanks, banks_of, drop_banks
+from vqdm.layers.decode import decode
+from vqdm.layers.functional import Convolution, Linear, coded
+from vqdm.layers.stored import Stored
 
 
 class _Coded:
-    """What quantized layers share: stored tensors as parameters, and the decoded weight."""
+    """What quantized layers share: stored tensors as parameters, and the decoded weight.
+
+    Attributes:
+        keep_decoded: keep the weight that is decoded first without gradients, as `decoded_once` asks.
+        latent: None, or a tensor [O, I] that gets the gradient of the decoded weight, whatever its values.
+    """
 
     spec: CodeSpec
+    banks: tuple[CodebookBanks, ...] = ()  # in a tuple, so that the model's banks do not become the layer's own
     keep_decoded = False
+    latent: Tensor | None = None
     _decoded: Tensor | None = None
 
     def _allocate(self, spec: CodeSpec, rows: int, columns: int, bias: Tensor | None, device) -> None:
@@ -35,7 +46,9 @@ class _Coded:
         return {name: tensor for name, tensor in self.named_parameters(recurse=False) if name != "bias"}
 
     def set_code(self, code: AdditiveCode) -> None:
-        """Take over a code of this layer's format. Raises ValueError when a tensor's shape differs."""
+        """Take over a code of this layer's format. Raises ValueError when a tensor's shape or the bank differs."""
+        if self.spec.shared_codebooks and not torch.equal(self._codebooks().cpu(), code.codebooks.half().cpu()):
+            raise ValueError(f"the code was found with other codebooks than those of bank {self.spec.shared_codebooks}")
         for name, tensor in code.pack().items():
             held = getattr(self, name)
             if held.shape != tensor.shape:
@@ -45,7 +58,7 @@ class _Coded:
 
     def code(self) -> AdditiveCode:
         """The layer's code in working form."""
-        return AdditiveCode.unpack(self.spec, (self._rows, self._columns), self.stored_tensors())
+        return self._stored().working()
 
     @property
     def stored_bits(self) -> int:
@@ -53,16 +66,30 @@ class _Coded:
         return stored_bits(self.stored_tensors())
 
     def decoded_matrix(self) -> Tensor:
-        """The weight as a float32 matrix [O, I]."""
-        return self.code().dequantize()
+        """The weight as a float32 matrix [O, I], differentiable in all but the codes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.code().dequantize()
+        return decode(self._stored(), torch.float32)
 
-    def _decoded_as(self, x: Tensor) -> Tensor:
-        """The weight in the layer's own shape, in the type and on the device of an input."""
+    def _stored(self) -> Stored:
+        """What the weight is decoded from."""
+        return Stored.of(self.spec, (self._rows, self._columns), self._parameters, self._codebooks())
+
+    def _codebooks(self) -> Tensor:
+        """Codebooks [M, K, p, g], or [G, M, K, p, g] when groupwise; the layer's own or its bank's."""
+        if self.spec.shared_codebooks:
+            return self.banks[0](self.spec.shared_codebooks)
+        return stored_codebooks(self.spec, self._columns // self.spec.in_group_size, self._parameters)
+
+    def _apply_coded(self, operation: Linear | Convolution, x: Tensor) -> Tensor:
+        """`operation` by the decoded weight, in the type that it runs in."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if not self.keep_decoded or torch.is_grad_enabled():
-            return self._shaped(self.decoded_matrix()).to(x.dtype)
+            return coded(operation, x, self._stored(), self.bias, self.latent)
         if self._decoded is None or self._decoded.dtype != x.dtype or self._decoded.device != x.device:
-            self._decoded = self._shaped(self.decoded_matrix()).to(x.dtype)
-        return self._decoded
+            self._decoded = decode(self._stored(), x.dtype)
+        return operation.forward(x, self._decoded, self.bias)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,9 +115,6 @@ class QuantizedLinear(_Coded, nn.Linear):
         """Decoded weight [O, I]."""
         return self.decoded_matrix().to(self.dtype)
 
-    def _shaped(self, matrix: Tensor) -> Tensor:
-        return matrix
-
     def plain(self) -> nn.Linear:
         """The ordinary layer of the decoded weight."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -98,7 +122,7 @@ class QuantizedLinear(_Coded, nn.Linear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self._decoded_as(x), self.bias)
+        return self._apply_coded(Linear(), x)
 
 
 class QuantizedConv2d(_Coded, nn.Conv2d):
@@ -119,13 +143,10 @@ class QuantizedConv2d(_Coded, nn.Conv2d):
     @property
     def weight(self) -> Tensor:
         """Decoded weight [O, C, kh, kw]."""
-        return self._shaped(self.decoded_matrix()).to(self.dtype)
+        return self._operation((0, 0)).kernel(self.decoded_matrix()).to(self.dtype)
 
-    def _shaped(self, matrix: Tensor) -> Tensor:
-        if self.spec.group_channels:
-            taps = matrix.view(self.out_channels, *self.kernel_size, self.in_channels)  # [O, I] → [O, kh, kw, C]
-            return taps.permute(0, 3, 1, 2)
-        return matrix.view(self.out_channels, self.in_channels, *self.kernel_size)  # [O, I] → [O, C, kh, kw]
+    def _operation(self, padding: tuple[int, int]) -> Convolution:
+        return Convolution(self.kernel_size, self.stride, padding, self.dilation, self.spec.group_channels)
 
     def plain(self) -> nn.Conv2d:
         """The ordinary layer of the decoded weight."""
@@ -145,17 +166,27 @@ class QuantizedConv2d(_Coded, nn.Conv2d):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self._decoded_as(x), self.bias)
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return self._apply_coded(self._operation(self.padding), x)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        padded = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        return self._apply_coded(self._operation((0, 0)), padded)
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
 
 
 def swap(model: nn.Module, name: str, spec: CodeSpec) -> QuantizedLayer:
-    """Replace the plain layer `name` (dotted) by an empty quantized one, in place, and return it."""
+    """Replace the plain layer `name` (dotted) by an empty quantized one, in place, and return it.
+
+    Raises ValueError when `spec` names a bank that the model holds in another shape.
+    """
     plain = model.get_submodule(name)
     kind = QuantizedLinear if isinstance(plain, nn.Linear) else QuantizedConv2d
     quantized = kind.like(plain, spec).train(plain.training)
+    if spec.shared_codebooks:
+        quantized.banks = (banks_of(model),)
+        quantized.banks[0].reserve(spec, plain.weight.device)
     model.set_submodule(name, quantized)
     return quantized
 
@@ -185,6 +216,7 @@ def dequantize_layers(model: nn.Module) -> None:
     """Replace every quantized layer by the plain one of its decoded weight, in place."""
     for name, layer in quantized_layers(model).items():
         model.set_submodule(name, layer.plain().train(layer.training))
+    drop_banks(model)
 
 
 def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
@@ -192,7 +224,8 @@ def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
 
     diffusers refuses `.to(dtype)` on a quantized model.
     """
-    coded = {id(tensor) for layer in quantized_layers(model).values() for tensor in layer.stored_tensors().values()}
+    stored = [module.stored_tensors() for module in model.modules() if hasattr(module, "stored_tensors")]
+    coded = {id(tensor) for tensors in stored for tensor in tensors.values()}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in coded:
             tensor.data = tensor.data.to(dtype)

@@ -12,6 +12,7 @@ def model_card(config: QuantizeConfig, summary: dict) -> str:
     hub_name = "" if Path(config.model).exists() else f"base_model: {config.model}\nbase_model_relation: quantized\n"
     base = Path(config.model).name if Path(config.model).exists() else config.model
     pictures = summary["pictures"]
+    others = f"; {summary['layers_in_8_bit']} others are in 8 bit" if summary["layers_in_8_bit"] else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -20,7 +21,7 @@ tags: [vqdm, quantized, text-to-image]
 
 # {base}, its UNet at {summary["effective_bits_layers"]:.2f} bits a weight
 
-Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary["layers_quantized"]} layers.
+Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary["layers_quantized"]} layers{others}.
 
 | | |
 |---|---|

@@ -5,6 +5,7 @@ diffusers has no registration function; a backend writes itself into two diction
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from enum import Enum
 
 from diffusers.configuration_utils import FrozenDict
@@ -12,11 +13,14 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
+from vqdm.layers.rounded import rounded_layers, swap_rounded, unround_layers
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest; a file that uses nothing of a version is written as the one before
+VERSION_2_KEYS = ("rounded",)
 QUANTIZED_FIELDS = ("quantization_config", "_pre_quantization_dtype")
 
 
@@ -26,26 +30,36 @@ class Method(str, Enum):  # noqa: UP042
     VQDM = "vqdm"
 
 
-class VqdmConfig(QuantizationConfigMixin):
+class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
     """`quantization_config` of a quantized model: everything needed to build its layers without reading a tensor.
+
+    One class for diffusers and transformers, as both ask for a subclass of their own.
 
     Args:
         code: the settings that most layers share, as `CodeSpec.to_dict` gives them.
         layers: dotted name → the settings in which this layer differs from `code`.
-        format_version: 1; any other is refused.
+        rounded: dotted names of the layers in 8 bit; version 2.
+        format_version: 1 or 2; any other is refused.
 
     Raises:
         ValueError: unknown version, unknown or impossible setting.
     """
 
-    def __init__(self, code: dict, layers: dict[str, dict], format_version: int = FORMAT_VERSION, **_):
-        if format_version != FORMAT_VERSION:
+    def __init__(
+        self,
+        code: dict,
+        layers: dict[str, dict],
+        rounded: Iterable[str] = (),
+        format_version: int = FORMAT_VERSION,
+        **_,
+    ):
+        if format_version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
-                f"format_version is {format_version!r}; this vqdm reads {FORMAT_VERSION}, a newer one may read it"
+                f"format_version is {format_version!r}; this vqdm reads 1 to {FORMAT_VERSION}, a newer one may read it"
             )
         self.quant_method = Method.VQDM
-        self.format_version = format_version
         self.code, self.layers = dict(code), dict(layers)
+        self.rounded = list(rounded)
         self.specs = {name: CodeSpec().changed(**code).changed(**own) for name, own in self.layers.items()}
 
     @classmethod
@@ -54,7 +68,20 @@ class VqdmConfig(QuantizationConfigMixin):
         specs = {name: layer.spec for name, layer in quantized_layers(model).items()}
         code = _commonest([spec.to_dict() for spec in specs.values()])
         layers = {name: _difference(spec.to_dict(), code) for name, spec in specs.items()}
-        return cls(code, layers)
+        if not code["shared_codebooks"]:
+            del code["shared_codebooks"]  # version 1 does not know it
+        return cls(code, layers, rounded_layers(model))
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version that can say what this configuration says."""
+        shares = any(spec.shared_codebooks for spec in self.specs.values())
+        return 2 if shares or any(getattr(self, key) for key in VERSION_2_KEYS) else 1
+
+    def renamed(self, rename: Callable[[str], str]) -> VqdmConfig:
+        """The same configuration with other names of the layers."""
+        layers = {rename(name): own for name, own in self.layers.items()}
+        return VqdmConfig(self.code, layers, map(rename, self.rounded))
 
     def to_dict(self) -> dict:
         """Plain JSON types only: diffusers serialises this on every load and save."""
@@ -63,6 +90,7 @@ class VqdmConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "code": self.code,
             "layers": self.layers,
+            **{key: getattr(self, key) for key in VERSION_2_KEYS if getattr(self, key)},
         }
 
     def to_diff_dict(self) -> dict:
@@ -90,35 +118,16 @@ class VqdmQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
-        for name, spec in self.quantization_config.specs.items():
-            try:
-                layer = model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(
-                    f"quantization_config names layer {name}, which {type(model).__name__} lacks"
-                ) from None
-            if not isinstance(layer, nn.Linear | nn.Conv2d):
-                raise ValueError(f"quantization_config names layer {name}, which is a {type(layer).__name__}")
-            swap(model, name, spec)
-        self._check_keys(model)
-
-    def _check_keys(self, model: nn.Module) -> None:
-        """A missing or extra tensor is an error here; diffusers would warn and leave a layer random."""
-        expected, loaded = model.state_dict().keys(), getattr(self, "_loaded_keys", None)
-        if loaded is None:
-            return
-        absent = [name for name in expected if name not in set(loaded)]
-        if absent:
-            raise ValueError(f"the checkpoint lacks {len(absent)} tensors, the first is {absent[0]}")
-        extra = [name for name in loaded if name not in set(expected)]
-        if extra:
-            raise ValueError(f"the checkpoint holds {len(extra)} unknown tensors, the first is {extra[0]}")
+        build_layers(model, self.quantization_config)
+        if hasattr(self, "_loaded_keys"):
+            check_names(model.state_dict().keys(), self._loaded_keys)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_layers(model)
+        unround_layers(model)
         kept = {name: value for name, value in model.config.items() if name not in QUANTIZED_FIELDS}
         model._internal_dict = FrozenDict(kept)  # diffusers leaves the fields behind, and would save them
         return model
@@ -130,6 +139,41 @@ class VqdmQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def build_layers(model: nn.Module, config: VqdmConfig) -> None:
+    """Replace plain layers by the empty ones that `config` describes, in place.
+
+    Raises:
+        ValueError: a layer that it names is not there, or is neither Linear nor Conv2d.
+    """
+    for name, spec in config.specs.items():
+        _check_plain(model, name)
+        swap(model, name, spec)
+    for name in config.rounded:
+        _check_plain(model, name)
+        swap_rounded(model, name)
+
+
+def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
+    """Raise ValueError where tensors are missing or unknown: the libraries would warn, and leave a layer random."""
+    expected, loaded = dict.fromkeys(expected), dict.fromkeys(loaded)
+    absent = [name for name in expected if name not in loaded]
+    if absent:
+        raise ValueError(f"the checkpoint lacks {len(absent)} tensors, the first is {absent[0]}")
+    extra = [name for name in loaded if name not in expected]
+    if extra:
+        raise ValueError(f"the checkpoint holds {len(extra)} unknown tensors, the first is {extra[0]}")
+
+
+def _check_plain(model: nn.Module, name: str) -> None:
+    """Raise ValueError unless `name` is a layer of the model that can be swapped and has not been."""
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"quantization_config names layer {name}, which {type(model).__name__} lacks") from None
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or hasattr(layer, "stored_tensors"):
+        raise ValueError(f"quantization_config names layer {name}, which is a {type(layer).__name__}")
 
 
 def mark_quantized(model: nn.Module) -> VqdmConfig:

@@ -1,0 +1,161 @@
+"""Milliseconds of decoding a weight in each way, beside those of the layer itself: one JSON line a row.
+
+    OMP_NUM_THREADS=1 python benchmarks/bench_decode.py --shapes 1280x1280 1280x1280x3x3 --codes 3x8g8 2x6g4
+    OMP_NUM_THREADS=1 python benchmarks/bench_decode.py --unet assets/shapes-xl/unet --batches 2 32
+    python benchmarks/bench_decode.py --device cuda --dtype float16
+
+A shape is OxI of a linear layer or OxCxhxw of a convolution; a code is MxbgG: M codebooks of b bits, groups of G. The
+layer runs on T tokens, a convolution on a square picture of T positions. With --unet a row is a UNet's step on noise,
+all its default layers coded. Codes are random: decoding takes the same time whatever they say. Every figure is the
+least of --repeats, the ways taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from vqdm.additive.code import CodeSpec
+from vqdm.diffusion.blocks import select_layers
+from vqdm.layers.decode import CANDIDATES, PATHS, decode, set_decode_path
+from vqdm.layers.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, decoded_once, swap
+
+
+def least_ms(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """The shortest time of each of `runs`, which take turns, after one that does not count."""
+    seconds = dict.fromkeys(runs, float("inf"))
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            if repeat:
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return {name: round(1e3 * value, 3) for name, value in seconds.items()}
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def spec_of(code: str) -> CodeSpec:
+    """3x8g8 → three codebooks of 8 bits, groups of 8."""
+    return CodeSpec(*map(int, code.replace("g", "x").split("x")))
+
+
+def fill(layer: QuantizedLayer, generator: torch.Generator) -> QuantizedLayer:
+    """Random codes; codebooks and scales that keep activations in range."""
+    for name, tensor in layer.stored_tensors().items():
+        if tensor.dtype == torch.uint8:
+            tensor.data = torch.randint(0, 256, tensor.shape, generator=generator, dtype=torch.uint8)
+        elif name == "codebooks":
+            size = (layer.spec.num_codebooks * layer._columns) ** -0.5
+            tensor.data = (torch.randn(tensor.shape, generator=generator) * size).to(tensor.dtype)
+        else:
+            tensor.data = torch.ones_like(tensor)
+    return layer
+
+
+def layer_row(shape: str, code: str, arguments: argparse.Namespace) -> dict:
+    """One layer: each way to decode it, and the plain layer on each number of tokens."""
+    rows, columns, *kernel = map(int, shape.split("x"))
+    if kernel:
+        plain = nn.Conv2d(columns, rows, kernel, padding="same", bias=False)
+        layer = QuantizedConv2d.like(plain, spec_of(code))
+    else:
+        plain = nn.Linear(columns, rows, bias=False)
+        layer = QuantizedLinear.like(plain, spec_of(code))
+    dtype = getattr(torch, arguments.dtype)
+    plain, layer = plain.to(arguments.device, dtype), fill(layer, torch.Generator().manual_seed(0)).to(arguments.device)
+    stored = layer._stored()
+    out = torch.empty(stored.shape, dtype=dtype, device=arguments.device)
+    runs = {path: partial(decode, stored, dtype, out, path) for path in ways(arguments)}
+    runs |= {f"plain_{T}": partial(plain, inputs(plain, T, out)) for T in arguments.tokens}
+    ms = least_ms(runs, arguments.repeats, arguments.device)
+    return {"shape": shape, "code": code, "bits": layer.stored_bits / out.numel(), "ms": ms}
+
+
+def inputs(plain: nn.Module, tokens: int, like: Tensor) -> Tensor:
+    """Noise for a layer: [tokens, I], or [1, C, √tokens, √tokens]."""
+    if isinstance(plain, nn.Linear):
+        return like.new_ones(tokens, plain.in_features).normal_()
+    side = round(tokens**0.5)
+    return like.new_ones(1, plain.in_channels, side, side).normal_()
+
+
+def ways(arguments: argparse.Namespace) -> list[str]:
+    """The ways that the command line asks for, or all of the device."""
+    return arguments.paths or [*CANDIDATES.get(arguments.device.split(":")[0], ("torch",)), "compile"]
+
+
+def unet_row(unet: UNet2DConditionModel, batch: int, code: str, arguments: argparse.Namespace) -> dict:
+    """One UNet step: plain, coded in each way, and coded with the decoded weights kept."""
+    coded, generator = copy.deepcopy(unet), torch.Generator().manual_seed(0)
+    for found in select_layers(unet, "default", 0, spec_of(code), {}):
+        fill(swap(coded, found.name, found.spec), generator).to(arguments.device)
+    step = unet_inputs(unet, batch)
+    runs = {"plain": partial(unet, **step)}
+    runs |= {path: partial(forced, path, partial(coded, **step)) for path in (*ways(arguments), "auto")}
+    ms = least_ms(runs, arguments.repeats, arguments.device)
+    with decoded_once(coded):
+        ms |= least_ms({"decoded_once": partial(coded, **step)}, arguments.repeats, arguments.device)
+    return {"unet": arguments.unet, "batch": batch, "code": code, "ms": ms, "ratio": round(ms["auto"] / ms["plain"], 3)}
+
+
+def forced(path: str, run: Callable[[], object]) -> None:
+    """Run with all weights decoded in one way."""
+    set_decode_path(path)
+    run()
+    set_decode_path(None)
+
+
+def unet_inputs(unet: UNet2DConditionModel, batch: int) -> dict:
+    """Noise of the shapes that a step of the pipeline passes; 24 tokens of text."""
+    config, like = unet.config, unet.conv_in.weight
+    noise = lambda *shape: like.new_ones(shape).normal_()  # noqa: E731
+    inputs = {"sample": noise(batch, config.in_channels, config.sample_size, config.sample_size), "timestep": 500}
+    inputs["encoder_hidden_states"] = noise(batch, 24, config.cross_attention_dim)
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, pooled), "time_ids": noise(batch, 6)}
+    return inputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = ["224x224", "640x640", "1280x1280", "1280x5120", "320x320x3x3", "1280x1280x3x3"]
+    parser.add_argument("--shapes", nargs="+", default=shapes, metavar="OxI|OxCxhxw")
+    parser.add_argument("--codes", nargs="+", default=["2x6g4", "2x8g8", "3x8g8", "4x8g8", "2x12g8"], metavar="MxbgG")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 1024, 4096])
+    parser.add_argument("--paths", nargs="+", choices=PATHS[1:])
+    parser.add_argument("--unet", metavar="DIR", help="a UNet's steps instead of single layers")
+    parser.add_argument("--batches", nargs="+", type=int, default=[2, 32])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    arguments = parser.parse_args()
+    print(json.dumps({"device": arguments.device, "dtype": arguments.dtype, "threads": torch.get_num_threads()}))
+    with torch.no_grad():
+        if arguments.unet:
+            unet = UNet2DConditionModel.from_pretrained(arguments.unet, dtype=getattr(torch, arguments.dtype))
+            unet = unet.to(arguments.device)
+            for batch, code in product(arguments.batches, arguments.codes):
+                print(json.dumps(unet_row(unet, batch, code, arguments)), flush=True)
+        else:
+            for shape, code in product(arguments.shapes, arguments.codes):
+                print(json.dumps(layer_row(shape, code, arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Which code scores codebook entries and selects the best: plain torch, or on CUDA the Triton kernel.
+
+This is the one place that decides. `VQDM_SCORING`, or `set_scoring`, overrides it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from vqdm.errors import UserError
+
+log = logging.getLogger("vqdm")
+
+ENVIRONMENT = "VQDM_SCORING"
+PRECISIONS = {"triton": "ieee", "triton_tf32x3": "tf32x3", "triton_tf32": "tf32"}
+PATHS = ("auto", "torch", *PRECISIONS)
+
+BestEntries = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+_wanted: str | None = None
+
+
+def set_scoring(path: str | None) -> None:
+    """Score by one of `PATHS` from now on; None leaves it to the environment again. Raises UserError on another."""
+    global _wanted
+    _wanted = None if path is None else _known(path, "set_scoring")
+
+
+def fused_scoring(vectors: Tensor) -> BestEntries | None:
+    """`kernels.best_entries` where it serves `vectors`, else None: plain torch does, and always for other than float32.
+
+    Unless told otherwise CUDA takes the kernel in full float32, or where Triton does not work, torch with a warning.
+
+    Raises:
+        UserError: the kernel is asked for by name and does not work.
+    """
+    path = _wanted or _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    if path == "auto":
+        path = "triton" if vectors.is_cuda and _failure(vectors.device, "triton") is None else "torch"
+        _say(vectors.device, path)
+    if path == "torch" or vectors.dtype != torch.float32:
+        return None
+    if reason := _failure(vectors.device, path):
+        raise UserError(f"{ENVIRONMENT} is {path}, which does not work on {vectors.device}: {reason}")
+    return _kernel(path)
+
+
+def _known(path: str, source: str) -> str:
+    if path not in PATHS:
+        raise UserError(f"{source} is {path!r}; allowed are {', '.join(PATHS)}")
+    return path
+
+
+def _kernel(path: str) -> BestEntries:
+    from vqdm.additive.kernels import best_entries  # Triton is not everywhere
+
+    return partial(best_entries, precision=PRECISIONS[path])
+
+
+@cache
+def _failure(device: torch.device, path: str) -> str | None:
+    """Why the kernel cannot be used on a device, found by trying it on a small problem; None where it can."""
+    generator = torch.Generator().manual_seed(0)
+    residuals, codebook = torch.randn(3, 2, 4, generator=generator), torch.randn(32, 4, generator=generator)
+    wanted = torch.cdist(residuals.view(6, 4), codebook).square().view(3, 64).amin(1)
+    try:
+        found, _, _ = _kernel(path)(residuals.to(device), codebook.to(device), 1)
+    except Exception as error:  # what a compiler or a driver may raise is not known
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None if torch.allclose(found.cpu()[:, 0], wanted, rtol=0.02, atol=0.02) else "its results are wrong"
+
+
+@cache
+def _say(device: torch.device, path: str) -> None:
+    """Once a device: what is used, and where that is not the fast way, why."""
+    if device.type == "cuda" and path == "torch":
+        log.warning("scoring on %s: torch, slower than Triton, which fails: %s", device, _failure(device, "triton"))
+    else:
+        log.log(logging.INFO if device.type == "cuda" else logging.DEBUG, "scoring on %s: %s", device, path)

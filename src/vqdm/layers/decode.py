@@ -1,0 +1,220 @@
+"""From stored tensors to the weight: several ways that give the same numbers, and the choice among them.
+
+    torch     the definition in plain operations, on every device
+    gather    numpy gathers, on the CPU
+    native    a loop in C, on the CPU where there is a compiler
+    triton    one Triton kernel, on CUDA
+    compile   one kernel that `torch.compile` makes, anywhere; its first use takes seconds
+
+By itself the fastest by measurement is taken, once a device, type, format and size. `VQDM_DECODE` and
+`set_decode_path` name one for all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vqdm.additive.code import CodeSpec, packed_bytes
+from vqdm.errors import UserError
+from vqdm.layers.gather import gather
+from vqdm.layers.native import compiler, native
+from vqdm.layers.pointwise import pointwise
+from vqdm.layers.stored import Stored
+
+log = logging.getLogger("vqdm")
+
+ENVIRONMENT = "VQDM_DECODE"
+PATHS = ("auto", "torch", "gather", "native", "triton", "compile")
+ON_CPU = ("gather", "native")
+CANDIDATES = {  # on other devices torch alone
+    "cpu": ("native", "gather", "torch") if compiler() else ("gather", "torch"),
+    "cuda": ("triton", "torch"),
+}
+MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
+COMPILATIONS = 64  # formats that torch.compile may meet
+
+_wanted: str | None = None
+_chosen: dict[tuple, str] = {}
+
+
+def set_decode_path(path: str | None) -> None:
+    """Decode by one of `PATHS` from now on; None leaves it to the environment again. Raises UserError on another."""
+    global _wanted
+    _wanted = None if path is None else _known(path, "set_decode_path")
+
+
+def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: str | None = None) -> Tensor:
+    """The matrix [O, I] in `dtype`, without a gradient; sums are taken in float32.
+
+    Args: `out`, where to put it, contiguous; `path`, one of `PATHS`, overrules every other choice.
+
+    Raises:
+        UserError: no such path, or not for this device.
+    """
+    if torch.compiler.is_compiling():
+        return traced(stored).to(dtype)
+    if out is None:
+        out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
+    name = path or _wanted or os.environ.get(ENVIRONMENT, "auto")
+    name = _choice(stored, dtype) if _known(name, ENVIRONMENT) == "auto" else name
+    if name in ON_CPU and out.device.type != "cpu":
+        raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
+    with torch.no_grad():
+        RUNS[name](stored, out)
+    return out
+
+
+def traced(stored: Stored) -> Tensor:
+    """The matrix [O, I] while `torch.compile` looks on: fused on a GPU, on the CPU a call of what is fastest there.
+
+    Differentiable in all but the codes.
+    """
+    differentiable = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in stored)
+    if stored.codes.device.type != "cpu" or differentiable:
+        return pointwise(stored)
+    spec = stored.spec
+    numbers = [spec.num_codebooks, spec.nbits_per_codebook, spec.in_group_size, spec.out_group_size, spec.scale_nbits]
+    return _decode_operator(numbers, spec.groupwise_codebooks, list(stored.shape), *stored[2:])
+
+
+@torch.library.custom_op("vqdm::decode", mutates_args=())
+def _decode_operator(
+    numbers: list[int],
+    groupwise: bool,
+    shape: list[int],
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor | None,
+    scale_codes: Tensor | None,
+    scale_values: Tensor | None,
+    input_scales: Tensor | None,
+) -> Tensor:
+    """`decode` as an operator that compiled graphs can call: numpy and C cannot be traced."""
+    tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales
+    stored = Stored(CodeSpec(*numbers, groupwise_codebooks=groupwise), tuple(shape), *tensors)
+    return decode(stored, torch.float32)
+
+
+@_decode_operator.register_fake
+def _(numbers: list[int], groupwise: bool, shape: list[int], *_) -> Tensor:
+    return torch.empty(shape)
+
+
+# ------------------------------------------------------------------------------------------------ the ways
+
+
+def _by_torch(stored: Stored, out: Tensor) -> None:
+    out.copy_(stored.working().dequantize())
+
+
+def _by_triton(stored: Stored, out: Tensor) -> None:
+    from vqdm.layers.decode_kernel import decode as run  # Triton is not everywhere
+
+    run(stored, out)
+
+
+def _by_compile(stored: Stored, out: Tensor) -> None:
+    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+        _compiled()(stored, out)
+
+
+@cache
+def _compiled() -> Callable[[Stored, Tensor], None]:
+    return torch.compile(lambda stored, out: out.copy_(pointwise(stored)), fullgraph=True, dynamic=True)
+
+
+RUNS: dict[str, Callable[[Stored, Tensor], None]] = {
+    "torch": _by_torch,
+    "gather": gather,
+    "native": native,
+    "triton": _by_triton,
+    "compile": _by_compile,
+}
+
+
+# ------------------------------------------------------------------------------------------------ the choice
+
+
+def _known(path: str, source: str) -> str:
+    if path not in PATHS:
+        raise UserError(f"{source} is {path!r}; allowed are {', '.join(PATHS)}")
+    return path
+
+
+def _choice(stored: Stored, dtype: torch.dtype) -> str:
+    """The fastest way for layers of this class, measured on the first of them."""
+    weights = min(torch.Size(stored.shape).numel(), MEASURED_WEIGHTS)
+    key = (stored.codes.device, dtype, stored.spec, stored.codebooks.dtype, weights.bit_length())
+    if key not in _chosen:
+        candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
+        _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
+    return _chosen[key]
+
+
+def _fastest(stored: Stored, dtype: torch.dtype, candidates: tuple[str, ...]) -> str:
+    """Of the candidates that work and agree with torch, the fastest."""
+    out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
+    wanted = stored.working().dequantize().to(dtype)
+    seconds = {}
+    for name in candidates:
+        try:
+            with torch.no_grad():
+                seconds[name] = min(_seconds(name, stored, out) for _ in range(3))
+            if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
+                raise ArithmeticError("its results are wrong")
+        except Exception as error:  # what a compiler or a driver may raise is not known
+            seconds.pop(name, None)
+            _warn_once(
+                f"decoding on {out.device}: not by {name}, which fails: {str(error).strip().partition(chr(10))[0]}"
+            )
+    best = min(seconds, key=seconds.get)
+    _say_once(out.device, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
+    return best
+
+
+def _first_rows(stored: Stored) -> Stored:
+    """A layer made of the first rows, of no more than `MEASURED_WEIGHTS` weights where one row group has no more."""
+    spec, I = stored.spec, stored.shape[1]  # noqa: E741
+    R, G = min(stored.groups[0], max(1, MEASURED_WEIGHTS // (I * spec.out_group_size))), stored.groups[1]
+    bits = spec.nbits_per_codebook
+    return stored._replace(
+        shape=(R * spec.out_group_size, I),
+        codes=stored.codes[: packed_bytes(R * G * spec.num_codebooks, bits)],
+        scales=None if stored.scales is None else stored.scales[:R],
+        scale_codes=None if stored.scale_codes is None else stored.scale_codes[: packed_bytes(R * G, spec.scale_nbits)],
+        scale_values=None if stored.scale_values is None else stored.scale_values[:R],
+    )
+
+
+def _seconds(name: str, stored: Stored, out: Tensor) -> float:
+    _wait(out.device)
+    start = time.perf_counter()
+    RUNS[name](stored, out)
+    _wait(out.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@cache
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)
+
+
+_said: set[tuple] = set()
+
+
+def _say_once(device: torch.device, name: str, times: str) -> None:
+    if (device, name) not in _said:
+        _said.add((device, name))
+        log.info("decoding on %s: %s (%s)", device, name, times)

@@ -1,0 +1,115 @@
+"""Decoding on CUDA: one Triton kernel from packed codes to the weight, written once in its type.
+
+Imported only where it runs, since it needs Triton; `vqdm.layers.decode` chooses.
+
+Letters as in `vqdm.additive.code`; group n = r·G + j is the j-th of row group r; D = p·g values of an entry.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vqdm.layers.stored import Stored
+
+VALUES_AT_ONCE = 2048  # of one program of four warps
+
+ROW_SCALES, GROUP_SCALES, PACKED_SCALES = range(3)
+
+
+def decode(stored: Stored, out: Tensor) -> None:
+    """Decode into `out` [O, I], contiguous, float16, bfloat16 or float32; sums in float32."""
+    spec, (R, G) = stored.spec, stored.groups
+    D = spec.out_group_size * spec.in_group_size
+    block = max(1, VALUES_AT_ONCE // triton.next_power_of_2(D))
+    scales, scale_codes, kind = _scales(stored)
+    _decode[(triton.cdiv(R * G, block),)](
+        stored.codes,
+        stored.codebooks.contiguous(),
+        scales.contiguous(),
+        scale_codes,
+        out if stored.input_scales is None else stored.input_scales,
+        out,
+        R * G,
+        G,
+        M=spec.num_codebooks,
+        b=spec.nbits_per_codebook,
+        p=spec.out_group_size,
+        g=spec.in_group_size,
+        OWN_CODEBOOKS=spec.groupwise_codebooks,
+        SCALES=kind,
+        scale_bits=spec.scale_nbits,
+        INPUT_SCALES=stored.input_scales is not None,
+        BLOCK=block,
+        BLOCK_D=triton.next_power_of_2(D),
+    )
+
+
+def _scales(stored: Stored) -> tuple[Tensor, Tensor, int]:
+    """Values, packed indices where there are any, and how to read them."""
+    if stored.scales is None:
+        return stored.scale_values, stored.scale_codes, PACKED_SCALES
+    return stored.scales, stored.codes, ROW_SCALES if stored.scales.shape[1] == 1 else GROUP_SCALES
+
+
+@triton.jit
+def _decode(
+    codes,
+    codebooks,
+    scales,
+    scale_codes,
+    input_scales,
+    out,
+    N,
+    G,
+    M: tl.constexpr,
+    b: tl.constexpr,
+    p: tl.constexpr,
+    g: tl.constexpr,
+    OWN_CODEBOOKS: tl.constexpr,
+    SCALES: tl.constexpr,
+    scale_bits: tl.constexpr,
+    INPUT_SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = n < N
+    r, j = (n // G).to(tl.int64), (n % G).to(tl.int64)  # divided in 32 bits, which is fast; bits may be over 2^31
+    n = n.to(tl.int64)
+    value = tl.arange(0, BLOCK_D)
+    inside = live[:, None] & (value < p * g)[None, :]
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for m in tl.static_range(M):
+        entry = _field(codes, n * M + m, b, live)
+        book = j * M + m if OWN_CODEBOOKS else m + tl.zeros_like(j)
+        at = (book * (1 << b) + entry) * (p * g)
+        total += tl.load(codebooks + at[:, None] + value[None, :], mask=inside, other=0.0).to(tl.float32)
+    if SCALES == 0:  # a row's
+        scale = tl.load(scales + r, mask=live, other=0.0)
+    elif SCALES == 1:  # a group's
+        scale = tl.load(scales + n, mask=live, other=0.0)
+    else:
+        level = _field(scale_codes, n, scale_bits, live)
+        scale = tl.load(scales + r * (1 << scale_bits) + level, mask=live, other=0.0)
+    total *= scale.to(tl.float32)[:, None]
+    column = j[:, None] * g + (value % g)[None, :]
+    if INPUT_SCALES:
+        total *= tl.load(input_scales + column, mask=inside, other=0.0).to(tl.float32)
+    row = r[:, None] * p + (value // g)[None, :]
+    tl.store(out + row * (G * g) + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _field(packed, index, bits: tl.constexpr, live):
+    """The index-th of packed integers of `bits` bits, little end first: int64."""
+    first = index * bits
+    shift = (first & 7).to(tl.int32)
+    word = tl.load(packed + (first >> 3), mask=live, other=0).to(tl.int32)
+    # A byte after the first is read only where the integer reaches into it, so that none is past the end.
+    if 8 % bits != 0:
+        word |= tl.load(packed + (first >> 3) + 1, mask=live & (shift + bits > 8), other=0).to(tl.int32) << 8
+    if bits > 8 and bits < 16:
+        word |= tl.load(packed + (first >> 3) + 2, mask=live & (shift + bits > 16), other=0).to(tl.int32) << 16
+    return ((word >> shift) & ((1 << bits) - 1)).to(tl.int64)

@@ -1,0 +1,56 @@
+"""Decoding as one expression of an element's place, which `torch.compile` turns into a single kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqdm.layers.stored import Stored
+
+
+def pointwise(stored: Stored) -> Tensor:
+    """The matrix [O, I] in float32 at least; differentiable in all but the codes. Slow unless compiled.
+
+    Every element reads the bytes of its codes itself, so that nothing between is written to memory.
+    """
+    spec, (R, G) = stored.spec, stored.groups
+    M, K, p, g = spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size
+    r, a, j, c = _places(R, p, G, g, stored.codes.device)
+    dtype = torch.promote_types(stored.codebooks.dtype, torch.float32)
+    flat = stored.codebooks.reshape(-1)
+    total = None
+    for m in range(M):
+        entry = _field(stored.codes, (r * G + j) * M + m, spec.nbits_per_codebook)
+        book = j * M + m if spec.groupwise_codebooks else m
+        value = flat[((book * K + entry) * p + a) * g + c].to(dtype)  # [R, p, G, g]
+        total = value if total is None else total + value
+    total = total * _scale(stored, r, j).to(dtype)
+    if stored.input_scales is not None:
+        total = total * stored.input_scales[j * g + c].to(dtype)
+    return total.reshape(R * p, G * g)  # [R, p, G, g] → [O, I]
+
+
+def _places(R: int, p: int, G: int, g: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices of every axis of [R, p, G, g], to be broadcast."""
+    r, a, j, c = (torch.arange(size, device=device) for size in (R, p, G, g))
+    return r[:, None, None, None], a[:, None, None], j[:, None], c
+
+
+def _field(packed: Tensor, index: Tensor, bits: int) -> Tensor:
+    """The integers of `bits` bits at the places `index` of packed ones, little end first."""
+    first = index * bits
+    byte, shift, last = first >> 3, first & 7, packed.numel() - 1
+    word = packed[byte].to(torch.int64)
+    if 8 % bits:
+        word = word | packed[(byte + 1).clamp(max=last)].to(torch.int64) << 8
+    if 8 < bits < 16:
+        word = word | packed[(byte + 2).clamp(max=last)].to(torch.int64) << 16
+    return (word >> shift) & (2**bits - 1)
+
+
+def _scale(stored: Stored, r: Tensor, j: Tensor) -> Tensor:
+    """Scales, to be broadcast over [R, p, G, g]."""
+    if stored.scales is not None:
+        return stored.scales[r, j if stored.scales.shape[1] > 1 else torch.zeros_like(j)]
+    level = _field(stored.scale_codes, r * stored.groups[1] + j, stored.spec.scale_nbits)
+    return stored.scale_values[r, level]

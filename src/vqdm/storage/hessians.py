@@ -1,0 +1,83 @@
+"""Hessians on disk: those of the full-precision model, for every choice of bits that is tried on it.
+
+One safetensors file for each input that layers share, and an index that says which layers that are, and for which
+model, prompts and sampling the Hessians hold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vqdm.config import differences
+from vqdm.diffusion.blocks import Layer
+from vqdm.errors import RunError, UserError
+from vqdm.storage.atomic import save_json, save_tensors
+
+
+class HessianStore:
+    """A folder of second moments.
+
+    Raises:
+        UserError: the folder holds Hessians of other settings, or its index is damaged.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        self.folder, self.settings = folder, settings
+        self.leaders: dict[str, str] = {}  # key of a layer → name of its file
+        self.index = folder / "hessians.json"
+        if self.index.is_file():
+            self._read_index()
+
+    def _read_index(self) -> None:
+        try:
+            index = json.loads(self.index.read_text(encoding="utf-8"))
+            changed = differences(index["settings"], self.settings)
+            self.leaders = dict(index["layers"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--hessian_cache: {self.index} is damaged; delete it, or choose another folder") from None
+        if changed:
+            raise UserError(
+                f"--hessian_cache {self.folder} is of another run: {'; '.join(changed)}; choose another folder"
+            )
+
+    def __contains__(self, layer: Layer) -> bool:
+        return _key(layer) in self.leaders
+
+    def save(self, group: list[Layer], hessian: Tensor, held_out: Tensor | None) -> None:
+        """Keep H [I, I], and a held-out one, for layers that share an input."""
+        leader = _key(group[0])
+        tensors = {"hessian": hessian} | ({} if held_out is None else {"held_out": held_out})
+        save_tensors(tensors, self._file(leader))
+        self.leaders |= {_key(layer): leader for layer in group}
+        save_json({"settings": self.settings, "layers": self.leaders}, self.index)
+
+    def load(self, layer: Layer, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+        """H and the held-out H of a layer. Raises RunError when the file is gone or damaged."""
+        path = self._file(self.leaders[_key(layer)])
+        try:
+            tensors = load_file(path, device=str(device))
+            return tensors["hessian"], tensors.get("held_out")
+        except (OSError, SafetensorError, KeyError) as error:
+            raise RunError(f"{path} is missing or damaged ({error}); delete {self.index} and run again") from None
+
+    def groups(self, layers: list[Layer]) -> list[list[Layer]]:
+        """`layers` by the file they share, in their order."""
+        found: dict[str, list[Layer]] = {}
+        for layer in layers:
+            found.setdefault(self.leaders[_key(layer)], []).append(layer)
+        return list(found.values())
+
+    def _file(self, leader: str) -> Path:
+        return self.folder / f"{leader}.safetensors"
+
+
+def _key(layer: Layer) -> str:
+    """A convolution's Hessian depends on the order of its columns."""
+    channels_first = layer.kind == "conv" and not layer.spec.group_channels
+    return f"{layer.name}.channels_first" if channels_first else layer.name

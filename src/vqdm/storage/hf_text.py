@@ -1,0 +1,95 @@
+"""The format's home in transformers, for text encoders: `hf.VqdmConfig` with a quantizer of transformers' own kind.
+
+The module paths of CLIP's text models depend on the version of transformers and on the class: with or without
+`text_model.` in front. Names are stored without, and found either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import dtype as Dtype
+from torch import nn
+from transformers.quantizers import HfQuantizer, auto
+
+from vqdm.layers.quantized import dequantize_layers
+from vqdm.layers.rounded import unround_layers
+from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_names
+
+TEXT_PREFIX = "text_model."
+
+
+class VqdmTextQuantizer(HfQuantizer):
+    """Builds quantized layers on the meta device, once the names and shapes in the files are known to be right."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_
+    ) -> None:
+        build_layers(model, self.quantization_config.renamed(lambda name: _name_in(model, name)))
+        if checkpoint_files:
+            check_tensors(model, dict(_shapes(checkpoint_files)))
+
+    def _dequantize(self, model: nn.Module, dtype: Dtype | None = None) -> nn.Module:
+        dequantize_layers(model)
+        unround_layers(model)
+        return model.to(dtype or model.dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def check_tensors(model: nn.Module, held: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming the first tensor, where files lack one, hold another, or one of another shape.
+
+    transformers would warn and leave random weights. Tensors that it ties to another need not be held.
+    """
+    tied = {short_name(name) for name in getattr(model, "all_tied_weights_keys", None) or {}}
+    expected = {short_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held = {short_name(name): shape for name, shape in held.items()}
+    expected = {name: shape for name, shape in expected.items() if name in held or name not in tied}
+    check_names(expected, held)
+    for name, shape in held.items():
+        if shape != expected[name]:
+            raise ValueError(f"tensor {name} of the checkpoint has shape {shape}; the layer holds {expected[name]}")
+
+
+def _shapes(files: list[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for path in files:
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"{path} is not a safetensors file")
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tuple(tensors.get_slice(name).get_shape())
+
+
+def short_name(name: str) -> str:
+    """A module's or tensor's name as it is stored, whatever the version of transformers."""
+    return name.removeprefix(TEXT_PREFIX)
+
+
+def _name_in(model: nn.Module, name: str) -> str:
+    """The name by which this model knows a stored one."""
+    return TEXT_PREFIX + name if isinstance(getattr(model, "text_model", None), nn.Module) else name
+
+
+def mark_text_quantized(model: nn.Module) -> VqdmConfig:
+    """Tell a transformers model that it is quantized now, so that `save_pretrained` writes the format."""
+    config = VqdmConfig.of(model).renamed(short_name)
+    model.config.quantization_config = config
+    model.hf_quantizer = VqdmTextQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    return config
+
+
+def register_text() -> None:
+    """Make transformers know `quant_method: vqdm`; doing it twice changes nothing."""
+    auto.AUTO_QUANTIZER_MAPPING[Method.VQDM.value] = VqdmTextQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.VQDM.value] = VqdmConfig

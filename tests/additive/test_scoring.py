@@ -1,0 +1,83 @@
+import logging
+
+import pytest
+import torch
+
+from vqdm.additive import scoring
+from vqdm.additive.encode import encode_vectors
+from vqdm.additive.kmeans import kmeans, nearest
+from vqdm.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv(scoring.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(scoring, "_wanted", None)
+    yield
+    scoring._failure.cache_clear()
+    scoring._say.cache_clear()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_cpu_takes_torch_unless_told_otherwise(monkeypatch, triton_device):
+    vectors = torch.zeros(1, 4, device=triton_device)
+    assert scoring.fused_scoring(torch.zeros(1, 4)) is None
+    monkeypatch.setenv(scoring.ENVIRONMENT, "triton_tf32")
+    assert scoring.fused_scoring(vectors).keywords == {"precision": "tf32"}
+    assert scoring.fused_scoring(vectors.double()) is None
+    scoring.set_scoring("torch")
+    assert scoring.fused_scoring(vectors) is None
+
+
+@pytest.mark.parametrize("beam_size", [1, 5])
+def test_both_paths_find_the_same_codes(beam_size, triton_device):
+    targets, codebooks = randn(13, 4).to(triton_device), randn(3, 16, 4, seed=1).to(triton_device)
+    scoring.set_scoring("torch")
+    codes = encode_vectors(targets, codebooks, beam_size)
+    scoring.set_scoring("triton")
+    assert torch.equal(encode_vectors(targets, codebooks, beam_size), codes)
+
+
+def test_both_paths_find_the_same_clusters(triton_device):
+    points = randn(70, 4).to(triton_device)
+    found = {}
+    for path in ("torch", "triton"):
+        scoring.set_scoring(path)
+        centroids = kmeans(points, 8, 2, torch.Generator().manual_seed(0))
+        found[path] = centroids, *nearest(points, centroids)
+    for one, other in zip(found["torch"], found["triton"], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("broken", [ModuleNotFoundError("No module named 'triton'"), RuntimeError("no\ncompiler")])
+def test_where_triton_fails_torch_takes_over_with_one_warning(broken, monkeypatch, caplog):
+    def fail(path):
+        raise broken
+
+    class Cuda:
+        is_cuda, dtype, device = True, torch.float32, torch.device("cuda")
+
+    monkeypatch.setattr(scoring, "_kernel", fail)
+    with caplog.at_level(logging.INFO, "vqdm"):
+        assert scoring.fused_scoring(Cuda) is None and scoring.fused_scoring(Cuda) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(broken).partition("\n")[0] in caplog.text
+    scoring.set_scoring("triton")
+    with pytest.raises(UserError, match="VQDM_SCORING is triton, which does not work on cuda"):
+        scoring.fused_scoring(Cuda)
+
+
+def test_wrong_results_of_a_kernel_are_not_used(monkeypatch):
+    monkeypatch.setattr(scoring, "_kernel", lambda path: lambda r, c, count: (torch.zeros(len(r), count), None, None))
+    assert scoring._failure(torch.device("cpu"), "triton") == "its results are wrong"
+
+
+def test_an_unknown_path_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="set_scoring is 'fast'; allowed are auto, torch, triton"):
+        scoring.set_scoring("fast")
+    monkeypatch.setenv(scoring.ENVIRONMENT, "cuda")
+    with pytest.raises(UserError, match="VQDM_SCORING is 'cuda'"):
+        scoring.fused_scoring(torch.zeros(1, 4))

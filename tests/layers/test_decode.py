@@ -1,0 +1,109 @@
+import logging
+
+import pytest
+import torch
+from test_gather import SPECS, stored_of
+
+from vqdm.additive.code import CodeSpec
+from vqdm.errors import UserError
+from vqdm.layers import decode as decoding
+from vqdm.layers.decode import decode
+from vqdm.layers.native import compiler
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv(decoding.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(decoding, "_wanted", None)
+    monkeypatch.setattr(decoding, "_chosen", {})
+    monkeypatch.setattr(decoding, "_said", set())
+    monkeypatch.setitem(decoding.CANDIDATES, "cpu", ("gather", "torch"))
+    decoding._warn_once.cache_clear()
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The ways that are run, in order."""
+    names = []
+    for name, run in list(decoding.RUNS.items()):
+        monkeypatch.setitem(decoding.RUNS, name, lambda *given, name=name, run=run: (names.append(name), run(*given)))
+    return names
+
+
+@pytest.mark.parametrize("path", ["torch", "gather", "native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_ways_agree(path, dtype, triton_device):
+    if path == "native" and compiler() is None:
+        pytest.skip("no C compiler")
+    if path == "triton" and triton_device != "cpu":
+        pytest.skip("the tensors of this test are on the CPU")
+    stored, code = stored_of(CodeSpec(2, 6, 4, scale_nbits=4), 16, 32)
+    assert torch.equal(decode(stored, dtype, path=path), code.dequantize().to(dtype))
+
+
+def test_a_way_is_named_by_argument_function_or_environment_in_this_order(used, monkeypatch):
+    stored, _ = stored_of(SPECS[0], 8, 16)
+    monkeypatch.setenv(decoding.ENVIRONMENT, "torch")
+    decode(stored, torch.float32)
+    decoding.set_decode_path("gather")
+    decode(stored, torch.float32)
+    decode(stored, torch.float32, path="torch")
+    decoding.set_decode_path(None)
+    decode(stored, torch.float32)
+    assert used == ["torch", "gather", "torch", "torch"]
+
+
+def test_the_fastest_is_measured_once_a_class_and_said_once(used, monkeypatch, caplog):
+    seconds = {"torch": 1, "gather": 2}
+    monkeypatch.setattr(decoding, "_seconds", lambda name, *given: (decoding.RUNS[name](*given), seconds[name])[1])
+    layers = [stored_of(spec, 8, 16)[0] for spec in (SPECS[0], SPECS[0], SPECS[1])]
+    with caplog.at_level(logging.INFO, "vqdm"):
+        for stored in layers:
+            decode(stored, torch.float32)
+    assert used.count("gather") == 2 * 3 and used[-1] == "torch"
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding on cpu: torch (gather 2000.00 ms, torch 1000.00 ms)"
+    ]
+
+
+@pytest.mark.parametrize("failure", ["raises", "wrong"])
+def test_a_way_that_fails_is_left_with_a_warning(failure, monkeypatch, caplog):
+    def broken(stored, out):
+        if failure == "raises":
+            raise RuntimeError("no compiler\nhere")
+        out.zero_()
+
+    monkeypatch.setitem(decoding.RUNS, "gather", broken)
+    stored, code = stored_of(SPECS[0], 8, 16)
+    assert torch.equal(decode(stored, torch.float32), code.dequantize())
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    reason = {"raises": "no compiler", "wrong": "its results are wrong"}[failure]
+    assert warnings == [f"decoding on cpu: not by gather, which fails: {reason}"]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_what_is_measured_is_the_layers_first_rows(spec, monkeypatch):
+    monkeypatch.setattr(decoding, "MEASURED_WEIGHTS", 16 * 6)
+    stored, code = stored_of(spec, 24, 16)
+    part = decoding._first_rows(stored)
+    assert part.shape == (6, 16)
+    assert torch.equal(part.working().dequantize(), code.dequantize()[:6])
+
+
+def test_an_unknown_way_and_one_for_another_device_are_refused():
+    stored, _ = stored_of(SPECS[0], 8, 16)
+    with pytest.raises(
+        UserError, match="set_decode_path is 'fast'; allowed are auto, torch, gather, native, triton, compile"
+    ):
+        decoding.set_decode_path("fast")
+    with pytest.raises(UserError, match="gather, which is for the CPU; meta takes"):
+        decode(stored._replace(codes=stored.codes.to("meta")), torch.float32, path="gather")
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_tracing_leaves_one_graph(learned):
+    stored, code = stored_of(CodeSpec(2, 3, 4, scale_nbits=2), 8, 16)
+    stored = stored._replace(codebooks=stored.codebooks.float().requires_grad_(learned))
+    out = torch.compile(decoding.traced, fullgraph=True, backend="aot_eager")(stored)
+    torch.testing.assert_close(out, code.dequantize())
+    assert out.requires_grad == learned

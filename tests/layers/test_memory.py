@@ -1,0 +1,110 @@
+"""What a forward pass holds at its peak: the stored tensors, one decoded layer, the activations."""
+
+import tracemalloc
+import weakref
+
+import pytest
+import torch
+from test_quantized import random_code
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vqdm.additive.code import CodeSpec
+from vqdm.layers import decode as decoding
+from vqdm.layers import parts
+from vqdm.layers.quantized import decoded_once, quantized_layers, swap
+from vqdm.layers.scratch import free_scratch
+
+
+@pytest.fixture(autouse=True)
+def gathering(monkeypatch):
+    """Without measuring ways first, and with an empty buffer."""
+    monkeypatch.setattr(decoding, "_wanted", "gather")
+    free_scratch()
+    yield
+    free_scratch()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make inside, and the most that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in given:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        if storage not in self._known:
+            self._known.add(storage)
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._add, -storage.nbytes())
+
+    def _add(self, count):
+        self.now += count
+        self.peak = max(self.peak, self.now)
+
+
+SPEC = CodeSpec(3, 8, 8)
+SHAPES = [(512, 512), (1024, 512), (512, 1024), (512, 512)]
+
+
+def model_of_four():
+    model = nn.Sequential(*[nn.Linear(columns, rows) for rows, columns in SHAPES]).requires_grad_(False)
+    for index, shape in enumerate(SHAPES):
+        swap(model, str(index), SPEC).set_code(random_code(SPEC, *shape))
+    return model
+
+
+def peak(run):
+    """Bytes of tensors, and of numpy's arrays, at their peaks, beyond what was there before; and what is left."""
+    tracemalloc.start()
+    with torch.no_grad(), LiveBytes() as live:
+        run()
+    numpy_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return live.peak + numpy_peak, live.now
+
+
+def test_a_forward_pass_holds_one_decoded_layer(monkeypatch):
+    monkeypatch.setattr(parts, "GROUPS_AT_ONCE", 2**11)
+    model, x = model_of_four(), torch.randn(4, 512)
+    largest = 4 * 1024 * 512
+    activations = 4 * 4 * (1024 + 512) * 2  # an input and an output, and a copy of each
+    working = 2**11 * (4 * SPEC.in_group_size + 3 * 8) + 4 * 3 * 256 * 8 * 2 + 2**16  # a part, tables, Python's own
+    held, left = peak(lambda: model(x))
+    assert largest < held <= largest + activations + working
+    assert left <= largest  # the buffer
+
+
+def test_the_measure_sees_what_is_kept():
+    model, x = model_of_four(), torch.randn(4, 512)
+    with decoded_once(model):
+        held, left = peak(lambda: model(x))
+    assert left >= sum(4 * rows * columns for rows, columns in SHAPES)
+    assert held >= left
+
+
+def test_a_backward_pass_holds_the_weight_and_its_gradient():
+    model, x = model_of_four(), torch.randn(4, 512, requires_grad=True)
+    layer = quantized_layers(model)["1"]
+    layer.scales = nn.Parameter(layer.scales.float())
+    y = model(x)
+    with LiveBytes() as live:
+        y.sum().backward()
+    assert layer.scales.grad is not None
+    assert live.peak < 4 * 4 * 1024 * 512
+
+
+def test_a_copy_of_the_weight_is_its_own():
+    model = model_of_four()
+    first, second = (decoding.decode(layer._stored(), torch.float32) for layer in (model[0], model[3]))
+    assert first.data_ptr() != second.data_ptr()

@@ -1,0 +1,137 @@
+import copy
+import json
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+from test_hf import picture, quantized_unet
+from test_quantized import SPECS, random_code
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from vqdm.additive.config import SolverConfig
+from vqdm.jobs.text_encoder import text_layers
+from vqdm.layers.quantized import QuantizedLinear, quantized_layers, swap
+from vqdm.layers.rounded import round_layer, rounded_layers
+from vqdm.storage.hf_text import mark_text_quantized, short_name
+
+KINDS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+IDS = torch.tensor([[1, 2, 3, 4, 5]])
+VICTIM = "encoder.layers.1.mlp.fc1.codebooks"
+
+
+def quantized_text_encoder(part: str, spec=SPECS[0]) -> nn.Module:
+    """A tiny text encoder with random codes, and one layer in 8 bit."""
+    model = getattr(tiny_pipeline("sdxl"), part).eval()
+    first, *layers = text_layers(model, SolverConfig(spec))
+    for layer in layers:
+        swap(model, layer.name, spec).set_code(random_code(spec, layer.rows, layer.columns))
+    round_layer(model, first.name)
+    mark_text_quantized(model)
+    return model
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, output_hidden_states=True).hidden_states[-1]
+
+
+@pytest.mark.parametrize("part", KINDS)
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}])
+def test_round_trip_is_exact(tmp_path, part, options):
+    model = quantized_text_encoder(part)
+    model.save_pretrained(tmp_path, **options)
+    again = KINDS[part].from_pretrained(tmp_path)
+    assert len(quantized_layers(again)) == 11 and len(rounded_layers(again)) == 1
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert torch.equal(run(model), run(again)) and torch.equal(run(model), run(copy.deepcopy(again)))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(run(model), run(KINDS[part].from_pretrained(tmp_path / "again")))
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_stored_names_hold_no_path_of_a_version(tmp_path, part):
+    quantized_text_encoder(part).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert "encoder.layers.0.self_attn.v_proj" in config["layers"] and config["format_version"] == 2
+    assert all(name.startswith("encoder.layers.") for name in (*config["layers"], *config["rounded"]))
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_files_of_another_version_load(tmp_path, part):
+    """Tensors under `text_model.` load where the model's names lack it, and the other way round."""
+    model = quantized_text_encoder(part)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    prefixed = any(name.startswith("text_model.") for name in tensors)
+    renamed = {short_name(name) if prefixed else f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, path, {"format": "pt"})
+    assert torch.equal(run(model), run(KINDS[part].from_pretrained(tmp_path)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_type_casts_plain_tensors_only(tmp_path, dtype):
+    quantized_text_encoder("text_encoder").save_pretrained(tmp_path)
+    model = CLIPTextModel.from_pretrained(tmp_path, dtype=dtype)
+    layer = next(iter(quantized_layers(model).values()))
+    assert layer.codes.dtype == torch.uint8 and layer.codebooks.dtype == torch.float16
+    assert layer.bias.dtype == model.dtype == dtype
+    assert run(model).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors, name: tensors.pop(name), f"lacks 1 tensors, the first is {VICTIM}"),
+        (lambda tensors, _: tensors.update(ghost=torch.ones(1)), "holds 1 unknown tensors, the first is ghost"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:1].clone()}), f"tensor {VICTIM} .* has shape"),
+    ],
+    ids=["missing", "extra", "wrong shape"],
+)
+@pytest.mark.parametrize("part", KINDS)
+def test_a_wrong_checkpoint_is_an_error_that_names_the_tensor(tmp_path, part, change, words):
+    quantized_text_encoder(part).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors, next(name for name in tensors if name.endswith(VICTIM)))
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=words):
+        KINDS[part].from_pretrained(tmp_path)
+
+
+def test_a_newer_version_is_refused(tmp_path):
+    quantized_text_encoder("text_encoder").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = 3
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format_version is 3"):
+        CLIPTextModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_dequantize_gives_a_plain_model(tmp_path, part):
+    model = quantized_text_encoder(part)
+    expected = run(model)
+    plain = model.dequantize()
+    assert not quantized_layers(plain) and not rounded_layers(plain)
+    assert (run(plain) - expected).norm() < 0.02 * expected.norm()
+    plain.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(run(plain), run(KINDS[part].from_pretrained(tmp_path)))
+
+
+def test_a_pipeline_with_everything_quantized_comes_back(tmp_path):
+    pipeline = tiny_pipeline("sdxl")
+    parts = {part: quantized_text_encoder(part) for part in KINDS} | {"unet": quantized_unet(rest_nbits=8)}
+    pipeline.register_modules(**parts)
+    pipeline.save_pretrained(tmp_path)
+    again = StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    assert isinstance(again.text_encoder.get_submodule("encoder.layers.0.mlp.fc1"), QuantizedLinear)
+    assert torch.equal(picture(pipeline), picture(again))
+    assert json.loads((tmp_path / "model_index.json").read_text())["text_encoder"][0] == "transformers"
