@@ -136,13 +136,14 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--local_files_only", action="store_true", help="never ask the hub")
 
 
-def add_shared_flags(parser: argparse.ArgumentParser, output: str) -> None:
-    """Flags that every script has."""
+def add_shared_flags(parser: argparse.ArgumentParser, output: str | None, dtype: bool = True) -> None:
+    """Flags that every script has; `--dtype` where the number format is free."""
     group = parser.add_argument_group("run")
     group.add_argument("-h", "--help", action="help", help="show this help and exit")
     group.add_argument("--output_dir", "--save", metavar="DIR", default=output, help="where the result goes")
     group.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="start of every random draw")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
+    if dtype:
+        group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     group.add_argument("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="live tracker")
     group.add_argument(
@@ -153,7 +154,11 @@ def add_shared_flags(parser: argparse.ArgumentParser, output: str) -> None:
     group.add_argument("--dry_run", action="store_true", help="check everything cheap, say what would be done, stop")
 
 
-def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+def run_script(
+    main: Callable[[list[str] | None], None],
+    argv: list[str] | None = None,
+    after_interrupt: str = "the same command with --resume goes on",
+) -> int:
     """Run a script's main function; one line on standard error and the exit status for whatever goes wrong.
 
     0 done, 1 failed, 2 bad input, 130 interrupted.
@@ -166,7 +171,7 @@ def run_script(main: Callable[[list[str] | None], None], argv: list[str] | None 
     except (RunError, OSError, MemoryError) as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        return _complain(KeyboardInterrupt("interrupted; the same command with --resume goes on"), 130)
+        return _complain(KeyboardInterrupt(f"interrupted; {after_interrupt}"), 130)
     except Exception as error:
         return _complain(RunError(f"unexpected {type(error).__name__}: {error} (--loglevel DEBUG shows where)"), 1)
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from vqdm.diffusion.pipelines import pick_device
 from vqdm.errors import UserError
@@ -47,6 +47,10 @@ class Ranks:
         held = [value]
         broadcast_object_list(held)
         return held[0]
+
+    def gathered(self, value: Any) -> list:
+        """Every rank's value, in order of the ranks, on every rank; all must call it."""
+        return gather_object([value])
 
     def wait(self) -> None:
         """Return when every rank has come here."""

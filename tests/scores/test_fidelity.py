@@ -3,9 +3,23 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.image import StructuralSimilarityIndexMeasure
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from vqdm.scores.fidelity import decibels, lpips, pair_scores, to_tensor
+from vqdm.errors import UserError
+from vqdm.scores.fidelity import (
+    decibels,
+    load_lpips,
+    lpips,
+    pair_scores,
+    psnr,
+    squared_errors,
+    ssim,
+    to_tensor,
+)
 
 
 def test_pair_scores_equal_numpy():
@@ -38,3 +52,59 @@ def test_lpips_is_left_out_where_its_weights_are_not(tmp_path, monkeypatch):
 def test_decibels():
     assert decibels(1, 100) == pytest.approx(-20)
     assert decibels(0, 1) < -250
+
+
+def pictures(count: int, seed: int) -> torch.Tensor:
+    """Smooth random pictures in [0, 1], float32 [N, 3, 32, 40]."""
+    small = torch.rand(count, 3, 8, 10, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(small, size=(32, 40), mode="bicubic").clamp(0, 1)
+
+
+def test_psnr_of_known_noise_and_of_torchmetrics():
+    plain = torch.full((2, 3, 8, 8), 0.5)
+    noisy = plain + torch.tensor([0.1, 0.01])[:, None, None, None]
+    assert psnr(squared_errors(plain, noisy)).tolist() == pytest.approx([20, 40], rel=1e-5)
+    first, second = pictures(3, 0), pictures(3, 1)
+    theirs = [
+        peak_signal_noise_ratio(b[None], a[None], data_range=1.0).item() for a, b in zip(first, second, strict=True)
+    ]
+    assert psnr(squared_errors(first, second)).tolist() == pytest.approx(theirs, rel=1e-6)
+
+
+def test_ssim_of_a_pair_is_that_of_torchmetrics_and_needs_no_batch():
+    first, second = pictures(3, 0), pictures(3, 1)
+    metric = StructuralSimilarityIndexMeasure(data_range=1.0)
+    metric.update(second, first)
+    assert ssim(first, second).mean().item() == pytest.approx(metric.compute().item(), rel=1e-6)
+    assert ssim(first, second)[1].item() == pytest.approx(ssim(first[1:2], second[1:2]).item(), rel=1e-5)
+    assert ssim(first, first).tolist() == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_is_that_of_torchmetrics(net, tmp_path, monkeypatch):
+    """With one random backbone for both."""
+    import torchvision
+
+    torch.manual_seed(0)
+    layers = {
+        "alex": lambda: torchvision.models.alexnet().features,
+        "vgg": lambda: torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"]),
+    }
+    backbone = torch.nn.ModuleDict({"features": layers[net]()})
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    first, second = pictures(2, 0).repeat(1, 1, 2, 2), pictures(2, 1).repeat(1, 1, 2, 2)
+    monkeypatch.setattr(
+        torchmetrics.functional.image.lpips, "_get_tv_model_features", lambda *args, **kwargs: backbone["features"]
+    )
+    metric = LearnedPerceptualImagePatchSimilarity(net_type=net, normalize=True)
+    metric.update(second, first)
+    monkeypatch.undo()
+    ours = load_lpips(net, tmp_path / "backbone.pth", torch.device("cpu"))(first, second)
+    assert ours.shape == (2,) and ours.mean().item() == pytest.approx(metric.compute().item(), rel=1e-5)
+    assert ours.mean() > 1e-3
+
+
+def test_lpips_refuses_another_backbone(tmp_path):
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"--lpips_weights .*x\.pth does not hold alex"):
+        load_lpips("alex", tmp_path / "x.pth", torch.device("cpu"))

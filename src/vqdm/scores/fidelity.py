@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+
+from vqdm.errors import UserError
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 
@@ -24,13 +27,62 @@ def pair_scores(reference: Tensor, images: Tensor) -> dict[str, float | None]:
 
     PSNR is the mean over pictures of 10·log₁₀(1 / MSE), a picture's MSE taken as at least 1e-10.
     """
-    squared = (reference - images).square().flatten(1).mean(1)  # [N]
+    squared = squared_errors(reference, images)
     return {
         "mse": squared.mean().item(),
         "mae": (reference - images).abs().mean().item(),
-        "psnr_db": (-10 * squared.clamp(min=1e-10).log10()).mean().item(),
+        "psnr_db": psnr(squared).mean().item(),
         "lpips": lpips(reference, images),
     }
+
+
+def squared_errors(reference: Tensor, images: Tensor) -> Tensor:
+    """Each picture's mean squared error over channels and pixels: [N, 3, H, W] twice → [N]."""
+    return (reference - images).square().flatten(1).mean(1)
+
+
+def psnr(squared: Tensor) -> Tensor:
+    """10·log₁₀(1 / MSE) in dB for pixels in [0, 1]; equal pictures have 100 dB rather than infinitely many."""
+    return -10 * squared.clamp(min=1e-10).log10()
+
+
+def ssim(reference: Tensor, images: Tensor) -> Tensor:
+    """Structural similarity (Wang et al., 2004) of each pair: float32 [N, 3, H, W] in [0, 1], twice → [N].
+
+    Gaussian window of 11 pixels, sigma 1.5, K1 0.01, K2 0.03, on RGB, mirrored at the borders.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
+
+
+def load_lpips(net: str, backbone: Path, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS (arXiv 1801.03924) with its backbone from a file: [N, 3, H, W] in [0, 1], twice → [N].
+
+    Args:
+        net: alex or vgg; the heads ship with torchmetrics.
+
+    Raises:
+        UserError: the file is not that backbone.
+    """
+    # The public class can only download the backbone; the module beneath it takes one.
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    model = _LPIPS(net=net, pnet_rand=True)
+    try:
+        _fill(model.net, torch.load(backbone, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise UserError(f"--lpips_weights {backbone} does not hold {net}: {str(error).splitlines()[0]}") from None
+    model = model.eval().to(device)
+    return lambda first, second: model(first, second, normalize=True).flatten()
+
+
+def _fill(slices: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load torchvision's `features.3.weight` into the slice that holds layer 3."""
+    for part in slices.children():
+        for index, layer in part.named_children():
+            prefix = f"features.{index}."
+            layer.load_state_dict({key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)})
 
 
 def lpips(reference: Tensor, images: Tensor) -> float | None:

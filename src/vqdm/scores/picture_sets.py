@@ -1,0 +1,191 @@
+"""Pictures to score: what `generate.py` wrote, any folder of pictures, or a zip file of them.
+
+Pictures of two sets belong together when their keys (prompt id, sample) are equal, never because of their order.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from PIL import Image
+
+from vqdm.errors import RunError, UserError
+from vqdm.image_folder import read_rows
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What two pictures of one prompt must share, so that only the UNet differs between them.
+SHARED_BY_PICTURES = ("prompt", "negative_prompt", "seed", "settings")
+SHARED_BY_RUNS = ("dtype", "model_sha256")
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file of a set.
+
+    Attributes:
+        id, sample: the prompt's name and the number of its picture; together the key.
+        file: path inside the set.
+        row: the manifest's row; empty where there is no manifest.
+    """
+
+    id: str
+    sample: int
+    file: str
+    row: dict
+
+    @property
+    def key(self) -> Key:
+        return self.id, self.sample
+
+    @property
+    def prompt(self) -> str | None:
+        return self.row.get("prompt")
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures by key, in the order of the manifest, or of their names where there is none.
+
+    Attributes:
+        path: a folder or a zip file.
+        run: content of `run.json`; empty where there is none.
+    """
+
+    path: Path
+    pictures: dict[Key, Picture]
+    run: dict
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile | None:
+        return zipfile.ZipFile(self.path) if self.path.is_file() else None
+
+    def load(self, picture: Picture) -> Image.Image:
+        """The decoded picture, 8-bit RGB. Raises RunError for a file that is no picture."""
+        try:
+            with self._open(picture.file) as source, Image.open(source) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile) as error:
+            raise RunError(f"{self.path / picture.file} cannot be read as a picture: {error}") from None
+
+    def _open(self, file: str) -> IO[bytes]:
+        return self._archive.open(file) if self._archive else (self.path / file).open("rb")
+
+    @property
+    def has_prompts(self) -> bool:
+        return all(picture.prompt is not None for picture in self.pictures.values())
+
+    @property
+    def full_precision(self) -> bool:
+        return self.run.get("full_precision") is True
+
+    def problems(self) -> dict[str, int]:
+        """What the manifest says is wrong with pictures → how many there are."""
+        found = [picture.row.get("problem") for picture in self.pictures.values()]
+        return {problem: found.count(problem) for problem in sorted({one for one in found if one})}
+
+
+def open_pictures(path: str, flag: str) -> PictureSet:
+    """The set of a folder or zip file.
+
+    Raises:
+        UserError: nothing is there, no picture is in it, or its run is not finished; names `flag`.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{flag}: {path} is not there; give a folder of pictures")
+    if place.is_file() and not zipfile.is_zipfile(place):
+        raise UserError(f"{flag}: {path} is neither a folder nor a zip file")
+    pictures = _of_manifest(place, flag) or _of_names(_names(place))
+    if not pictures:
+        raise UserError(f"{flag}: {path} holds no picture ({' '.join(SUFFIXES)})")
+    return PictureSet(place, pictures, _read_run(place))
+
+
+def _of_manifest(folder: Path, flag: str) -> dict[Key, Picture]:
+    """Pictures that the manifest names; none where there is no manifest."""
+    if not folder.is_dir():
+        return {}
+    if list(folder.glob("manifest.*.jsonl")):
+        raise UserError(f"{flag}: {folder} is not finished; run the same generate.py with --resume first")
+    rows = read_rows(folder / "manifest.jsonl")
+    missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
+    if missing:
+        raise UserError(f"{flag}: {folder / missing[0]} and {len(missing) - 1} more of its manifest are not there")
+    found = [Picture(str(row.get("id", row["index"])), row["sample"], row["file"], row) for row in rows]
+    return {picture.key: picture for picture in found}
+
+
+def _of_names(names: Iterable[str]) -> dict[Key, Picture]:
+    found = [Picture(str(PurePosixPath(name).with_suffix("")), 0, name, {}) for name in sorted(names)]
+    return {picture.key: picture for picture in found}
+
+
+def _names(place: Path) -> list[str]:
+    """Pictures in a folder or zip file, at any depth; hidden ones are left out."""
+    if place.is_file():
+        with zipfile.ZipFile(place) as archive:
+            names = archive.namelist()
+    else:
+        names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
+    visible = [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+    return [name for name in visible if name.lower().endswith(SUFFIXES)]
+
+
+def _read_run(place: Path) -> dict:
+    try:
+        run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+        return run if isinstance(run, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+# --------------------------------------------------------------------------------------------- two sets
+
+
+def shared_keys(images: PictureSet, reference: PictureSet) -> list[Key]:
+    """Keys that both sets have, in the order of the first."""
+    return [key for key in images.pictures if key in reference.pictures]
+
+
+def mismatches(images: PictureSet, reference: PictureSet) -> list[str]:
+    """Lines that say why a comparison would measure more than the UNet; empty when it would not."""
+    keys = shared_keys(images, reference)
+    lines = []
+    if len(keys) < len(images.pictures):
+        lines.append(f"{len(images.pictures) - len(keys)} of {len(images.pictures)} pictures have no partner")
+    lines += _differing_rows(images, reference, keys)
+    lines += _differing_runs(images.run, reference.run)
+    return lines
+
+
+def _differing_rows(images: PictureSet, reference: PictureSet, keys: list[Key]) -> list[str]:
+    lines = []
+    for name in SHARED_BY_PICTURES:
+        pairs = [(images.pictures[key].row.get(name), reference.pictures[key].row.get(name)) for key in keys]
+        differing = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
+        if differing:
+            lines.append(f"{_words(name, *differing[0])} ({len(differing)} of {len(pairs)} pictures)")
+    return lines
+
+
+def _words(name: str, ours, theirs) -> str:
+    """How two values differ; of settings, the first that does."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        name = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
+        ours, theirs = ours.get(name), theirs.get(name)
+    return f"{name} is {ours!r}, the reference's {theirs!r}"
+
+
+def _differing_runs(ours: dict, theirs: dict) -> list[str]:
+    pairs = {name: [(run.get("settings") or {}).get(name) for run in (ours, theirs)] for name in SHARED_BY_RUNS}
+    pairs["scheduler"] = [run.get("scheduler") for run in (ours, theirs)]
+    known = {name: pair for name, pair in pairs.items() if None not in pair}
+    return [_words(name, *pair) for name, pair in known.items() if pair[0] != pair[1]]
