@@ -154,9 +154,9 @@ def prepare(job: Job) -> None:
 
 def calibration_points(job: Job) -> Trajectories | None:
     """The points that a block is calibrated on; None where stored Hessians serve."""
-    if job.config.hessian_cache:
-        return None
-    return calibration_trajectories(job) if job.config.calibration_latents == "student" else teacher_trajectories(job)
+    if job.config.calibration_latents == "student":
+        return calibration_trajectories(job)
+    return None if job.store else teacher_trajectories(job)
 
 
 # ------------------------------------------------------------------------------------------- layers
