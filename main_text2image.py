@@ -115,7 +115,7 @@ def _add_bits_flags(group: argparse._ArgumentGroup) -> None:
         "(default: unet with --target_bits, else none)",
     )
     group.add_argument(
-        "--sensitivity_points", type=whole(1), default=8, help="recorded points that a layer's worth is measured on"
+        "--sensitivity_points", type=whole(1), default=64, help="recorded points that a layer's worth is measured on"
     )
 
 

@@ -87,7 +87,7 @@ class QuantizeConfig:
     hessian_cache: str | None = None
     share_codebooks: str = "none"
     target_bits: float | None = None
-    sensitivity_points: int = 8
+    sensitivity_points: int = 64
     load: str | None = None
     report_to: str = "none"
     on_save: str | None = None

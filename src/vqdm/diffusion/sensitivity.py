@@ -1,6 +1,8 @@
-"""How much each layer's quantization moves the UNet's output: one layer at a time, on recorded points.
+"""How much the quantization of each layer moves the UNet's output, for all layers at once.
 
-The effects of layers nearly add up, so that their sum predicts the error of the whole.
+To first order a change Δ of one layer's weight moves the outputs f by J Δ. For random signs v the expected value of
+(vᵀ J Δ)² is ‖J Δ‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for every layer: a pass a recorded point,
+instead of a pass a layer. The effects of layers nearly add up, so that their sum predicts the error of the whole.
 """
 
 from __future__ import annotations
@@ -11,10 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vqdm.diffusion.blocks import Layer, weight_of
 from vqdm.diffusion.trajectories import Trajectories
-
-Calls = list[Callable[[], dict]]
 
 
 def spread_over_noise(trajectories: Trajectories, count: int) -> list[tuple[int, int]]:
@@ -24,27 +23,47 @@ def spread_over_noise(trajectories: Trajectories, count: int) -> list[tuple[int,
     return [(n % prompts, (2 * n + 1) * steps // (2 * count)) for n in range(count)]
 
 
-@torch.no_grad()
-def outputs(unet: nn.Module, calls: Calls) -> list[Tensor]:
-    """The UNet's outputs, float32, one tensor a call."""
-    return [unet(**call()).sample.float() for call in calls]
+def output_effects(
+    unet: nn.Module,
+    changes: dict[str, Tensor],
+    calls: list[Callable[[], dict]],
+    generator: torch.Generator,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """By layer name, the squared error of the UNet's outputs over their energy when this layer alone changes.
+
+    Args:
+        changes: by layer name, what is added to the weight, in its shape.
+        calls: functions that make the keyword arguments of one UNet call each; every call is one random draw of v.
+        tick: called after every call.
+    """
+    weights = [unet.get_submodule(name).weight for name in changes]
+    energy, effects = 0.0, torch.zeros(len(weights), dtype=torch.float64)
+    with following(unet, weights):
+        for call in calls:
+            output = unet(**call()).sample.float()
+            signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
+            gradients = torch.autograd.grad((output * signs).sum(), weights)
+            moved = [(g.float() * change).sum() for g, change in zip(gradients, changes.values(), strict=True)]
+            effects += torch.stack(moved).double().cpu().square()
+            energy += output.detach().double().square().sum().item()
+            tick()
+    return dict(zip(changes, (effects / energy).tolist(), strict=True))
 
 
 @contextmanager
-def replaced_weight(unet: nn.Module, layer: Layer, matrix: Tensor) -> Iterator[None]:
-    """Inside, the layer's weight is that of `matrix` [O, I]."""
-    weight = unet.get_submodule(layer.name).weight
-    original = weight.data
-    weight.data = weight_of(matrix, original.shape, layer.spec.group_channels).to(original.dtype)
+def following(unet: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, gradients reach `weights`; on a GPU activations are computed again rather than kept."""
+    checkpointing = weights[0].is_cuda and not unet.is_gradient_checkpointing
     try:
-        yield
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            yield
     finally:
-        weight.data = original
-
-
-def output_effect(unet: nn.Module, layer: Layer, matrix: Tensor, calls: Calls, expected: list[Tensor]) -> float:
-    """Squared error of the UNet's outputs over their energy when one layer's weight is `matrix` [O, I]."""
-    with replaced_weight(unet, layer, matrix):
-        found = outputs(unet, calls)
-    error = sum((one - other).double().square().sum() for one, other in zip(found, expected, strict=True))
-    return (error / sum(one.double().square().sum() for one in expected)).item()
+        for weight in weights:
+            weight.requires_grad_(False)
+        if checkpointing:
+            unet.disable_gradient_checkpointing()

@@ -1,7 +1,7 @@
 """Bits where they matter: every layer's format for a given number of stored bits a weight.
 
-Each layer is coded at two bits and its effect on the UNet's output is measured; how errors fall with more bits is
-measured on the rows that the shared codebooks are trained on. The budget then goes where a bit saves most.
+Each layer is coded at two bits and the effect of that on the UNet's output is estimated; how errors fall with more bits
+is measured on the rows that the shared codebooks are trained on. The budget then goes where a bit saves most.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import re
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from vqdm.additive.allocate import allocate
 from vqdm.additive.code import Bank
 from vqdm.additive.shared import encode, sample_error
-from vqdm.diffusion.blocks import Layer
+from vqdm.diffusion.blocks import Layer, weight_of
 from vqdm.diffusion.hessians import passes
-from vqdm.diffusion.sensitivity import output_effect, outputs, spread_over_noise
+from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
 from vqdm.errors import UserError
 from vqdm.jobs.banks import bank_path, draw_samples, load_codebooks, shared, train
 from vqdm.jobs.job import Job
@@ -26,6 +28,7 @@ from vqdm.jobs.recording import teacher_trajectories, unet_calls
 from vqdm.jobs.solving import solve_layers
 from vqdm.storage.atomic import save_json
 from vqdm.storage.hessians import HessianStore
+from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
 
 # (codebooks, bits of each) at groups of four, from 1 to 6 bits a weight. One large codebook is better than several
@@ -80,7 +83,7 @@ def measured(job: Job, store: HessianStore) -> list[Choices]:
     falls = {}
     for layers in bank_users([options[layer.name][0] for layer in free]).values():
         falls |= error_falls(job, store, layers)
-    effects = output_effects(job, store, [options[layer.name][0] for layer in free])
+    effects = layer_effects(job, store, [options[layer.name][0] for layer in free])
     return [
         _choices(options[layer.name], effects[layer.name], falls[layer.name])
         if layer.name in options
@@ -118,21 +121,28 @@ def error_falls(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str,
     return {layer.name: own.get(layer.name, usual) for layer in layers}
 
 
-def output_effects(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, float]:
+def layer_effects(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, float]:
     """By layer name, the UNet's relative output error when this layer alone is coded."""
     trajectories = teacher_trajectories(job)
-    calls = unet_calls(job, trajectories, spread_over_noise(trajectories, job.config.sensitivity_points))
-    expected, effects = outputs(job.unet, calls), {}
-    say(f"effects of {len(layers)} layers on the output, at {len(calls)} batches of points")
+    points = spread_over_noise(trajectories, job.config.sensitivity_points)
+    say(f"effects of {len(layers)} layers on the output, at {len(points)} points")
+    changes = coding_errors(job, store, layers)
+    calls = [call for point in points for call in unet_calls(job, trajectories, [point])]
+    with bar(total=len(calls), what="effects of layers") as progress:
+        return output_effects(job.unet, changes, calls, layer_generator(job.config.seed, "effects"), progress.update)
+
+
+def coding_errors(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, Tensor]:
+    """By layer name, coded minus original weight, in the weight's shape and type; one pass of error feedback."""
     banks = {name: Bank(load_codebooks(job, name), 1) for name in bank_users(layers)}
-    solver = replace(job.config.solver, max_epochs=1)
-    with bar(total=len(layers), what="effects of layers") as progress:
-        for groups in passes(store.groups(layers), job.config.hessian_memory_gb):
-            hessians = {group[0].name: store.load(group[0], job.unet.device) for group in groups}
-            for layer, (code, _) in solve_layers(job, groups, hessians, solver, banks):
-                effects[layer.name] = output_effect(job.unet, layer, code.dequantize(), calls, expected)
-                progress.update()
-    return effects
+    solver, changes = replace(job.config.solver, max_epochs=1), {}
+    for groups in passes(store.groups(layers), job.config.hessian_memory_gb):
+        hessians = {group[0].name: store.load(group[0], job.unet.device) for group in groups}
+        for layer, (code, _) in solve_layers(job, groups, hessians, solver, banks):
+            weight = job.unet.get_submodule(layer.name).weight
+            coded = weight_of(code.dequantize(), weight.shape, layer.spec.group_channels)
+            changes[layer.name] = (coded - weight.float()).to(weight.dtype)
+    return {layer.name: changes[layer.name] for layer in layers}
 
 
 # ------------------------------------------------------------------------------------------- dividing
