@@ -121,7 +121,7 @@ def test_bad_input_is_one_line(pipelines, tmp_path, capsys, line, words):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*"))
 
 
-@pytest.mark.parametrize(("family", "words"), [("sd15", "the checkpoint lacks"), ("sdxl", "size mismatch for mid_block")])
+@pytest.mark.parametrize(("family", "words"), [("sd15", "the checkpoint lacks"), ("sdxl", "size mismatch for mid_")])
 def test_a_pickle_of_another_unet_is_refused(tmp_path, family, words):
     unet = original_unet(ORIGINAL)
     unet.mid_block.attentions[0].proj_in.quantized_weight.codebooks.data = torch.zeros(1, 2, 16, 1, 8)
