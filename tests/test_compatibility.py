@@ -213,6 +213,22 @@ def test_gradient_checkpointing_gives_the_same_gradient(pipeline):
     torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_fused_projections_give_the_same(pipeline):
+    expected = run(pipeline.unet)
+    pipeline.unet.fuse_qkv_projections()
+    torch.testing.assert_close(run(pipeline.unet), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["mid_block.attentions.0.proj_in", "mid_block.resnets.0.conv1", "time_embedding.linear_1"]
+)
+def test_each_kind_of_layer_compiles_in_one_graph(pipeline, name):
+    layer = pipeline.unet.get_submodule(name)
+    x = torch.randn(2, layer.in_features) if hasattr(layer, "in_features") else torch.randn(1, layer.in_channels, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
 @pytest.mark.long
 def test_compile_in_one_graph(pipeline):
     expected = run(pipeline.unet)
