@@ -8,6 +8,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.jobs.text_encoder import quantize_text_encoder
 from vqdm.layers.decode import set_decode_path
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
+from vqdm.storage.casting import allow_casting
 from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
 from vqdm.storage.hf_text import VqdmTextQuantizer, register_text
 
@@ -21,6 +22,7 @@ __all__ = [
     "VqdmConfig",
     "VqdmQuantizer",
     "VqdmTextQuantizer",
+    "allow_casting",
     "decoded_once",
     "quantize_text_encoder",
     "set_decode_path",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits, stored_codebooks
 from vqdm.layers.banks import CodebookBanks, banks_of, drop_banks
 from vqdm.layers.decode import decode
+from vqdm.layers.decoded import decoded_weight
 from vqdm.layers.functional import Convolution, Linear, coded
 from vqdm.layers.stored import Stored
 
@@ -113,12 +114,12 @@ class QuantizedLinear(_Coded, nn.Linear):
     @property
     def weight(self) -> Tensor:
         """Decoded weight [O, I]."""
-        return self.decoded_matrix().to(self.dtype)
+        return decoded_weight(self.decoded_matrix().to(self.dtype))
 
     def plain(self) -> nn.Linear:
         """The ordinary layer of the decoded weight."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        layer.weight, layer.bias = nn.Parameter(self.weight, False), self.bias
+        layer.weight, layer.bias = nn.Parameter(self.weight.data, False), self.bias
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,6 +128,10 @@ class QuantizedLinear(_Coded, nn.Linear):
 
 class QuantizedConv2d(_Coded, nn.Conv2d):
     """`nn.Conv2d` with groups=1 whose weight [O, C, kh, kw] is an additive code of the matrix [O, I]."""
+
+    def __new__(cls, geometry: nn.Conv2d | int | None = None, *args, **options):
+        # peft makes the convolutions of an adapter by calling the class of the layer with numbers.
+        return nn.Conv2d(geometry, *args, **options) if isinstance(geometry, int) else super().__new__(cls)
 
     def __init__(self, geometry: nn.Conv2d, spec: CodeSpec, bias: Tensor | None = None, device=None):
         nn.Module.__init__(self)
@@ -143,7 +148,7 @@ class QuantizedConv2d(_Coded, nn.Conv2d):
     @property
     def weight(self) -> Tensor:
         """Decoded weight [O, C, kh, kw]."""
-        return self._operation((0, 0)).kernel(self.decoded_matrix()).to(self.dtype)
+        return decoded_weight(self._operation((0, 0)).kernel(self.decoded_matrix()).to(self.dtype))
 
     def _operation(self, padding: tuple[int, int]) -> Convolution:
         return Convolution(self.kernel_size, self.stride, padding, self.dilation, self.spec.group_channels)
@@ -162,7 +167,7 @@ class QuantizedConv2d(_Coded, nn.Conv2d):
         )
         geometry = {name: getattr(self, name) for name in names}
         layer = nn.Conv2d(**geometry, bias=self.bias is not None, device="meta")
-        layer.weight, layer.bias = nn.Parameter(self.weight.contiguous(), False), self.bias
+        layer.weight, layer.bias = nn.Parameter(self.weight.data.contiguous(), False), self.bias
         return layer
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vqdm.layers.decoded import decoded_weight
+
 LARGEST = 127
 # Scales that are tried for every row, times its largest value / 127. None clips much: 8 bits reach far enough, and the
 # gain, about 0.3 dB, is from where the grid happens to fall.
@@ -80,13 +82,13 @@ class _Rounded:
     @property
     def weight(self) -> Tensor:
         """Decoded weight in the layer's own shape, of the scales' type."""
-        return self._decoded(self.scales.dtype)
+        return decoded_weight(self._decoded(self.scales.dtype))
 
     def plain(self) -> nn.Linear | nn.Conv2d:
         """The ordinary layer of the decoded weight."""
         geometry = {name: getattr(self, name) for name in self.arguments}
         layer = self.plain_class(**geometry, bias=self.bias is not None, device="meta")
-        layer.weight, layer.bias = nn.Parameter(self.weight, False), self.bias
+        layer.weight, layer.bias = nn.Parameter(self.weight.data, False), self.bias
         return layer
 
 
@@ -111,7 +113,7 @@ class RoundedConv2d(_Rounded, nn.Conv2d):
     plain_class = nn.Conv2d
 
     def __new__(cls, layer: nn.Conv2d | int | None = None, *args, **options):
-        # peft makes the convolution of an adapter by calling the class of the layer with numbers.
+        # peft makes the convolutions of an adapter by calling the class of the layer with numbers.
         return nn.Conv2d(layer, *args, **options) if isinstance(layer, int) else super().__new__(cls)
 
     def __init__(self, layer: nn.Conv2d):
