@@ -1,8 +1,8 @@
 """The shipped judge: small, in fp16, right on pictures it never saw, and not to be talked into a wrong verdict."""
 
 import torch
+from judge import judge
 from safetensors.torch import load_file
-from tests.judge import judge
 
 from scenes import Scene, Thing, sample_split
 from train_judge import accuracy, degrade

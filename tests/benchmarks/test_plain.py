@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+import plain
 import pytest
 import torch
-from benchmarks import plain
 from test_code import random_code
 from test_encode import randn, second_moment
 
