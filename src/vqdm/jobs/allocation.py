@@ -31,9 +31,9 @@ from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
 
-# (codebooks, bits of each) at groups of four, from 1 to 6 bits a weight. One large codebook is better than several
+# (codebooks, bits of each) at groups of four, from 1 to 12 bits a weight. One large codebook is better than several
 # small ones as long as training data and search allow it. The first is what effects are measured at.
-MENU = ((1, 8), (1, 4), (1, 6), (1, 10), (1, 12), (2, 7), (2, 8), (2, 10), (3, 8))
+MENU = ((1, 8), (1, 4), (1, 6), (1, 10), (1, 12), (2, 7), (2, 8), (2, 10), (3, 8), (4, 8), (6, 8))
 GROUP = 4
 PLAN = "plan.json"
 PLANNED = ("num_codebooks", "nbits_per_codebook", "in_group_size", "shared_codebooks")
