@@ -160,7 +160,7 @@ def _add_calibration_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--hessian_cache",
         metavar="FOLDER",
-        help="calibrate with Hessians of the full-precision model, kept here: runs at other bits need no calibration",
+        help="calibrate with Hessians of the full-precision model, kept here for runs at other bits",
     )
 
 

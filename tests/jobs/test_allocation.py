@@ -1,7 +1,6 @@
 """Bits divided among layers, shared codebooks and the Hessian cache, on a tiny pipeline."""
 
 import json
-import math
 import re
 
 import pytest
@@ -183,7 +182,7 @@ def test_samples_fit_into_memory_and_keep_the_order():
     chosen = choose_layers(layers, 1e-4, seed=0)
     assert chosen == sorted(chosen, key=layers.index) and 0 < len(chosen) <= 48
     assert sum(12 * one.columns**2 for one in chosen) <= 1e5
-    assert choose_layers(layers, 1e-4, seed=1) != chosen and math.isclose(len(set(map(id, chosen))), len(chosen))
+    assert choose_layers(layers, 1e-4, seed=1) != chosen
 
 
 def test_names_tell_owner_and_format():
@@ -193,3 +192,13 @@ def test_names_tell_owner_and_format():
     assert shared(one, "kind").spec.shared_codebooks == "conv_2x8_1x4"
     assert shared(shared(one, "unet"), "kind").spec.shared_codebooks == "unet_2x8_1x4"
     assert torch.Size(one.spec.codebooks_shape).numel() == 2 * 256 * 4
+
+
+def test_codes_are_loaded_only_where_the_bank_is_the_same(planned, pipelines, prompt_file, tmp_path, capsys):
+    plan = ["--overrides", str(planned / "out" / "plan.json"), "--load", str(planned / "out")]
+    words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "same"), *ONLY, *plan]
+    assert run_script(main, [*words, "--hessian_cache", str(planned / "cache")]) == 0
+    assert "6 of 6 layers are taken from there" in capsys.readouterr().out
+    words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "other"), *ONLY, *plan, "--seed", "1"]
+    assert run_script(main, words) == 0
+    assert "0 of 6 layers are taken from there" in capsys.readouterr().out

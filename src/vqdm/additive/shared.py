@@ -20,7 +20,7 @@ from vqdm.additive.kmeans import draw, residual_kmeans
 from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, weighted_error
 from vqdm.additive.solve import Problem, scaled_groups, support_rms, zero_code
 
-ROUNDS = 1  # of coding the sample and fitting the codebooks to it; more gain nothing
+ROUNDS = 1  # of coding the sample and fitting the codebooks to it; a second gains 1 %
 REFIT_ITERATIONS = 6
 RIDGE = 1.0
 

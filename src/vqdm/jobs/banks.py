@@ -20,7 +20,7 @@ from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
 
-LAYERS = 48  # layers that a bank is trained on; more gain nothing
+LAYERS = 48  # layers that a bank is trained on at most
 GROUPS = 2**17  # column groups that they give together, about
 
 

@@ -40,7 +40,7 @@ from vqdm.jobs.recording import (
     teacher_trajectories,
 )
 from vqdm.jobs.solving import layer_row, solve_block
-from vqdm.layers.quantized import cast_plain, decoded_once, quantized_layers, swap
+from vqdm.layers.quantized import QuantizedLayer, cast_plain, decoded_once, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import pair_scores, to_tensor
@@ -167,17 +167,23 @@ def finished_layers(job: Job) -> dict[str, SolvedLayer | None]:
 
 
 def load_codes(job: Job) -> dict[str, SolvedLayer]:
-    """Layers that `--load` brings from an earlier result, where name and format agree."""
+    """Layers that `--load` brings from an earlier result, where name, format and shared codebooks agree."""
     if job.config.load is None:
         return {}
     earlier = load_pipeline(job.config.load, torch.device("cpu"), torch.float32)
     held, found = quantized_layers(earlier.unet), {}
     for layer in job.layers:
-        if layer.name in held and held[layer.name].spec == layer.spec:
+        if layer.name in held and held[layer.name].spec == layer.spec and same_bank(job, held[layer.name]):
             tensors = held[layer.name].code().pack()
             found[layer.name] = SolvedLayer(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
     say(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from there")
     return found
+
+
+def same_bank(job: Job, layer: QuantizedLayer) -> bool:
+    """Whether a quantized layer's codes mean the same with the job's bank of that name; True for own codebooks."""
+    bank = job.banks.get(layer.spec.shared_codebooks)
+    return bank is None or torch.equal(layer.code().codebooks.float().cpu(), bank.codebooks.cpu())
 
 
 def round_rest(job: Job) -> None:

@@ -1,10 +1,14 @@
 """The output folder of a quantization while it grows: settings, recorded data, one file a finished layer.
 
-OUT/run.json                     settings and versions, written first; what --resume compares
-OUT/work/*.safetensors           recorded trajectories
-OUT/work/layers/NAME.safetensors one solved layer: stored tensors, and its report in the header
-OUT/layers.jsonl                 a line a layer, as it goes
-OUT/summary.json                 written last; its presence means that the run is finished
+In the folder:
+
+run.json                    settings and versions, written first; what --resume compares
+work/*.safetensors          recorded trajectories
+work/hessians, work/banks   Hessians of the full-precision model, and shared codebooks, where the run needs them
+work/layers/*.safetensors   a solved layer each: stored tensors, and its report in the header
+plan.json                   the formats that --target_bits chose
+layers.jsonl                a line a layer, as it goes
+summary.json                written last; its presence means that the run is finished
 """
 
 from __future__ import annotations
