@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from test_gather import SPECS, stored_of
+from test_gather import SPECS, VARIABLE, stored_of
 
 from vqdm.additive.code import CodeSpec
 from vqdm.compiled import compiler
@@ -30,14 +30,15 @@ def used(monkeypatch):
     return names
 
 
+@pytest.mark.parametrize("spec", [CodeSpec(2, 6, 4, scale_nbits=4), VARIABLE[0]], ids=str)
 @pytest.mark.parametrize("path", ["torch", "gather", "native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_all_ways_agree(path, dtype, triton_device):
+def test_all_ways_agree(spec, path, dtype, triton_device):
     if path == "native" and compiler() is None:
         pytest.skip("no C compiler")
     if path == "triton" and triton_device != "cpu":
         pytest.skip("the tensors of this test are on the CPU")
-    stored, code = stored_of(CodeSpec(2, 6, 4, scale_nbits=4), 16, 32)
+    stored, code = stored_of(spec, 16, 32)
     assert torch.equal(decode(stored, dtype, path=path), code.dequantize().to(dtype))
 
 
@@ -81,7 +82,7 @@ def test_a_way_that_fails_is_left_with_a_warning(failure, monkeypatch, caplog):
     assert warnings == [f"decoding on cpu: not by gather, which fails: {reason}"]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *VARIABLE[:2]], ids=str)
 def test_what_is_measured_is_the_layers_first_rows(spec, monkeypatch):
     monkeypatch.setattr(decoding, "MEASURED_WEIGHTS", 16 * 6)
     stored, code = stored_of(spec, 24, 16)

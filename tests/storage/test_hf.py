@@ -158,7 +158,7 @@ def test_dequantize_gives_a_plain_model(tmp_path):
     ("change", "words"),
     [
         (lambda config: config.update(format_version=99), "format_version is 99"),
-        (lambda config: config.update(format_version=3), "format_version is 3; this vqdm reads 1 to 2"),
+        (lambda config: config.update(format_version=4), "format_version is 4; this vqdm reads 1 to 3"),
         (lambda config: config.update(rounded=["no.such"]), "names layer no.such"),
         (lambda config: config.update(rounded=[VICTIM[:-10]]), "which is a QuantizedConv2d"),
         (lambda config: config["layers"].update({"no.such": {}}), "names layer no.such"),

@@ -21,7 +21,7 @@ from vqdm.diffusion.blocks import Layer, weight_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
 from vqdm.errors import UserError
-from vqdm.jobs.banks import bank_path, draw_samples, load_codebooks, shared, train
+from vqdm.jobs.banks import at_rate, bank_path, draw_samples, load_codebooks, shared, train
 from vqdm.jobs.job import Job
 from vqdm.jobs.plan import bank_bits, bank_users, layer_bits
 from vqdm.jobs.recording import teacher_trajectories, unet_calls
@@ -31,12 +31,21 @@ from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
 
-# (codebooks, bits of each) at groups of four, from 1 to 12 bits a weight. One large codebook is better than several
-# small ones as long as training data and search allow it. The first is what effects are measured at.
-MENU = ((1, 8), (1, 4), (1, 6), (1, 10), (1, 12), (2, 7), (2, 8), (2, 10), (3, 8), (4, 8), (6, 8))
+# Formats for groups of four: at variable rate, the mean bits of a group; above that, (codebooks, bits of each). One large
+# codebook is better than several small ones as long as training data and search allow it. The first is what effects
+# are measured at.
+RATES, LARGEST = (8, 2, 3, 4, 5, 6, 7, 9, 10, 11), 12
+MENU = ((2, 6), (2, 7), (2, 8), (2, 10), (3, 8), (4, 8), (6, 8))
 GROUP = 4
 PLAN = "plan.json"
-PLANNED = ("num_codebooks", "nbits_per_codebook", "in_group_size", "shared_codebooks")
+PLANNED = (
+    "num_codebooks",
+    "nbits_per_codebook",
+    "in_group_size",
+    "input_channel_scales",
+    "shared_codebooks",
+    "row_bits",
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +103,11 @@ def measured(job: Job, store: HessianStore) -> list[Choices]:
 
 def formats(layer: Layer, how: str) -> list[Layer]:
     """The layer in every format of the menu."""
-    own = layer.spec.changed(in_group_size=GROUP, shared_codebooks="")
+    own = layer.spec.changed(in_group_size=GROUP, input_channel_scales=True, shared_codebooks="", row_bits=0)
+    variable = own.changed(num_codebooks=1, nbits_per_codebook=LARGEST)
+    rates = [at_rate(replace(layer, spec=variable), bits, how) for bits in RATES]
     specs = [own.changed(num_codebooks=M, nbits_per_codebook=b) for M, b in MENU]
-    return [shared(replace(layer, spec=spec), how) for spec in specs]
+    return rates + [shared(replace(layer, spec=spec), how) for spec in specs]
 
 
 def _choices(options: list[Layer], effect: float, falls: list[float]) -> Choices:
@@ -108,13 +119,16 @@ def error_falls(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str,
 
     Trains the banks. Layers that these are not trained on get the others' geometric mean.
     """
-    samples = draw_samples(job, store, layers, job.config.solver.with_spec(layers[0].spec))
+    solver, how = job.config.solver, job.config.share_codebooks
+    samples = draw_samples(job, store, layers, solver.with_spec(layers[0].spec))
+    choices = [formats(layer, how) for layer in layers if layer.name in samples]
     errors = []
-    for option in formats(layers[0], job.config.share_codebooks):
-        config = job.config.solver.with_spec(option.spec)
-        name = option.spec.shared_codebooks
-        codebooks = load_codebooks(job, name) if bank_path(job, name).is_file() else train(job, config, samples)
-        errors.append([sample_error(sample, encode(sample, codebooks, config)) for sample in samples.values()])
+    for options in zip(*choices, strict=True):
+        configs = [solver.with_spec(option.spec) for option in options]
+        name = options[0].spec.shared_codebooks
+        codebooks = load_codebooks(job, name) if bank_path(job, name).is_file() else train(job, configs[0], samples)
+        pairs = zip(samples.values(), configs, strict=True)
+        errors.append([sample_error(sample, encode(sample, codebooks, config)) for sample, config in pairs])
     falls = [[error / max(first, 1e-30) for error, first in zip(row, errors[0], strict=True)] for row in errors]
     usual = [math.exp(sum(math.log(max(fall, 1e-9)) for fall in row) / len(row)) for row in falls]
     own = dict(zip(samples, map(list, zip(*falls, strict=True)), strict=True))

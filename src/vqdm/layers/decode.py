@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -39,6 +40,15 @@ CANDIDATES = {  # on other devices torch alone
     "cuda": ("triton", "torch"),
 }
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
+NUMBERS = (  # of a format, as an operator can take them
+    "num_codebooks",
+    "nbits_per_codebook",
+    "in_group_size",
+    "out_group_size",
+    "scale_nbits",
+    "groupwise_codebooks",
+    "row_bits",
+)
 COMPILATIONS = 64  # formats that torch.compile may meet
 
 _wanted: str | None = None
@@ -81,14 +91,14 @@ def traced(stored: Stored) -> Tensor:
     if stored.codes.device.type != "cpu" or differentiable:
         return pointwise(stored)
     spec = stored.spec
-    numbers = [spec.num_codebooks, spec.nbits_per_codebook, spec.in_group_size, spec.out_group_size, spec.scale_nbits]
-    return _decode_operator(numbers, spec.groupwise_codebooks, list(stored.shape), *stored[2:])
+    numbers = [int(getattr(spec, name)) for name in NUMBERS]
+    return _decode_operator(numbers, spec.shared_codebooks, list(stored.shape), *stored[2:])
 
 
 @torch.library.custom_op("vqdm::decode", mutates_args=())
 def _decode_operator(
     numbers: list[int],
-    groupwise: bool,
+    bank: str,
     shape: list[int],
     codes: Tensor,
     codebooks: Tensor,
@@ -96,15 +106,17 @@ def _decode_operator(
     scale_codes: Tensor | None,
     scale_values: Tensor | None,
     input_scales: Tensor | None,
+    code_widths: Tensor | None,
 ) -> Tensor:
     """`decode` as an operator that compiled graphs can call: numpy and C cannot be traced."""
-    tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales
-    stored = Stored(CodeSpec(*numbers, groupwise_codebooks=groupwise), tuple(shape), *tensors)
+    spec = CodeSpec(**dict(zip(NUMBERS, numbers, strict=True)), shared_codebooks=bank)
+    tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales, code_widths
+    stored = Stored(replace(spec, groupwise_codebooks=bool(spec.groupwise_codebooks)), tuple(shape), *tensors)
     return decode(stored, torch.float32)
 
 
 @_decode_operator.register_fake
-def _(numbers: list[int], groupwise: bool, shape: list[int], *_) -> Tensor:
+def _(numbers: list[int], bank: str, shape: list[int], *_) -> Tensor:
     return torch.empty(shape)
 
 
@@ -152,7 +164,8 @@ def _known(path: str, source: str) -> str:
 def _choice(stored: Stored, dtype: torch.dtype) -> str:
     """The fastest way for layers of this class, measured on the first of them."""
     weights = min(torch.Size(stored.shape).numel(), MEASURED_WEIGHTS)
-    key = (stored.codes.device, dtype, stored.spec, stored.codebooks.dtype, weights.bit_length())
+    spec = replace(stored.spec, row_bits=0) if stored.spec.row_bits else stored.spec
+    key = (stored.codes.device, dtype, spec, stored.code_widths is None, stored.codebooks.dtype, weights.bit_length())
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
@@ -184,10 +197,9 @@ def _first_rows(stored: Stored) -> Stored:
     """A layer made of the first rows, of no more than `MEASURED_WEIGHTS` weights where one row group has no more."""
     spec, I = stored.spec, stored.shape[1]  # noqa: E741
     R, G = min(stored.groups[0], max(1, MEASURED_WEIGHTS // (I * spec.out_group_size))), stored.groups[1]
-    bits = spec.nbits_per_codebook
     return stored._replace(
         shape=(R * spec.out_group_size, I),
-        codes=stored.codes[: packed_bytes(R * G * spec.num_codebooks, bits)],
+        codes=stored.codes[: spec.code_bytes(R, G)],
         scales=None if stored.scales is None else stored.scales[:R],
         scale_codes=None if stored.scale_codes is None else stored.scale_codes[: packed_bytes(R * G, spec.scale_nbits)],
         scale_values=None if stored.scale_values is None else stored.scale_values[:R],

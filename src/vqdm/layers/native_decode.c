@@ -9,8 +9,9 @@ typedef struct {
     const float *scales;        /* of the first group on, one for `per_scale` groups */
     const float *input_scales;  /* [G, g], or NULL */
     float *values;              /* [n, d] */
+    const uint8_t *widths;      /* [G] bits of a code where the rate is variable, or NULL */
     int64_t first, n, G, per_scale; /* groups first..first + n, the first of a row */
-    int32_t M, bits, d, g, groupwise;
+    int32_t M, bits, d, g, groupwise, row_bits;
 } Job;
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
@@ -60,6 +61,27 @@ static inline __attribute__((always_inline)) void decode(const Job *job, const i
     }
 }
 
+/* Variable rate: one codebook [K, d] that holds those of all widths; that of width w begins at entry 2^w - 1. */
+static inline __attribute__((always_inline)) void decode_variable(const Job *job, const int d) {
+    const int64_t n = job->n, G = job->G;
+    const float *scale = job->scales, *t = job->input_scales;
+    float *out = job->values;
+    int64_t bit = job->first / G * job->row_bits, j = 0, left = job->per_scale;
+    for (int64_t i = 0; i < n; i++, out += d) {
+        const int width = job->widths[j];
+        const uint64_t mask = ((uint64_t)1 << width) - 1;
+        const uint64_t code = width ? word_at(job->codes + (bit >> 3), job->end) >> (bit & 7) & mask : 0;
+        const float *row = job->books + (mask + code) * d;
+        bit += width;
+        const float s = *scale;
+        for (int c = 0; c < d; c++) out[c] = row[c] * s;
+        if (t)
+            for (int c = 0; c < d; c++) out[c] *= t[j * job->g + c % job->g];
+        if (++j == G) j = 0;
+        if (--left == 0) left = job->per_scale, scale++;
+    }
+}
+
 #define CASE(COUNT, SIZE) \
     if (job->M == COUNT && job->d == SIZE) { \
         decode(job, COUNT, SIZE); \
@@ -67,6 +89,15 @@ static inline __attribute__((always_inline)) void decode(const Job *job, const i
     }
 
 void vqdm_decode(const Job *job) {
+    if (job->widths) {
+        if (job->d == 4)
+            decode_variable(job, 4);
+        else if (job->d == 8)
+            decode_variable(job, 8);
+        else
+            decode_variable(job, job->d);
+        return;
+    }
     CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4)
     CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
     CASE(1, 16) CASE(2, 16) CASE(3, 16) CASE(4, 16)

@@ -23,9 +23,9 @@ class _Job(ctypes.Structure):
     """As in native_decode.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "end", "books", "scales", "input_scales", "values")),
+        *((name, ctypes.c_void_p) for name in ("codes", "end", "books", "scales", "input_scales", "values", "widths")),
         *((name, ctypes.c_int64) for name in ("first", "n", "G", "per_scale")),
-        *((name, ctypes.c_int32) for name in ("M", "bits", "d", "g", "groupwise")),
+        *((name, ctypes.c_int32) for name in ("M", "bits", "d", "g", "groupwise", "row_bits")),
     )
 
 
@@ -51,6 +51,7 @@ def _job(
         scales[part].data_ptr(),
         None if input_scales is None else input_scales.data_ptr(),
         values.data_ptr(),
+        None if stored.code_widths is None else stored.code_widths.data_ptr(),
         part.start * G,
         n,
         G,
@@ -60,6 +61,7 @@ def _job(
         d,
         spec.in_group_size,
         spec.groupwise_codebooks,
+        spec.row_bits,
     )
 
 

@@ -27,7 +27,7 @@ def in_parts(stored: Stored, out: Tensor, fill: Fill) -> None:
     byte. It should release the interpreter's lock.
     """
     R, G = stored.groups
-    whole = 8 // gcd(G, 8)
+    whole = 8 // gcd(stored.spec.row_bits or G, 8)
     rows = max(whole, GROUPS_AT_ONCE // G // whole * whole)
     parts = [slice(start, min(start + rows, R)) for start in range(0, R, rows)]
     threads = min(torch.get_num_threads(), len(parts))

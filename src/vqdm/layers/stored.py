@@ -23,6 +23,7 @@ class Stored(NamedTuple):
         scale_codes: uint8, packed indices [R, G] of `spec.scale_nbits` bits, or None.
         scale_values: float [R, 2^scale_nbits], or None.
         input_scales: float [I], or None.
+        code_widths: uint8 [G], bits of the codes of every column group where the rate is variable, or None.
     """
 
     spec: CodeSpec
@@ -33,6 +34,7 @@ class Stored(NamedTuple):
     scale_codes: Tensor | None = None
     scale_values: Tensor | None = None
     input_scales: Tensor | None = None
+    code_widths: Tensor | None = None
 
     @classmethod
     def of(
@@ -42,7 +44,7 @@ class Stored(NamedTuple):
         if codebooks is None:
             codebooks = stored_codebooks(spec, shape[1] // spec.in_group_size, tensors)
         scales = tensors["scales"][:, None] if spec.scale_nbits == 0 else tensors.get("scales")
-        rest = (tensors.get(name) for name in ("scale_codes", "scale_values", "input_scales"))
+        rest = (tensors.get(name) for name in ("scale_codes", "scale_values", "input_scales", "code_widths"))
         return cls(spec, shape, tensors["codes"], codebooks, scales, *rest)
 
     @property
@@ -59,7 +61,6 @@ class Stored(NamedTuple):
 
     def working(self) -> AdditiveCode:
         """The code in working form."""
-        R, G = self.groups
-        M = self.spec.num_codebooks
-        codes = unpack_codes(self.codes, self.spec.nbits_per_codebook, R * G * M).view(R, G, M)
-        return AdditiveCode(self.spec, codes, self.codebooks, self.scale_matrix(), self.input_scales)
+        codes = self.spec.unpacked(*self.groups, self.codes, self.code_widths)
+        widths = None if self.code_widths is None else self.code_widths.to(torch.int64)
+        return AdditiveCode(self.spec, codes, self.codebooks, self.scale_matrix(), self.input_scales, widths)

@@ -12,6 +12,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
@@ -19,8 +20,9 @@ from vqdm.additive.code import CodeSpec
 from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
 from vqdm.layers.rounded import rounded_layers, swap_rounded, unround_layers
 
-FORMAT_VERSION = 2  # the newest; a file that uses nothing of a version is written as the one before
+FORMAT_VERSION = 3  # the newest; a file that uses nothing of a version is written as the one before
 VERSION_2_KEYS = ("rounded",)
+LATER_SETTINGS = ("shared_codebooks", "row_bits")
 QUANTIZED_FIELDS = ("quantization_config", "_pre_quantization_dtype")
 
 
@@ -39,7 +41,7 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         code: the settings that most layers share, as `CodeSpec.to_dict` gives them.
         layers: dotted name → the settings in which this layer differs from `code`.
         rounded: dotted names of the layers in 8 bit; version 2.
-        format_version: 1 or 2; any other is refused.
+        format_version: 1 to 3; any other is refused.
 
     Raises:
         ValueError: unknown version, unknown or impossible setting.
@@ -68,13 +70,16 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         specs = {name: layer.spec for name, layer in quantized_layers(model).items()}
         code = _commonest([spec.to_dict() for spec in specs.values()])
         layers = {name: _difference(spec.to_dict(), code) for name, spec in specs.items()}
-        if not code["shared_codebooks"]:
-            del code["shared_codebooks"]  # version 1 does not know it
+        for name in LATER_SETTINGS:
+            if not code[name]:
+                del code[name]  # the first version does not know it
         return cls(code, layers, rounded_layers(model))
 
     @property
     def format_version(self) -> int:
         """The oldest version that can say what this configuration says."""
+        if any(spec.row_bits for spec in self.specs.values()):
+            return 3
         shares = any(spec.shared_codebooks for spec in self.specs.values())
         return 2 if shares or any(getattr(self, key) for key in VERSION_2_KEYS) else 1
 
@@ -123,6 +128,7 @@ class VqdmQuantizer(DiffusersQuantizer):
             check_names(model.state_dict().keys(), self._loaded_keys)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        check_widths(model)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -164,6 +170,15 @@ def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
     extra = [name for name in loaded if name not in expected]
     if extra:
         raise ValueError(f"the checkpoint holds {len(extra)} unknown tensors, the first is {extra[0]}")
+
+
+def check_widths(model: nn.Module) -> None:
+    """Raise ValueError where the widths of a layer of variable rate are not what its format says."""
+    for name, layer in quantized_layers(model).items():
+        if layer.spec.row_bits and layer.code_widths.device.type != "meta":
+            widths = layer.code_widths.to(torch.int64)
+            if widths.max() > layer.spec.nbits_per_codebook or widths.sum() != layer.spec.row_bits:
+                raise ValueError(f"{name}.code_widths do not add up to row_bits {layer.spec.row_bits}")
 
 
 def _check_plain(model: nn.Module, name: str) -> None:
