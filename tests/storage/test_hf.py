@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_quantized import SPECS, random_code
 
+from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import rest_layers, select_layers
 from vqdm.layers.quantized import QuantizedConv2d, cast_plain, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
@@ -100,6 +102,37 @@ def test_a_file_is_of_the_oldest_version_that_holds_it(tmp_path, rest_nbits, ver
     quantized_unet(rest_nbits=rest_nbits).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert written["format_version"] == version and ("rounded" in written) == (version == 2)
+
+
+def variable_unet() -> UNet2DConditionModel:
+    """A tiny SDXL UNet with random codes of variable rate that share one bank."""
+    unet = tiny_unet("sdxl")
+    spec = CodeSpec(1, 6, 4, shared_codebooks="unet_0to6_1x4")
+    bank = torch.randn(CodeSpec(1, 6, 4, shared_codebooks="bank", row_bits=1).codebooks_shape).half()
+    for layer in select_layers(unet, "default", 0, spec, {}):
+        own = spec.changed(row_bits=2 * (layer.columns // 4) + 1)
+        quantized = swap(unet, layer.name, own)
+        quantized.banks[0].fill(own.shared_codebooks, bank)
+        quantized.set_code(replace(random_code(own, layer.rows, layer.columns), codebooks=bank))
+    mark_quantized(unet)
+    return unet
+
+
+def test_variable_rate_is_version_3_and_round_trips(tmp_path):
+    unet = variable_unet()
+    unet.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 3
+    assert torch.equal(run(unet), run(UNet2DConditionModel.from_pretrained(tmp_path)))
+
+
+@pytest.mark.parametrize("change", [lambda widths: widths.flip(0) + 1, lambda widths: widths * 0 + 255])
+def test_widths_that_would_read_elsewhere_are_refused(tmp_path, change):
+    variable_unet().save_pretrained(tmp_path)
+    path, name = tmp_path / "diffusion_pytorch_model.safetensors", "mid_block.resnets.0.conv1.code_widths"
+    tensors = load_file(path)
+    save_file(tensors | {name: change(tensors[name])}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} do not add up to row_bits"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
 
 
 def test_casting_what_is_plain_leaves_stored_tensors_alone():

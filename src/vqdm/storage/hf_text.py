@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer, auto
 
 from vqdm.layers.quantized import dequantize_layers
 from vqdm.layers.rounded import unround_layers
-from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_names
+from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_names, check_widths
 
 TEXT_PREFIX = "text_model."
 
@@ -32,6 +32,10 @@ class VqdmTextQuantizer(HfQuantizer):
         build_layers(model, self.quantization_config.renamed(lambda name: _name_in(model, name)))
         if checkpoint_files:
             check_tensors(model, dict(_shapes(checkpoint_files)))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        check_widths(model)
+        return model
 
     def _dequantize(self, model: nn.Module, dtype: Dtype | None = None) -> nn.Module:
         dequantize_layers(model)
