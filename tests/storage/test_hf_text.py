@@ -108,9 +108,9 @@ def test_a_newer_version_is_refused(tmp_path):
     quantized_text_encoder("text_encoder").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = 4
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format_version is 3"):
+    with pytest.raises(ValueError, match="format_version is 4"):
         CLIPTextModel.from_pretrained(tmp_path)
 
 

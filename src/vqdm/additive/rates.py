@@ -18,7 +18,7 @@ STEPS = 60  # of the bisection for the water level
 def divided_bits(demands: Tensor, total: int, most: int) -> Tensor:
     """Widths [G], int64 from 0 to `most`, that add up to `total` and follow `demands` [G] plus a common level.
 
-    Reverse water-filling: where all widths are in range, w_j = demand_j + level minimises Σ 2^(−2 (w_j − demand_j) / d).
+    Reverse water-filling: of widths in range, w_j = demand_j + level minimises Σ 2^(−2 (w_j − demand_j) / d).
     """
     low, high = (-demands.max() - 1).item(), (most - demands.min() + 1).item()
     for _ in range(STEPS):

@@ -31,9 +31,9 @@ from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
 
-# Formats for groups of four: at variable rate, the mean bits of a group; above that, (codebooks, bits of each). One large
-# codebook is better than several small ones as long as training data and search allow it. The first is what effects
-# are measured at.
+# Formats for groups of four: at variable rate, the mean bits of a group; above that, (codebooks, bits of each). One
+# large codebook is better than several small ones as long as training data and search allow it. The first is what
+# effects are measured at.
 RATES, LARGEST = (8, 2, 3, 4, 5, 6, 7, 9, 10, 11), 12
 MENU = ((2, 6), (2, 7), (2, 8), (2, 10), (3, 8), (4, 8), (6, 8))
 GROUP = 4

@@ -47,7 +47,8 @@ def owner_of(how: str, kind: str) -> str:
 
 def bank_name(spec: CodeSpec, how: str, kind: str) -> str:
     """Like `unet_2x8_1x4`: whose, codebooks x bits, out x in group size."""
-    return f"{owner_of(how, kind)}_{spec.num_codebooks}x{spec.nbits_per_codebook}_{spec.out_group_size}x{spec.in_group_size}"
+    books, group = (spec.num_codebooks, spec.nbits_per_codebook), (spec.out_group_size, spec.in_group_size)
+    return "{}_{}x{}_{}x{}".format(owner_of(how, kind), *books, *group)
 
 
 def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:

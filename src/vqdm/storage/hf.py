@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from enum import Enum
 
+import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
