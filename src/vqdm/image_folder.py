@@ -22,7 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vqdm.errors import UserError
-from vqdm.storage.atomic import save_bytes, save_json, save_text
+from vqdm.storage.atomic import save_bytes, save_json, save_text, sweep
 from vqdm.storage.fingerprint import file_sha256
 
 # Layout → where the picture of (prompt index, sample) goes.
@@ -94,6 +94,11 @@ class ImageFolder:
                 save_json(about, record)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+
+    def sweep(self) -> None:
+        """Delete what killed writers left, unless other shards may be writing."""
+        if self.shard[1] == 1:
+            sweep(self.path)
 
     # ------------------------------------------------------------------------------------ pictures
 

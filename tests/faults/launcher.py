@@ -38,6 +38,7 @@ class Launcher:
         """Start a program; `options` are those of the server."""
         self.started += 1
         log = self.folder / f"{self.started:04d}.log"
+        log.touch()
         answer = self.ask(start=list(map(str, words)), env=env or {}, log=str(log), **options)
         return Process(self, answer["pid"], log)
 

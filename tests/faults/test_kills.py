@@ -7,6 +7,7 @@ line that a watcher sees; n is drawn with a seed from what a whole run makes.
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
@@ -18,7 +19,7 @@ from launcher import SECONDS, Launcher, Process
 from PIL import Image
 from programs import BATCH, PROGRAMS, Materials, Program
 
-from vqdm.storage.atomic import load_sealed
+from vqdm.storage.atomic import UNFINISHED, load_sealed
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDINGS = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {-signal.SIGTERM}, signal.SIGINT: {130}}
@@ -45,7 +46,7 @@ class Torture:
             while not self.attempt(out, last=hits >= kills):
                 hits += 1
             assert self.program.results(out) == self.expected
-            assert not list(out.rglob(".*.tmp"))
+            assert not list(out.rglob(f"*{UNFINISHED}"))
         return hits
 
     def attempt(self, out: Path, last: bool) -> bool:
@@ -95,9 +96,9 @@ class Torture:
 
 def watch(process: Process, out: Path, moment: int) -> None:
     """Return when the program has shown so many files and lines, or has ended."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     while not process.ended():
-        seen.update(path for path in out.rglob("*") if path not in seen)
+        seen.update(os.path.join(folder, name) for folder, _, names in os.walk(out) for name in names)
         if len(seen) + process.said().count("\n") >= moment:
             return
         time.sleep(0.001)

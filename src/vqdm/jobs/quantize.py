@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -292,10 +293,20 @@ def save_pipeline(job: Job, staged: Path) -> None:
         part = getattr(job.pipeline, name, None)
         if isinstance(part, torch.nn.Module):
             cast_plain(part, dtype)
+    forget_calls(job.pipeline)
     try:
         job.pipeline.save_pretrained(staged)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{staged} cannot be written: {str(error).splitlines()[0]}; --resume goes on here") from None
+
+
+def forget_calls(pipeline: DiffusionPipeline) -> None:
+    """Clear what tokenizers keep of their last call and would save: a resumed run may not have called them at all."""
+    for part in pipeline.components.values():
+        backend = getattr(part, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
 
 
 def stored_sizes(job: Job, staged: Path) -> dict[str, float]:

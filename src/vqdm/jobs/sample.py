@@ -228,6 +228,7 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
     """Requests without an intact picture. Only the first rank looks at the files, and tells the others."""
     done = set()
     if ranks.main:
+        folder.sweep()
         folder.write_prompt_files({request.index: rows[request.index] for request in requests})
         done = folder.finished(request.key for request in requests)
     done = ranks.agreed(done)
