@@ -42,3 +42,19 @@ def uninterrupted(launcher, materials, tmp_path_factory):
         return known[name]
 
     return results
+
+
+@pytest.fixture(scope="session")
+def disk_changes(launcher, materials, tmp_path_factory):
+    """Program → how often a whole run changes the disk; counted when first asked for."""
+    known = {}
+
+    def changes(name: str) -> int:
+        if name not in known:
+            words = PROGRAMS[name].words(materials, tmp_path_factory.mktemp("counted") / "out")
+            process = launcher.start(words, crash={"at": 0, "signal": 0})
+            assert process.wait() == 0, process.said()
+            known[name] = process.changes()
+        return known[name]
+
+    return changes

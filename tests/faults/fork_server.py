@@ -115,6 +115,7 @@ def main() -> None:
         order = json.loads(line)
         answer = {"pid": forked(order)} if "start" in order else {"status": polled(order["poll"])}
         print(json.dumps(answer), flush=True)
+    os._exit(0)  # without taking down everything that was imported
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.requests import Request, check_size, make_requests
 from vqdm.errors import RunError, UserError
-from vqdm.image_folder import ImageFolder, Key, check_layout
+from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows
@@ -331,7 +331,7 @@ def draw_share(job: Job, batches: list[list[Request]], pending: list[Request]) -
                 raise RunError("every picture of the first batch holds NaN; use another --dtype (float32 or bfloat16)")
             for request, picture in zip(batch, pictures, strict=True):
                 if request.key in missing:
-                    lines.write(keep(job, request, picture) | {"batch_size": len(batch)})
+                    lines.write(sealed(keep(job, request, picture) | {"batch_size": len(batch)}))
             if not done:
                 job.tracker.images("pictures", [picture.image for picture in pictures])
             done += len(batch)
