@@ -49,7 +49,7 @@ def png_bytes(image: Image.Image, metadata: dict) -> bytes:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a manifest; a missing file has none. Damaged lines are left out, with a warning but for a last one cut off."""
+    """Rows of a manifest; a missing file has none. Damaged lines are left out, with a warning but for a cut last."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -2,7 +2,7 @@
 
 Reads a JSON object a line on standard input and answers with one a line on standard output:
 
-{"start": [script, ...words], "env": {}, "log": path, "user": id or null, "file_bytes": limit or null,
+{"start": [script, ...words], "env": {}, "log": path, "file_bytes": limit or null,
  "crash": {"at": n, "signal": s} or null}     → {"pid": n}
 {"poll": pid}                                 → {"status": exit status, minus the signal that ended it, or null}
 
@@ -71,9 +71,6 @@ def program(order: dict) -> int:
     os.environ.update(order["env"])
     if order.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"],) * 2)
-    if order.get("user"):
-        os.setresgid(*[order["user"]] * 3)
-        os.setresuid(*[order["user"]] * 3)
     crash = order.get("crash") or {}
     from vqdm.cli import run_script
 

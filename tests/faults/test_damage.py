@@ -1,4 +1,4 @@
-"""Truncated and bit-flipped files of an interrupted run are noticed and named; without them the run ends as it would."""
+"""Truncated and bit-flipped files of an interrupted run are noticed and named; without them it ends as it would."""
 
 import json
 import random
