@@ -16,11 +16,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vqdm.documents import parse_json, shortened
 from vqdm.errors import UserError
 from vqdm.storage.atomic import save_bytes, save_json, save_text
 from vqdm.storage.fingerprint import file_sha256
@@ -33,6 +34,8 @@ LAYOUTS: dict[str, Callable[[int, int], str]] = {
 }
 GRID_COLUMNS = 2
 MOST_IN_GRID = 4
+LONGEST_NAME = 200  # bytes of UTF-8 of a file's name and an ending, which file systems limit to 255
+OPTIONAL_TEXTS = ("prompt", "negative_prompt", "problem")
 
 Key = tuple[int, int]
 
@@ -50,16 +53,52 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a manifest; a line that a crash cut off is left out, a missing file has none."""
     if not path.is_file():
         return []
-    rows = [_parsed(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    rows = [_parsed(line) for line in lines_of(path)]
     return [row for row in rows if row is not None]
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines that are not empty. Only \\n ends one: prompts may hold other separators, such as U+2028."""
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
 
 
 def _parsed(line: str) -> dict | None:
     try:
-        row = json.loads(line)
-        return row if {"index", "sample", "file", "sha256"} <= row.keys() else None
-    except (ValueError, AttributeError):
+        row = parse_json(line)
+        return row if is_row(row) else None
+    except ValueError:
         return None
+
+
+def is_row(row) -> bool:
+    """Whether a value is a row of a manifest: its numbers, names and settings of their types, its file in the folder."""
+    if not isinstance(row, dict):
+        return False
+    counts = [row.get(name) for name in ("index", "sample")]
+    texts = [row.get("sha256"), *(row[name] for name in OPTIONAL_TEXTS if row.get(name) is not None)]
+    return (
+        all(type(count) is int and 0 <= count < 2**31 for count in counts)
+        and all(isinstance(text, str) and is_encodable(text) for text in texts)
+        and isinstance(row.get("settings", {}), dict)
+        and is_inside(row.get("file"))
+    )
+
+
+def is_inside(name) -> bool:
+    """Whether a value is a relative path that does not leave its folder, as far as its text says."""
+    if not isinstance(name, str) or not is_encodable(name) or "\0" in name or "\\" in name or len(name) > LONGEST_NAME:
+        return False
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def key_of(row: dict) -> Key:
@@ -190,4 +229,9 @@ def check_layout(layout: str, names: list[str], samples: int) -> None:
         raise UserError(f"--num_samples_per_prompt is {samples}; --layout dpg holds {MOST_IN_GRID} at most")
     unfit = [name for name in names if not re.fullmatch(r"[\w-]+", name)]
     if unfit:
-        raise UserError(f"--layout dpg names files by id; {unfit[0]!r} has other signs than letters, digits, _ and -")
+        raise UserError(
+            f"--layout dpg names files by id; {shortened(unfit[0])} has other signs than letters, digits, _ and -"
+        )
+    overlong = [name for name in names if len(name.encode()) > LONGEST_NAME]
+    if overlong:
+        raise UserError(f"--layout dpg names files by id; {shortened(overlong[0])} has more than {LONGEST_NAME} bytes")

@@ -6,11 +6,11 @@ is measured on the rows that the shared codebooks are trained on. The budget the
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -20,7 +20,8 @@ from vqdm.additive.shared import encode, sample_error
 from vqdm.diffusion.blocks import Layer, weight_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
-from vqdm.errors import UserError
+from vqdm.documents import first_line, read_json
+from vqdm.errors import RunError, UserError
 from vqdm.jobs.banks import bank_path, draw_samples, load_codebooks, shared, train
 from vqdm.jobs.job import Job
 from vqdm.jobs.plan import bank_bits, bank_users, layer_bits
@@ -69,8 +70,23 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
     if not path.is_file():
         layers = divided(measured(job, store), job.config.target_bits)
         save_json({layer.name: {name: getattr(layer.spec, name) for name in PLANNED} for layer in layers}, path)
-    plan = json.loads(path.read_text(encoding="utf-8"))
-    return [replace(layer, spec=layer.spec.changed(**plan[layer.name])) for layer in job.layers]
+    return read_plan(path, job.layers)
+
+
+def read_plan(path: Path, layers: list[Layer]) -> list[Layer]:
+    """The layers in the formats of a plan.
+
+    Raises:
+        RunError: it is damaged, lacks a layer, or gives one a format that cannot be.
+    """
+    try:
+        plan = read_json(path)
+        planned = [replace(layer, spec=layer.spec.changed(**plan[layer.name])) for layer in layers]
+        for layer in planned:
+            layer.spec.check_shape(layer.rows, layer.columns)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({first_line(error)}); delete it and run again with --resume") from None
+    return planned
 
 
 # ------------------------------------------------------------------------------------------- measuring

@@ -7,9 +7,7 @@ each layer, swap the block's layers in; then measure against the teacher and wri
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -43,6 +41,7 @@ from vqdm.jobs.solving import layer_row, solve_block
 from vqdm.layers.quantized import QuantizedLayer, cast_plain, decoded_once, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.prompts import draw, load_prompts
+from vqdm.redaction import own_command
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
@@ -263,7 +262,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: di
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
-        "command": shlex.join(sys.argv),
+        "command": own_command(),
         "layers": [done.report for done in solved.values()],
     }
     save_text(model_card(job.config, summary), staged / "README.md")

@@ -6,16 +6,17 @@ model, prompts and sampling the Hessians hold.
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vqdm.config import differences
 from vqdm.diffusion.blocks import Layer
+from vqdm.documents import read_json
 from vqdm.errors import RunError, UserError
 from vqdm.storage.atomic import save_json, save_tensors
 
@@ -36,10 +37,11 @@ class HessianStore:
 
     def _read_index(self) -> None:
         try:
-            index = json.loads(self.index.read_text(encoding="utf-8"))
+            index = read_json(self.index)
             changed = differences(index["settings"], self.settings)
             self.leaders = dict(index["layers"])
-        except (OSError, ValueError, KeyError, TypeError):
+            _check_names(self.leaders)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"--hessian_cache: {self.index} is damaged; delete it, or choose another folder") from None
         if changed:
             raise UserError(
@@ -61,9 +63,11 @@ class HessianStore:
         """H and the held-out H of a layer. Raises RunError when the file is gone or damaged."""
         path = self._file(self.leaders[_key(layer)])
         try:
+            with safe_open(path, "pt") as file:
+                _check_shapes(file, layer.columns)
             tensors = load_file(path, device=str(device))
             return tensors["hessian"], tensors.get("held_out")
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise RunError(f"{path} is missing or damaged ({error}); delete {self.index} and run again") from None
 
     def groups(self, layers: list[Layer]) -> list[list[Layer]]:
@@ -75,6 +79,22 @@ class HessianStore:
 
     def _file(self, leader: str) -> Path:
         return self.folder / f"{leader}.safetensors"
+
+
+def _check_names(leaders: dict) -> None:
+    """Raise ValueError unless layers and the files that they share are named like layers, so inside the folder."""
+    for name in (*leaders, *leaders.values()):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
+            raise ValueError(name)
+
+
+def _check_shapes(file, columns: int) -> None:
+    """Raise ValueError unless an open file declares float32 matrices [columns, columns]; nothing is read yet."""
+    for name in ("hessian", "held_out"):
+        if name == "hessian" or name in file.keys():  # noqa: SIM118
+            held = file.get_slice(name)
+            if held.get_shape() != [columns, columns] or held.get_dtype() != "F32":
+                raise ValueError(f"{name} is {held.get_dtype()} {held.get_shape()}; expected F32 {[columns, columns]}")
 
 
 def _key(layer: Layer) -> str:
