@@ -42,8 +42,9 @@ YAML_MARKS = {
     "@key@": "{? [a, b] : c}",
 }
 STRINGS = (
-    "", " ", "\0", "a\nb", "../../../etc/passwd", "/etc/passwd", "..\\x", "a" * 100_000, "é" * 300, "\x1b[31m", "\u2028",
-    "</script><script>", "{{DATA}}", "%s{0}", "None", "nan", "(", "(a{999999999999})", "forward", "a.b", "conv_in", "=1+1",
+    "", " ", "\0", "a\nb", "../../../etc/passwd", "/etc/passwd", "..\\x", "a" * 100_000, "é" * 300, "\x1b[31m",
+    "</script><script>", "{{DATA}}", "%s{0}", "None", "nan", "(", "(a{999999999999})", "forward", "a.b", "conv_in",
+    "=1+1", "\u2028",
 )  # fmt: skip
 NUMBERS = (0, -1, 1, 2, 3, 8, 16, 17, 255, 10**6, 2**31, 2**63, 10**30, -(10**30), 0.5, -0.0, 1e308, float("nan"))
 SCALARS = (None, True, False, *NUMBERS, float("inf"), *STRINGS, *MARKS)
@@ -213,8 +214,9 @@ def broken_npz(draw, arrays: dict[str, np.ndarray]) -> bytes:
     odd = st.sampled_from(
         [
             np.zeros(()), np.zeros(0), np.zeros((2, 3)), np.zeros((0, 0)), np.array("text"), np.array([1, "a"], object),
-            np.array([np.nan]), np.full((4, 4), np.nan), np.full((4, 4), np.inf), np.zeros(4, complex), np.zeros(3, "i8"),
-            np.zeros(4, [("a", "f4")]), np.array([b"x"]), np.array(2**62), np.array(-1), np.array("2020", "M8[Y]"),
+            np.array([np.nan]), np.full((4, 4), np.nan), np.full((4, 4), np.inf), np.zeros(4, complex),
+            np.zeros(3, "i8"), np.zeros(4, [("a", "f4")]), np.array([b"x"]), np.array(2**62),
+            np.array(-1), np.array("2020", "M8[Y]"),
         ]
     )  # fmt: skip
     lies = st.sampled_from(

@@ -217,7 +217,7 @@ def pictures(draw, folder: Path) -> None:
     """Damaged pictures in a folder or a zip file."""
     kind = draw(st.sampled_from(["PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "EPS"]))
     data = broken_bytes(draw, picture_bytes(kind)) if draw(st.booleans()) else huge_picture(kind)
-    names = st.sampled_from(["a.png", "b/c.jpg", "../escaped.png", "/escaped.png", "a\\b.png", "\0.png", "é.webp"])
+    names = st.sampled_from(["a.png", "b/c.jpg", "../escaped.png", "/escaped.png", "a\\b.png", "é.webp"])
     if draw(st.booleans()):
         archive = zipped({draw(names): data, "fine.png": picture_bytes()})
         (folder / "set.zip").write_bytes(broken_bytes(draw, archive) if draw(st.booleans()) else archive)
@@ -361,8 +361,10 @@ def peak_bytes() -> int:
 def check(target, draw) -> None:
     """One case: success, or an error that the programs print as one line."""
     with tempfile.TemporaryDirectory() as folder, watched():
+        case = Path(folder) / "case"
+        case.mkdir()
         try:
-            target(draw, Path(folder) / "case" if Path(folder, "case").mkdir() else Path(folder) / "case")
+            target(draw, case)
         except (UserError, RunError) as error:
             line = str(error)
             assert line.strip() and "\n" not in line.strip(), line[:300]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vqdm.diffusion.pipelines import SCHEDULERS
-from vqdm.documents import first_line, read_yaml, shortened
+from vqdm.documents import first_line, printable, read_yaml, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.redaction import redacted
 
@@ -189,9 +189,3 @@ def _complain(error: BaseException, status: int) -> int:
         logging.getLogger().debug("", exc_info=True)
     print(f"error: {printable(redacted(first_line(error)))}", file=sys.stderr)
     return status
-
-
-def printable(line: str, most: int = 2000) -> str:
-    """A line as a terminal may show it: what a file smuggled in of control characters is spelled out."""
-    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line[:most])
-    return shown + ("…" if len(line) > most else "")

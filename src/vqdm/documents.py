@@ -49,8 +49,8 @@ def parse_json(text: str) -> Any:
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text of plain types. Raises ValueError, also where aliases would repeat without measure."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         _check_aliases(node)
         return None if node is None else loader.construct_document(node)
@@ -59,8 +59,6 @@ def parse_yaml(text: str) -> Any:
     except (yaml.YAMLError, AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
         # Anything but YAMLError is a scalar that its explicit tag does not fit, such as `!!bool perhaps`.
         raise ValueError(first_line(error)) from None
-    finally:
-        loader.dispose()
 
 
 def _check_aliases(root: yaml.Node | None) -> None:
@@ -99,3 +97,9 @@ def shortened(value: Any, most: int = 80) -> str:
     except (ValueError, RecursionError):
         return f"a {type(value).__name__} too long to print"
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def printable(line: str, most: int = 2000) -> str:
+    """A line as a terminal may show it: what a file smuggled in of control characters is spelled out."""
+    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line[:most])
+    return shown + ("…" if len(line) > most else "")

@@ -71,7 +71,7 @@ def _parsed(line: str) -> dict | None:
 
 
 def is_row(row) -> bool:
-    """Whether a value is a row of a manifest: its numbers, names and settings of their types, its file in the folder."""
+    """Whether a value is a row of a manifest: its numbers, texts and settings of their types, its file inside."""
     if not isinstance(row, dict):
         return False
     counts = [row.get(name) for name in ("index", "sample")]
@@ -229,9 +229,8 @@ def check_layout(layout: str, names: list[str], samples: int) -> None:
         raise UserError(f"--num_samples_per_prompt is {samples}; --layout dpg holds {MOST_IN_GRID} at most")
     unfit = [name for name in names if not re.fullmatch(r"[\w-]+", name)]
     if unfit:
-        raise UserError(
-            f"--layout dpg names files by id; {shortened(unfit[0])} has other signs than letters, digits, _ and -"
-        )
+        found = shortened(unfit[0])
+        raise UserError(f"--layout dpg names files by id; {found} has other signs than letters, digits, _ and -")
     overlong = [name for name in names if len(name.encode()) > LONGEST_NAME]
     if overlong:
         raise UserError(f"--layout dpg names files by id; {shortened(overlong[0])} has more than {LONGEST_NAME} bytes")

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from vqdm.documents import first_line, parse_json, read_json, read_text, read_yaml
+from vqdm.documents import first_line, parse_json, printable, read_json, read_text, read_yaml
 from vqdm.errors import UserError
 
 COLUMNS = ("prompt", "caption", "captions", "text")
@@ -95,7 +95,7 @@ def _pick_column(names: list[str]) -> str:
         for name in names:
             if name is not None and str(name).strip().lower() == wanted:
                 return name
-    found = ", ".join(str(name) for name in names[:8]) or "none"
+    found = ", ".join(printable(str(name), 40) for name in names[:8]) or "none"
     raise UserError(f"no column named {', '.join(COLUMNS)}; its columns are {found}")
 
 
