@@ -62,13 +62,13 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{where}; allowed are true and false")
             return value
         words = value if isinstance(value, list) and action.nargs == "+" else [value]
-        if not words or not all(isinstance(word, str | int | float) for word in words):
+        if not words or not all(isinstance(word, str | int | float) and word != "--" for word in words):
             raise UserError(f"{where}; expected a value, or leave the line out")
         try:
             return self._get_values(action, [str(word) for word in words])
         except argparse.ArgumentError as error:
             raise UserError(f"--config: {path}: {error}") from None
-        except ValueError as error:  # a number of thousands of digits, or a lone "--"
+        except ValueError as error:  # a number of thousands of digits
             raise UserError(f"{where}: {error}") from None
 
 
