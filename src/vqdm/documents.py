@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 2**30  # of a document
+PIECE_BYTES = 2**20
 MOST_REPEATED = 10**6  # nodes that the aliases of a YAML document may add to those that are written
 
 
@@ -22,10 +23,12 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
         OSError: it cannot be read.
         ValueError: it is not UTF-8, or has more than `most` bytes, as a device without end has.
     """
+    data = bytearray()
     with open(path, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"it has more than {most} bytes")
+        while piece := file.read(PIECE_BYTES):
+            data += piece
+            if len(data) > most:
+                raise ValueError(f"it has more than {most} bytes")
     return data.decode("utf-8-sig")
 
 
