@@ -91,7 +91,7 @@ class Tracker:
         closing.start()
         closing.join(CLOSING_SECONDS)
         if closing.is_alive():
-            log.warning("the tracker is still sending after %d s and is left behind", CLOSING_SECONDS)
+            log.warning("the tracker is still sending after %g s and is left behind", CLOSING_SECONDS)
             self.inner = None
 
     def _guard(self, action: Callable[[], Any]) -> None:
