@@ -10,13 +10,16 @@ G = I/g column groups; M codebooks of K = 2^b entries; b = `nbits_per_codebook`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from vqdm.additive.rates import pack_rows, row_bytes, unpack_rows
+
+BANK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # banks name tensors and files
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class CodeSpec:
         groupwise_codebooks: every column group has its own M codebooks.
         input_channel_scales: a 16-bit factor for every column.
         group_channels: columns of a convolution run taps outermost, channels innermost.
-        shared_codebooks: the name of a bank of codebooks that layers share and the model stores once; empty: the
-            layer stores its own.
+        shared_codebooks: the name of a bank of codebooks that layers share and the model stores once, of up to 64
+            letters, digits, _ and -; empty: the layer stores its own.
         row_bits: 0 gives every code b bits. Else the rate is variable, see `vqdm.additive.rates`: one shared codebook
             of all widths up to b, and so many bits for the codes of a row group together.
     """
@@ -62,10 +65,15 @@ class CodeSpec:
         _in_range(self, "out_group_size", 1, 64)
         _in_range(self, "codebook_value_num_groups", 1, 1024)
         _in_range(self, "row_bits", 0, 2**24)
-        if self.scale_nbits not in (*range(9), 16):
-            raise ValueError(f"scale_nbits is {self.scale_nbits}; allowed are 0 to 8, and 16")
-        if self.codebook_value_nbits not in (*range(1, 9), 16):
-            raise ValueError(f"codebook_value_nbits is {self.codebook_value_nbits}; allowed are 1 to 8, and 16")
+        _one_of(self, "scale_nbits", (*range(9), 16), "0 to 8, and 16")
+        _one_of(self, "codebook_value_nbits", (*range(1, 9), 16), "1 to 8, and 16")
+        for name in ("groupwise_codebooks", "input_channel_scales", "group_channels"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are true and false")
+        if not isinstance(self.shared_codebooks, str) or not BANK_NAME.fullmatch(self.shared_codebooks or "_"):
+            raise ValueError(
+                f"shared_codebooks is {self.shared_codebooks!r}; allowed are up to 64 letters, digits, _ and -"
+            )
         if self.codebook_value_nbits < 16 and self.num_codebooks * self.entries % self.codebook_value_num_groups:
             raise ValueError(
                 f"codebook_value_num_groups is {self.codebook_value_num_groups}; it must divide "
@@ -99,6 +107,16 @@ class CodeSpec:
             raise ValueError(f"out_group_size {self.out_group_size} does not divide its {rows} outputs")
         if self.row_bits > (most := columns // self.in_group_size * self.nbits_per_codebook):
             raise ValueError(f"row_bits is {self.row_bits}; its {columns} inputs take {most} at most")
+
+    def check_tensors(self, rows: int, columns: int, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless `tensors` are those of a [rows, columns] layer, in names, shapes and dtypes."""
+        expected = self.tensor_shapes(rows, columns)
+        if expected.keys() != tensors.keys():
+            raise ValueError(f"its tensors are {', '.join(sorted(tensors))}; expected {', '.join(sorted(expected))}")
+        for name, (shape, dtype) in expected.items():
+            held = tensors[name]
+            if held.shape != shape or held.dtype != dtype:
+                raise ValueError(f"{name} is {held.dtype} {list(held.shape)}; expected {dtype} {list(shape)}")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -148,6 +166,12 @@ class CodeSpec:
         if self.input_channel_scales:
             shapes["input_scales"] = ((columns,), torch.float16)
         return shapes
+
+
+def _one_of(spec: CodeSpec, name: str, allowed: tuple[int, ...], words: str) -> None:
+    value = getattr(spec, name)
+    if type(value) is not int or value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {words}")
 
 
 def _in_range(spec: CodeSpec, name: str, low: int, high: int) -> None:

@@ -23,6 +23,7 @@ from vqdm.additive.shared import Sample, encode, sample_error
 from vqdm.diffusion.blocks import Layer, weight_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
+from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.jobs.banks import at_rate, choose_layers, draw_samples, load_codebooks, shared, train
 from vqdm.jobs.job import Job
@@ -87,7 +88,7 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
     plan = job.ranks.agreed(read_plan(path) if job.ranks.main else None)
     if job.ranks.main:
         save_json(plan, job.folder.path / PLAN)
-    return [replace(layer, spec=layer.spec.changed(**plan[layer.name])) for layer in job.layers]
+    return planned(job.layers, plan, path)
 
 
 def read_plan(path: Path) -> dict[str, dict]:
@@ -96,6 +97,17 @@ def read_plan(path: Path) -> dict[str, dict]:
         return load_sealed_json(path)
     except Damaged as error:
         raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
+
+
+def planned(layers: list[Layer], plan: dict[str, dict], path: Path) -> list[Layer]:
+    """The layers in the formats of a plan. Raises RunError when it lacks a layer or has a format that cannot be."""
+    try:
+        found = [replace(layer, spec=layer.spec.changed(**plan[layer.name])) for layer in layers]
+        for layer in found:
+            layer.spec.check_shape(layer.rows, layer.columns)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({first_line(error)}); delete it and run again with --resume") from None
+    return found
 
 
 # ------------------------------------------------------------------------------------------- measuring

@@ -10,9 +10,7 @@ the first alone writes what there is one of. The result is the same to the last 
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -45,6 +43,7 @@ from vqdm.layers.quantized import QuantizedLayer, cast_plain, decoded_once, quan
 from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import draw, load_prompts
+from vqdm.redaction import own_command
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
@@ -273,7 +272,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: di
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
-        "command": shlex.join(sys.argv),
+        "command": own_command(),
         "layers": [done.report for done in solved.values()],
     }
     save_text(model_card(job.config, summary), staged / "README.md")

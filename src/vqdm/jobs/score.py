@@ -6,9 +6,6 @@ network over this rank's share, gather, and write. Only the first rank looks for
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +14,13 @@ import open_clip
 import torchmetrics
 import torchvision
 
+from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.jobs.score_job import Job, Plan, ScoreConfig
 from vqdm.jobs.score_plan import make_plan
 from vqdm.jobs.score_sets import SET_METRICS, set_pass
 from vqdm.parallel import Ranks, launched
+from vqdm.redaction import own_command
 from vqdm.scores.catalogue import METRICS
 from vqdm.scores.encoders import Encoder, exact, load_encoder
 from vqdm.scores.fidelity import load_lpips
@@ -233,7 +232,7 @@ def record(job: Job) -> dict:
         "networks": {name: network.about() for name, network in used.items()},
         "settings": asdict(config),
         "versions": versions() | {one.__name__: one.__version__ for one in (torchmetrics, torchvision, open_clip)},
-        "command": shlex.join(sys.argv),
+        "command": own_command(),
     }
 
 
@@ -242,9 +241,11 @@ def model_size(run: dict) -> dict:
     quantized = (run.get("settings") or {}).get("quantized")
     for folder in (Path(quantized), Path(quantized).parent) if quantized else ():
         try:
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            summary = read_json(folder / "summary.json")
         except (OSError, ValueError):
             continue
+        # A run of others may name any folder here; nothing but these numbers is taken from it.
         names = ("effective_bits_unet", "effective_bits_layers", "bytes_of_unet", "bytes_of_original_unet")
-        return {name: summary[name] for name in names if name in summary}
+        held = {name: summary.get(name) for name in names} if isinstance(summary, dict) else {}
+        return {name: value for name, value in held.items() if isinstance(value, int | float)}
     return {}

@@ -242,7 +242,7 @@ def facts(record: dict) -> str:
         items |= {"MB UNet": f"{size['bytes_of_unet'] / 1e6:.1f}"}
     lines = [f"<li><b>{escaped(value)}</b> {name}</li>" for name, value in items.items()]
     if drawn.get("quantized"):
-        lines.append(f"<li>from <b>{escaped(drawn['model'])}</b></li>")
+        lines.append(f"<li>from <b>{escaped(drawn.get('model'))}</b></li>")
     if record["reference"]:
         lines.append(f"<li>against <b>{escaped(record['reference'])}</b></li>")
     return "".join(lines)

@@ -5,7 +5,7 @@ diffusers has no registration function; a backend writes itself into two diction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 
 import torch
@@ -13,6 +13,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from safetensors import safe_open
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
@@ -23,6 +24,8 @@ from vqdm.layers.rounded import rounded_layers, swap_rounded, unround_layers
 FORMAT_VERSION = 3  # the newest; a file that uses nothing of a version is written as the one before
 VERSION_2_KEYS = ("rounded",)
 LATER_SETTINGS = ("shared_codebooks", "row_bits")
+FLOATS = ("F64", "F32", "F16", "BF16")
+KINDS = {torch.uint8: "U8", torch.int8: "I8"}
 QUANTIZED_FIELDS = ("quantization_config", "_pre_quantization_dtype")
 
 
@@ -55,14 +58,17 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         format_version: int = FORMAT_VERSION,
         **_,
     ):
-        if format_version not in range(1, FORMAT_VERSION + 1):
+        if type(format_version) is not int or format_version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
                 f"format_version is {format_version!r}; this vqdm reads 1 to {FORMAT_VERSION}, a newer one may read it"
             )
+        _check_types(code, layers)
         self.quant_method = Method.VQDM
         self.code, self.layers = dict(code), dict(layers)
         self.rounded = list(rounded)
-        self.specs = {name: CodeSpec().changed(**code).changed(**own) for name, own in self.layers.items()}
+        if isinstance(rounded, str) or not all(isinstance(name, str) for name in self.rounded):
+            raise ValueError("quantization_config: rounded must be a list of layer names")
+        self.specs = {name: CodeSpec().changed(**(self.code | own)) for name, own in self.layers.items()}
 
     @classmethod
     def of(cls, model: nn.Module) -> VqdmConfig:
@@ -103,6 +109,15 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         return self.to_dict()
 
 
+def _check_types(code, layers) -> None:
+    """Raise ValueError unless settings and layers are of the types that a file should hold."""
+    if not isinstance(code, dict) or not isinstance(layers, dict):
+        raise ValueError("quantization_config: code and layers must be objects")
+    wrong = [name for name, own in layers.items() if not isinstance(own, dict)]
+    if wrong:
+        raise ValueError(f"quantization_config: the settings of layer {wrong[0]} must be an object")
+
+
 def _commonest(settings: list[dict]) -> dict:
     keys = [tuple(sorted(one.items())) for one in settings]
     return dict(max(dict.fromkeys(keys), key=keys.count)) if keys else CodeSpec().to_dict()
@@ -119,13 +134,14 @@ class VqdmQuantizer(DiffusersQuantizer):
     required_packages = None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None = None) -> list[str]:
-        self._loaded_keys = list(loaded_keys)
+        self._loaded_keys, self._files = list(loaded_keys), list(checkpoint_files or ())
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
         build_layers(model, self.quantization_config)
         if hasattr(self, "_loaded_keys"):
             check_names(model.state_dict().keys(), self._loaded_keys)
+            check_files(model, [file for file in map(str, self._files) if file.endswith(".safetensors")])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         check_widths(model)
@@ -151,10 +167,10 @@ def build_layers(model: nn.Module, config: VqdmConfig) -> None:
     """Replace plain layers by the empty ones that `config` describes, in place.
 
     Raises:
-        ValueError: a layer that it names is not there, or is neither Linear nor Conv2d.
+        ValueError: a layer that it names is not there, is neither Linear nor Conv2d, or does not divide into groups.
     """
     for name, spec in config.specs.items():
-        _check_plain(model, name)
+        _check_divides(name, _check_plain(model, name), spec)
         swap(model, name, spec)
     for name in config.rounded:
         _check_plain(model, name)
@@ -181,14 +197,48 @@ def check_widths(model: nn.Module) -> None:
                 raise ValueError(f"{name}.code_widths do not add up to row_bits {layer.spec.row_bits}")
 
 
-def _check_plain(model: nn.Module, name: str) -> None:
-    """Raise ValueError unless `name` is a layer of the model that can be swapped and has not been."""
+def check_files(model: nn.Module, files: Iterable[str]) -> None:
+    """Raise ValueError where files declare a tensor of another shape or kind of number than the model has.
+
+    Only headers are read, so that nothing is allocated for a file that lies. Floating types may differ: they are cast.
+    """
+    expected = model.state_dict()
+    for name, (shape, kind) in stored_shapes(files):
+        own = expected.get(name)
+        if own is None:
+            continue
+        fits = kind in FLOATS if own.is_floating_point() else kind == KINDS.get(own.dtype, kind)
+        if tuple(own.shape) != shape or not fits:
+            raise ValueError(f"tensor {name} of the checkpoint is {kind} {shape}; the layer holds {tuple(own.shape)}")
+
+
+def stored_shapes(files: Iterable[str]) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    """(name, (shape, type as the format spells it)) of the tensors in safetensors files."""
+    for path in files:
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                held = tensors.get_slice(name)
+                yield name, (tuple(held.get_shape()), held.get_dtype())
+
+
+def _check_divides(name: str, layer: nn.Linear | nn.Conv2d, spec: CodeSpec) -> None:
+    if getattr(layer, "groups", 1) != 1:
+        raise ValueError(f"quantization_config: layer {name} is a convolution in {layer.groups} groups")
+    try:
+        spec.check_shape(len(layer.weight), layer.weight[0].numel())
+    except ValueError as error:
+        raise ValueError(f"quantization_config: layer {name}: {error}") from None
+
+
+def _check_plain(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name. Raises ValueError unless it can be swapped and has not been."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"quantization_config names layer {name}, which {type(model).__name__} lacks") from None
     if not isinstance(layer, nn.Linear | nn.Conv2d) or hasattr(layer, "stored_tensors"):
         raise ValueError(f"quantization_config names layer {name}, which is a {type(layer).__name__}")
+    return layer
 
 
 def mark_quantized(model: nn.Module) -> VqdmConfig:

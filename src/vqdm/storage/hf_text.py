@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import dtype as Dtype
 from torch import nn
 from transformers.quantizers import HfQuantizer, auto
 
 from vqdm.layers.quantized import dequantize_layers
 from vqdm.layers.rounded import unround_layers
-from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_names, check_widths
+from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_names, check_widths, stored_shapes
 
 TEXT_PREFIX = "text_model."
 
@@ -69,9 +68,7 @@ def _shapes(files: list[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for path in files:
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"{path} is not a safetensors file")
-        with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tuple(tensors.get_slice(name).get_shape())
+    return ((name, shape) for name, (shape, _) in stored_shapes(files))
 
 
 def short_name(name: str) -> str:
