@@ -33,7 +33,8 @@ def parse(program: str, words: list[str]):
 
 
 def written_calls(text: str) -> list[tuple[str, list[str]]]:
-    """(program, arguments) of every call in a script or guide; shell variables stand for themselves."""
+    """(program, arguments) of every call in a script or guide; variables stand for their default or themselves."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
     found = [(program, line.replace("\\\n", " ")) for program, line in CALL.findall(text)]
     return [(program, [word for word in shlex.split(line, comments=True) if word != "$@"]) for program, line in found]
 
