@@ -30,7 +30,7 @@ from vqdm.scores.picture_sets import Key, Picture, PictureSet
 from vqdm.scores.results import Score, Table, interval_text, number, spread_text
 
 # Metrics by which the worst pictures are found, best judge first; those of text count by their difference.
-WORST_BY = ("lpips", "dino_i", "clip_i", "ssim", "psnr", "pickscore", "clip", "hpsv2")
+WORST_BY = ("lpips", "dino_i", "clip_i", "ssim", "psnr", "pickscore", "clip", "hpsv2", "image_reward")
 # The difference is stored amplified this much, so that the page can amplify it further without showing rounding.
 GAIN = 2
 LOSSLESS_SIDE = 256
