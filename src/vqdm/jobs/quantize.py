@@ -29,7 +29,7 @@ from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.allocation import allocated
 from vqdm.jobs.banks import make_banks, shared
 from vqdm.jobs.job import Job, on_save
-from vqdm.jobs.plan import Rest, bank_bits, bank_users, layer_table, predicted_bytes, totals
+from vqdm.jobs.plan import Rest, bank_bits, bank_users, hessian_bytes, layer_table, predicted_bytes, totals
 from vqdm.jobs.recording import (
     calibration_trajectories,
     digest,
@@ -95,6 +95,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
     if ranks.main:
         need = predicted_bytes(pipeline, config.sampling.num_inference_steps, len(calibration), len(evaluation))
+        need += hessian_bytes(layers, config.hessian_memory_gb)
         folder.open(settings, versions(), config.resume, need)
     if ranks.agreed(folder.finished):
         return close_finished(folder) if ranks.main else None

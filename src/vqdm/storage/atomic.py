@@ -102,7 +102,9 @@ def load_sealed(path: Path, device: torch.device | str = "cpu") -> tuple[dict[st
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise Damaged(str(error).splitlines()[0]) from None
-    if metadata.pop(CHECK, None) != _tensor_digest(tensors, metadata):
+    if CHECK not in metadata:
+        raise Damaged("it has no checksum, or an older version wrote it")
+    if metadata.pop(CHECK) != _tensor_digest(tensors, metadata):
         raise Damaged("its checksum does not match")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
 

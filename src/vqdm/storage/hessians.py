@@ -39,7 +39,7 @@ class HessianStore:
             self.leaders = dict(index["layers"])
             _check_names(self.leaders)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--hessian_cache: {self.index} is damaged; delete it, or choose another folder") from None
+            raise UserError(f"{self.index} is damaged; delete it, or choose another --hessian_cache") from None
         if changed:
             raise UserError(
                 f"--hessian_cache {self.folder} is of another run: {'; '.join(changed)}; choose another folder"
