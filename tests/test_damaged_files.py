@@ -29,7 +29,7 @@ from vqdm.storage.hessians import HessianStore
 from vqdm.storage.hf import VqdmConfig
 from vqdm.storage.runs import RunFolder
 
-DEEP = "[" * 50_000 + "]" * 50_000
+DEEP = "[" * 5_000 + "]" * 5_000
 LAYER = Layer("mid_block.a.b", "mid_block", "linear", 8, 16, SPECS[0])
 ROW = {"index": 0, "sample": 0, "file": "a.png", "sha256": "0"}
 
@@ -81,11 +81,11 @@ def test_prompts(tmp_path, name, text, words):
 
 
 def test_short_rows_of_a_wide_table_take_no_room(tmp_path):
-    """A hundred thousand columns times as many rows would be 10^10 cells."""
+    """Twenty thousand columns times as many rows would be 4·10^8 cells, tens of gigabytes."""
     path = tmp_path / "p.csv"
-    path.write_text("prompt," + ",".join(f"c{k}" for k in range(100_000)) + "\n" + "a\n" * 100_000)
+    path.write_text("prompt," + ",".join(f"c{k}" for k in range(20_000)) + "\n" + "a\n" * 20_000)
     rows = load_rows(str(path), "PROMPTS")
-    assert len(rows) == 100_000 and rows[0] == {"prompt": "a"}
+    assert len(rows) == 20_000 and rows[0] == {"prompt": "a"}
 
 
 def test_separators_of_unicode_end_no_line(tmp_path):
@@ -116,9 +116,8 @@ def test_an_id_too_long_for_a_file_is_refused_before_the_work():
     ],
 )
 def test_quantization_configs(values):
-    with pytest.raises((ValueError, TypeError)) as caught:
+    with pytest.raises(ValueError):
         VqdmConfig(**values)
-    assert isinstance(caught.value, ValueError)
 
 
 def test_banks_are_named_by_words():
@@ -170,11 +169,8 @@ def test_scored_runs(tmp_path, entry):
 def test_a_layer_of_other_shapes_is_damaged(tmp_path):
     run, code = RunFolder(str(tmp_path)), random_code(LAYER.spec, 8, 32)
     metadata = {"spec": json.dumps(LAYER.spec.to_dict()), "report": "{}"}
-    for tensors, about in (
-        (code.pack(), metadata),
-        (random_code(LAYER.spec, 8, 16).pack(), metadata | {"report": DEEP}),
-    ):
-        save_tensors(tensors, run.layer_path(LAYER.name), about)
+    for one, about in ((code, metadata), (random_code(LAYER.spec, 8, 16), metadata | {"report": DEEP})):
+        save_tensors(one.pack(), run.layer_path(LAYER.name), about)
         with pytest.raises(RunError, match="is damaged"):
             run.load_layer(LAYER)
 
@@ -218,9 +214,10 @@ def test_damaged_archives_of_statistics(tmp_path):
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-@pytest.mark.parametrize(
-    "change", [{"file": ["a.png"]}, {"index": {}}, {"sample": "0"}, {"prompt": [1]}, {"file": "../a"}]
-)
+ROWS = ({"file": ["a.png"]}, {"index": {}}, {"sample": "0"}, {"prompt": [1]}, {"file": "../a.png"})
+
+
+@pytest.mark.parametrize("change", ROWS)
 def test_manifests(tmp_path, change):
     (tmp_path / "manifest.jsonl").write_text(json.dumps(ROW | change) + "\n")
     assert read_rows(tmp_path / "manifest.jsonl") == []
