@@ -65,9 +65,7 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         _check_types(code, layers)
         self.quant_method = Method.VQDM
         self.code, self.layers = dict(code), dict(layers)
-        self.rounded = list(rounded)
-        if isinstance(rounded, str) or not all(isinstance(name, str) for name in self.rounded):
-            raise ValueError("quantization_config: rounded must be a list of layer names")
+        self.rounded = _names(rounded)
         self.specs = {name: CodeSpec().changed(**(self.code | own)) for name, own in self.layers.items()}
 
     @classmethod
@@ -116,6 +114,13 @@ def _check_types(code, layers) -> None:
     wrong = [name for name, own in layers.items() if not isinstance(own, dict)]
     if wrong:
         raise ValueError(f"quantization_config: the settings of layer {wrong[0]} must be an object")
+
+
+def _names(rounded) -> list[str]:
+    names = None if isinstance(rounded, str) or not isinstance(rounded, Iterable) else list(rounded)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise ValueError("quantization_config: rounded must be a list of layer names")
+    return names
 
 
 def _commonest(settings: list[dict]) -> dict:
