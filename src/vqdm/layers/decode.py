@@ -67,8 +67,7 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: 
     name = _choice(stored, dtype) if _known(name, ENVIRONMENT) == "auto" else name
     if name in ON_CPU and out.device.type != "cpu":
         raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
-    with torch.no_grad():
-        RUNS[name](stored, out)
+    RUNS[name](stored, out)
     return out
 
 
@@ -111,6 +110,7 @@ def _(numbers: list[int], groupwise: bool, shape: list[int], *_) -> Tensor:
 # ------------------------------------------------------------------------------------------------ the ways
 
 
+@torch.no_grad()
 def _by_torch(stored: Stored, out: Tensor) -> None:
     out.copy_(stored.working().dequantize())
 
@@ -121,6 +121,7 @@ def _by_triton(stored: Stored, out: Tensor) -> None:
     run(stored, out)
 
 
+@torch.no_grad()
 def _by_compile(stored: Stored, out: Tensor) -> None:
     with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
         _compiled()(stored, out)
@@ -166,8 +167,7 @@ def _fastest(stored: Stored, dtype: torch.dtype, candidates: tuple[str, ...]) ->
     seconds = {}
     for name in candidates:
         try:
-            with torch.no_grad():
-                seconds[name] = min(_seconds(name, stored, out) for _ in range(3))
+            seconds[name] = min(_seconds(name, stored, out) for _ in range(3))
             if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
                 raise ArithmeticError("its results are wrong")
         except Exception as error:  # what a compiler or a driver may raise is not known
