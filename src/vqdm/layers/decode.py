@@ -39,6 +39,7 @@ CANDIDATES = {  # on other devices torch alone
     "cuda": ("triton", "torch"),
 }
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
+ROUNDS = 3  # of measuring, in each of which the ways take turns: another program may slow one of them down
 COMPILATIONS = 64  # formats that torch.compile may meet
 
 _wanted: str | None = None
@@ -164,20 +165,25 @@ def _fastest(stored: Stored, dtype: torch.dtype, candidates: tuple[str, ...]) ->
     """Of the candidates that work and agree with torch, the fastest."""
     out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
     wanted = stored.working().dequantize().to(dtype)
-    seconds = {}
-    for name in candidates:
-        try:
-            seconds[name] = min(_seconds(name, stored, out) for _ in range(3))
-            if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
-                raise ArithmeticError("its results are wrong")
-        except Exception as error:  # what a compiler or a driver may raise is not known
-            seconds.pop(name, None)
-            _warn_once(
-                f"decoding on {out.device}: not by {name}, which fails: {str(error).strip().partition(chr(10))[0]}"
-            )
+    able = [name for name in candidates if _agrees(name, stored, out, wanted)]
+    rounds = [{name: _seconds(name, stored, out) for name in able} for _ in range(ROUNDS)]
+    seconds = {name: min(times[name] for times in rounds) for name in able}
     best = min(seconds, key=seconds.get)
     _say_once(out.device, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
     return best
+
+
+def _agrees(name: str, stored: Stored, out: Tensor, wanted: Tensor) -> bool:
+    """Whether a way works and gives what is `wanted`; a warning says where not."""
+    try:
+        RUNS[name](stored, out)
+        if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
+            raise ArithmeticError("its results are wrong")
+        return True
+    except Exception as error:  # what a compiler or a driver may raise is not known
+        reason = str(error).strip().partition("\n")[0]
+        _warn_once(f"decoding on {out.device}: not by {name}, which fails: {reason}")
+        return False
 
 
 def _first_rows(stored: Stored) -> Stored:

@@ -53,14 +53,16 @@ static const uint64_t *unpack(const Layer *layer, int64_t first, int64_t n, uint
     return codes + first % 8;
 }
 
-/* The values [n, d] of groups j..j + n of a row. With M and d known to the compiler, its loops become a few vector
-   instructions. Sums run from left to right as elsewhere, and are equal to the last bit. */
-INLINE void add_up(const Layer *layer, const uint64_t *code, int64_t j, int64_t n, const float *scale, float *out,
-                   const int M, const int d) {
-    const int64_t K = (int64_t)1 << layer->bits, own = layer->groupwise ? M * K * d : 0, step = layer->group_scales;
-    const float *books = layer->books + j * own;
-    for (int64_t i = 0; i < n; i++, books += own, code += M, out += d, scale += step) {
-        const float s = *scale;
+/* The values [n, d] of groups j..j + n of a row. With M, d and `same` known to the compiler, its loops become a few
+   vector instructions. Sums run from left to right as elsewhere, and are equal to the last bit.
+   same: all groups have the same codebooks and scale. */
+INLINE void add_up(const Layer *layer, const uint64_t *restrict code, int64_t j, int64_t n, const float *restrict scale,
+                   float *restrict out, const int M, const int d, const int same) {
+    const int64_t K = (int64_t)1 << layer->bits, own = layer->groupwise ? M * K * d : 0;
+    const float *restrict books = layer->books + j * own;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < n; i++, code += M, out += d, books += same ? 0 : own) {
+        const float s = scale[!same && layer->group_scales ? i : 0];
         int c = 0;
         for (; c + 4 <= d; c += 4) {
             Four sum = *(const Four *)(books + code[0] * d + c);
@@ -76,17 +78,18 @@ INLINE void add_up(const Layer *layer, const uint64_t *code, int64_t j, int64_t 
 }
 
 #define CASE(COUNT, SIZE) \
-    if (layer->M == COUNT && d == SIZE) { \
-        add_up(layer, code, j, n, scale, out, COUNT, SIZE); \
+    if (same && layer->M == COUNT && d == SIZE) { \
+        add_up(layer, code, j, n, scale, out, COUNT, SIZE, 1); \
         return; \
     }
 
 static void decode_groups(const Layer *layer, const uint64_t *code, int64_t j, int64_t n, const float *scale,
                           float *out, int d) {
+    const int same = !layer->groupwise && !layer->group_scales;
     CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
     CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
     CASE(1, 16) CASE(2, 16) CASE(3, 16) CASE(4, 16)
-    add_up(layer, code, j, n, scale, out, layer->M, d);
+    add_up(layer, code, j, n, scale, out, layer->M, d, same);
 }
 
 /* To the nearest bfloat16, to an even one where two are as near; not for NaN. */

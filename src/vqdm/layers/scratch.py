@@ -34,7 +34,7 @@ class _Buffer:
 _idle: dict[tuple, _Buffer] = {}
 
 
-class scratch:  # noqa: N801
+class scratch:
     """`with scratch(shape, dtype, device) as out`: an uninitialised tensor that is valid inside.
 
     Who comes while the buffer is lent gets memory of their own. Every call of every layer comes here, so it is quick.
