@@ -14,7 +14,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.layers.quantized import quantized_layers
 from vqdm.storage.hf import mark_quantized
 
-TINY = ["--height", "64", "--width", "128", "--batch", "2", "--steps", "2", "--tokens", "5", "--device", "cpu"]
+TINY = ["--height", "64", "--width", "128", "--batch", "2", "--steps", "1", "--tokens", "5", "--device", "cpu"]
 
 
 def lines(capsys, words):
@@ -33,18 +33,8 @@ def test_every_variant_has_its_row_or_its_reason(quantized, tmp_path, capsys, mo
         unet = random_coded(dict(unet.config), CodeSpec(2, 4, 4), torch.float32, "cpu")
         mark_quantized(unet)
     unet.save_pretrained(tmp_path / "unet")
-    words = [
-        "--model",
-        str(tmp_path),
-        "--code",
-        "2x4g4",
-        "--paths",
-        "torch",
-        "gather",
-        "--plot",
-        str(tmp_path / "p.png"),
-    ]
-    first, *rest = lines(capsys, [*words, "--backends", "missing", "half"])
+    words = ["--model", str(tmp_path), "--code", "2x4g4", "--paths", "torch", "gather", "--backends", "missing", "half"]
+    first, *rest = lines(capsys, [*words, *(["--plot", str(tmp_path / "p.png")] if quantized else [])])
     assert first["model"] == str(tmp_path) and first["dtype"] == "float32" and first["height"] == 64
     assert rest[0] == {"variant": "missing", "skipped": "ImportError: no such package"}
     rows = {row["variant"]: row for row in rest[1:]}
@@ -53,7 +43,7 @@ def test_every_variant_has_its_row_or_its_reason(quantized, tmp_path, capsys, mo
     plain, ours = (rows[name]["weights_mb"] for name in ("full precision", "ours gather"))
     assert abs(plain - 4e-6 * sum(tensor.numel() for tensor in tiny_unet("sdxl").parameters())) < 0.01 and ours < plain
     assert rows["half"]["peak_mb"] > plain and 2 < rows["ours torch"]["stored_bits"] < 4
-    assert (tmp_path / "p.png").stat().st_size > 1000
+    assert (tmp_path / "p.png").exists() == quantized
 
 
 def test_a_random_model_is_as_large_as_it_says_and_its_step_is_finite():
@@ -88,7 +78,8 @@ def test_gguf_bytes_are_those_of_the_format():
     blocks = packed.view(3, 2, 18)
     scale, nibbles = blocks[..., :2].contiguous().view(torch.float16), blocks[..., 2:]
     levels = torch.cat([nibbles & 15, nibbles >> 4], dim=-1).float() - 8
-    assert ((levels * scale.float()).view(3, 64) - weight).abs().max() <= 0.55 * scale.abs().max()
+    error = (levels * scale.float()).view(3, 64) - weight
+    assert (error.view(3, 2, 32).abs() <= 1.01 * scale.abs()).all()
 
 
 def test_bytes_of_tensors_that_share_memory_count_once():
