@@ -36,7 +36,7 @@ from sdxl import CONFIG
 from torch import nn
 
 from vqdm.layers.decode import CANDIDATES, PATHS
-from vqdm.layers.quantized import quantized_layers
+from vqdm.layers.quantized import cast_plain, quantized_layers
 from vqdm.layers.scratch import free_scratch
 
 RANDOM = "sdxl-random"
@@ -81,7 +81,8 @@ def load(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
         return unet, random_coded(dict(unet.config), spec, dtype, device)
     plain = copy.deepcopy(unet)
     plain.dequantize()
-    return plain.to(dtype), unet
+    cast_plain(plain, dtype)
+    return plain, unet
 
 
 def ways(arguments: argparse.Namespace) -> list[str]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.quantizers import auto
 from safetensors.torch import load_file, save_file
 from test_quantized import SPECS, random_code
 
@@ -73,6 +74,35 @@ def test_whole_pipeline_with_stock_diffusers(tmp_path, pipelines):
     again = StableDiffusionXLPipeline.from_pretrained(tmp_path)
     assert isinstance(again.unet.mid_block.resnets[0].conv1, QuantizedConv2d)
     assert torch.equal(picture(pipeline), picture(again))
+
+
+def test_without_the_format_known_loading_fails_and_names_it(tmp_path, pipelines, monkeypatch):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(pipelines["sdxl"])
+    pipeline.unet = quantized_unet()
+    pipeline.save_pretrained(tmp_path)
+    for known in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(known, "vqdm")
+    with pytest.raises(ValueError, match="vqdm"):
+        StableDiffusionXLPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
+def test_device_maps(tmp_path, device_map):
+    unet = quantized_unet(rest_nbits=8)
+    unet.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path, device_map=device_map, dtype=torch.float32)
+    assert torch.equal(run(again), run(unet))
+
+
+def test_a_device_map_that_spills_to_disk(tmp_path):
+    """What accelerate puts on the disk comes back a layer at a time."""
+    unet = quantized_unet()
+    unet.save_pretrained(tmp_path / "unet")
+    parts = {name: "cpu" for name, _ in unet.named_children()} | {"mid_block": "disk"}
+    options = {"device_map": parts, "offload_folder": tmp_path / "disk", "dtype": torch.float32}
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "unet", **options)
+    assert again.mid_block.resnets[0].conv1.codes.device.type == "meta"
+    assert torch.equal(run(again), run(unet))
 
 
 def test_half_precision_load(tmp_path):
