@@ -160,6 +160,39 @@ def test_a_wrong_checkpoint_is_an_error_that_names_the_tensor(tmp_path, change, 
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("change", ["lacks", "holds"])
+def test_shards_that_are_not_what_their_index_says_are_refused(tmp_path, change):
+    quantized_unet().save_pretrained(tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    path = tmp_path / index["weight_map"][VICTIM]
+    tensors = load_file(path)
+    if change == "holds":
+        tensors["ghost"] = tensors[VICTIM].clone()
+    else:
+        del tensors[VICTIM]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{change} 1 .*, the first is {'ghost' if change == 'holds' else VICTIM}"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_a_whole_pipeline_in_shards_of_a_variant(tmp_path, pipelines):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(pipelines["sdxl"])
+    pipeline.unet = quantized_unet()
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    assert len(list(tmp_path.glob("unet/*.fp16-*.safetensors"))) > 1
+    again = StableDiffusionXLPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.bfloat16)
+    layer = again.unet.mid_block.resnets[0].conv1
+    assert layer.codes.dtype == torch.uint8 and layer.bias.dtype == again.vae.dtype == torch.bfloat16
+    assert picture(again).isfinite().all()
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path):
+    unet = quantized_unet()
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is not a safetensors file"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
 def test_sharded_files_load(tmp_path):
     unet = quantized_unet()
     unet.save_pretrained(tmp_path, max_shard_size="100KB")

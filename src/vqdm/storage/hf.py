@@ -5,13 +5,15 @@ diffusers has no registration function; a backend writes itself into two diction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from pathlib import Path
 
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from safetensors import safe_open
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
@@ -114,13 +116,13 @@ class VqdmQuantizer(DiffusersQuantizer):
     required_packages = None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None = None) -> list[str]:
-        self._loaded_keys = list(loaded_keys)
+        self._files = list(checkpoint_files or [])
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
         build_layers(model, self.quantization_config)
-        if hasattr(self, "_loaded_keys"):
-            check_names(model.state_dict().keys(), self._loaded_keys)
+        if getattr(self, "_files", None):  # what an index says of its shards is not enough
+            check_tensors(shapes_of(model), dict(shapes_in(self._files)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         return model
@@ -153,6 +155,29 @@ def build_layers(model: nn.Module, config: VqdmConfig) -> None:
     for name in config.rounded:
         _check_plain(model, name)
         swap_rounded(model, name)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name → shape of all that a model's files hold."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def shapes_in(files: Iterable[str | Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors in safetensors files, without reading these. Raises ValueError on others."""
+    for path in files:
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"{path} is not a safetensors file")
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tuple(tensors.get_slice(name).get_shape())
+
+
+def check_tensors(expected: dict[str, tuple[int, ...]], held: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming the first tensor, where files lack one, hold another, or one of another shape."""
+    check_names(expected, held)
+    for name, shape in held.items():
+        if shape != expected[name]:
+            raise ValueError(f"tensor {name} of the checkpoint has shape {shape}; the layer holds {expected[name]}")
 
 
 def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
