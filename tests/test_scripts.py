@@ -31,7 +31,7 @@ def test_the_demo_uses_files_that_are_there():
     assert all(Path(name).exists() for name in (options.model, options.calibration_prompts, options.evaluation_prompts))
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=str)
+@pytest.mark.parametrize("path", [*SCRIPTS, *sorted(Path("benchmarks").glob("*.sh"))], ids=str)
 def test_shell_accepts_them(path):
     subprocess.run(["bash", "-n", path], check=True)
 
