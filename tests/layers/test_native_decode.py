@@ -69,3 +69,14 @@ def test_types_and_layouts_that_the_loop_does_not_read_are_converted():
     native.native(stored._replace(codebooks=books, scales=stored.scales.bfloat16().float()[:, None]), out)
     wanted = code.dequantize() / code.scales * code.scales.bfloat16().float()
     torch.testing.assert_close(out.float(), wanted)
+
+
+@needs_compiler
+def test_without_a_team_of_threads_one_does_the_work(monkeypatch):
+    monkeypatch.setattr(native, "_team", lambda: None)
+    monkeypatch.setattr(native, "WEIGHTS_AT_ONCE", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    stored, code = stored_of(CodeSpec(2, 6, 4), 16, 32)
+    out = torch.full((16, 32), torch.nan)
+    native.native(stored, out)
+    assert torch.equal(out, code.dequantize())
