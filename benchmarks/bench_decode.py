@@ -25,6 +25,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.compiled import compiler
 from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.decode import CANDIDATES, PATHS, decode, set_decode_path
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, decoded_once, swap
@@ -98,7 +99,8 @@ def inputs(plain: nn.Module, tokens: int, like: Tensor) -> Tensor:
 
 def ways(arguments: argparse.Namespace) -> list[str]:
     """The ways that the command line asks for, or all of the device."""
-    return arguments.paths or [*CANDIDATES.get(arguments.device.split(":")[0], ("torch",)), "compile"]
+    found = [*CANDIDATES.get(arguments.device.split(":")[0], ("torch",)), "compile"]
+    return arguments.paths or [way for way in found if way != "native" or compiler()]
 
 
 def unet_row(unet: UNet2DConditionModel, batch: int, code: str, arguments: argparse.Namespace) -> dict:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import CodeSpec, packed_bytes
-from vqdm.compiled import compiler
 from vqdm.errors import UserError
 from vqdm.layers.gather import gather
 from vqdm.layers.native_decode import native
@@ -35,7 +34,7 @@ ENVIRONMENT = "VQDM_DECODE"
 PATHS = ("auto", "torch", "gather", "native", "triton", "compile")
 ON_CPU = ("gather", "native")
 CANDIDATES = {  # on other devices torch alone
-    "cpu": ("native", "gather", "torch") if compiler() else ("gather", "torch"),
+    "cpu": ("native", "gather", "torch"),
     "cuda": ("triton", "torch"),
 }
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
@@ -157,6 +156,8 @@ def _choice(stored: Stored, dtype: torch.dtype) -> str:
     key = (stored.codes.device, dtype, stored.spec, stored.codebooks.dtype, weights.bit_length())
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
+        if len(candidates) == 1:
+            _warn_once(f"decoding on {stored.codes.device}: {candidates[0]}, for want of a faster way on this device")
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
     return _chosen[key]
 
