@@ -144,20 +144,27 @@ static void read(const void *from, int type, int64_t first, int64_t n, float *to
         for (int64_t i = 0; i < n; i++) to[i] = from_float16(halves[i]);
 }
 
+/* n values to an array of any type, from its `first` on. */
+static void write(void *to, int type, int64_t first, int64_t n, const float *restrict values) {
+    uint16_t *restrict halves = (uint16_t *)to + first;
+    if (type == FLOAT32)
+        memcpy((float *)to + first, values, n * sizeof(float));
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < n; i++) halves[i] = bfloat16(values[i]);
+    else
+        for (int64_t i = 0; i < n; i++) halves[i] = float16(values[i]);
+}
+
 /* `values` [n, p, g] of row group r, from group j on, to their places. */
 static void put(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *values) {
     const int64_t p = layer->p, g = layer->g, I = layer->G * g;
+    if (p == 1) {
+        write(layer->out, layer->out_type, r * I + j * g, n * g, values);
+        return;
+    }
     for (int64_t a = 0; a < p; a++)
-        for (int64_t i = 0; i < n; i++) {
-            const float *from = values + (i * p + a) * g;
-            const int64_t at = (r * p + a) * I + (j + i) * g;
-            if (layer->out_type == FLOAT32)
-                memcpy((float *)layer->out + at, from, g * sizeof(float));
-            else if (layer->out_type == BFLOAT16)
-                for (int64_t c = 0; c < g; c++) ((uint16_t *)layer->out)[at + c] = bfloat16(from[c]);
-            else
-                for (int64_t c = 0; c < g; c++) ((uint16_t *)layer->out)[at + c] = float16(from[c]);
-        }
+        for (int64_t i = 0; i < n; i++)
+            write(layer->out, layer->out_type, (r * p + a) * I + (j + i) * g, g, values + (i * p + a) * g);
 }
 
 static void decode_row(const Layer *layer, int64_t r) {
