@@ -7,7 +7,8 @@
 MODEL is a UNet's or a pipeline's folder, quantized or not, or sdxl-random: the UNet of Stable Diffusion XL from its
 configuration, with random weights, and with random codes of --code in layers that share one bank. A quantized folder is
 compared with its own decoded weights. Variants take turns in every repetition; a ratio is the median of those
-within a repetition, to full precision. Peak memory is that of the variant's weights and of what a step holds
+within a repetition, to full precision; `processor_ratio` is that of the processors' time, which on a busy machine and
+one thread says more than the clock. Peak memory is that of the variant's weights and of what a step holds
 beside them: as the device counts on CUDA, tensors alone on the CPU. Packages that are missing or unable are skipped
 with the reason.
 """
@@ -51,19 +52,25 @@ class Variant:
     weights: int
     facts: dict = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
     working: int = 0
 
     def row(self, name: str, plain: Variant) -> dict:
-        ratio = median(own / other for own, other in zip(self.seconds, plain.seconds, strict=True))
         return {
             "variant": name,
             "ms": round(1e3 * median(self.seconds), 2),
             "least_ms": round(1e3 * min(self.seconds), 2),
-            "ratio": round(ratio, 3),
+            "ratio": ratio(self.seconds, plain.seconds),
             "ratio_of_least": round(min(self.seconds) / min(plain.seconds), 3),
+            "processor_ratio": ratio(self.processor, plain.processor),
             "weights_mb": round(self.weights / 1e6, 2),
             "peak_mb": round((self.weights + self.working) / 1e6, 2),
         } | self.facts
+
+
+def ratio(own: list[float], other: list[float]) -> float:
+    """Median of the ratios within a repetition."""
+    return round(median(a / b for a, b in zip(own, other, strict=True)), 3)
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -151,18 +158,20 @@ def measure(found: dict[str, Variant], steps: int, device: str) -> None:
     """Seconds of every variant, which take turns, after one turn that does not count."""
     for step in range(steps + 1):
         for variant in found.values():
-            seconds = timed(variant.run, device)
+            seconds, processor = timed(variant.run, device)
             if step:
                 variant.seconds.append(seconds)
+                variant.processor.append(processor)
 
 
-def timed(run: Callable[[], object], device: str) -> float:
+def timed(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """Seconds by the clock and of this process on all processors."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     run()
     wait()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - processor
 
 
 def plot(rows: list[dict], path: str) -> None:
