@@ -134,7 +134,7 @@ def test_commands_of_the_guides_have_flags_that_exist(path):
             parse(program, words)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=str)
+@pytest.mark.parametrize("path", [*SCRIPTS, *sorted(Path("benchmarks").glob("*.sh"))], ids=str)
 def test_shell_accepts_them(path):
     subprocess.run(["bash", "-n", path], check=True)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.quantizers import auto
 from safetensors.torch import load_file, save_file
 from test_quantized import SPECS, random_code
 
@@ -75,6 +76,35 @@ def test_whole_pipeline_with_stock_diffusers(tmp_path, pipelines):
     again = StableDiffusionXLPipeline.from_pretrained(tmp_path)
     assert isinstance(again.unet.mid_block.resnets[0].conv1, QuantizedConv2d)
     assert torch.equal(picture(pipeline), picture(again))
+
+
+def test_without_the_format_known_loading_fails_and_names_it(tmp_path, pipelines, monkeypatch):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(pipelines["sdxl"])
+    pipeline.unet = quantized_unet()
+    pipeline.save_pretrained(tmp_path)
+    for known in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(known, "vqdm")
+    with pytest.raises(ValueError, match="vqdm"):
+        StableDiffusionXLPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
+def test_device_maps(tmp_path, device_map):
+    unet = quantized_unet(rest_nbits=8)
+    unet.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path, device_map=device_map, dtype=torch.float32)
+    assert torch.equal(run(again), run(unet))
+
+
+def test_a_device_map_that_spills_to_disk(tmp_path):
+    """What accelerate puts on the disk comes back a layer at a time."""
+    unet = quantized_unet()
+    unet.save_pretrained(tmp_path / "unet")
+    parts = {name: "cpu" for name, _ in unet.named_children()} | {"mid_block": "disk"}
+    options = {"device_map": parts, "offload_folder": tmp_path / "disk", "dtype": torch.float32}
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "unet", **options)
+    assert again.mid_block.resnets[0].conv1.codes.device.type == "meta"
+    assert torch.equal(run(again), run(unet))
 
 
 def test_half_precision_load(tmp_path):
@@ -160,6 +190,39 @@ def test_a_wrong_checkpoint_is_an_error_that_names_the_tensor(tmp_path, change, 
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match=words):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["lacks", "holds"])
+def test_shards_that_are_not_what_their_index_says_are_refused(tmp_path, change):
+    quantized_unet().save_pretrained(tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    path = tmp_path / index["weight_map"][VICTIM]
+    tensors = load_file(path)
+    if change == "holds":
+        tensors["ghost"] = tensors[VICTIM].clone()
+    else:
+        del tensors[VICTIM]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{change} 1 .*, the first is {'ghost' if change == 'holds' else VICTIM}"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_a_whole_pipeline_in_shards_of_a_variant(tmp_path, pipelines):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(pipelines["sdxl"])
+    pipeline.unet = quantized_unet()
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    assert len(list(tmp_path.glob("unet/*.fp16-*.safetensors"))) > 1
+    again = StableDiffusionXLPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.bfloat16)
+    layer = again.unet.mid_block.resnets[0].conv1
+    assert layer.codes.dtype == torch.uint8 and layer.bias.dtype == again.vae.dtype == torch.bfloat16
+    assert picture(again).isfinite().all()
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path):
+    unet = quantized_unet()
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is not a safetensors file"):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import CodeSpec, packed_bytes
-from vqdm.compiled import compiler
 from vqdm.errors import UserError
 from vqdm.layers.gather import gather
 from vqdm.layers.native_decode import native
@@ -36,7 +35,7 @@ ENVIRONMENT = "VQDM_DECODE"
 PATHS = ("auto", "torch", "gather", "native", "triton", "compile")
 ON_CPU = ("gather", "native")
 CANDIDATES = {  # on other devices torch alone
-    "cpu": ("native", "gather", "torch") if compiler() else ("gather", "torch"),
+    "cpu": ("native", "gather", "torch"),
     "cuda": ("triton", "torch"),
 }
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
@@ -46,9 +45,10 @@ NUMBERS = (  # of a format, as an operator can take them
     "in_group_size",
     "out_group_size",
     "scale_nbits",
-    "groupwise_codebooks",
     "row_bits",
+    "groupwise_codebooks",
 )
+ROUNDS = 3  # of measuring, in each of which the ways take turns: another program may slow one of them down
 COMPILATIONS = 64  # formats that torch.compile may meet
 
 _wanted: str | None = None
@@ -77,8 +77,7 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: 
     name = _choice(stored, dtype) if _known(name, ENVIRONMENT) == "auto" else name
     if name in ON_CPU and out.device.type != "cpu":
         raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
-    with torch.no_grad():
-        RUNS[name](stored, out)
+    RUNS[name](stored, out)
     return out
 
 
@@ -109,10 +108,10 @@ def _decode_operator(
     code_widths: Tensor | None,
 ) -> Tensor:
     """`decode` as an operator that compiled graphs can call: numpy and C cannot be traced."""
-    spec = CodeSpec(**dict(zip(NUMBERS, numbers, strict=True)), shared_codebooks=bank)
+    *counts, groupwise = numbers
+    settings = dict(zip(NUMBERS, (*counts, bool(groupwise)), strict=True))
     tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales, code_widths
-    stored = Stored(replace(spec, groupwise_codebooks=bool(spec.groupwise_codebooks)), tuple(shape), *tensors)
-    return decode(stored, torch.float32)
+    return decode(Stored(CodeSpec(**settings, shared_codebooks=bank), tuple(shape), *tensors), torch.float32)
 
 
 @_decode_operator.register_fake
@@ -123,6 +122,7 @@ def _(numbers: list[int], bank: str, shape: list[int], *_) -> Tensor:
 # ------------------------------------------------------------------------------------------------ the ways
 
 
+@torch.no_grad()
 def _by_torch(stored: Stored, out: Tensor) -> None:
     out.copy_(stored.working().dequantize())
 
@@ -133,6 +133,7 @@ def _by_triton(stored: Stored, out: Tensor) -> None:
     run(stored, out)
 
 
+@torch.no_grad()
 def _by_compile(stored: Stored, out: Tensor) -> None:
     with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
         _compiled()(stored, out)
@@ -168,6 +169,8 @@ def _choice(stored: Stored, dtype: torch.dtype) -> str:
     key = (stored.codes.device, dtype, spec, stored.code_widths is None, stored.codebooks.dtype, weights.bit_length())
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
+        if len(candidates) == 1:
+            _warn_once(f"decoding on {stored.codes.device}: {candidates[0]}, for want of a faster way on this device")
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
     return _chosen[key]
 
@@ -176,21 +179,25 @@ def _fastest(stored: Stored, dtype: torch.dtype, candidates: tuple[str, ...]) ->
     """Of the candidates that work and agree with torch, the fastest."""
     out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
     wanted = stored.working().dequantize().to(dtype)
-    seconds = {}
-    for name in candidates:
-        try:
-            with torch.no_grad():
-                seconds[name] = min(_seconds(name, stored, out) for _ in range(3))
-            if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
-                raise ArithmeticError("its results are wrong")
-        except Exception as error:  # what a compiler or a driver may raise is not known
-            seconds.pop(name, None)
-            _warn_once(
-                f"decoding on {out.device}: not by {name}, which fails: {str(error).strip().partition(chr(10))[0]}"
-            )
+    able = [name for name in candidates if _agrees(name, stored, out, wanted)]
+    rounds = [{name: _seconds(name, stored, out) for name in able} for _ in range(ROUNDS)]
+    seconds = {name: min(times[name] for times in rounds) for name in able}
     best = min(seconds, key=seconds.get)
     _say_once(out.device, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
     return best
+
+
+def _agrees(name: str, stored: Stored, out: Tensor, wanted: Tensor) -> bool:
+    """Whether a way works and gives what is `wanted`; a warning says where not."""
+    try:
+        RUNS[name](stored, out)
+        if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
+            raise ArithmeticError("its results are wrong")
+        return True
+    except Exception as error:  # what a compiler or a driver may raise is not known
+        reason = str(error).strip().partition("\n")[0]
+        _warn_once(f"decoding on {out.device}: not by {name}, which fails: {reason}")
+        return False
 
 
 def _first_rows(stored: Stored) -> Stored:

@@ -57,7 +57,7 @@ def _scales(stored: Stored) -> tuple[Tensor, Tensor, int]:
     """Values, packed indices where there are any, and how to read them."""
     if stored.scales is None:
         return stored.scale_values, stored.scale_codes, PACKED_SCALES
-    return stored.scales, stored.codes, ROW_SCALES if stored.scales.shape[1] == 1 else GROUP_SCALES
+    return stored.scales, stored.codes, ROW_SCALES if stored.scales.numel() == stored.groups[0] else GROUP_SCALES
 
 
 @triton.jit

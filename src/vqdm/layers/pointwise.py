@@ -62,6 +62,7 @@ def _field(packed: Tensor, index: Tensor, bits: int) -> Tensor:
 def _scale(stored: Stored, r: Tensor, j: Tensor) -> Tensor:
     """Scales, to be broadcast over [R, p, G, g]."""
     if stored.scales is not None:
-        return stored.scales[r, j if stored.scales.shape[1] > 1 else torch.zeros_like(j)]
+        scales = stored.scale_matrix()
+        return scales[r, j if scales.shape[1] > 1 else torch.zeros_like(j)]
     level = _field(stored.scale_codes, r * stored.groups[1] + j, stored.spec.scale_nbits)
     return stored.scale_values[r, level]

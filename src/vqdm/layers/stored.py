@@ -19,7 +19,7 @@ class Stored(NamedTuple):
         shape: (O, I) of the matrix.
         codes: uint8, packed codes [R, G, M].
         codebooks: float [M, K, p, g], or [G, M, K, p, g] when groupwise; a layer's own or a bank's.
-        scales: float [R, 1] or [R, G]; None where `scale_codes` and `scale_values` give them.
+        scales: float [R], [R, 1] or [R, G]; None where `scale_codes` and `scale_values` give them.
         scale_codes: uint8, packed indices [R, G] of `spec.scale_nbits` bits, or None.
         scale_values: float [R, 2^scale_nbits], or None.
         input_scales: float [I], or None.
@@ -43,9 +43,8 @@ class Stored(NamedTuple):
         """From tensors of the names and shapes of `CodeSpec.tensor_shapes`; `codebooks` from elsewhere if given."""
         if codebooks is None:
             codebooks = stored_codebooks(spec, shape[1] // spec.in_group_size, tensors)
-        scales = tensors["scales"][:, None] if spec.scale_nbits == 0 else tensors.get("scales")
-        rest = (tensors.get(name) for name in ("scale_codes", "scale_values", "input_scales", "code_widths"))
-        return cls(spec, shape, tensors["codes"], codebooks, scales, *rest)
+        rest = [tensors.get(name) for name in ("scales", "scale_codes", "scale_values", "input_scales", "code_widths")]
+        return cls(spec, shape, tensors["codes"], codebooks, *rest)
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -55,7 +54,7 @@ class Stored(NamedTuple):
     def scale_matrix(self) -> Tensor:
         """Scales [R, 1] or [R, G]."""
         if self.scales is not None:
-            return self.scales
+            return self.scales if self.scales.dim() == 2 else self.scales[:, None]
         indices = unpack_codes(self.scale_codes, self.spec.scale_nbits, torch.Size(self.groups).numel())
         return torch.gather(self.scale_values, 1, indices.view(self.groups).long())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -139,14 +140,13 @@ class VqdmQuantizer(DiffusersQuantizer):
     required_packages = None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None = None) -> list[str]:
-        self._loaded_keys, self._files = list(loaded_keys), list(checkpoint_files or ())
+        self._files = list(checkpoint_files or [])
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
         build_layers(model, self.quantization_config)
-        if hasattr(self, "_loaded_keys"):
-            check_names(model.state_dict().keys(), self._loaded_keys)
-            check_files(model, [file for file in map(str, self._files) if file.endswith(".safetensors")])
+        if getattr(self, "_files", None):  # what an index says of its shards is not enough
+            check_tensors(tensors_of(model), dict(tensors_in(self._files)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         check_widths(model)
@@ -182,6 +182,40 @@ def build_layers(model: nn.Module, config: VqdmConfig) -> None:
         swap_rounded(model, name)
 
 
+def tensors_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name → shape and type of all that a model's files hold."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+
+
+def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    """(name, (shape, type as the format spells it)) of the tensors in safetensors files.
+
+    Only headers are read, so that nothing is allocated for a file that lies. Raises ValueError on other files.
+    """
+    for path in files:
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"{path} is not a safetensors file")
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                held = tensors.get_slice(name)
+                yield name, (tuple(held.get_shape()), held.get_dtype())
+
+
+def check_tensors(
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]], held: dict[str, tuple[tuple[int, ...], str]]
+) -> None:
+    """Raise ValueError, naming the first tensor, where files lack one, hold another, or one of another shape or kind.
+
+    Floating types may differ: they are cast.
+    """
+    check_names(expected, held)
+    for name, (shape, kind) in held.items():
+        own, dtype = expected[name]
+        fits = kind in FLOATS if dtype.is_floating_point else kind == KINDS.get(dtype, kind)
+        if shape != own or not fits:
+            raise ValueError(f"tensor {name} of the checkpoint is {kind} {shape}; the layer holds {own}")
+
+
 def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
     """Raise ValueError where tensors are missing or unknown: the libraries would warn, and leave a layer random."""
     expected, loaded = dict.fromkeys(expected), dict.fromkeys(loaded)
@@ -200,30 +234,6 @@ def check_widths(model: nn.Module) -> None:
             widths = layer.code_widths.to(torch.int64)
             if widths.max() > layer.spec.nbits_per_codebook or widths.sum() != layer.spec.row_bits:
                 raise ValueError(f"{name}.code_widths do not add up to row_bits {layer.spec.row_bits}")
-
-
-def check_files(model: nn.Module, files: Iterable[str]) -> None:
-    """Raise ValueError where files declare a tensor of another shape or kind of number than the model has.
-
-    Only headers are read, so that nothing is allocated for a file that lies. Floating types may differ: they are cast.
-    """
-    expected = model.state_dict()
-    for name, (shape, kind) in stored_shapes(files):
-        own = expected.get(name)
-        if own is None:
-            continue
-        fits = kind in FLOATS if own.is_floating_point() else kind == KINDS.get(own.dtype, kind)
-        if tuple(own.shape) != shape or not fits:
-            raise ValueError(f"tensor {name} of the checkpoint is {kind} {shape}; the layer holds {tuple(own.shape)}")
-
-
-def stored_shapes(files: Iterable[str]) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
-    """(name, (shape, type as the format spells it)) of the tensors in safetensors files."""
-    for path in files:
-        with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                held = tensors.get_slice(name)
-                yield name, (tuple(held.get_shape()), held.get_dtype())
 
 
 def _check_divides(name: str, layer: nn.Linear | nn.Conv2d, spec: CodeSpec) -> None:
