@@ -4,18 +4,19 @@ import json
 import random
 import shutil
 import signal
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 from programs import PROGRAMS
 
-FILES = {
+FILES = [
     "work/evaluation/000000.safetensors",
     "work/calibration/000002.safetensors",
     "work/layers/down_blocks.0.resnets.0.conv1.safetensors",
     "work/hessians_down_blocks.1/hessians.json",
     "work/hessians_down_blocks.1/down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.safetensors",
-}
+]
 
 
 def truncate(path: Path, draw: random.Random) -> None:
@@ -42,9 +43,8 @@ def interrupted(launcher, materials, disk_changes, tmp_path_factory) -> Path:
     raise AssertionError("no moment has all files")
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
-@pytest.mark.parametrize("spoil", [truncate, flip])
-def test_a_damaged_file_is_named(launcher, materials, interrupted, tmp_path, spoil, name):
+@pytest.mark.parametrize(("name", "spoil"), zip(FILES, cycle([flip, truncate]), strict=False))
+def test_a_damaged_file_is_named(launcher, materials, interrupted, tmp_path, name, spoil):
     out = shutil.copytree(interrupted, tmp_path / "out")
     spoil(out / name, random.Random(name))
     process = launcher.start([*PROGRAMS["quantize"].words(materials, out), "--resume"])
