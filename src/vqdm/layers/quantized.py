@@ -28,12 +28,14 @@ class _Coded:
     Attributes:
         keep_decoded: keep the weight that is decoded first without gradients, as `decoded_once` asks.
         latent: None, or a tensor [O, I] that gets the gradient of the decoded weight, whatever its values.
+        held: None, or the decoded weight [O, I] that calls use and that collects its own gradient (`held_weights`).
     """
 
     spec: CodeSpec
     banks: tuple[CodebookBanks, ...] = ()  # in a tuple, so that the model's banks do not become the layer's own
     keep_decoded = False
     latent: Tensor | None = None
+    held: Tensor | None = None
     _decoded: Tensor | None = None
 
     def _allocate(self, spec: CodeSpec, rows: int, columns: int, bias: Tensor | None, device) -> None:
@@ -84,6 +86,8 @@ class _Coded:
 
     def _apply_coded(self, operation: Linear | Convolution, x: Tensor) -> Tensor:
         """`operation` by the decoded weight, in the type that it runs in."""
+        if self.held is not None:
+            return operation.forward(x, self.held, self.bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not self.keep_decoded or torch.is_grad_enabled():

@@ -1,0 +1,400 @@
+"""Fine-tune a quantized UNet towards the full-precision one: the order of the work.
+
+Measure before; then epoch after epoch record points, and step over them; then measure what is kept, and write the same
+folder with other numbers in it (arXiv 2409.00492, §4: the student's outputs are regressed on the teacher's).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype, weight_files
+from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, pictures, record_evaluation
+from vqdm.diffusion.trajectories import Trajectories
+from vqdm.errors import RunError, UserError
+from vqdm.images import pair_sheet, save_png
+from vqdm.layers.quantized import quantized_layers
+from vqdm.layers.rounded import rounded_layers
+from vqdm.parallel import Ranks, launched
+from vqdm.scores.fidelity import pair_scores, to_tensor
+from vqdm.storage.atomic import save_json, save_text
+from vqdm.storage.card import model_card
+from vqdm.storage.fingerprint import folder_fingerprint
+from vqdm.storage.runs import RunFolder
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, peak_memory, say
+from vqdm.training.checkpoints import Checkpoints
+from vqdm.training.config import FinetuneConfig, sources
+from vqdm.training.loop import Course, Looks, Loop
+from vqdm.training.material import Material, read_material
+from vqdm.training.parameters import KINDS, Trained, stored_types, trainable, write_back
+from vqdm.training.points import Points, spread
+from vqdm.training.real import check_schedule
+from vqdm.training.result import sizes, stage
+from vqdm.training.sources import Chunk, Studio, chunks_of, recorded, using
+from vqdm.training.step import Lesson, computing
+from vqdm.training.trainer import Diverged, Trainer
+from vqdm.training.watching import Errors, measure, read_log, save_loss_plot
+from vqdm.versions import versions
+
+HELD_OUT_SEED_OFFSET, TRAINING_SEED_OFFSET = 2_000_000, 3_000_000  # far from those of calibration and evaluation
+
+# Fields that a resumption may change: they change the result by rounding at most.
+FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
+FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "local_files_only")
+
+
+@dataclass
+class Distillation:
+    """What the steps of one run share.
+
+    Attributes:
+        source: the quantized UNet's folder.
+        types: of the student's parameters as they are stored.
+        teacher_pictures: of the evaluation prompts; on the first process alone.
+    """
+
+    config: FinetuneConfig
+    ranks: Ranks
+    material: Material
+    pipeline: DiffusionPipeline
+    student: nn.Module
+    source: Path
+    types: dict[str, torch.dtype]
+    folder: RunFolder
+    tracker: Tracker
+    clock: Stopwatch
+    teacher_pictures: list[Image.Image]
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self.pipeline.unet
+
+    @property
+    def lesson(self) -> Lesson:
+        return Lesson(self.student, self.teacher, self.teacher.dtype, self.config.local_batch_size, self.ranks)
+
+
+def distill(config: FinetuneConfig) -> dict | None:
+    """Run the whole job and return the summary; None after a dry run, and on every process but the first.
+
+    Raises:
+        UserError: bad input, found before anything slow starts.
+        RunError: the work failed, or training diverged; what is finished stays on disk for `resume`, and the best
+            parameters of a training that diverged become the result all the same.
+    """
+    material = read_material(config)
+    check_model(config.model)
+    source = find_quantized_unet(config.quantized)
+    with launched(config.device) as ranks:
+        pipeline, student = load(config, ranks, source)
+        types = stored_types(student)
+        trained = trainable(student, config.optimizer)
+        say(plan(config, ranks, trained))
+        if config.dry_run:
+            return None
+        folder = RunFolder(config.output_dir)
+        if ranks.main:
+            folder.open(settings_of(config, material, source), versions(), config.resume, 0)
+        ranks.wait()
+        if folder.finished:
+            say(f"{folder.path} is finished already")
+            return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+        tracker = Tracker(
+            config.report_to if ranks.main else "none",
+            "vqdm-finetune",
+            folder.path,
+            config.to_dict() | config.to_dict()["optimizer"],
+        )
+        job = Distillation(config, ranks, material, pipeline, student, source, types, folder, tracker, Stopwatch(), [])
+        try:
+            return run(job, trained)
+        finally:
+            tracker.finish()
+
+
+def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionPipeline, nn.Module]:
+    """MODEL's pipeline with the teacher in it, and the student, both on this process's device.
+
+    Raises:
+        UserError: either cannot be loaded, they do not fit, or MODEL is quantized itself.
+    """
+    student = load_quantized_unet(source, torch.float32)
+    pipeline = load_pipeline(
+        config.model,
+        ranks.device,
+        pick_dtype(config.dtype, ranks.device),
+        config.sampling.scheduler,
+        config.variant,
+        config.revision,
+        config.local_files_only,
+    )
+    check_fits(student, pipeline.unet, config.quantized, config.model)
+    if quantized_layers(pipeline.unet):
+        raise UserError(f"MODEL {config.model} is quantized itself; give the original model, which is the teacher")
+    if config.real_images:
+        check_schedule(pipeline.scheduler)
+    if config.use_checkpointing:
+        student.enable_gradient_checkpointing()
+    return pipeline, student.to(ranks.device)
+
+
+def plan(config: FinetuneConfig, ranks: Ranks, trained: Trained) -> str:
+    """One line: what is trained, on what, by how many."""
+    kinds = [f"{sum(one == kind for one in trained.kinds.values())} of {kind}s" for kind in KINDS]
+    values = sum(tensor.numel() for tensor in trained)
+    return (
+        f"{values / 1e6:.2f} M values are trained, in {len(trained.kinds)} tensors ({', '.join(kinds)}), "
+        f"on {config.finetune_nsamples} trajectories ({config.finetune_method}) an epoch, "
+        f"{config.finetune_batch_size} points a step, by {ranks.world} {ranks.device.type} process"
+        f"{'es' if ranks.world > 1 else ''}"
+    )
+
+
+def settings_of(config: FinetuneConfig, material: Material, source: Path) -> dict:
+    """Everything the result depends on, which a resumption must share."""
+    own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+    return own | {"material_sha256": material.digest, "quantized_sha256": folder_fingerprint(source)}
+
+
+# ------------------------------------------------------------------------------------------- the work
+
+
+def run(job: Distillation, trained: Trained) -> dict | None:
+    """All slow steps, once everything is loaded."""
+    with job.clock("teacher"):
+        evaluation, held_out = evaluation_points(job), held_out_points(job)
+    with job.clock("evaluation"):
+        before = measure(job.lesson, evaluation, evaluation.all())
+    say(f"UNet-output error on {len(job.material.evaluation)} unseen prompts: {before.db:.2f} dB before")
+    loop = make_loop(job, trained, held_out)
+    fault = None
+    try:
+        with job.clock("training"):
+            loop.run()
+    except Diverged as error:
+        fault = error
+    keep(job, loop, fault)
+    with job.clock("evaluation"):
+        after = measure(job.lesson, evaluation, evaluation.all())
+    summary = finish(job, loop, before, after) if job.ranks.main else None
+    job.ranks.wait()
+    if fault:
+        raise RunError(f"{fault}: {kept_words(loop)}, is in {job.folder.path}; try a lower --finetune_lr")
+    return summary
+
+
+def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> None:
+    """Leave in the student what is to be saved, in the types that it is stored in."""
+    if fault or job.config.finetune_keep_best:
+        loop.trainer.restore(loop.checkpoints.load_best(loop.progress.best["step"]))
+        say(f"kept: {kept_words(loop)}")
+    else:
+        loop.trainer.average.adopt()
+    write_back(job.student, job.types)
+
+
+def kept_words(loop: Loop) -> str:
+    best = loop.progress.best
+    return f"the best, of step {best['step']} at {best['db']:.2f} dB on held-out points"
+
+
+def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
+    """The training, where it begins or where the last checkpoint left it.
+
+    Raises:
+        UserError: an epoch has fewer points than a step.
+    """
+    config, folder = job.config, job.folder.path
+    steps = len(held_out.parts[0].timesteps)
+    course = course_of(job, steps, keeps_outputs(job, held_out))
+    lesson = job.lesson
+    trainer = Trainer(lesson, trained, config.optimizer, course.total, config.decode)
+    checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
+    looks = Looks(
+        config.eval_step,
+        config.checkpointing_steps,
+        config.visualize_step,
+        config.finetune_relative_mse_tolerance,
+        lambda step: draw_pairs(job, folder / "pictures" / f"step-{step:06d}.png", config.visualize_nsamples),
+    )
+    saved = checkpoints.steps()
+    log = folder / "training.jsonl"
+    if job.ranks.main:
+        read_log(log, saved[-1] if saved else -1)
+    chosen = spread(held_out, config.held_out_points)
+    loop = Loop(trainer, course, (held_out, chosen), looks, checkpoints, JsonLines(log), job.tracker)
+    if saved:
+        loop.resume(saved[-1])
+        say(f"going on after step {saved[-1]} of {course.total}")
+    return loop
+
+
+def course_of(job: Distillation, steps: int, keep_outputs: bool) -> Course:
+    """What is stepped over, with `steps` points a trajectory. Raises UserError as `make_loop`."""
+    config = job.config
+    points = config.finetune_nsamples * steps
+    an_epoch = points // config.finetune_batch_size
+    if an_epoch == 0:
+        raise UserError(
+            f"--finetune_batch_size is {config.finetune_batch_size}, but an epoch has {points} points "
+            f"({config.finetune_nsamples} trajectories of {steps} steps)"
+        )
+    total = an_epoch * config.finetune_max_epochs
+    total = min(total, config.max_steps) if config.max_steps else total
+
+    def epoch_points(epoch: int) -> Points:
+        forget_epochs(job, epoch, an_epoch)
+        studio = studio_of(job, TRAINING_SEED_OFFSET, keep_outputs)
+        first = epoch * config.finetune_nsamples
+        chunks = chunks_of(sources(config.finetune_method), first, config.finetune_nsamples, config.xtx_batch_size)
+        with job.clock("points"), teacher_at_hand(job, keep_outputs):
+            return recorded(job.folder.work / f"epoch-{epoch:04d}", chunks, studio.record, job.ranks)
+
+    return Course(epoch_points, an_epoch, total, config.finetune_batch_size, config.timestep_sampling, config.seed)
+
+
+def forget_epochs(job: Distillation, epoch: int, steps_an_epoch: int) -> None:
+    """Delete the points of epochs that no checkpoint can come back to."""
+    if not job.ranks.main:
+        return
+    saved = Checkpoints(job.folder.path, 0).steps()
+    unsaved = 0 if job.config.checkpointing_steps else epoch
+    oldest = saved[0] // steps_an_epoch if saved else unsaved
+    for folder in job.folder.work.glob("epoch-*"):
+        if int(folder.name.removeprefix("epoch-")) < oldest:
+            shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------------------------- points
+
+
+def studio_of(job: Distillation, seed_offset: int, keep_outputs: bool) -> Studio:
+    material, config = job.material, job.config
+    return Studio(
+        job.pipeline,
+        job.student,
+        config.sampling.call(),
+        config.seed + seed_offset,
+        keep_outputs,
+        material.prompts,
+        material.real,
+    )
+
+
+def held_out_points(job: Distillation) -> Points:
+    """The teacher's trajectories of the held-out prompts, with its outputs."""
+    prompts, size = job.material.held_out, job.config.xtx_batch_size
+    studio = studio_of(job, HELD_OUT_SEED_OFFSET, True)
+    studio = Studio(**vars(studio) | {"prompts": lambda first, count: prompts[first : first + count]})
+    chunks = chunks_of(["teacher"], 0, len(prompts), size)
+    return recorded(job.folder.work / "held_out", chunks, studio.record, job.ranks)
+
+
+def evaluation_points(job: Distillation) -> Points:
+    """The teacher's trajectories and outputs on the evaluation prompts; its pictures go to the job."""
+    config, prompts = job.config, job.material.evaluation
+    folder = job.folder.work / "evaluation"
+    seed = config.seed + EVALUATION_SEED_OFFSET
+
+    def record(chunk: Chunk) -> Trajectories:
+        some = prompts[chunk.first : chunk.first + chunk.count]
+        found, drawn = record_evaluation(job.pipeline, some, seed + chunk.first, config.sampling.call(), chunk.count)
+        for k, picture in enumerate(drawn):
+            save_png(picture, folder / f"{chunk.first + k:06d}.png")
+        return found
+
+    points = recorded(folder, chunks_of(["teacher"], 0, len(prompts), config.xtx_batch_size), record, job.ranks)
+    if job.ranks.main:
+        job.teacher_pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
+    return points
+
+
+def keeps_outputs(job: Distillation, points: Points) -> bool:
+    """Whether what the teacher says on an epoch's points fits into --target_cache_gb, and onto the disk."""
+    outputs = points.parts[0].outputs  # [N, S, A, C, h, w]
+    need = outputs[0].nbytes * job.config.finetune_nsamples
+    free = shutil.disk_usage(job.folder.path).free
+    fits = job.ranks.agreed(need <= 1e9 * job.config.target_cache_gb and 2 * need < free)
+    say(f"outputs of the teacher: {need / 1e9:.2f} GB an epoch, {'kept on disk' if fits else 'computed at every step'}")
+    return fits
+
+
+@contextmanager
+def teacher_at_hand(job: Distillation, keep_outputs: bool) -> Iterator[None]:
+    """Inside, the teacher is on the device; afterwards it leaves, where nobody will ask it."""
+    job.teacher.to(job.ranks.device)
+    try:
+        yield
+    finally:
+        if keep_outputs:
+            job.teacher.to("cpu")
+
+
+# ------------------------------------------------------------------------------------------- pictures and the end
+
+
+def draw_pairs(job: Distillation, path: Path, count: int) -> list[Image.Image]:
+    """The student's pictures of the first evaluation prompts, and a sheet with the teacher's; on the first process."""
+    config, prompts = job.config, job.material.evaluation[:count]
+    if not (job.ranks.main and count):
+        return []
+    seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
+    with using(job.pipeline, job.student), computing(job.ranks.device, job.teacher.dtype):
+        drawn = pictures(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
+    shown = config.visualize_nsamples
+    if shown:
+        teacher = job.teacher_pictures[:shown]
+        sheet = pair_sheet(prompts[:shown], teacher, drawn[:shown], ("full precision", "fine-tuned"))
+        save_png(sheet, path)
+        job.tracker.images("image_pairs", [sheet])
+    return drawn
+
+
+def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
+    """Write the pipeline folder, the card, the plots and the summary, then drop the working data."""
+    config, folder = job.config, job.folder
+    staged = folder.work / "pipeline"
+    drawn = draw_pairs(job, folder.path / "image_pairs.png", config.evaluation_nsamples)
+    original = sum(file.stat().st_size for file in weight_files(config.model, config.variant, "unet"))
+    parameters = sum(tensor.numel() for tensor in job.teacher.parameters())
+    stage(job.pipeline, job.student, job.source, config, staged)
+    save_loss_plot(read_log(loop.log.path, loop.trainer.done), folder.path / "loss.png")
+    summary = {
+        "model": config.model,
+        "quantized": config.quantized,
+        "layers_quantized": len(quantized_layers(job.student)),
+        "layers_in_8_bit": len(rounded_layers(job.student)),
+        **sizes(job.student, parameters, staged),
+        "bytes_of_original_unet": original or None,
+        "unet_output_error_db_before": before.db,
+        "unet_output_error_db": after.db,
+        "unet_output_error_db_by_timestep_before": before.db_by_timestep,
+        "unet_output_error_db_by_timestep": after.db_by_timestep,
+        "steps": loop.trainer.done,
+        "best": loop.progress.best,
+        "pictures": pair_scores(to_tensor(job.teacher_pictures), to_tensor(drawn)) | {"count": len(drawn)},
+        "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+        "command": shlex.join(sys.argv),
+    }
+    save_text(model_card(config, summary), staged / "README.md")
+    folder.publish(staged)
+    save_json(summary, folder.path / "summary.json")
+    shutil.rmtree(folder.work)
+    loop.checkpoints.clear()
+    job.tracker.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
+    return summary
