@@ -180,12 +180,13 @@ def run(job: Distillation, trained: Trained) -> dict | None:
         before = measure(job.lesson, evaluation, evaluation.all())
     say(f"UNet-output error on {len(job.material.evaluation)} unseen prompts: {before.db:.2f} dB before")
     loop = make_loop(job, trained, held_out)
-    fault = None
+    fault, whole = None, Stopwatch()
     try:
-        with job.clock("training"):
+        with whole("training"):
             loop.run()
     except Diverged as error:
         fault = error
+    job.clock.phases["training"] = round(whole.phases["training"] - job.clock.phases.get("points", 0.0), 3)
     keep(job, loop, fault)
     with job.clock("evaluation"):
         after = measure(job.lesson, evaluation, evaluation.all())

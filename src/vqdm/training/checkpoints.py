@@ -1,6 +1,6 @@
 """What a stopped run goes on from: `checkpoint-<step>` folders of tensors and JSON, and the best parameters so far.
 
-In a checkpoint: `parameters`, `optimizer`, `average`, `code_updates`, `random` as safetensors, those that hold anything,
+In a checkpoint: `parameters`, `optimizer`, `average`, `code_updates`, `random` as safetensors, those that hold any,
 and `state.json` with the counters. Points are drawn from the seed and the step, so the step is the place in the data.
 """
 
