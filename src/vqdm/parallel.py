@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
 from vqdm.diffusion.pipelines import pick_device
-from vqdm.errors import UserError
+from vqdm.errors import RunError, UserError
+from vqdm.peers import Peers
 
-# Ranks wait for the slowest of them, which may be loading or verifying for longer than the backends' minutes.
+# Ranks wait for the slowest of them, which may be loading or verifying for longer than the backends' minutes. Those
+# that ended are noticed at once, by `peers`.
 PATIENCE = timedelta(days=2)
+NOTICE = 5.0  # seconds that `peers` has to end this process after its backend lost a connection
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of the launch.
+    """This process among all of the launch; one that was not launched is alone.
 
     Attributes:
         rank, world: number of this process, and how many there are.
         device: where this process computes.
     """
 
-    rank: int
-    world: int
-    device: torch.device
-    state: PartialState
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    state: PartialState | None = None
 
     @property
     def main(self) -> bool:
@@ -45,16 +50,57 @@ class Ranks:
     def agreed(self, value: Any) -> Any:
         """The first rank's value, on every rank; all must call it."""
         held = [value]
-        broadcast_object_list(held)
+        if self.world > 1:
+            with _collective():
+                broadcast_object_list(held)
         return held[0]
 
     def gathered(self, value: Any) -> list:
         """Every rank's value, in order of the ranks, on every rank; all must call it."""
-        return gather_object([value])
+        if self.world == 1:
+            return [value]
+        with _collective():
+            return gather_object([value])
+
+    def each(self, items: Sequence, work: Callable[[Any], Any]) -> list:
+        """`work` of every item, each done by one rank: all results in the items' order, on every rank."""
+        parts = self.gathered([work(item) for item in self.share(items)])
+        return [parts[index % self.world][index // self.world] for index in range(len(items))]
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over the ranks; all must call it. In no certain order: see `hessians.Moment`."""
+        if self.world > 1:
+            with _collective():
+                torch.distributed.all_reduce(tensor)
 
     def wait(self) -> None:
         """Return when every rank has come here."""
-        self.state.wait_for_everyone()
+        if self.world > 1:
+            with _collective():
+                self.state.wait_for_everyone()
+
+
+def shares(costs: Sequence[float], world: int) -> list[list[int]]:
+    """Indices of tasks for each of `world` ranks: the costliest first, each to the rank with the least to do so far.
+
+    The slowest rank then takes at most 4/3 of the shortest time possible (Graham, SIAM J. Appl. Math. 17, 1969).
+    """
+    parts, loads = [[] for _ in range(world)], [0.0] * world
+    for index in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
+        idle = loads.index(min(loads))
+        parts[idle].append(index)
+        loads[idle] += costs[index]
+    return parts
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Leave a backend's complaint about a lost connection to `peers`, which knows whose it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        time.sleep(NOTICE)
+        raise RunError(f"the processes lost each other: {str(error).splitlines()[0]}") from None
 
 
 @contextmanager
@@ -63,6 +109,7 @@ def launched(device: str) -> Iterator[Ranks]:
 
     Raises:
         UserError: `--device` is not there, or names one GPU for several processes.
+        RunError: the processes cannot reach each other.
     """
     chosen = pick_device(device)
     state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
@@ -71,7 +118,10 @@ def launched(device: str) -> Iterator[Ranks]:
         raise UserError(f"--device {device} is one device for {world} processes; allowed are auto, cpu and cuda")
     if state.process_index:
         logging.getLogger("vqdm").setLevel(logging.WARNING)
-    yield Ranks(state.process_index, world, state.device if world > 1 else chosen, state)
-    # Only after success: a rank that failed leaves at once, and the launcher ends the others.
-    if world > 1:
+    ranks = Ranks(state.process_index, world, state.device if world > 1 else chosen, state)
+    peers = Peers.join(ranks.rank, world, state.local_process_index, ranks.agreed) if world > 1 else None
+    yield ranks
+    # Only after success: a rank that failed leaves at once, and `peers` ends the others.
+    if peers:
+        peers.leave()
         state.destroy_process_group()

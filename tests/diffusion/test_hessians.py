@@ -94,7 +94,7 @@ def test_recorded_hessians_equal_plain_ones_for_every_layer_and_memory_budget():
     runs = passes(groups, 1e-9)
     assert len(runs) == len(groups) > len(passes(groups, 1.0)) == 1
     for run in runs:
-        found |= record_hessians(unet, run, [lambda s=s: call(s) for s in (1, 2)], [lambda: call(3)])
+        found |= record_hessians(unet, run, call(0), [lambda s=s: call(s) for s in (1, 2)], [lambda: call(3)])
     for group in groups:
         for layer in group:
             module = seen[layer.name][0][0]
@@ -107,9 +107,11 @@ def test_recorded_hessians_equal_plain_ones_for_every_layer_and_memory_budget():
 def test_counted_samples_are_a_fair_share():
     """The moment of a share is that of a subset of the same rows, near the whole, and the same every time."""
     linear, x = nn.Linear(4, 2), torch.randn(500, 4, 4) @ torch.randn(4, 4)
-    whole, part, again = Moment(4, x.device), Moment(4, x.device, 0.5), Moment(4, x.device, 0.5)
+    whole, part, again = (Moment(4, x.device) for _ in range(3))
+    part.share = again.share = 0.5
     for moment in (whole, part, again):
-        for batch in x.split(100):
+        for index, batch in enumerate(x.split(100)):
+            moment.start(index)
             add_input(moment, linear, batch, True)
     assert (whole.count, part.count) == (2000, 1000)
     assert torch.equal(part.mean(), again.mean())
@@ -122,7 +124,7 @@ def test_samples_per_input_bounds_every_layers_count(monkeypatch):
     groups = shared_inputs(unet, block, call(0))
     mean = Moment.mean
     monkeypatch.setattr(Moment, "mean", lambda self: counts.append((self.count, len(self.total))) or mean(self))
-    record_hessians(unet, groups, [lambda s=s: call(s, 16) for s in range(4)], [], samples_per_input=2)
+    record_hessians(unet, groups, call(0), [lambda s=s: call(s, 16) for s in range(4)], [], samples_per_input=2)
     assert all(count <= 2 * size + 4 for count, size in counts if count) and any(count for count, _ in counts)
 
 
@@ -150,7 +152,7 @@ def test_hooks_are_gone_after_an_exception():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        record_hessians(unet, groups, [explode], [])
+        record_hessians(unet, groups, call(0), [explode], [])
     assert hook_count(unet) == before
 
 
@@ -162,7 +164,7 @@ def test_nan_names_the_layer():
     bad = call(1)
     bad["sample"][0, 0, 0, 0] = float("nan")
     with pytest.raises(RunError, match=r"layer down_blocks\.1\..* its inputs hold NaN"):
-        record_hessians(unet, groups, [lambda: bad], [])
+        record_hessians(unet, groups, call(0), [lambda: bad], [])
 
 
 def test_a_layer_that_never_runs_is_named():
@@ -177,5 +179,5 @@ def test_only_the_blocks_up_to_the_wanted_one_run():
     unet, ran = tiny_unet("sdxl"), []
     unet.up_blocks[1].register_forward_pre_hook(lambda *_: ran.append(1))
     block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "down_blocks.0"]
-    record_hessians(unet, shared_inputs(unet, block, call(0)), [lambda: call(1)], [])
+    record_hessians(unet, shared_inputs(unet, block, call(0)), call(0), [lambda: call(1)], [])
     assert not ran

@@ -2,11 +2,17 @@
 
 Every token of a Linear and every output position of a Conv2d is one sample; both guidance branches count.
 
+The result is the same to the last bit on any number of processes. A batch gives the same products wherever it is run:
+its samples are drawn with a generator of its own. And sums cannot depend on their order, because they are exact: every
+product is rounded to a multiple of a power of two, the layer's grid, and float64 adds whole numbers below 2^53 without
+error. The grid comes from one call that every process makes; should a sum outgrow it, it is recorded on a coarser one.
+
 Letters: I inputs of the layer seen as a matrix, N samples, C channels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
@@ -16,21 +22,33 @@ from torch import Tensor, nn
 
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError
+from vqdm.parallel import Ranks
 
 SAMPLES_AT_ONCE = 2**25
+ROWS_AT_ONCE = 4096  # of a product, so that no second matrix of its size is needed
+FINENESS = 2.0**-20  # the grid, over the largest mean square of an input; leaves room for 2^32 samples as large
+COARSER = 2.0**12
+EXACT_BELOW = 2.0**52  # half of what float64 counts to, for what rounding adds
 
 
 class Moment:
-    """A running second moment in float32: the sum of x xᵀ [I, I] and the number of samples.
+    """A second moment: the sum of x xᵀ [I, I] in multiples of `grid`, and the number of samples.
 
     Args:
-        share: the part of all samples that is counted, drawn anew from every batch with a seeded generator.
+        grid: a power of two.
+
+    Attributes:
+        share: the part of all samples that is counted, drawn from every batch with its own generator.
     """
 
-    def __init__(self, size: int, device: torch.device, share: float = 1.0):
-        self.total = torch.zeros(size, size, device=device)
-        self.count, self.share = 0, share
-        self.generator = torch.Generator().manual_seed(size)
+    def __init__(self, size: int, device: torch.device, grid: float = 2.0**-20):
+        self.total = torch.zeros(size, size, device=device, dtype=torch.float64)
+        self.count, self.grid, self.share = 0, grid, 1.0
+        self.start(0)
+
+    def start(self, batch: int) -> None:
+        """What is added from here on belongs to this batch."""
+        self.generator = torch.Generator().manual_seed(len(self.total) + (batch << 32))
 
     def add(self, samples: Tensor) -> None:
         """Count `samples` [N, I] in, or their share."""
@@ -38,12 +56,22 @@ class Moment:
             kept = max(1, round(self.share * len(samples)))
             rows = torch.randperm(len(samples), generator=self.generator)[:kept].sort().values
             samples = samples[rows.to(samples.device)]
-        self.total.addmm_(samples.T, samples)
+        for start in range(0, len(self.total), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            product = samples[:, rows].T @ samples  # [rows, I]
+            self.total[rows] += product.double().div_(self.grid).round_()
         self.count += len(samples)
 
+    @property
+    def exact(self) -> bool:
+        """Whether no addition was rounded: sums of squares only grow, and bound all other entries."""
+        return not self.total.diagonal().max() >= EXACT_BELOW
+
     def mean(self) -> Tensor | None:
-        """H [I, I], or None when nothing was counted."""
-        return self.total / self.count if self.count else None
+        """H [I, I] in float32, or None when nothing was counted."""
+        if not self.count:
+            return None
+        return torch.mul(self.total, self.grid / self.count, out=torch.empty_like(self.total, dtype=torch.float32))
 
 
 def input_rows(module: nn.Linear | nn.Conv2d, x: Tensor, group_channels: bool) -> Tensor:
@@ -153,10 +181,10 @@ def shared_inputs(unet: nn.Module, layers: list[Layer], call: dict) -> list[list
 
 
 def passes(groups: list[list[Layer]], memory_gb: float) -> list[list[list[Layer]]]:
-    """Split groups into runs whose Hessians (training and held-out, float32) fit into `memory_gb`."""
+    """Split groups into runs whose Hessians (a sum in float64, two results in float32) fit into `memory_gb`."""
     out, used = [], float("inf")
     for group in groups:
-        need = 2 * 4 * group[0].columns ** 2 / 1e9
+        need = (8 + 4 + 4) * group[0].columns ** 2 / 1e9
         if used + need > memory_gb:
             out.append([])
             used = 0.0
@@ -168,47 +196,100 @@ def passes(groups: list[list[Layer]], memory_gb: float) -> list[list[list[Layer]
 def record_hessians(
     unet: nn.Module,
     groups: list[list[Layer]],
+    first: dict,
     training: list[Callable[[], dict]],
     held_out: list[Callable[[], dict]],
     samples_per_input: int = 0,
     tick: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Run the UNet on recorded batches and return, for the first layer of each group, H [I, I] and a held-out H.
 
     Args:
         groups: layers that share an input, as `shared_inputs` finds them.
-        training, held_out: functions that make the keyword arguments of one UNet call each.
+        first: keyword arguments of a UNet call that shows how large inputs are; every rank makes it.
+        training, held_out: functions that make the keyword arguments of one UNet call each; ranks share the calls, and
+            have the same result.
         samples_per_input: about this many samples are counted for every input of a layer, spread over all batches;
             a second moment needs a small multiple of its size. 0 counts all.
-        tick: called after every batch.
+        tick: called after every batch of this rank.
 
     Raises:
         RunError: an input holds NaN or infinity; names the first layer that saw it.
     """
-    leaders = {group[0].name: group[0] for group in groups}
-    device = next(unet.parameters()).device
-    found = {}
-    for which, calls in (("training", training), ("held_out", held_out)):
-        moments = {name: Moment(layer.columns, device) for name, layer in leaders.items()}
-        wanted = samples_per_input / max(1, len(calls))
-
-        def seen(name: str, module: nn.Module, x: Tensor, moments=moments, wanted=wanted) -> None:
-            if wanted:
-                moments[name].share = wanted * leaders[name].columns / sample_count(module, x)
-            add_input(moments[name], module, x, leaders[name].spec.group_channels)
-
-        with stopping_after(unet, groups[-1][0].block) as run, input_hooks(unet, list(leaders), seen):
-            for call in calls:
-                run(call())
-                tick()
-        found[which] = {name: moment.mean() for name, moment in moments.items()}
-    _check_finite(found["training"])
-    return {name: (found["training"][name], found["held_out"][name]) for name in leaders}
+    ranks = ranks or Ranks()
+    leaders = [group[0] for group in groups]
+    grids = first_grids(unet, leaders, first)
+    found = []
+    for calls in (training, held_out):
+        found.append({})
+        left = leaders if calls else []
+        while left:
+            moments = record_moments(unet, left, grids, calls, samples_per_input, tick, ranks)
+            found[-1] |= {name: moment.mean() for name, moment in moments.items() if moment.exact}
+            left = [layer for layer in left if layer.name not in found[-1]]
+            grids |= {layer.name: COARSER * grids[layer.name] for layer in left}
+    return {layer.name: (found[0][layer.name], found[1].get(layer.name)) for layer in leaders}
 
 
-def _check_finite(hessians: dict[str, Tensor]) -> None:
-    for name, hessian in hessians.items():
-        if not hessian.diagonal().isfinite().all():
+def first_grids(unet: nn.Module, leaders: list[Layer], call: dict) -> dict[str, float]:
+    """By layer name, a grid that suits the inputs that it sees in one UNet call."""
+    squares, by_name = {}, {layer.name: layer for layer in leaders}
+
+    def seen(name: str, module: nn.Module, x: Tensor) -> None:
+        rows = input_rows(module, x, by_name[name].spec.group_channels)
+        squares[name] = rows.square().mean(0).max().item()
+
+    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(by_name), seen):
+        run(call)
+    return {name: FINENESS * 2.0 ** _exponent(square) for name, square in squares.items()}
+
+
+def _exponent(square: float) -> int:
+    return math.frexp(square)[1] if 0 < square < math.inf else 0
+
+
+def record_moments(
+    unet: nn.Module,
+    leaders: list[Layer],
+    grids: dict[str, float],
+    calls: list[Callable[[], dict]],
+    samples_per_input: int,
+    tick: Callable[[], None],
+    ranks: Ranks,
+) -> dict[str, Moment]:
+    """By layer name, the moment over the calls of all ranks. Raises RunError as `record_hessians`."""
+    by_name, device = {layer.name: layer for layer in leaders}, next(unet.parameters()).device
+    moments = {name: Moment(layer.columns, device, grids[name]) for name, layer in by_name.items()}
+    wanted = samples_per_input / len(calls)
+
+    def seen(name: str, module: nn.Module, x: Tensor) -> None:
+        if wanted:
+            moments[name].share = wanted * by_name[name].columns / sample_count(module, x)
+        add_input(moments[name], module, x, by_name[name].spec.group_channels)
+
+    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(by_name), seen):
+        for batch in ranks.share(range(len(calls))):
+            for moment in moments.values():
+                moment.start(batch)
+            run(calls[batch]())
+            tick()
+    add_up(moments, ranks)
+    _check_finite(moments)
+    return moments
+
+
+def add_up(moments: dict[str, Moment], ranks: Ranks) -> None:
+    """Replace the moments of every rank by their sums over all ranks."""
+    counts = ranks.gathered({name: moment.count for name, moment in moments.items()})
+    for name, moment in moments.items():
+        ranks.add_up(moment.total)
+        moment.count = sum(part[name] for part in counts)
+
+
+def _check_finite(moments: dict[str, Moment]) -> None:
+    for name, moment in moments.items():
+        if not moment.total.diagonal().isfinite().all():
             raise RunError(
                 f"layer {name}: its inputs hold NaN or infinity; run the model in another --dtype (float32 or bfloat16)"
             )

@@ -11,6 +11,7 @@ from PIL import Image
 from vqdm.diffusion.pipelines import sample
 from vqdm.diffusion.trajectories import Recorder, Trajectories, batches, join
 from vqdm.errors import RunError, UserError
+from vqdm.parallel import Ranks
 from vqdm.scores.fidelity import decibels
 from vqdm.tracking import bar
 
@@ -78,18 +79,27 @@ def pictures(
     return [one for _, draw in sampled(pipeline, prompts, seed, settings, size, "student pictures") for one in draw()]
 
 
+def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int, ranks: Ranks | None = None) -> float:
+    """Squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB.
+
+    Batches are spread over the ranks, and their sums added up in the batches' order.
+    """
+    every, ranks = list(batches(trajectories.points(), size)), ranks or Ranks()
+    with bar(total=len(ranks.share(every)), what="UNet-output error") as progress:
+
+        def sums(batch: list[tuple[int, int]]) -> tuple[float, float]:
+            progress.update()
+            return _error_and_energy(unet, trajectories, batch)
+
+        errors, energies = zip(*ranks.each(every, sums), strict=True)
+    return decibels(sum(errors), sum(energies))
+
+
 @torch.no_grad()
-def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int) -> float:
-    """Squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB."""
-    points, error, energy = trajectories.points(), 0.0, 0.0
-    with bar(total=len(points), what="UNet-output error") as progress:
-        for batch in batches(points, size):
-            expected = trajectories.expected(batch, unet.device).double()
-            guess = unet(**trajectories.inputs(batch, unet.device, unet_dtype(unet))).sample.double()
-            error += (guess - expected).square().sum().item()
-            energy += expected.square().sum().item()
-            progress.update(len(batch))
-    return decibels(error, energy)
+def _error_and_energy(unet: torch.nn.Module, trajectories: Trajectories, batch: list) -> tuple[float, float]:
+    expected = trajectories.expected(batch, unet.device).double()
+    guess = unet(**trajectories.inputs(batch, unet.device, unet_dtype(unet))).sample.double()
+    return (guess - expected).square().sum().item(), expected.square().sum().item()
 
 
 def unet_dtype(unet: torch.nn.Module) -> torch.dtype:

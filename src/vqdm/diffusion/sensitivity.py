@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdm.diffusion.trajectories import Trajectories
+from vqdm.parallel import Ranks
 
 
 def spread_over_noise(trajectories: Trajectories, count: int) -> list[tuple[int, int]]:
@@ -27,28 +28,41 @@ def output_effects(
     unet: nn.Module,
     changes: dict[str, Tensor],
     calls: list[Callable[[], dict]],
-    generator: torch.Generator,
+    generator: Callable[[int], torch.Generator],
     tick: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """By layer name, the squared error of the UNet's outputs over their energy when this layer alone changes.
 
     Args:
         changes: by layer name, what is added to the weight, in its shape.
         calls: functions that make the keyword arguments of one UNet call each; every call is one random draw of v.
-        tick: called after every call.
+            They are spread over the ranks, and added up in their order.
+        generator: gives the random numbers of the call of a number.
+        tick: called after every call of this rank.
     """
+
+    def effects(index: int) -> tuple[Tensor, float]:
+        found = _effects_of_call(unet, changes, calls[index](), generator(index))
+        tick()
+        return found
+
+    with following(unet, [unet.get_submodule(name).weight for name in changes]):
+        found = (ranks or Ranks()).each(range(len(calls)), effects)
+    squares, energies = zip(*found, strict=True)
+    return dict(zip(changes, (torch.stack(squares).sum(0) / sum(energies)).tolist(), strict=True))
+
+
+def _effects_of_call(
+    unet: nn.Module, changes: dict[str, Tensor], call: dict, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """(vᵀ J Δ)² of every change [layers] on the CPU in float64, and the output's energy."""
     weights = [unet.get_submodule(name).weight for name in changes]
-    energy, effects = 0.0, torch.zeros(len(weights), dtype=torch.float64)
-    with following(unet, weights):
-        for call in calls:
-            output = unet(**call()).sample.float()
-            signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
-            gradients = torch.autograd.grad((output * signs).sum(), weights)
-            moved = [(g.float() * change).sum() for g, change in zip(gradients, changes.values(), strict=True)]
-            effects += torch.stack(moved).double().cpu().square()
-            energy += output.detach().double().square().sum().item()
-            tick()
-    return dict(zip(changes, (effects / energy).tolist(), strict=True))
+    output = unet(**call).sample.float()
+    signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
+    gradients = torch.autograd.grad((output * signs).sum(), weights)
+    moved = [(g.float() * change).sum() for g, change in zip(gradients, changes.values(), strict=True)]
+    return torch.stack(moved).double().cpu().square(), output.detach().double().square().sum().item()
 
 
 @contextmanager

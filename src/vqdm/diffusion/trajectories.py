@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqdm.storage.atomic import save_tensors
+from vqdm.errors import RunError
+from vqdm.storage.atomic import Damaged, load_sealed, save_sealed
 
 CONDITIONING = ("encoder_hidden_states", "timestep_cond")
 ADDED_CONDITIONING = ("text_embeds", "time_ids")
@@ -57,17 +57,27 @@ class Trajectories:
         outputs = None if self.outputs is None else self.outputs[:, keep]
         return Trajectories(self.latents[:, keep], self.timesteps[keep], self.conditioning, outputs)
 
-    def save(self, path: Path) -> None:
-        """Write one safetensors file, atomically."""
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything under one level of names."""
         tensors = {"latents": self.latents, "timesteps": self.timesteps}
         tensors |= {f"conditioning.{name}": value for name, value in self.conditioning.items()}
-        if self.outputs is not None:
-            tensors["outputs"] = self.outputs
-        save_tensors(tensors, path)
+        return tensors if self.outputs is None else tensors | {"outputs": self.outputs}
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically, with its checksum."""
+        save_sealed(self.to_tensors(), path)
 
     @classmethod
     def load(cls, path: Path) -> Trajectories:
-        tensors = load_file(path)
+        """What was saved. Raises RunError when the file is gone or damaged."""
+        try:
+            return cls.of_tensors(load_sealed(path)[0])
+        except (OSError, Damaged) as error:
+            raise RunError(f"{path} is missing or damaged ({error}); delete it and run again") from None
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> Trajectories:
+        """The inverse of `to_tensors`; other names are left out."""
         prefix = "conditioning."
         conditioning = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         return cls(tensors["latents"], tensors["timesteps"], conditioning, tensors.get("outputs"))

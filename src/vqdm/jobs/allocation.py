@@ -6,27 +6,30 @@ is measured on the rows that the shared codebooks are trained on. The budget the
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Set
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from vqdm.additive.allocate import allocate
-from vqdm.additive.code import Bank
+from vqdm.additive.code import AdditiveCode, Bank
 from vqdm.additive.shared import encode, sample_error
 from vqdm.diffusion.blocks import Layer, weight_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
-from vqdm.errors import UserError
-from vqdm.jobs.banks import bank_path, draw_samples, load_codebooks, shared, train
+from vqdm.errors import RunError, UserError
+from vqdm.jobs.banks import choose_layers, draw_samples, load_codebooks, shared, train
 from vqdm.jobs.job import Job
+from vqdm.jobs.pieces import Tensors, pieces, read
 from vqdm.jobs.plan import bank_bits, bank_users, layer_bits
 from vqdm.jobs.recording import teacher_trajectories, unet_calls
-from vqdm.jobs.solving import solve_layers
-from vqdm.storage.atomic import save_json
+from vqdm.jobs.solving import solve_share
+from vqdm.storage.atomic import Damaged, load_sealed_json, save_json, save_sealed, save_sealed_json
 from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
@@ -65,12 +68,24 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
     The plan is written into the output folder, in the form that `--overrides` reads, and read again on resumption.
     Raises UserError when the target is below what the cheapest formats take.
     """
-    path = job.folder.path / PLAN
-    if not path.is_file():
+    path = job.folder.work / PLAN
+    if not job.ranks.agreed(path.is_file()):
         layers = divided(measured(job, store), job.config.target_bits)
-        save_json({layer.name: {name: getattr(layer.spec, name) for name in PLANNED} for layer in layers}, path)
-    plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = {layer.name: {name: getattr(layer.spec, name) for name in PLANNED} for layer in layers}
+        if job.ranks.main:
+            save_sealed_json(plan, path)
+    plan = job.ranks.agreed(read_plan(path) if job.ranks.main else None)
+    if job.ranks.main:
+        save_json(plan, job.folder.path / PLAN)
     return [replace(layer, spec=layer.spec.changed(**plan[layer.name])) for layer in job.layers]
+
+
+def read_plan(path: Path) -> dict[str, dict]:
+    """What the run has decided. Raises RunError when the file is damaged."""
+    try:
+        return load_sealed_json(path)
+    except Damaged as error:
+        raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
 
 
 # ------------------------------------------------------------------------------------------- measuring
@@ -106,18 +121,23 @@ def _choices(options: list[Layer], effect: float, falls: list[float]) -> Choices
 def error_falls(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, list[float]]:
     """By layer name, the relative error in every format of the menu over that in the first.
 
-    Trains the banks. Layers that these are not trained on get the others' geometric mean.
+    Trains the banks, each on one rank. Layers that these are not trained on get the others' geometric mean.
     """
-    samples = draw_samples(job, store, layers, job.config.solver.with_spec(layers[0].spec))
-    errors = []
-    for option in formats(layers[0], job.config.share_codebooks):
-        config = job.config.solver.with_spec(option.spec)
-        name = option.spec.shared_codebooks
-        codebooks = load_codebooks(job, name) if bank_path(job, name).is_file() else train(job, config, samples)
-        errors.append([sample_error(sample, encode(sample, codebooks, config)) for sample in samples.values()])
+    samples = cache(lambda: draw_samples(job, store, layers, job.config.solver.with_spec(layers[0].spec)))
+    configs = [job.config.solver.with_spec(one.spec) for one in formats(layers[0], job.config.share_codebooks)]
+    by_name = {config.spec.shared_codebooks: config for config in configs}
+
+    def errors_with(name: str) -> Tensors:
+        codebooks = train(job, by_name[name], samples)
+        errors = [sample_error(one, encode(one, codebooks, by_name[name])) for one in samples().values()]
+        return {"errors": torch.tensor(errors, dtype=torch.float64)}
+
+    parts = pieces(job.ranks, job.folder.work / "falls", list(by_name), errors_with)
+    errors = [part["errors"].tolist() for part in parts]
     falls = [[error / max(first, 1e-30) for error, first in zip(row, errors[0], strict=True)] for row in errors]
     usual = [math.exp(sum(math.log(max(fall, 1e-9)) for fall in row) / len(row)) for row in falls]
-    own = dict(zip(samples, map(list, zip(*falls, strict=True)), strict=True))
+    sampled = [layer.name for layer in choose_layers(layers, job.config.hessian_memory_gb, job.config.seed)]
+    own = dict(zip(sampled, map(list, zip(*falls, strict=True)), strict=True))
     return {layer.name: own.get(layer.name, usual) for layer in layers}
 
 
@@ -128,21 +148,34 @@ def layer_effects(job: Job, store: HessianStore, layers: list[Layer]) -> dict[st
     say(f"effects of {len(layers)} layers on the output, at {len(points)} points")
     changes = coding_errors(job, store, layers)
     calls = [call for point in points for call in unet_calls(job, trajectories, [point])]
-    with bar(total=len(calls), what="effects of layers") as progress:
-        return output_effects(job.unet, changes, calls, layer_generator(job.config.seed, "effects"), progress.update)
+    generator = lambda index: layer_generator(job.config.seed, f"effects:{index}")  # noqa: E731
+    with bar(total=len(job.ranks.share(calls)), what="effects of layers") as progress:
+        return output_effects(job.unet, changes, calls, generator, progress.update, job.ranks)
 
 
 def coding_errors(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, Tensor]:
-    """By layer name, coded minus original weight, in the weight's shape and type; one pass of error feedback."""
+    """By layer name, coded minus original weight, in the weight's shape and type; one pass of error feedback.
+
+    Ranks share the layers, and find each other's codes in the run's folder.
+    """
     banks = {name: Bank(load_codebooks(job, name), 1) for name in bank_users(layers)}
-    solver, changes = replace(job.config.solver, max_epochs=1), {}
-    for groups in passes(store.groups(layers), job.config.hessian_memory_gb):
-        hessians = {group[0].name: store.load(group[0], job.unet.device) for group in groups}
-        for layer, (code, _) in solve_layers(job, groups, hessians, solver, banks):
-            weight = job.unet.get_submodule(layer.name).weight
-            coded = weight_of(code.dequantize(), weight.shape, layer.spec.group_channels)
-            changes[layer.name] = (coded - weight.float()).to(weight.dtype)
-    return {layer.name: changes[layer.name] for layer in layers}
+    solver, folder = replace(job.config.solver, max_epochs=1), job.folder.work / "coded"
+    missing = job.ranks.agreed([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
+    for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
+        some = [layer for group in groups for layer in group]
+        for layer, code, _ in solve_share(job, store, some, solver, banks):
+            save_sealed(code.pack(), folder / f"{layer.name}.safetensors")
+    job.ranks.wait()
+    return {layer.name: coding_error(job, layer, read(folder / f"{layer.name}.safetensors"), banks) for layer in layers}
+
+
+def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, Bank]) -> Tensor:
+    """Coded minus original weight of one layer, from its packed code."""
+    weight, bank = job.unet.get_submodule(layer.name).weight, banks[layer.spec.shared_codebooks]
+    packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}
+    code = AdditiveCode.unpack(layer.spec, (layer.rows, layer.columns), packed, bank.codebooks)
+    coded = weight_of(code.dequantize(), weight.shape, layer.spec.group_channels)
+    return (coded - weight.float()).to(weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------- dividing

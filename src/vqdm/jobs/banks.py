@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vqdm.additive.code import Bank, CodeSpec
@@ -14,8 +15,9 @@ from vqdm.additive.config import SolverConfig
 from vqdm.additive.shared import Sample, sample_layer, train_bank
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.jobs.job import Job
+from vqdm.jobs.pieces import read
 from vqdm.jobs.plan import bank_users
-from vqdm.storage.atomic import save_tensors
+from vqdm.storage.atomic import save_sealed
 from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
@@ -42,8 +44,10 @@ def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
     banks = {}
     for name, layers in bank_users(job.layers).items():
         config = job.config.solver.with_spec(layers[0].spec)
-        if not bank_path(job, name).is_file():
-            train(job, config, draw_samples(job, store, trained_on(job.layers, name, layers[0].spec), config))
+        if job.ranks.main:
+            chosen = trained_on(job.layers, name, layers[0].spec)
+            train(job, config, cache(partial(draw_samples, job, store, chosen, config)))
+        job.ranks.wait()
         weights = sum(layer.rows * layer.columns for layer in layers)
         banks[name] = Bank(load_codebooks(job, name), weights)
     return banks
@@ -56,13 +60,14 @@ def trained_on(layers: list[Layer], name: str, spec: CodeSpec) -> list[Layer]:
     return [one for one in fits if not owners or one.kind in owners]
 
 
-def train(job: Job, config: SolverConfig, samples: dict[str, Sample]) -> Tensor:
-    """Train the bank that `config.spec` names, and keep it in the run's folder."""
+def train(job: Job, config: SolverConfig, samples: Callable[[], dict[str, Sample]]) -> Tensor:
+    """The codebooks of the bank that `config.spec` names; trained where the run's folder does not hold them yet."""
     name = config.spec.shared_codebooks
-    say(f"bank {name}: training on {len(samples)} layers")
-    codebooks = train_bank(list(samples.values()), config, layer_generator(job.config.seed, name))
-    save_tensors({"codebooks": codebooks}, bank_path(job, name))
-    return codebooks
+    if not bank_path(job, name).is_file():
+        say(f"bank {name}: training on {len(samples())} layers")
+        codebooks = train_bank(list(samples().values()), config, layer_generator(job.config.seed, name))
+        save_sealed({"codebooks": codebooks}, bank_path(job, name))
+    return load_codebooks(job, name)
 
 
 def bank_path(job: Job, name: str) -> Path:
@@ -71,7 +76,7 @@ def bank_path(job: Job, name: str) -> Path:
 
 def load_codebooks(job: Job, name: str) -> Tensor:
     """A trained bank's codebooks [M, K, p, g]."""
-    return load_file(bank_path(job, name), device=str(job.unet.device))["codebooks"]
+    return read(bank_path(job, name))["codebooks"].to(job.unet.device)
 
 
 def draw_samples(job: Job, store: HessianStore, layers: list[Layer], config: SolverConfig) -> dict[str, Sample]:

@@ -15,6 +15,7 @@ from vqdm.additive.code import Bank
 from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer
 from vqdm.jobs.plan import Rest
+from vqdm.parallel import Ranks
 from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import Stopwatch, Tracker, say
@@ -29,6 +30,7 @@ class Job:
         rest: what goes into 8 bit.
         store: Hessians of the full-precision model, where the run keeps them.
         banks: shared codebooks by name.
+        ranks: the processes that work on it, each of which has this same job.
     """
 
     config: QuantizeConfig
@@ -43,6 +45,7 @@ class Job:
     rest: Rest
     store: HessianStore | None = None
     banks: dict[str, Bank] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def unet(self) -> torch.nn.Module:

@@ -2,6 +2,9 @@
 
 Order of work: record the teacher once; then block by block record Hessians with the earlier blocks quantized, solve
 each layer, swap the block's layers in; then measure against the teacher and write the folder (arXiv 2409.00492, §4).
+
+Of several processes each goes through all of it and holds the same model; they share prompts, points and layers, and
+the first alone writes what there is one of. The result is the same to the last byte for any number of them.
 """
 
 from __future__ import annotations
@@ -14,17 +17,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
-from vqdm.diffusion.pipelines import load_pipeline, pick_device, pick_dtype, stored_dtypes, weight_files
-from vqdm.diffusion.sampling import (
-    EVALUATION_SEED_OFFSET,
-    check_timestep_range,
-    output_error,
-    pictures,
-)
+from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype, stored_dtypes, weight_files
+from vqdm.diffusion.sampling import check_timestep_range, output_error
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
@@ -35,13 +34,15 @@ from vqdm.jobs.plan import Rest, bank_bits, bank_users, layer_table, predicted_b
 from vqdm.jobs.recording import (
     calibration_trajectories,
     digest,
+    student_pictures,
     teacher_evaluation,
     teacher_hessians,
     teacher_trajectories,
 )
-from vqdm.jobs.solving import layer_row, solve_block
+from vqdm.jobs.solving import layer_row, load_solved, solve_block
 from vqdm.layers.quantized import QuantizedLayer, cast_plain, decoded_once, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
+from vqdm.parallel import Ranks, launched
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
@@ -53,18 +54,24 @@ from vqdm.versions import versions
 
 
 def quantize(config: QuantizeConfig) -> dict | None:
-    """Run the whole job and return the summary; None after a dry run.
+    """Run the whole job and return the summary; None after a dry run, and on every process but the first.
 
     Raises:
         UserError: bad input, found before anything slow starts.
         RunError: the work failed; what is finished stays on disk for `resume`.
     """
-    calibration, evaluation = read_prompts(config)
-    device = pick_device(config.device)
+    prompts = read_prompts(config)
+    check_model(config.model)
+    with launched(config.device) as ranks:
+        return quantize_on(ranks, config, *prompts)
+
+
+def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], evaluation: list[str]) -> dict | None:
+    """The whole job of one of several processes; the summary on the first, None on the others."""
     pipeline = load_pipeline(
         config.model,
-        device,
-        pick_dtype(config.dtype, device),
+        ranks.device,
+        pick_dtype(config.dtype, ranks.device),
         config.sampling.scheduler,
         config.variant,
         config.revision,
@@ -86,22 +93,26 @@ def quantize(config: QuantizeConfig) -> dict | None:
         return None
     folder = RunFolder(config.output_dir)
     settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-    folder.open(
-        settings,
-        versions(),
-        config.resume,
-        predicted_bytes(pipeline, config.sampling.num_inference_steps, len(calibration), len(evaluation)),
-    )
-    if folder.finished:
-        shutil.rmtree(folder.work, ignore_errors=True)
-        say(f"{folder.path} is finished already")
-        return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
-    tracker = Tracker(config.report_to, "vqdm-quantize", folder.path, config.to_dict() | config.spec.to_dict())
+    if ranks.main:
+        need = predicted_bytes(pipeline, config.sampling.num_inference_steps, len(calibration), len(evaluation))
+        folder.open(settings, versions(), config.resume, need)
+    if ranks.agreed(folder.finished):
+        return close_finished(folder) if ranks.main else None
+    about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
+    tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
     job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
+    job.ranks = ranks
     try:
         return run(job)
     finally:
         tracker.finish()
+
+
+def close_finished(folder: RunFolder) -> dict:
+    """The summary of a run that has ended, without the working data that a kill at its very end left."""
+    shutil.rmtree(folder.work, ignore_errors=True)
+    say(f"{folder.path} is finished already")
+    return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
 
 
 def read_prompts(config: QuantizeConfig) -> tuple[list[str], list[str]]:
@@ -116,26 +127,28 @@ def read_prompts(config: QuantizeConfig) -> tuple[list[str], list[str]]:
     )
 
 
-def run(job: Job) -> dict:
+def run(job: Job) -> dict | None:
     """All slow steps; every one of them finds and keeps what an interrupted run left."""
     with job.clock("teacher"):
         teacher, teacher_pictures = teacher_evaluation(job)
     if job.config.rest_nbits == 8:
         round_rest(job)
     prepare(job)
-    solved = load_codes(job) | {name: done for name, done in finished_layers(job).items() if done}
-    job.folder.rewrite_table([done.report for done in solved.values()])
+    solved = load_codes(job) | finished_layers(job)
+    if job.ranks.main:
+        job.folder.rewrite_table([done.report for done in solved.values()])
     for index, (block, layers) in enumerate(bar(job.blocks, what="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in solved]
         if todo:
             say(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to solve")
-            solved |= solve_block(job, layers, todo, calibration_points(job))
+            solved |= solve_block(job, layers, todo, calibration_points(job, block))
         swap_block(job, layers, solved)
         after_block(job, index, block, teacher)
     with job.clock("evaluation"), decoded_once(job.unet):
-        error_db = output_error(job.unet, teacher, job.config.xtx_batch_size)
-        scores = compare_pictures(job, teacher_pictures)
-    return finish(job, solved, error_db, scores)
+        error_db = output_error(job.unet, teacher, job.config.xtx_batch_size, job.ranks)
+        drawn = student_pictures(job)
+        scores = compare_pictures(job, teacher_pictures, drawn) if job.ranks.main else {}
+    return finish(job, solved, error_db, scores) if job.ranks.main else None
 
 
 def prepare(job: Job) -> None:
@@ -152,18 +165,20 @@ def prepare(job: Job) -> None:
         job.banks = make_banks(job, job.store) if bank_users(job.layers) else {}
 
 
-def calibration_points(job: Job) -> Trajectories | None:
+def calibration_points(job: Job, block: str) -> Trajectories | None:
     """The points that a block is calibrated on; None where stored Hessians serve."""
     if job.config.calibration_latents == "student":
-        return calibration_trajectories(job)
+        return calibration_trajectories(job, f"calibration_{block}")
     return None if job.store else teacher_trajectories(job)
 
 
 # ------------------------------------------------------------------------------------------- layers
 
 
-def finished_layers(job: Job) -> dict[str, SolvedLayer | None]:
-    return {layer.name: job.folder.load_layer(layer) for layer in job.layers}
+def finished_layers(job: Job) -> dict[str, SolvedLayer]:
+    """Layers that an interrupted run left; as the first rank sees them, for all must go on with the same ones."""
+    done = job.ranks.agreed([layer for layer in job.layers if job.folder.layer_path(layer.name).is_file()])
+    return {layer.name: load_solved(job, layer) for layer in done}
 
 
 def load_codes(job: Job) -> dict[str, SolvedLayer]:
@@ -214,11 +229,13 @@ def swap_block(job: Job, layers: list[Layer], solved: dict[str, SolvedLayer]) ->
 def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None:
     """Optional looks in between: the output error, a loadable snapshot."""
     config = job.config
+    if job.ranks.main:
+        job.folder.drop_block(block)
     if config.eval_step and index % config.eval_step == 0:
-        error = output_error(job.unet, teacher, config.xtx_batch_size)
+        error = output_error(job.unet, teacher, config.xtx_batch_size, job.ranks)
         job.tracker.log({"unet_output_error_db": error}, step=index)
         say(f"after {block}: UNet-output error {error:.2f} dB")
-    if config.snapshot_step and index % config.snapshot_step == 0:
+    if config.snapshot_step and index % config.snapshot_step == 0 and job.ranks.main:
         mark_quantized(job.unet)
         path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / "unet"
         job.unet.save_pretrained(path)
@@ -228,17 +245,9 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
 # ------------------------------------------------------------------------------------------- the end
 
 
-def compare_pictures(job: Job, teacher: list[Image.Image]) -> dict[str, float | None]:
-    """Draw the evaluation prompts with the student, save the sheet of pairs, and score them."""
-    config = job.config
-    drawn = pictures(
-        job.pipeline,
-        job.evaluation,
-        config.seed + EVALUATION_SEED_OFFSET,
-        config.sampling.call(),
-        config.xtx_batch_size,
-    )
-    count = config.visualize_nsamples
+def compare_pictures(job: Job, teacher: list[Image.Image], drawn: list[Image.Image]) -> dict[str, float | None]:
+    """Save the sheet of pairs, and score the student's pictures by the teacher's."""
+    count = job.config.visualize_nsamples
     if count:
         sheet = pair_sheet(job.evaluation[:count], teacher[:count], drawn[:count], ("full precision", "quantized"))
         save_png(sheet, job.folder.path / "image_pairs.png")
@@ -283,7 +292,10 @@ def save_pipeline(job: Job, staged: Path) -> None:
         part = getattr(job.pipeline, name, None)
         if isinstance(part, torch.nn.Module):
             cast_plain(part, dtype)
-    job.pipeline.save_pretrained(staged)
+    try:
+        job.pipeline.save_pretrained(staged)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{staged} cannot be written: {str(error).splitlines()[0]}; --resume goes on here") from None
 
 
 def stored_sizes(job: Job, staged: Path) -> dict[str, float]:

@@ -1,87 +1,151 @@
-"""What is recorded once, before layers are solved: the teacher's points, pictures and Hessians."""
+"""What is recorded before layers are solved: the teacher's points and pictures, and Hessians.
+
+Prompts are sampled in batches, each a piece of its own (`jobs.pieces`); Hessians are exact sums (`diffusion.hessians`).
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, record_evaluation, record_trajectories, unet_dtype
-from vqdm.diffusion.trajectories import Trajectories, batches, held_out, spread_points
-from vqdm.images import save_png
+from vqdm.diffusion.sampling import (
+    EVALUATION_SEED_OFFSET,
+    pictures,
+    record_evaluation,
+    record_trajectories,
+    unet_dtype,
+)
+from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, spread_points
 from vqdm.jobs.job import Job
+from vqdm.jobs.pieces import Tensors, pieces
+from vqdm.layers.quantized import decoded_once
 from vqdm.storage.fingerprint import pipeline_fingerprint
 from vqdm.storage.hessians import HessianStore
 from vqdm.tracking import bar, say
 
+# ------------------------------------------------------------------------------------------- prompts
+
+
+def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str], int], Tensors]) -> list[Tensors]:
+    """`work` of `xtx_batch_size` prompts and the number of their first, for all of them; kept in the run's folder."""
+    size = job.config.xtx_batch_size
+    starts = [f"{start:06d}" for start in range(0, len(prompts), size)]
+    make = lambda start: work(prompts[int(start) : int(start) + size], int(start))  # noqa: E731
+    return pieces(job.ranks, job.folder.work / name, starts, make)
+
 
 def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
     """The full-precision model's points, outputs and pictures on the evaluation prompts; recorded once."""
-    path, pictures_folder = job.folder.work / "evaluation.safetensors", job.folder.work / "teacher"
-    if not path.is_file():
-        config = job.config
-        trajectories, drawn = record_evaluation(
-            job.pipeline,
-            job.evaluation,
-            config.seed + EVALUATION_SEED_OFFSET,
-            config.sampling.call(),
-            config.xtx_batch_size,
-        )
-        pictures_folder.mkdir(exist_ok=True)
-        for index, picture in enumerate(drawn):
-            save_png(picture, pictures_folder / f"{index:06d}.png")
-        trajectories.save(path)
-    files = sorted(pictures_folder.glob("[0-9]*.png"))
-    return Trajectories.load(path), [Image.open(file).convert("RGB") for file in files]
+    parts = in_batches(job, "evaluation", job.evaluation, partial(_teacher_batch, job))
+    return join(list(map(Trajectories.of_tensors, parts))), _images(parts)
+
+
+def _teacher_batch(job: Job, prompts: list[str], first: int) -> Tensors:
+    config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
+    recorded, drawn = record_evaluation(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size)
+    return recorded.to_tensors() | {"pictures": _pixels(drawn)}
+
+
+def student_pictures(job: Job) -> list[Image.Image]:
+    """Pictures of the evaluation prompts by the pipeline as it is at the end."""
+    return _images(in_batches(job, "student", job.evaluation, partial(_student_batch, job)))
+
+
+def _student_batch(job: Job, prompts: list[str], first: int) -> Tensors:
+    config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
+    return {"pictures": _pixels(pictures(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size))}
+
+
+def _pixels(images: list[Image.Image]) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))  # [B, H, W, 3] uint8
+
+
+def _images(parts: list[Tensors]) -> list[Image.Image]:
+    return [Image.fromarray(image.numpy()) for part in parts for image in part["pictures"]]
 
 
 def teacher_trajectories(job: Job) -> Trajectories:
     """The full-precision model's points on the calibration prompts; recorded once."""
-    path = job.folder.work / "calibration.safetensors"
-    if not path.is_file():
-        calibration_trajectories(job).save(path)
-    return Trajectories.load(path)
+    return calibration_trajectories(job, "calibration")
 
 
-def calibration_trajectories(job: Job) -> Trajectories:
-    """Points of sampling the calibration prompts with the pipeline as it is now."""
+def calibration_trajectories(job: Job, name: str) -> Trajectories:
+    """Points of sampling the calibration prompts with the pipeline as it is now, kept in the folder's `name`."""
+    parts = in_batches(job, name, job.calibration, partial(_calibration_batch, job))
+    return join(list(map(Trajectories.of_tensors, parts)))
+
+
+def _calibration_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config = job.config
     return record_trajectories(
         job.pipeline,
-        job.calibration,
-        config.seed,
+        prompts,
+        config.seed + first,
         config.sampling.call(),
         config.xtx_batch_size,
         config.min_timestep,
         config.max_timestep,
-    )
+    ).to_tensors()
+
+
+# ------------------------------------------------------------------------------------------- Hessians
 
 
 def teacher_hessians(job: Job) -> HessianStore:
     """The full-precision model's Hessians of all layers; those that the cache lacks are recorded."""
     folder = Path(job.config.hessian_cache) if job.config.hessian_cache else job.folder.work / "hessians"
     store = HessianStore(folder, hessian_settings(job))
+    store.leaders = job.ranks.agreed(store.leaders)
     missing = [layer for layer in job.layers if layer not in store]
     say(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are there")
     if missing:
-        record_missing(job, store, missing, teacher_trajectories(job))
+        recorder = Recorder(job, store, teacher_trajectories(job))
+        for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
+            recorder.record(groups)
     return store
 
 
-def record_missing(job: Job, store: HessianStore, layers: list[Layer], trajectories: Trajectories) -> None:
-    """Add the Hessians of `layers` to the store, as many at a time as memory allows."""
-    points = held_out(spread_points(trajectories, job.config.calibration_nsteps))
-    training, apart = (unet_calls(job, trajectories, part) for part in points)
-    groups = shared_inputs(job.unet, layers, unet_calls(job, trajectories, points[0][:1])[0]())
-    for some in passes(groups, job.config.hessian_memory_gb):
-        with bar(total=len(training) + len(apart), what="Hessians") as ticks:
-            found = record_hessians(job.unet, some, training, apart, job.config.hessian_samples_per_input, ticks.update)
-        for group in some:
-            store.save(group, *found.pop(group[0].name))
+class Recorder:
+    """Records Hessians of the UNet as it is now on given points, into a store."""
+
+    def __init__(self, job: Job, store: HessianStore, trajectories: Trajectories):
+        points = held_out(spread_points(trajectories, job.config.calibration_nsteps))
+        self.job, self.store = job, store
+        self.training, self.apart = (unet_calls(job, trajectories, part) for part in points)
+        self.first = unet_calls(job, trajectories, points[0][:1])[0]()
+
+    def groups(self, layers: list[Layer]) -> list[list[Layer]]:
+        """`layers` by the input that they share."""
+        return shared_inputs(self.job.unet, layers, self.first)
+
+    def record(self, groups: list[list[Layer]]) -> None:
+        """Add the Hessians of `groups`, all at once; each is written by one rank."""
+        job, ranks = self.job, self.job.ranks
+        total = sum(len(ranks.share(calls)) for calls in (self.training, self.apart))
+        with decoded_once(job.unet), bar(total=total, what="Hessians") as ticks:
+            found = record_hessians(
+                job.unet,
+                groups,
+                self.first,
+                self.training,
+                self.apart,
+                job.config.hessian_samples_per_input,
+                ticks.update,
+                ranks,
+            )
+        for group in ranks.share(groups):
+            self.store.write(group, *found.pop(group[0].name))
+        ranks.wait()
+        self.store.enter(groups, on_disk=ranks.main)
 
 
 def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[partial]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from vqdm.additive.code import AdditiveCode, Bank
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import LayerReport, solve_layer
 from vqdm.diffusion.blocks import Layer, matrix_of
-from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
-from vqdm.diffusion.trajectories import Trajectories, held_out, spread_points
+from vqdm.diffusion.hessians import passes
+from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import RunError
 from vqdm.jobs.job import Job, on_save
+from vqdm.jobs.pieces import appear
 from vqdm.jobs.plan import layer_line
-from vqdm.jobs.recording import unet_calls
-from vqdm.layers.quantized import decoded_once
+from vqdm.jobs.recording import Recorder
+from vqdm.parallel import shares
+from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import SolvedLayer, layer_generator
 from vqdm.tracking import JsonLines, bar, say
 
@@ -29,65 +31,88 @@ MATRICES_A_LAYER = 6  # square matrices of a layer's size that its solution hold
 def solve_block(
     job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories | None
 ) -> dict[str, SolvedLayer]:
-    """Solve a block's unsolved layers; each result is on disk before the next begins.
+    """Solve a block's unsolved layers, spread over the ranks; each result is on disk before the next begins.
 
     Their Hessians are the stored ones of the full-precision model where the job has them, else those of the student
-    so far on `trajectories`.
+    so far on `trajectories`. These are kept on disk, so that an interrupted run does not record them again.
     """
     solved = {}
     parts = stored_hessians(job, todo) if trajectories is None else student_hessians(job, layers, todo, trajectories)
     with bar(total=len(todo), what="layers") as progress:
-        for groups, hessians in parts:
+        for store, groups in parts:
             with job.clock("solving"):
-                for layer, (code, report) in solve_layers(job, groups, hessians, job.config.solver, job.banks):
-                    solved[layer.name] = keep(job, layer, code, report)
-                    progress.update()
+                solved |= solve_groups(job, store, groups, progress.update)
     return solved
 
 
-def stored_hessians(job: Job, todo: list[Layer]) -> Iterator[tuple[list[list[Layer]], dict]]:
-    """(layers by input, Hessians by the first layer of each) of the job's store, as many as fit into memory."""
+def stored_hessians(job: Job, todo: list[Layer]) -> Iterator[tuple[HessianStore, list[list[Layer]]]]:
+    """(store, layers by input) of the job's store, as many as fit into memory."""
     for groups in passes(job.store.groups(todo), job.config.hessian_memory_gb):
-        yield groups, {group[0].name: job.store.load(group[0], job.unet.device) for group in groups}
+        yield job.store, groups
 
 
 def student_hessians(
     job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories
-) -> Iterator[tuple[list[list[Layer]], dict]]:
-    """The same, recorded with the blocks before this one already quantized."""
-    points = held_out(spread_points(trajectories, job.config.calibration_nsteps))
-    training, apart = (unet_calls(job, trajectories, part) for part in points)
-    wanted = {layer.name for layer in todo}
-    groups = shared_inputs(job.unet, layers, unet_calls(job, trajectories, points[0][:1])[0]())
-    groups = [[layer for layer in group if layer.name in wanted] for group in groups]
+) -> Iterator[tuple[HessianStore, list[list[Layer]]]]:
+    """The same, recorded with the blocks before this one already quantized, and dropped once layers are solved."""
+    block, wanted = layers[0].block, {layer.name for layer in todo}
+    store = HessianStore(job.folder.block_hessians(block), {"block": block})
+    store.leaders = job.ranks.agreed(store.leaders)
+    recorder = Recorder(job, store, trajectories)
+    groups = [[layer for layer in group if layer.name in wanted] for group in recorder.groups(layers)]
     for some in passes([group for group in groups if group], job.config.hessian_memory_gb):
-        with (
-            job.clock("hessians"),
-            decoded_once(job.unet),
-            bar(total=len(training) + len(apart), what="Hessians") as ticks,
-        ):
-            hessians = record_hessians(
-                job.unet, some, training, apart, job.config.hessian_samples_per_input, ticks.update
-            )
-        yield some, hessians
+        missing = [group for group in some if any(layer not in store for layer in group)]
+        if missing:
+            with job.clock("hessians"):
+                recorder.record(missing)
+        yield store, some
+        job.ranks.wait()
+        store.drop(some, on_disk=job.ranks.main)
 
 
-def solve_layers(
-    job: Job, groups: list[list[Layer]], hessians: dict, solver: SolverConfig, banks: dict[str, Bank]
-) -> Iterator[tuple[Layer, tuple]]:
-    """Yield (layer, (code, report)) in order; on a CPU several layers are worked on at once, one thread each.
+def solve_groups(
+    job: Job, store: HessianStore, groups: list[list[Layer]], tick: Callable[[], None]
+) -> dict[str, SolvedLayer]:
+    """Solve layers together with the other ranks, and load the results of all of them."""
+    layers, rows = [layer for group in groups for layer in group], []
+    for layer, code, report in solve_share(job, store, layers, job.config.solver, job.banks):
+        rows.append(keep(job, layer, code, report))
+        tick()
+    told = {row["name"] for row in rows}
+    for row in (row for part in job.ranks.gathered(rows) for row in part):
+        if job.ranks.main and row["name"] not in told:
+            tell(job, row)
+            tick()
+    return {layer.name: load_solved(job, layer) for layer in layers}
 
-    The codes do not depend on how many.
+
+def load_solved(job: Job, layer: Layer) -> SolvedLayer:
+    """A layer that some rank has solved."""
+    appear(job.folder.layer_path(layer.name))
+    return job.folder.load_layer(layer)
+
+
+def solve_share(
+    job: Job, store: HessianStore, layers: list[Layer], solver: SolverConfig, banks: dict[str, Bank]
+) -> Iterator[tuple[Layer, AdditiveCode, LayerReport]]:
+    """Yield this rank's share of the solutions, the costliest first; other ranks have the others.
+
+    On a CPU several layers are worked on at once, one thread each. The codes depend neither on that nor on the ranks.
     """
-    tasks = [(layer, *hessians[group[0].name]) for group in groups for layer in group]
-    with one_thread_a_layer(job, max(layer.columns for layer, *_ in tasks)) as workers:
-        pool = ThreadPoolExecutor(workers)
-        try:
-            results = [pool.submit(solve_one, job, solver, banks, *task) for task in tasks]
-            for (layer, *_), result in zip(tasks, results, strict=True):
-                yield layer, result.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    own = [layers[index] for index in shares([cost(layer) for layer in layers], job.ranks.world)[job.ranks.rank]]
+    if not own:
+        return
+    found = {group[0].name: store.load(group[0], job.unet.device) for group in store.groups(own)}
+    hessians = {layer.name: found[group[0].name] for group in store.groups(own) for layer in group}
+    with one_thread_a_layer(job, max(layer.columns for layer in own)) as workers, threads(workers) as mapped:
+        solutions = mapped(lambda layer: solve_one(job, solver, banks, layer, *hessians[layer.name]), own)
+        for layer, solution in zip(own, solutions, strict=True):
+            yield layer, *solution
+
+
+def cost(layer: Layer) -> float:
+    """What a layer takes to solve, in units of its own: searches with H, and its factorization."""
+    return layer.rows * layer.columns**2 + layer.columns**3
 
 
 @contextmanager
@@ -105,6 +130,19 @@ def one_thread_a_layer(job: Job, columns: int) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def threads(workers: int) -> Iterator[Callable]:
+    """A `map` that works on so many items at once. Ctrl-C does not wait for those that are under way."""
+    if workers == 1:
+        yield map
+        return
+    pool = ThreadPool(workers)
+    try:
+        yield pool.imap
+    finally:
+        pool.terminate()
+
+
 def solve_one(
     job: Job, solver: SolverConfig, banks: dict[str, Bank], layer: Layer, hessian: Tensor, unseen: Tensor | None
 ) -> tuple[AdditiveCode, LayerReport]:
@@ -117,15 +155,21 @@ def solve_one(
         raise RunError(f"layer {layer.name}: {error}") from None
 
 
-def keep(job: Job, layer: Layer, code: AdditiveCode, report: LayerReport) -> SolvedLayer:
-    """Save a solved layer, and say one line about it."""
+def keep(job: Job, layer: Layer, code: AdditiveCode, report: LayerReport) -> dict:
+    """Save a solved layer, say one line about it, and return its row of the table."""
     row = layer_row(layer, report.to_dict())
     job.folder.save_layer(layer, code, row)
+    if job.ranks.main:
+        tell(job, row)
+    on_save(job.config.on_save, job.folder.layer_path(layer.name))
+    return row
+
+
+def tell(job: Job, row: dict) -> None:
+    """A solved layer's line: in the table, for the tracker, and on the screen."""
     JsonLines(job.folder.path / "layers.jsonl").write(row)
     job.tracker.log({f"layer/{key}": value for key, value in row.items() if key not in ("rows", "columns")})
     say(layer_line(row))
-    on_save(job.config.on_save, job.folder.layer_path(layer.name))
-    return SolvedLayer(code.pack(), layer.spec, row)
 
 
 def layer_row(layer: Layer, report: dict) -> dict:

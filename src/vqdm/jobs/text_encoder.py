@@ -91,9 +91,10 @@ def _quantize_layers(
     """Record, solve and swap one block's layers."""
     held_out = calls[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     training = [call for call in calls if call not in held_out]
-    groups = shared_inputs(model, layers, calls[0]())
+    first = calls[0]()
+    groups = shared_inputs(model, layers, first)
     with decoded_once(model):
-        hessians = record_hessians(model, groups, training, held_out)
+        hessians = record_hessians(model, groups, first, training, held_out)
     codes, reports = {}, {}
     for group in groups:
         for layer in group:

@@ -1,27 +1,49 @@
-"""Files that are either whole or not there: write beside, fsync, rename."""
+"""Files that are either whole or not there, and that know whether they are still what was written."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+CHECK = "sha256"  # name of a file's own digest: in a safetensors header, or in a sealed JSON file
+
+
+class Damaged(ValueError):
+    """A file is not what was written; the message says how."""
+
 
 def save_bytes(data: bytes, path: Path) -> None:
-    """Write `data` under `path`: no reader ever sees a part of it, and a crash leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `data` under `path`: no reader ever sees a part of it, and a crash leaves the old file or the new.
+
+    Raises:
+        OSError: names `path` also where the system does not, as on a full disk.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.exists():
+            beside.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed writers left beside their files, in `folder` and below; nobody may be writing there."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def save_text(text: str, path: Path) -> None:
@@ -36,3 +58,55 @@ def save_json(value, path: Path) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """One safetensors file; tensors are made contiguous and moved to the CPU."""
     save_bytes(to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata), path)
+
+
+# --------------------------------------------------------------------------------------------- with a digest inside
+
+
+def save_sealed_json(value, path: Path) -> None:
+    """JSON with the digest of its value, for `load_sealed_json`."""
+    save_json({CHECK: _json_digest(value), "value": value}, path)
+
+
+def load_sealed_json(path: Path):
+    """The value that was saved. Raises Damaged, or OSError where it cannot be read."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        intact = held[CHECK] == _json_digest(held["value"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from None
+    if not intact:
+        raise Damaged("its checksum does not match")
+    return held["value"]
+
+
+def _json_digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def save_sealed(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """`save_tensors` with a digest of everything in the header, for `load_sealed`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = metadata or {}
+    save_bytes(to_bytes(tensors, metadata | {CHECK: _tensor_digest(tensors, metadata)}), path)
+
+
+def load_sealed(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata that were saved. Raises Damaged, or OSError where the file cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise Damaged(str(error).splitlines()[0]) from None
+    if metadata.pop(CHECK, None) != _tensor_digest(tensors, metadata):
+        raise Damaged("its checksum does not match")
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
+
+
+def _tensor_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # [N] → [bytes]
+    return digest.hexdigest()

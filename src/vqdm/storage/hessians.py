@@ -6,18 +6,15 @@ model, prompts and sampling the Hessians hold.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vqdm.config import differences
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import save_json, save_tensors
+from vqdm.storage.atomic import Damaged, load_sealed, load_sealed_json, save_sealed, save_sealed_json
 
 
 class HessianStore:
@@ -36,7 +33,7 @@ class HessianStore:
 
     def _read_index(self) -> None:
         try:
-            index = json.loads(self.index.read_text(encoding="utf-8"))
+            index = load_sealed_json(self.index)
             changed = differences(index["settings"], self.settings)
             self.leaders = dict(index["layers"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -51,20 +48,36 @@ class HessianStore:
 
     def save(self, group: list[Layer], hessian: Tensor, held_out: Tensor | None) -> None:
         """Keep H [I, I], and a held-out one, for layers that share an input."""
-        leader = _key(group[0])
+        self.write(group, hessian, held_out)
+        self.enter([group])
+
+    def write(self, group: list[Layer], hessian: Tensor, held_out: Tensor | None) -> None:
+        """Only the file; `enter` makes it count."""
         tensors = {"hessian": hessian} | ({} if held_out is None else {"held_out": held_out})
-        save_tensors(tensors, self._file(leader))
-        self.leaders |= {_key(layer): leader for layer in group}
-        save_json({"settings": self.settings, "layers": self.leaders}, self.index)
+        save_sealed(tensors, self._file(_key(group[0])))
+
+    def enter(self, groups: list[list[Layer]], on_disk: bool = True) -> None:
+        """Count groups in whose files are written; of several processes, one changes the index on the disk."""
+        self.leaders |= {_key(layer): _key(group[0]) for group in groups for layer in group}
+        if on_disk:
+            save_sealed_json({"settings": self.settings, "layers": self.leaders}, self.index)
 
     def load(self, layer: Layer, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
         """H and the held-out H of a layer. Raises RunError when the file is gone or damaged."""
         path = self._file(self.leaders[_key(layer)])
         try:
-            tensors = load_file(path, device=str(device))
+            tensors, _ = load_sealed(path, device)
             return tensors["hessian"], tensors.get("held_out")
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, Damaged, KeyError) as error:
             raise RunError(f"{path} is missing or damaged ({error}); delete {self.index} and run again") from None
+
+    def drop(self, groups: list[list[Layer]], on_disk: bool = True) -> None:
+        """Forget groups that nobody needs any more; of several processes, one deletes their files."""
+        leaders = {self.leaders.pop(_key(layer)) for group in groups for layer in group}
+        if on_disk:
+            self.enter([])
+            for leader in leaders:
+                self._file(leader).unlink(missing_ok=True)
 
     def groups(self, layers: list[Layer]) -> list[list[Layer]]:
         """`layers` by the file they share, in their order."""

@@ -3,12 +3,14 @@
 In the folder:
 
 run.json                    settings and versions, written first; what --resume compares
-work/*.safetensors          recorded trajectories
-work/hessians, work/banks   Hessians of the full-precision model, and shared codebooks, where the run needs them
+work/evaluation, ...        pieces of long steps, such as recorded trajectories: see jobs/pieces.py
+work/hessians*, work/banks  Hessians, and shared codebooks, where the run needs them
 work/layers/*.safetensors   a solved layer each: stored tensors, and its report in the header
 plan.json                   the formats that --target_bits chose
 layers.jsonl                a line a layer, as it goes
 summary.json                written last; its presence means that the run is finished
+
+Everything in work/ carries its own checksum. Several processes share the folder, also on several machines.
 """
 
 from __future__ import annotations
@@ -21,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import save_json, save_tensors, save_text
+from vqdm.storage.atomic import load_sealed, save_json, save_sealed, save_text, sweep
 from vqdm.storage.claims import check_claim
 
 
@@ -59,6 +60,7 @@ class RunFolder:
         self._check_writable(need_bytes)
         if not record.is_file():
             save_json({"settings": settings, "versions": versions}, record)
+        sweep(self.path)
 
     def _check_writable(self, need_bytes: int) -> None:
         try:
@@ -81,9 +83,18 @@ class RunFolder:
     def layer_path(self, name: str) -> Path:
         return self.work / "layers" / f"{name}.safetensors"
 
+    def block_hessians(self, block: str) -> Path:
+        """Where a block's Hessians are while its layers are solved."""
+        return self.work / f"hessians_{block}"
+
+    def drop_block(self, block: str) -> None:
+        """Delete what was kept for a block whose layers are solved."""
+        for path in (self.block_hessians(block), self.work / f"calibration_{block}"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def save_layer(self, layer: Layer, code: AdditiveCode, report: dict) -> None:
         metadata = {"spec": json.dumps(layer.spec.to_dict()), "report": json.dumps(report)}
-        save_tensors(code.pack(), self.layer_path(layer.name), metadata)
+        save_sealed(code.pack(), self.layer_path(layer.name), metadata)
 
     def load_layer(self, layer: Layer) -> SolvedLayer | None:
         """A solved layer, or None when it is still to do. Raises RunError when its file is damaged."""
@@ -91,12 +102,10 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata()
+            tensors, metadata = load_sealed(path)
             spec = CodeSpec().changed(**json.loads(metadata["spec"]))
             return SolvedLayer(tensors, spec, json.loads(metadata["report"]))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
 
     def rewrite_table(self, rows: list[dict]) -> None:

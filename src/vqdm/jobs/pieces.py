@@ -1,0 +1,59 @@
+"""A long step of a run in pieces: each is a file in the run's folder, made by one process and read by all.
+
+What the pieces are does not depend on the number of processes, and neither does a piece on the others; so the result
+is the same for any number of them. After an interruption only pieces that are not there yet are made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from vqdm.errors import RunError
+from vqdm.parallel import Ranks
+from vqdm.storage.atomic import Damaged, load_sealed, save_sealed
+
+Tensors = dict[str, Tensor]
+SECONDS_TO_APPEAR = 60.0  # that a network disk has to show one machine what another has written
+
+
+def pieces(ranks: Ranks, folder: Path, names: Sequence[str], make: Callable[[str], Tensors]) -> list[Tensors]:
+    """The tensors of every piece, in the order of `names`; all ranks must call it.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    missing = ranks.agreed([name for name in names if not _file(folder, name).is_file()])
+    for name in ranks.share(missing):
+        save_sealed(make(name), _file(folder, name))
+    ranks.wait()
+    return [read(_file(folder, name)) for name in names]
+
+
+def read(path: Path) -> Tensors:
+    """The tensors of a file that is there, or will be in a moment. Raises RunError when it is damaged."""
+    appear(path)
+    try:
+        return load_sealed(path)[0]
+    except (OSError, Damaged) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
+
+
+def appear(path: Path) -> None:
+    """Wait for a file that another machine has written already.
+
+    Raises:
+        RunError: it does not appear.
+    """
+    end = time.monotonic() + SECONDS_TO_APPEAR
+    while not path.is_file():
+        if time.monotonic() > end:
+            raise RunError(f"{path} does not appear; all machines must share the folder of --output_dir")
+        time.sleep(0.2)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
