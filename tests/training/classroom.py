@@ -21,7 +21,7 @@ from vqdm.training.step import Lesson
 from vqdm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, CPU, None)
+ALONE = Ranks()
 NAMES = (
     "mid_block.resnets.0.conv1",
     "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",

@@ -10,9 +10,6 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +19,11 @@ from torch import nn
 
 from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype, weight_files
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, pictures, record_evaluation
-from vqdm.diffusion.trajectories import Trajectories
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, pictures
 from vqdm.errors import RunError, UserError
 from vqdm.images import pair_sheet, save_png
+from vqdm.jobs.distill_job import Distillation
+from vqdm.jobs.distill_points import epoch_points, evaluation_points, forget_epochs, held_out_points, keeps_outputs
 from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
 from vqdm.parallel import Ranks, launched
@@ -36,55 +34,22 @@ from vqdm.storage.fingerprint import folder_fingerprint
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, peak_memory, say
 from vqdm.training.checkpoints import Checkpoints
-from vqdm.training.config import FinetuneConfig, sources
+from vqdm.training.config import FinetuneConfig
 from vqdm.training.loop import Course, Looks, Loop
 from vqdm.training.material import Material, read_material
-from vqdm.training.parameters import KINDS, Trained, stored_types, trainable, write_back
+from vqdm.training.parameters import KINDS, Trained, trainable, types_on_disk, write_back
 from vqdm.training.points import Points, spread
 from vqdm.training.real import check_schedule
 from vqdm.training.result import sizes, stage
-from vqdm.training.sources import Chunk, Studio, chunks_of, recorded, using
-from vqdm.training.step import Lesson, computing
+from vqdm.training.sources import using
+from vqdm.training.step import computing
 from vqdm.training.trainer import Diverged, Trainer
 from vqdm.training.watching import Errors, measure, read_log, save_loss_plot
 from vqdm.versions import versions
 
-HELD_OUT_SEED_OFFSET, TRAINING_SEED_OFFSET = 2_000_000, 3_000_000  # far from those of calibration and evaluation
-
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
 FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "local_files_only")
-
-
-@dataclass
-class Distillation:
-    """What the steps of one run share.
-
-    Attributes:
-        source: the quantized UNet's folder.
-        types: of the student's parameters as they are stored.
-        teacher_pictures: of the evaluation prompts; on the first process alone.
-    """
-
-    config: FinetuneConfig
-    ranks: Ranks
-    material: Material
-    pipeline: DiffusionPipeline
-    student: nn.Module
-    source: Path
-    types: dict[str, torch.dtype]
-    folder: RunFolder
-    tracker: Tracker
-    clock: Stopwatch
-    teacher_pictures: list[Image.Image]
-
-    @property
-    def teacher(self) -> nn.Module:
-        return self.pipeline.unet
-
-    @property
-    def lesson(self) -> Lesson:
-        return Lesson(self.student, self.teacher, self.teacher.dtype, self.config.local_batch_size, self.ranks)
 
 
 def distill(config: FinetuneConfig) -> dict | None:
@@ -100,7 +65,7 @@ def distill(config: FinetuneConfig) -> dict | None:
     source = find_quantized_unet(config.quantized)
     with launched(config.device) as ranks:
         pipeline, student = load(config, ranks, source)
-        types = stored_types(student)
+        types = types_on_disk(source)
         trained = trainable(student, config.optimizer)
         say(plan(config, ranks, trained))
         if config.dry_run:
@@ -256,92 +221,13 @@ def course_of(job: Distillation, steps: int, keep_outputs: bool) -> Course:
     total = an_epoch * config.finetune_max_epochs
     total = min(total, config.max_steps) if config.max_steps else total
 
-    def epoch_points(epoch: int) -> Points:
-        forget_epochs(job, epoch, an_epoch)
-        studio = studio_of(job, TRAINING_SEED_OFFSET, keep_outputs)
-        first = epoch * config.finetune_nsamples
-        chunks = chunks_of(sources(config.finetune_method), first, config.finetune_nsamples, config.xtx_batch_size)
-        with job.clock("points"), teacher_at_hand(job, keep_outputs):
-            return recorded(job.folder.work / f"epoch-{epoch:04d}", chunks, studio.record, job.ranks)
+    def points_of(epoch: int) -> Points:
+        saved = Checkpoints(job.folder.path, 0).steps()
+        unsaved = 0 if config.checkpointing_steps else epoch  # nobody will come back
+        forget_epochs(job, saved[0] // an_epoch if saved else unsaved)
+        return epoch_points(job, epoch, keep_outputs)
 
-    return Course(epoch_points, an_epoch, total, config.finetune_batch_size, config.timestep_sampling, config.seed)
-
-
-def forget_epochs(job: Distillation, epoch: int, steps_an_epoch: int) -> None:
-    """Delete the points of epochs that no checkpoint can come back to."""
-    if not job.ranks.main:
-        return
-    saved = Checkpoints(job.folder.path, 0).steps()
-    unsaved = 0 if job.config.checkpointing_steps else epoch
-    oldest = saved[0] // steps_an_epoch if saved else unsaved
-    for folder in job.folder.work.glob("epoch-*"):
-        if int(folder.name.removeprefix("epoch-")) < oldest:
-            shutil.rmtree(folder)
-
-
-# ------------------------------------------------------------------------------------------- points
-
-
-def studio_of(job: Distillation, seed_offset: int, keep_outputs: bool) -> Studio:
-    material, config = job.material, job.config
-    return Studio(
-        job.pipeline,
-        job.student,
-        config.sampling.call(),
-        config.seed + seed_offset,
-        keep_outputs,
-        material.prompts,
-        material.real,
-    )
-
-
-def held_out_points(job: Distillation) -> Points:
-    """The teacher's trajectories of the held-out prompts, with its outputs."""
-    prompts, size = job.material.held_out, job.config.xtx_batch_size
-    studio = studio_of(job, HELD_OUT_SEED_OFFSET, True)
-    studio = Studio(**vars(studio) | {"prompts": lambda first, count: prompts[first : first + count]})
-    chunks = chunks_of(["teacher"], 0, len(prompts), size)
-    return recorded(job.folder.work / "held_out", chunks, studio.record, job.ranks)
-
-
-def evaluation_points(job: Distillation) -> Points:
-    """The teacher's trajectories and outputs on the evaluation prompts; its pictures go to the job."""
-    config, prompts = job.config, job.material.evaluation
-    folder = job.folder.work / "evaluation"
-    seed = config.seed + EVALUATION_SEED_OFFSET
-
-    def record(chunk: Chunk) -> Trajectories:
-        some = prompts[chunk.first : chunk.first + chunk.count]
-        found, drawn = record_evaluation(job.pipeline, some, seed + chunk.first, config.sampling.call(), chunk.count)
-        for k, picture in enumerate(drawn):
-            save_png(picture, folder / f"{chunk.first + k:06d}.png")
-        return found
-
-    points = recorded(folder, chunks_of(["teacher"], 0, len(prompts), config.xtx_batch_size), record, job.ranks)
-    if job.ranks.main:
-        job.teacher_pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
-    return points
-
-
-def keeps_outputs(job: Distillation, points: Points) -> bool:
-    """Whether what the teacher says on an epoch's points fits into --target_cache_gb, and onto the disk."""
-    outputs = points.parts[0].outputs  # [N, S, A, C, h, w]
-    need = outputs[0].nbytes * job.config.finetune_nsamples
-    free = shutil.disk_usage(job.folder.path).free
-    fits = job.ranks.agreed(need <= 1e9 * job.config.target_cache_gb and 2 * need < free)
-    say(f"outputs of the teacher: {need / 1e9:.2f} GB an epoch, {'kept on disk' if fits else 'computed at every step'}")
-    return fits
-
-
-@contextmanager
-def teacher_at_hand(job: Distillation, keep_outputs: bool) -> Iterator[None]:
-    """Inside, the teacher is on the device; afterwards it leaves, where nobody will ask it."""
-    job.teacher.to(job.ranks.device)
-    try:
-        yield
-    finally:
-        if keep_outputs:
-            job.teacher.to("cpu")
+    return Course(points_of, an_epoch, total, config.finetune_batch_size, config.timestep_sampling, config.seed)
 
 
 # ------------------------------------------------------------------------------------------- pictures and the end

@@ -6,18 +6,17 @@ and `state.json` with the counters. Points are drawn from the seed and the step,
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vqdm.errors import RunError
-from vqdm.storage.atomic import save_json, save_tensors
+from vqdm.storage.atomic import Damaged, load_sealed, load_sealed_json, save_sealed, save_sealed_json
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -45,12 +44,12 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Tensors, state: dict) -> None:
         """Write a checkpoint whole or not at all, then drop the oldest, and best parameters that none names."""
-        beside = self.folder / f".checkpoint-{step}.tmp"
+        beside = self.folder / "checkpoint-partial"
         shutil.rmtree(beside, ignore_errors=True)
         for name, part in (tensors | {"random": random_state()}).items():
             if part:
-                save_tensors(part, beside / f"{name}.safetensors")
-        save_json(state | {"step": step}, beside / "state.json")
+                save_sealed(part, beside / f"{name}.safetensors")
+        save_sealed_json(state | {"step": step}, beside / "state.json")
         shutil.rmtree(self.path(step), ignore_errors=True)
         beside.replace(self.path(step))
         self._prune()
@@ -65,7 +64,7 @@ class Checkpoints:
 
     def load_state(self, step: int) -> dict:
         """The JSON of a checkpoint. Raises RunError when it is damaged."""
-        return json.loads(self._intact(self.path(step) / "state.json", Path.read_text))
+        return _intact(self.path(step) / "state.json", load_sealed_json)
 
     def load(self, step: int) -> Tensors:
         """The tensors of a checkpoint, by file; the state of random numbers is put in place.
@@ -75,29 +74,29 @@ class Checkpoints:
         """
         names = ("parameters", "optimizer", "average", "code_updates", "random")
         files = {name: self.path(step) / f"{name}.safetensors" for name in names}
-        tensors = {name: self._intact(file, load_file) if file.is_file() else {} for name, file in files.items()}
+        tensors = {name: _intact(file, load_sealed)[0] if file.is_file() else {} for name, file in files.items()}
         set_random_state(tensors.pop("random"))
         return tensors
 
     def save_best(self, step: int, tensors: dict[str, Tensor]) -> None:
-        save_tensors(tensors, self.best_path(step))
+        save_sealed(tensors, self.best_path(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """Raises RunError when they are not there, or damaged."""
-        return self._intact(self.best_path(step), load_file)
+        return _intact(self.best_path(step), load_sealed)[0]
 
     def clear(self) -> None:
         """Delete all checkpoints and the best parameters."""
-        for path in (*map(self.path, self.steps()), self.folder / "best"):
+        for path in (*map(self.path, self.steps()), self.folder / "best", self.folder / "checkpoint-partial"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _intact(self, file: Path, read):
-        try:
-            return read(file)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise RunError(
-                f"{file} is damaged or missing ({error}); delete {file.parent} and go on with --resume"
-            ) from None
+
+def _intact(file: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file. Raises RunError when it is missing or damaged."""
+    try:
+        return read(file)
+    except (OSError, Damaged) as error:
+        raise RunError(f"{file} is missing or damaged ({error}); delete {file.parent} and --resume") from None
 
 
 def random_state() -> dict[str, Tensor]:

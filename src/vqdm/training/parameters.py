@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from vqdm.errors import RunError
@@ -94,6 +96,17 @@ def parameter_groups(trained: Trained, config: OptimizerConfig) -> list[dict]:
 def _power_of_two(size: float) -> float:
     """The nearest in logarithm; 0 for 0."""
     return 2.0 ** round(math.log2(size)) if size > 0 else 0.0
+
+
+def types_on_disk(folder: Path) -> dict[str, torch.dtype]:
+    """Name of every floating-point tensor in a model's safetensors files → its type there."""
+    known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        found |= {name: known[kind] for name, kind in kinds.items() if kind in known}
+    return found
 
 
 def stored_types(model: nn.Module) -> dict[str, torch.dtype]:

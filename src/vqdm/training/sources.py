@@ -1,6 +1,6 @@
 """Where points come from: trajectories of the teacher, of the student, or pictures with noise.
 
-They are recorded in chunks of prompts, a file each, shared over the processes: a chunk is the same whoever records it.
+They are recorded in chunks of prompts; a chunk is the same whichever process records it.
 
 Letters: N prompts, S steps, A guidance branches, B points in a batch.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,13 +19,8 @@ from vqdm.diffusion.pipelines import sample
 from vqdm.diffusion.trajectories import Recorder, Trajectories, batches
 from vqdm.errors import RunError
 from vqdm.layers.quantized import decoded_once
-from vqdm.parallel import Ranks
-from vqdm.tracking import bar
-from vqdm.training.points import Points
 from vqdm.training.real import Captioned, noised_pictures
 from vqdm.training.step import computing
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -118,21 +111,3 @@ def answers(teacher: nn.Module, part: Trajectories, size: int) -> torch.Tensor:
         output = teacher(**part.inputs(points, teacher.device, teacher.dtype)).sample  # [A·B, C, h, w]
         said.append(output.unflatten(0, (-1, len(points))).transpose(0, 1).to("cpu", part.latents.dtype))
     return torch.cat(said).unflatten(0, part.latents.shape[:2])  # [N·S, A, ...] → [N, S, A, ...]
-
-
-def recorded(folder: Path, chunks: Sequence[C], record: Callable[[C], Trajectories], ranks: Ranks) -> Points:
-    """The points of all chunks; those that `folder` lacks are recorded, each by one of the processes.
-
-    Raises:
-        RunError: what another process wrote is not here.
-    """
-    files = [folder / f"part-{k:05d}.safetensors" for k in range(len(chunks))]
-    missing = [k for k, file in enumerate(files) if not file.is_file()]
-    ranks.wait()  # all have looked before one writes
-    for k in bar(ranks.share(missing), what=f"points of {folder.name}"):
-        record(chunks[k]).save(files[k])
-    ranks.wait()
-    absent = [file for file in files if not file.is_file()]
-    if absent:
-        raise RunError(f"{absent[0]} is not here: --output_dir must be on a file system that all machines share")
-    return Points([Trajectories.load(file) for file in files])

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqdm.diffusion.trajectories import batches
@@ -82,11 +81,9 @@ def _cast(call: dict, dtype: torch.dtype) -> dict:
 
 def add_up(tensors: Sequence[Tensor], ranks: Ranks) -> None:
     """Replace tensors by their sums over all processes, in place; all processes get the same bytes."""
-    if ranks.world == 1:
-        return
-    for bucket in buckets(tensors, BUCKET_VALUES):
+    for bucket in buckets(tensors if ranks.world > 1 else [], BUCKET_VALUES):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(flat)
+        ranks.add_up(flat)
         for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
@@ -105,6 +102,6 @@ def buckets(tensors: Sequence[Tensor], values: int) -> Iterator[list[Tensor]]:
 
 def add_up_number(value: float, ranks: Ranks) -> float:
     """A number's sum over all processes."""
-    total = torch.tensor([value], dtype=torch.float64, device="cpu" if ranks.device.type == "cpu" else ranks.device)
-    add_up([total], ranks)
+    total = torch.tensor([value], dtype=torch.float64, device=ranks.device)
+    ranks.add_up(total)
     return total.item()

@@ -16,7 +16,7 @@ from vqdm.layers.quantized import decoded_once
 from vqdm.scores.fidelity import decibels
 from vqdm.storage.atomic import save_bytes, save_text
 from vqdm.training.points import Point, Points, bin_of
-from vqdm.training.step import Lesson, add_up
+from vqdm.training.step import Lesson
 
 BINS = 4  # of timesteps, equally wide
 FASTER = 0.9  # how much of the speed so far the newest step leaves
@@ -72,7 +72,7 @@ def measure(lesson: Lesson, points: Points, chosen: Sequence[Point]) -> Errors:
             rows = (lesson.guess(batch.call).double() - expected).square(), expected.square(), torch.ones_like(expected)
             found = torch.stack([row.flatten(1).sum(1) for row in rows])  # [3, A·B]
             table.index_add_(1, torch.tensor(bins, device=table.device), found)
-    add_up([table], lesson.ranks)
+    lesson.ranks.add_up(table)
     return Errors(*table.cpu())
 
 
