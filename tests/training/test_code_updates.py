@@ -69,6 +69,7 @@ def test_training_is_better_with_code_updates(spec):
 def test_changes_are_counted_and_pack_exactly():
     model, x, y = linear_problem(CodeSpec(2, 5, 4))
     layer, updates = model[0], CodeUpdates(model, BOLD)
+    first = layer.code().codes.clone()
     for _ in range(4):
         updates.zero_grad()
         (model(x) - y).square().mean().backward()
@@ -78,6 +79,7 @@ def test_changes_are_counted_and_pack_exactly():
         assert step.changed == int((code.codes != before).any(2).sum()) and step.tried == before[..., 0].numel() // 2
         assert code.codes.min() >= 0 and code.codes.max() < 32
         assert torch.equal(AdditiveCode.unpack(code.spec, (8, 16), code.pack()).codes, code.codes)
+        assert updates.differing() == (first[..., 0].numel(), int((code.codes != first).any(2).sum()))
 
 
 def test_a_layer_changes_no_more_than_the_trust_ratio():
@@ -144,7 +146,15 @@ def test_latents_take_no_room():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"code_lr": 0}, {"code_beta": 1}, {"code_fraction": 2}, {"code_beam_size": 0}, {"code_trust_ratio": 0}]
+    "setting",
+    [
+        {"code_lr": 0},
+        {"code_memory": 1.1},
+        {"code_beta": 1},
+        {"code_fraction": 2},
+        {"code_beam_size": 0},
+        {"code_trust_ratio": 0},
+    ],
 )
 def test_impossible_settings_are_named(setting):
     with pytest.raises(UserError, match=f"--{next(iter(setting))} is"):

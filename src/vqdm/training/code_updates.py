@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqdm.additive.code import group_columns
+from vqdm.additive.code import group_columns, unpack_codes
 from vqdm.additive.reencode import make_moves, nearest_moves, within
 from vqdm.errors import UserError
 from vqdm.layers.quantized import QuantizedLayer, quantized_layers
@@ -31,6 +31,8 @@ class CodeUpdateSettings:
     Attributes:
         code_lr: the root mean square of a step of the drift, in units of the grid: the row's root mean square
             weight over 2^(bits a weight).
+        code_memory: what a step leaves of the drift before it adds its own. 1 adds up everything, as straight-through
+            latents do; 0 knows the newest step alone, as PV-Tuning's own rule.
         code_beta: of the averages of squared gradients.
         code_fraction: how much of the column groups is encoded anew each step, in turn.
         code_beam_size: hypotheses of the encoding.
@@ -38,6 +40,7 @@ class CodeUpdateSettings:
     """
 
     code_lr: float = 0.03
+    code_memory: float = 0.98
     code_beta: float = 0.95
     code_fraction: float = 0.125
     code_beam_size: int = 4
@@ -45,6 +48,7 @@ class CodeUpdateSettings:
 
     def __post_init__(self) -> None:
         self._check("code_lr", self.code_lr > 0, "numbers above 0")
+        self._check("code_memory", 0 <= self.code_memory <= 1, "numbers from 0 to 1")
         self._check("code_beta", 0 <= self.code_beta < 1, "numbers from 0 to below 1")
         self._check("code_fraction", 0 < self.code_fraction <= 1, "numbers above 0 up to 1")
         self._check("code_beam_size", self.code_beam_size in range(1, 1025), "whole numbers from 1 to 1024")
@@ -94,13 +98,14 @@ class Drift:
         self.rows.lerp_(E.square().mean(1), 1 - beta)
         self.blocks.lerp_(torch.einsum("ogi,ogk->gik", groups, groups) / len(E), 1 - beta)
 
-    def advance(self, E: Tensor, rate: float, corrected: float) -> None:
-        """u ← u − rate · grid · E / √v, v the factored second moment (Adafactor, arXiv 1804.04235, §3).
+    def advance(self, E: Tensor, rate: float, memory: float, corrected: float) -> None:
+        """u ← memory · u − rate · grid · E / √v, v the factored second moment (Adafactor, arXiv 1804.04235, §3).
 
         `corrected`: 1 − βᵗ, by which the averages are too small.
         """
         columns = self.blocks.diagonal(dim1=1, dim2=2).flatten()  # [I]
         mean = columns.mean()
+        self.u.mul_(memory)
         if mean > 0:
             by_row = (self.rows / mean).clamp(min=SMALLEST).rsqrt() * self.grid  # [O]
             by_column = (columns / mean).clamp(min=SMALLEST).rsqrt()  # [I]
@@ -132,6 +137,7 @@ class CodeUpdates:
         if not self.layers:
             raise ValueError("the model has no quantized layer whose codes could change")
         self.drifts = {name: Drift.of(layer) for name, layer in self.layers.items()}
+        self.first = {name: layer.codes.detach().clone() for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
             layer.latent = _stand_in(self.drifts[name].u)
 
@@ -161,10 +167,10 @@ class CodeUpdates:
         return CodeStep(*map(sum, zip(*parts, strict=True)))
 
     def _step(self, layer: QuantizedLayer, drift: Drift, E: Tensor, lr: float) -> CodeStep:
-        beta = self.settings.code_beta
-        drift.observe(E, beta)
-        drift.advance(E, lr * self.settings.code_lr, 1 - beta**self.steps)
-        turns = round(1 / self.settings.code_fraction)
+        settings = self.settings
+        drift.observe(E, settings.code_beta)
+        drift.advance(E, lr * settings.code_lr, settings.code_memory, 1 - settings.code_beta**self.steps)
+        turns = round(1 / settings.code_fraction)
         picked = torch.arange(self.steps % turns, len(drift.blocks), turns, device=E.device)  # [J]
         return self._encode(layer, drift, picked) if len(picked) else CodeStep(0, 0)
 
@@ -180,22 +186,35 @@ class CodeUpdates:
         layer.set_codes(code.codes.index_copy(1, picked, codes))
         return CodeStep(made.numel(), int(made.sum()))
 
+    def differing(self) -> CodeStep:
+        """All groups, and those whose codes are others than in the beginning."""
+        pairs = [(layer, _unpacked(layer, self.first[name])) for name, layer in self.layers.items()]
+        changed = sum(int((layer.code().codes != first).any(2).sum()) for layer, first in pairs)
+        return CodeStep(sum(first[..., 0].numel() for _, first in pairs), changed)
+
     def state_dict(self) -> dict[str, Tensor]:
         """What the next step depends on, besides the model."""
         held = {f"{name}.{key}": value for name, drift in self.drifts.items() for key, value in vars(drift).items()}
+        held |= {f"{name}.first": codes for name, codes in self.first.items()}
         return {"steps": torch.tensor(self.steps)} | held
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`, bit for bit. Raises KeyError or RuntimeError when it is of another model."""
         self.steps = int(state["steps"])
         for name, drift in self.drifts.items():
-            for key, value in vars(drift).items():
+            for key, value in (vars(drift) | {"first": self.first[name]}).items():
                 value.copy_(state[f"{name}.{key}"])
 
     def close(self) -> None:
         """Take the latents off the layers."""
         for layer in self.layers.values():
             layer.latent = None
+
+
+def _unpacked(layer: QuantizedLayer, packed: Tensor) -> Tensor:
+    """Codes [R, G, M] of a layer's format."""
+    shape = layer.code().codes.shape
+    return unpack_codes(packed, layer.spec.nbits_per_codebook, shape.numel()).view(shape)
 
 
 def _stand_in(like: Tensor) -> Tensor:
