@@ -20,6 +20,7 @@ from dataclasses import fields
 from vqdm.cli import Parser, add_sampling_flags, add_shared_flags, real, run_script, whole
 from vqdm.config import SamplingConfig
 from vqdm.jobs.distill import distill
+from vqdm.training.code_updates import CodeUpdateSettings
 from vqdm.training.config import DECODE, LR_SCHEDULERS, TIMESTEP_SAMPLING, FinetuneConfig, OptimizerConfig
 
 
@@ -33,6 +34,7 @@ def build_parser() -> Parser:
     parser.add_argument("evaluation_prompts", metavar="EVALUATION_PROMPTS", help=prompts + "; only measured on")
     _add_data_flags(parser.add_argument_group("what is learned from"))
     _add_step_flags(parser.add_argument_group("steps"))
+    _add_code_flags(parser.add_argument_group("codes"))
     _add_memory_flags(parser.add_argument_group("memory"))
     _add_watch_flags(parser.add_argument_group("looking, stopping, keeping"))
     add_sampling_flags(parser.add_argument_group("sampling"))
@@ -123,6 +125,32 @@ def _add_step_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_code_flags(group: argparse._ArgumentGroup) -> None:
+    default = CodeUpdateSettings()
+    group.add_argument(
+        "--update_codes",
+        action="store_true",
+        help="codes learn too: more memory and time a step, the same format (see docs/finetune.md)",
+    )
+    group.add_argument(
+        "--code_lr", type=float, default=default.code_lr, help="how far a step pulls, in units of the code's grid"
+    )
+    group.add_argument(
+        "--code_memory", type=float, default=default.code_memory, help="what a step leaves of the pull so far"
+    )
+    group.add_argument("--code_beta", type=float, default=default.code_beta, help="of averages of squared gradients")
+    group.add_argument(
+        "--code_fraction", type=float, default=default.code_fraction, help="of all groups, encoded anew each step"
+    )
+    group.add_argument("--code_beam_size", type=int, default=default.code_beam_size, help="hypotheses kept")
+    group.add_argument(
+        "--code_trust_ratio",
+        type=float,
+        default=default.code_trust_ratio,
+        help="most that a layer's weights change in a step, relative to their norm",
+    )
+
+
 def _add_memory_flags(group: argparse._ArgumentGroup) -> None:
     default = _defaults(FinetuneConfig)
     group.add_argument(
@@ -185,7 +213,10 @@ def to_config(values: dict) -> FinetuneConfig:
     """Flags to settings. Raises UserError where they contradict each other."""
     nested = {"sampling": SamplingConfig(**_pick(SamplingConfig, values))}
     nested |= {"optimizer": OptimizerConfig(**_pick(OptimizerConfig, values))}
-    return FinetuneConfig(**_pick(FinetuneConfig, values | nested))
+    codes = CodeUpdateSettings(**_pick(CodeUpdateSettings, values))
+    return FinetuneConfig(
+        **_pick(FinetuneConfig, values | nested), code_updates=codes if values["update_codes"] else None
+    )
 
 
 def _pick(kind: type, values: dict) -> dict:
@@ -201,8 +232,10 @@ def main(argv: list[str] | None = None) -> None:
     summary = distill(config)
     if summary:
         before, after = summary["unet_output_error_db_before"], summary["unet_output_error_db"]
+        changed = summary["groups_changed"] / summary["groups"] if summary["groups"] else 0
+        codes = f", {100 * changed:.2f} % of the groups have other codes" if config.code_updates else ""
         print(
-            f"UNet-output error {before:.2f} dB before, {after:.2f} dB after {summary['steps']} steps\n"
+            f"UNet-output error {before:.2f} dB before, {after:.2f} dB after {summary['steps']} steps{codes}\n"
             f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
             f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
         )

@@ -29,6 +29,9 @@ FAST = shlex.split(
     "--num_inference_steps 2 --xtx_batch_size 3 --finetune_batch_size 4 --local_batch_size 2 --finetune_max_epochs 2 "
     "--finetune_lr 0.005 --lr_warmup_steps 1 --eval_step 2 --checkpointing_steps 2"
 )  # two epochs of three steps
+EXTRA = shlex.split(
+    "--finetune_method student+teacher --timestep_sampling error --ema_decay 0.5 --finetune_keep_best --visualize_step 3"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +66,7 @@ def run(pipelines, quantized, prompt_file):
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("tuned") / "out"
-    assert run(out, "--visualize_step", "3", "--timestep_sampling", "error") == 0
+    assert run(out, *EXTRA) == 0
     return out
 
 
@@ -145,25 +148,21 @@ def stopping_after(steps: int):
     return step
 
 
-def test_resumed_runs_give_the_same_bytes(run, tmp_path, monkeypatch):
-    extra = ["--finetune_method", "student+teacher", "--ema_decay", "0.5", "--finetune_keep_best"]
-    assert run(tmp_path / "straight", *extra) == 0
-    for steps in (3, 5):
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "step", stopping_after(steps))
-            assert run(tmp_path / "halted", *extra, "--resume") == 130
-    kept = {path.name for path in (tmp_path / "halted").glob("checkpoint-*")}
-    assert kept == {"checkpoint-2", "checkpoint-4"}
-    assert run(tmp_path / "halted", *extra, "--resume", "--local_batch_size", "2") == 0
-    assert hashes(tmp_path / "halted") == hashes(tmp_path / "straight")
-    left, right = log(tmp_path / "halted"), log(tmp_path / "straight")
+def test_a_resumed_run_gives_the_same_bytes(finished, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping_after(5))
+        assert run(tmp_path / "out", *EXTRA) == 130
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert run(tmp_path / "out", *EXTRA, "--resume") == 0
+    assert hashes(tmp_path / "out") == hashes(finished)
+    left, right = log(tmp_path / "out"), log(finished)
     assert [row["step"] for row in left] == [row["step"] for row in right]
     assert [row.get("loss") for row in left] == [row.get("loss") for row in right]
 
 
-def test_a_finished_run_is_not_done_again(finished, run, capsys):
+def test_a_finished_run_is_not_done_again(finished, run):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert run(finished, "--visualize_step", "3", "--timestep_sampling", "error", "--resume") == 0
+    assert run(finished, *EXTRA, "--resume") == 0
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
@@ -189,22 +188,24 @@ def test_not_a_number_ends_training_and_the_best_is_kept(run, tmp_path, capsys, 
 
 
 def test_keep_best_takes_the_best_and_not_the_last(run, tmp_path, monkeypatch):
-    """The rate of the last steps is so high that they do harm."""
-    real = Trainer.step
+    """The last step does harm: it makes the noise that random codes are larger."""
+    real, seen = Trainer.step, {}
 
     def step(self, points, chosen):
-        for group in self.optimizer.param_groups:
-            group["full_rate"] *= 8 if self.done >= 4 else 1
-        return real(self, points, chosen)
+        found = real(self, points, chosen)
+        if self.done == 6:
+            for name in classroom.NAMES:
+                self.trained.tensors[f"{name}.scales"].data.mul_(1.2)
+        seen[self.done] = {name: tensor.detach().clone() for name, tensor in self.trained.tensors.items()}
+        return found
 
     monkeypatch.setattr(Trainer, "step", step)
-    extra = ["--lr_scheduler", "constant", "--finetune_lr", "0.002"]
-    for name, flags in (("best", ["--finetune_keep_best"]), ("last", [])):
-        assert run(tmp_path / name, *extra, *flags) == 0
-    best, last = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("best", "last"))
-    looks = {row["step"]: row["held_out_loss"] for row in log(tmp_path / "best") if "held_out_loss" in row}
-    assert best["best"] == last["best"] and best["best"]["loss"] == min(looks.values()) < looks[6]
-    assert best["unet_output_error_db"] < last["unet_output_error_db"]
+    assert run(tmp_path / "out", "--finetune_keep_best") == 0
+    best = json.loads((tmp_path / "out" / "summary.json").read_text())["best"]
+    looks = {row["step"]: row["held_out_loss"] for row in log(tmp_path / "out") if "held_out_loss" in row}
+    assert best["loss"] == min(looks.values()) == looks[best["step"]] and 0 < best["step"] < 6
+    saved = weights(tmp_path / "out")
+    assert all(torch.equal(saved[name], tensor.to(saved[name].dtype)) for name, tensor in seen[best["step"]].items())
 
 
 def test_an_epoch_that_gains_little_is_the_last(run, tmp_path):
@@ -213,13 +214,11 @@ def test_an_epoch_that_gains_little_is_the_last(run, tmp_path):
 
 
 def test_two_processes_give_what_one_gives(finished, pipelines, quantized, prompt_file, tmp_path):
-    """Sums in another order: parameters agree to a thousandth of how far they have moved."""
+    """Sums are in another order: parameters agree to one percent of how far they have moved."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "finetune.py"]
     words = [pipelines["sdxl"], quantized, prompt_file, prompt_file, "--output_dir", tmp_path / "two"]
-    extra = ["--local_batch_size", "3", "--timestep_sampling", "error"]  # shares of two and two, or three and one
-    done = subprocess.run(
-        [*launch, *map(str, words), *FAST, *extra], capture_output=True, text=True, env={**os.environ}
-    )
+    extra = [*EXTRA, "--local_batch_size", "1", "--finetune_batch_size", "4"]
+    done = subprocess.run([*launch, *map(str, words), *FAST, *extra], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, one, two = weights(quantized), weights(finished), weights(tmp_path / "two")
     apart = sum((one[name].float() - two[name].float()).square().sum() for name in one)

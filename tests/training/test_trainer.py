@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.training.parameters import stored_types, write_back
 from vqdm.training.trainer import Diverged
 from vqdm.training.watching import measure
@@ -158,5 +159,26 @@ def test_state_goes_on_as_without_a_stop():
     again.load_state(state, 2, halted.scaler.state_dict())
     for k in range(2, 4):
         again.step(points, [every[(8 * k + i) % len(every)] for i in range(8)])
+    for name, tensor in straight.shown_tensors().items():
+        assert torch.equal(again.shown_tensors()[name], tensor), name
+
+
+def test_codes_learn_with_all_else_and_go_on_after_a_stop():
+    points, spec = classroom.points(classroom.teacher()), classroom.FORMATS["shared"]
+    every, unets = points.all(), [classroom.student(spec) for _ in range(2)]
+    settings = CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)
+    before = classroom.codes(unets[0])
+    straight, halted = (classroom.trainer(unet, 4, updates=CodeUpdates(unet, settings)) for unet in unets)
+    counts = [straight.step(points, every[4 * k : 4 * k + 4]).codes for k in range(4)]
+    for k in range(2):
+        halted.step(points, every[4 * k : 4 * k + 4])
+    state = {name: {key: one.clone() for key, one in part.items()} for name, part in halted.state_tensors().items()}
+    unet = classroom.student(spec)
+    again = classroom.trainer(unet, 4, updates=CodeUpdates(unet, settings))
+    again.load_state(state, 2, {})
+    for k in range(2, 4):
+        again.step(points, every[4 * k : 4 * k + 4])
+    assert sum(count["groups_changed"] for count in counts) > 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in classroom.codes(unets[0]).items())
     for name, tensor in straight.shown_tensors().items():
         assert torch.equal(again.shown_tensors()[name], tensor), name

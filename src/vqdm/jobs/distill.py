@@ -34,6 +34,7 @@ from vqdm.storage.fingerprint import folder_fingerprint
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, peak_memory, say
 from vqdm.training.checkpoints import Checkpoints
+from vqdm.training.code_updates import CodeUpdates
 from vqdm.training.config import FinetuneConfig
 from vqdm.training.loop import Course, Looks, Loop
 from vqdm.training.material import Material, read_material
@@ -73,10 +74,8 @@ def distill(config: FinetuneConfig) -> dict | None:
         folder = RunFolder(config.output_dir)
         if ranks.main:
             folder.open(settings_of(config, material, source), versions(), config.resume, 0)
-        ranks.wait()
-        if folder.finished:
-            say(f"{folder.path} is finished already")
-            return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+        if ranks.agreed(folder.finished):
+            return close_finished(folder) if ranks.main else None
         tracker = Tracker(
             config.report_to if ranks.main else "none",
             "vqdm-finetune",
@@ -88,6 +87,14 @@ def distill(config: FinetuneConfig) -> dict | None:
             return run(job, trained)
         finally:
             tracker.finish()
+
+
+def close_finished(folder: RunFolder) -> dict:
+    """The summary of a run that has ended, without what a kill at its very end left."""
+    shutil.rmtree(folder.work, ignore_errors=True)
+    Checkpoints(folder.path, 0).clear()
+    say(f"{folder.path} is finished already")
+    return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
 
 
 def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionPipeline, nn.Module]:
@@ -170,6 +177,8 @@ def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> None:
     else:
         loop.trainer.average.adopt()
     write_back(job.student, job.types)
+    if loop.trainer.updates:
+        loop.trainer.updates.close()
 
 
 def kept_words(loop: Loop) -> str:
@@ -187,7 +196,8 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
     steps = len(held_out.parts[0].timesteps)
     course = course_of(job, steps, keeps_outputs(job, held_out))
     lesson = job.lesson
-    trainer = Trainer(lesson, trained, config.optimizer, course.total, config.decode)
+    updates = CodeUpdates(job.student, config.code_updates) if config.code_updates else None
+    trainer = Trainer(lesson, trained, config.optimizer, course.total, config.decode, updates)
     checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
     looks = Looks(
         config.eval_step,
@@ -272,6 +282,7 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
         "unet_output_error_db_by_timestep": after.db_by_timestep,
         "steps": loop.trainer.done,
         "best": loop.progress.best,
+        **groups_changed(loop.trainer),
         "pictures": pair_scores(to_tensor(job.teacher_pictures), to_tensor(drawn)) | {"count": len(drawn)},
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": peak_memory(),
@@ -285,3 +296,11 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
     loop.checkpoints.clear()
     job.tracker.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
     return summary
+
+
+def groups_changed(trainer: Trainer) -> dict[str, int]:
+    """How many groups have codes, and how many of them others than before; none were looked at where codes stay."""
+    if not trainer.updates:
+        return {"groups": 0, "groups_changed": 0}
+    groups, changed = trainer.updates.differing()
+    return {"groups": groups, "groups_changed": changed}

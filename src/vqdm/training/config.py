@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from vqdm.config import SamplingConfig
 from vqdm.errors import UserError
+from vqdm.training.code_updates import CodeUpdateSettings
 
 SOURCES = ("teacher", "student", "real")
 TIMESTEP_SAMPLING = ("uniform", "beta", "error")
@@ -60,6 +61,7 @@ class FinetuneConfig:
     local_files_only: bool = False
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    code_updates: CodeUpdateSettings | None = None
     finetune_method: str = "teacher"
     real_images: str | None = None
     timestep_sampling: str = "uniform"

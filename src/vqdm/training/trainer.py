@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vqdm.errors import RunError
 from vqdm.layers.held import held_weights
 from vqdm.layers.quantized import quantized_layers
+from vqdm.training.code_updates import CodeUpdates
 from vqdm.training.config import OptimizerConfig
 from vqdm.training.optimizer import Average, adam, load_optimizer, optimizer_tensors, rate_factor, set_rate
 from vqdm.training.parameters import Trained
@@ -40,11 +41,17 @@ class Trainer:
         total: steps of the whole training, for the schedule.
         decode: "step" decodes weights once a step and keeps them, with their gradients, in float32 meanwhile; "call"
             decodes in every call, forward and backward.
-        updates: changes codes after each step, or None.
+        updates: changes codes after each step; None leaves them as they are.
     """
 
     def __init__(
-        self, lesson: Lesson, trained: Trained, config: OptimizerConfig, total: int, decode: str = "step", updates=None
+        self,
+        lesson: Lesson,
+        trained: Trained,
+        config: OptimizerConfig,
+        total: int,
+        decode: str = "step",
+        updates: CodeUpdates | None = None,
     ):
         self.lesson, self.trained, self.config, self.total, self.updates = lesson, trained, config, total, updates
         self.optimizer = adam(trained, config)
@@ -70,7 +77,7 @@ class Trainer:
         codes = {}
         self.scaler.step(self.optimizer)
         if self.updates and sound:
-            codes = self.updates.step(factor)._asdict()
+            codes = {f"groups_{name}": count for name, count in self.updates.step(factor)._asdict().items()}
         self.scaler.update()
         self.done += 1
         self.average.update(self.done)

@@ -120,7 +120,7 @@ def loss_plot(rows: list[dict]) -> bytes:
     """A PNG: loss of every step and of held-out points above, errors by timestep in dB below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(7, 7))
     above, below = figure.subplots(2, 1, sharex=True)
     steps = [row for row in rows if "loss" in row]
     above.plot([row["step"] for row in steps], [row["loss"] for row in steps], linewidth=0.6, label="batches")
