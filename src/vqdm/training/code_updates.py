@@ -43,12 +43,12 @@ class CodeUpdateSettings:
         code_trust_ratio: ‖change of W‖ / ‖W‖ of a layer in a step, at most.
     """
 
-    code_lr: float = 0.03
+    code_lr: float = 0.06
     code_memory: float = 0.98
     code_beta: float = 0.95
-    code_fraction: float = 0.02
+    code_fraction: float = 0.01
     code_beam_size: int = 4
-    code_trust_ratio: float = 0.02
+    code_trust_ratio: float = 0.05
 
     def __post_init__(self) -> None:
         self._check("code_lr", self.code_lr > 0, "numbers above 0")
@@ -126,7 +126,7 @@ class Drift:
         return torch.linalg.vector_norm(length, dim=1).flatten().topk(count).indices.sort().values
 
     def metrics(self, at: Tensor, p: int) -> Tensor:
-        """Metrics [N, g, g] of the groups `at` [N]: the column group's damped block times the mean square of the rows."""
+        """Metrics [N, g, g] of the groups `at` [N]: the column group's damped block times the rows' mean square."""
         G = len(self.blocks)
         size = self.blocks.diagonal(dim1=1, dim2=2).mean(1)  # [G]
         damping = DAMPING * size.clamp(min=SMALLEST * size.mean())
