@@ -67,7 +67,7 @@ def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, f
         order = [point for epoch in range(steps) for point in shuffled(learned, None, str(epoch))]
         began, changed = time.perf_counter(), 0
         for chosen in (order[k * arguments.batch : (k + 1) * arguments.batch] for k in range(steps)):
-            changed += trainer.step(learned, chosen).codes.get("changed", 0)
+            changed += trainer.step(learned, chosen).codes.get("groups_changed", 0)
         seconds = time.perf_counter() - began
         after = measure(lesson, unseen, unseen.all()).db
     row = {"quantized": quantized, "way": way, "steps": steps, "before_db": before, "after_db": after}

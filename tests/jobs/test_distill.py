@@ -30,7 +30,8 @@ FAST = shlex.split(
     "--finetune_lr 0.005 --lr_warmup_steps 1 --eval_step 2 --checkpointing_steps 2"
 )  # two epochs of three steps
 EXTRA = shlex.split(
-    "--finetune_method student+teacher --timestep_sampling error --ema_decay 0.5 --finetune_keep_best --visualize_step 3"
+    "--finetune_method student+teacher --timestep_sampling error --ema_decay 0.5 --finetune_keep_best "
+    "--visualize_step 3"
 )
 
 

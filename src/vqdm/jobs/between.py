@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vqdm.config import BetweenConfig
+from vqdm.config import BetweenConfig, QuantizeConfig
 from vqdm.diffusion.blocks import block_of
 from vqdm.diffusion.sampling import unet_dtype
 from vqdm.diffusion.trajectories import Trajectories
@@ -46,6 +46,12 @@ def turns(count: int, blocks: int) -> list[int]:
     return [round(k * blocks / (count + 1)) for k in range(1, count + 1)]
 
 
+def check_between(config: QuantizeConfig, blocks: int) -> None:
+    """Raise UserError, before anything slow starts, where fine-tuning between so many blocks cannot be done."""
+    turns(config.between.num_intermediate_finetunes, blocks)
+    optimizer_config(config.between)
+
+
 def teacher_points(job: Job) -> Points:
     """Trajectories of calibration prompts with the outputs of the UNet as it is now; recorded once."""
     config, prompts = job.config, job.calibration[: job.config.between.finetune_nsamples]
@@ -67,7 +73,7 @@ def finetune_between(job: Job, index: int, points: Points) -> None:
         place(job.unet, read(path))
         return
     done = {block for block, _ in job.blocks[:index]}
-    dtype, config = unet_dtype(job.unet), optimizer_config(job)
+    dtype, config = unet_dtype(job.unet), optimizer_config(job.config.between)
     trained = trainable(job.unet, config, lambda name: block_of(name) in done and not name.startswith(BANKS))
     settings = job.config.between
     lesson = Lesson(job.unet, None, dtype, settings.local_batch_size, job.ranks)
@@ -97,9 +103,9 @@ def steps_of(points: Points, settings: BetweenConfig, seed: str) -> list[list[Po
     return [order[k * size : (k + 1) * size] for order in orders for k in range(count)]
 
 
-def optimizer_config(job: Job) -> OptimizerConfig:
+def optimizer_config(settings: BetweenConfig) -> OptimizerConfig:
     names = ("finetune_lr", "finetune_adam_beta1", "finetune_adam_beta2")
-    return OptimizerConfig(**{name: getattr(job.config.between, name) for name in names})
+    return OptimizerConfig(**{name: getattr(settings, name) for name in names})
 
 
 def place(unet: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -289,7 +289,7 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
         "versions": versions(),
         "command": shlex.join(sys.argv),
     }
-    save_text(model_card(config, summary), staged / "README.md")
+    save_text(model_card(config.model, summary), staged / "README.md")
     folder.publish(staged)
     save_json(summary, folder.path / "summary.json")
     shutil.rmtree(folder.work)

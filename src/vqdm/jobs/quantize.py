@@ -29,7 +29,7 @@ from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.allocation import allocated
 from vqdm.jobs.banks import make_banks, shared
-from vqdm.jobs.between import finetune_between, teacher_points, turns
+from vqdm.jobs.between import check_between, finetune_between, teacher_points, turns
 from vqdm.jobs.job import Job, on_save
 from vqdm.jobs.plan import Rest, bank_bits, bank_users, layer_table, predicted_bytes, totals
 from vqdm.jobs.recording import (
@@ -90,7 +90,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
-    turns(config.between.num_intermediate_finetunes, len({layer.block for layer in layers}))
+    check_between(config, len({layer.block for layer in layers}))
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)
@@ -281,7 +281,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: di
         "command": shlex.join(sys.argv),
         "layers": [done.report for done in solved.values()],
     }
-    save_text(model_card(job.config, summary), staged / "README.md")
+    save_text(model_card(job.config.model, summary), staged / "README.md")
     job.folder.publish(staged)
     save_json(summary, job.folder.path / "summary.json")
     shutil.rmtree(job.folder.work)

@@ -16,7 +16,7 @@ DECODE = ("step", "call")
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters move.
+    """How parameters move. Raises UserError, naming the flag, on impossible settings.
 
     Attributes:
         finetune_lr: Adam's rate. Of biases and norms it is the rate itself; codebooks, scales and plain weights move
@@ -34,10 +34,17 @@ class OptimizerConfig:
     lr_warmup_steps: int = 10
     codebook_lr: float = 1.0
     scale_lr: float = 1.0
-    weight_lr: float = 1.0
-    bias_lr: float = 0.1
+    weight_lr: float = 0.5
+    bias_lr: float = 0.05
     max_grad_norm: float = 0.0
     ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("finetune_adam_beta1", "finetune_adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; allowed are numbers from 0 to below 1")
+        if not (self.finetune_lr > 0 and max(self.codebook_lr, self.scale_lr, self.weight_lr, self.bias_lr) > 0):
+            raise UserError("nothing would be trained: --finetune_lr, or its factors for all kinds, are 0")
 
 
 @dataclass(frozen=True)

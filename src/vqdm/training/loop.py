@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -182,7 +183,8 @@ class Loop:
 
     def _tell(self, step: Step) -> None:
         speed = self.speed.tick(self.trainer.done, self.course.batch)
-        row = {"loss": step.loss, "lr": step.rate, "gradient_norm": step.gradient_norm} | step.codes | speed
+        norm = step.gradient_norm if math.isfinite(step.gradient_norm) else None  # where float16 overflowed
+        row = {"loss": step.loss, "lr": step.rate, "gradient_norm": norm} | step.codes | speed
         self._write(row)
         if self.trainer.done % 10 == 0:
             say(

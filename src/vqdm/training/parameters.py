@@ -88,14 +88,15 @@ def parameter_groups(trained: Trained, config: OptimizerConfig) -> list[dict]:
     groups: dict[float, list[nn.Parameter]] = {}
     for name, tensor in trained.tensors.items():
         kind = trained.kinds[name]
-        rate = config.finetune_lr * factors[kind] * (1.0 if kind == "bias" else _power_of_two(trained.sizes[name]))
+        absolute = kind == "bias" or trained.sizes[name] == 0
+        rate = config.finetune_lr * factors[kind] * (1.0 if absolute else _power_of_two(trained.sizes[name]))
         groups.setdefault(rate, []).append(tensor)
-    return [{"params": tensors, "lr": rate, "full_rate": rate} for rate, tensors in groups.items() if rate > 0]
+    return [{"params": tensors, "lr": rate, "full_rate": rate} for rate, tensors in groups.items()]
 
 
 def _power_of_two(size: float) -> float:
-    """The nearest in logarithm; 0 for 0."""
-    return 2.0 ** round(math.log2(size)) if size > 0 else 0.0
+    """The nearest in logarithm."""
+    return 2.0 ** round(math.log2(size))
 
 
 def types_on_disk(folder: Path) -> dict[str, torch.dtype]:

@@ -30,6 +30,7 @@ def stage(
         shutil.copy(index, staged)
         for name in components(index):
             shutil.copytree(quantized.parent / name, staged / name)
+        student.save_pretrained(staged / "unet")
     else:
         for name, dtype in stored_dtypes(config.model, config.variant).items():
             part = getattr(pipeline, name, None)
@@ -37,7 +38,6 @@ def stage(
                 cast_plain(part, dtype)
         pipeline.register_modules(unet=student)
         pipeline.save_pretrained(staged)
-    student.save_pretrained(staged / "unet")
 
 
 def components(index: Path) -> list[str]:
