@@ -20,12 +20,12 @@ from pathlib import Path
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
 from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, real, run_script, whole
-from vqdm.config import QuantizeConfig, SamplingConfig, read_overrides
+from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, read_overrides
 from vqdm.errors import UserError
 from vqdm.jobs.quantize import quantize
 from vqdm.storage.hub import open_repository, push_folder
 
-_LATER = "this version does not fine-tune while it quantizes"
+_LATER = "finetune.py has it, for the finished result"
 REFUSED = {
     "--model_path": "give the model as the first positional argument",
     "--devices": "choose GPUs with CUDA_VISIBLE_DEVICES",
@@ -34,17 +34,9 @@ REFUSED = {
     "--use_faiss": "k-means runs in torch",
     "--skip_out_loss": "the error of the UNet's output is always reported",
     "--print_frequency": "one line a layer is printed",
-    "--num_intermediate_finetunes": _LATER,
     "--finetune_method": _LATER,
-    "--finetune_nsamples": _LATER,
-    "--finetune_batch_size": _LATER,
-    "--finetune_max_epochs": _LATER,
-    "--finetune_lr": _LATER,
-    "--finetune_adam_beta1": _LATER,
-    "--finetune_adam_beta2": _LATER,
     "--finetune_relative_mse_tolerance": _LATER,
     "--finetune_keep_best": _LATER,
-    "--local_batch_size": _LATER,
     "--use_checkpointing": _LATER,
 }
 
@@ -62,6 +54,7 @@ def build_parser() -> Parser:
     _add_calibration_flags(parser.add_argument_group("calibration and evaluation"))
     add_sampling_flags(parser.add_argument_group("sampling"))
     _add_solver_flags(parser.add_argument_group("layer solver"))
+    _add_between_flags(parser.add_argument_group("fine-tuning between blocks (of the result: finetune.py)"))
     _add_keeping_flags(parser.add_argument_group("keeping and going on"))
     _add_hub_flags(parser.add_argument_group("hub"))
     add_shared_flags(parser, output="out/quantized")
@@ -195,6 +188,33 @@ def _add_solver_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_between_flags(group: argparse._ArgumentGroup) -> None:
+    between = BetweenConfig()
+    group.add_argument(
+        "--num_intermediate_finetunes",
+        type=whole(0),
+        default=between.num_intermediate_finetunes,
+        help="so many times, evenly spread, all that is quantized so far is trained, codes and shared codebooks aside",
+    )
+    group.add_argument(
+        "--finetune_nsamples", type=whole(1), default=between.finetune_nsamples, help="calibration prompts used for it"
+    )
+    group.add_argument(
+        "--finetune_max_epochs", type=whole(1), default=between.finetune_max_epochs, help="epochs each time"
+    )
+    group.add_argument(
+        "--finetune_batch_size", type=whole(1), default=between.finetune_batch_size, help="points a step"
+    )
+    group.add_argument(
+        "--local_batch_size", type=whole(1), default=between.local_batch_size, help="points at once a process"
+    )
+    group.add_argument(
+        "--finetune_lr", type=real(0, 1), default=between.finetune_lr, help="Adam's rate, as in finetune.py"
+    )
+    group.add_argument("--finetune_adam_beta1", type=real(0, 1), default=between.finetune_adam_beta1, help="as Adam's")
+    group.add_argument("--finetune_adam_beta2", type=real(0, 1), default=between.finetune_adam_beta2, help="as Adam's")
+
+
 def _add_keeping_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--resume", action="store_true", help="go on after the last finished layer in --output_dir")
     group.add_argument("--load", metavar="FOLDER", help="take layers from an earlier result and solve only the others")
@@ -224,6 +244,7 @@ def to_config(values: dict) -> QuantizeConfig:
     sampling = SamplingConfig(**_pick(SamplingConfig, values))
     sharing = values["share_codebooks"] or ("none" if values["target_bits"] is None else "unet")
     values = values | {"solver": solver, "sampling": sampling, "share_codebooks": sharing}
+    values = values | {"between": BetweenConfig(**_pick(BetweenConfig, values))}
     values = values | {"overrides": read_overrides(values["overrides"])}
     return QuantizeConfig(**_pick(QuantizeConfig, values))
 

@@ -86,7 +86,7 @@ def test_bad_config_files(tmp_path, text, words):
         ("--overrides nowhere.json", "--overrides nowhere.json cannot be read"),
         ("--height 64", "--height and --width are given together"),
         ("--devices 0", "--devices is not a flag here: choose GPUs with CUDA_VISIBLE_DEVICES"),
-        ("--num_intermediate_finetunes 2", "--num_intermediate_finetunes is not a flag here"),
+        ("--finetune_keep_best", "--finetune_keep_best is not a flag here: finetune.py has it"),
         ("--use_faiss", "--use_faiss is not a flag here"),
     ],
 )

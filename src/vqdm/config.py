@@ -51,6 +51,26 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class BetweenConfig:
+    """Fine-tuning between blocks; see `jobs.between`, and `training.config` for the meaning of rates.
+
+    Attributes:
+        num_intermediate_finetunes: how many; 0 = none.
+        finetune_nsamples: the first calibration prompts, whose trajectories are learned from.
+        finetune_max_epochs: how often each time.
+    """
+
+    num_intermediate_finetunes: int = 0
+    finetune_nsamples: int = 64
+    finetune_max_epochs: int = 1
+    finetune_batch_size: int = 32
+    local_batch_size: int = 8
+    finetune_lr: float = 2e-3
+    finetune_adam_beta1: float = 0.9
+    finetune_adam_beta2: float = 0.95
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """Everything that `jobs.quantize` needs; the flags of `main_text2image.py` by the same names.
 
@@ -70,6 +90,7 @@ class QuantizeConfig:
     local_files_only: bool = False
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
+    between: BetweenConfig = field(default_factory=BetweenConfig)
     overrides: dict[str, dict | None] = field(default_factory=dict)
     rest_nbits: int = 16
     layer_filter: str = "default"

@@ -43,18 +43,8 @@ class Trajectories:
     def inputs(self, points: list[tuple[int, int]], device, dtype) -> dict:
         """Keyword arguments of a UNet call on B points, all branches in one batch of A·B, branches outermost."""
         prompts, steps = (torch.tensor(column) for column in zip(*points, strict=True))
-        any_conditioning = next(iter(self.conditioning.values()))
-        branches = any_conditioning.shape[1]
-        sample = self.latents[prompts, steps]  # [B, C, h, w]
-        call = {
-            "sample": sample.repeat(branches, 1, 1, 1).to(device, dtype),  # [A·B, C, h, w]
-            "timestep": self.timesteps[steps].repeat(branches).to(device),  # [A·B]
-        }
-        for name, value in self.conditioning.items():
-            rows = value[prompts].transpose(0, 1).flatten(0, 1).to(device, dtype)  # [B, A, ...] → [A·B, ...]
-            target = call.setdefault("added_cond_kwargs", {}) if name in ADDED_CONDITIONING else call
-            target[name] = rows
-        return call
+        conditioning = {name: value[prompts] for name, value in self.conditioning.items()}
+        return unet_call(self.latents[prompts, steps], self.timesteps[steps], conditioning, device, dtype)
 
     def expected(self, points: list[tuple[int, int]], device) -> Tensor:
         """Recorded outputs [A·B, C, h, w] in the order of `inputs`."""
@@ -131,6 +121,22 @@ class Recorder:
         """What was noted, as one batch of trajectories."""
         outputs = torch.stack(self.outputs, dim=1) if self.with_outputs else None
         return Trajectories(torch.stack(self.latents, 1), torch.stack(self.timesteps), self.conditioning, outputs)
+
+
+def unet_call(latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], device, dtype) -> dict:
+    """Keyword arguments of a UNet call on B points, all branches in one batch of A·B, branches outermost.
+
+    Args: `latents` [B, C, h, w]; `timesteps` [B]; `conditioning`, name → [B, A, ...].
+    """
+    branches = next(iter(conditioning.values())).shape[1]
+    call = {
+        "sample": latents.repeat(branches, 1, 1, 1).to(device, dtype),  # [A·B, C, h, w]
+        "timestep": timesteps.repeat(branches).to(device),  # [A·B]
+    }
+    for name, value in conditioning.items():
+        target = call.setdefault("added_cond_kwargs", {}) if name in ADDED_CONDITIONING else call
+        target[name] = value.transpose(0, 1).flatten(0, 1).to(device, dtype)  # [B, A, ...] → [A·B, ...]
+    return call
 
 
 def join(parts: list[Trajectories]) -> Trajectories:

@@ -28,6 +28,7 @@ from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.allocation import allocated
 from vqdm.jobs.banks import make_banks, shared
+from vqdm.jobs.between import check_between, finetune_between, teacher_points, turns
 from vqdm.jobs.job import Job, on_save
 from vqdm.jobs.plan import Rest, bank_bits, bank_users, hessian_bytes, layer_table, predicted_bytes, totals
 from vqdm.jobs.recording import (
@@ -89,6 +90,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
+    check_between(config, len({layer.block for layer in layers}))
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)
@@ -132,18 +134,22 @@ def run(job: Job) -> dict | None:
     """All slow steps; every one of them finds and keeps what an interrupted run left."""
     with job.clock("teacher"):
         teacher, teacher_pictures = teacher_evaluation(job)
+        finetuned_on = teacher_points(job) if job.config.between.num_intermediate_finetunes else None
     if job.config.rest_nbits == 8:
         round_rest(job)
     prepare(job)
     solved = load_codes(job) | finished_layers(job)
     if job.ranks.main:
         job.folder.rewrite_table([done.report for done in solved.values()])
+    finetunes = turns(job.config.between.num_intermediate_finetunes, len(job.blocks))
     for index, (block, layers) in enumerate(bar(job.blocks, what="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in solved]
         if todo:
             say(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to solve")
             solved |= solve_block(job, layers, todo, calibration_points(job, block))
         swap_block(job, layers, solved)
+        if index in finetunes:
+            finetune_between(job, index, finetuned_on)
         after_block(job, index, block, teacher)
     with job.clock("evaluation"), decoded_once(job.unet):
         error_db = output_error(job.unet, teacher, job.config.xtx_batch_size, job.ranks)
@@ -276,7 +282,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: di
         "command": own_command(),
         "layers": [done.report for done in solved.values()],
     }
-    save_text(model_card(job.config, summary), staged / "README.md")
+    save_text(model_card(job.config.model, summary), staged / "README.md")
     job.folder.publish(staged)
     save_json(summary, job.folder.path / "summary.json")
     shutil.rmtree(job.folder.work)

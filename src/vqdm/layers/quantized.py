@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits, stored_codebooks
+from vqdm.additive.code import AdditiveCode, CodeSpec, pack_codes, stored_bits, stored_codebooks
 from vqdm.layers.banks import CodebookBanks, banks_of, drop_banks
 from vqdm.layers.decode import decode
 from vqdm.layers.decoded import decoded_weight
@@ -28,12 +28,14 @@ class _Coded:
     Attributes:
         keep_decoded: keep the weight that is decoded first without gradients, as `decoded_once` asks.
         latent: None, or a tensor [O, I] that gets the gradient of the decoded weight, whatever its values.
+        held: None, or the decoded weight [O, I] that calls use and that collects its own gradient (`held_weights`).
     """
 
     spec: CodeSpec
     banks: tuple[CodebookBanks, ...] = ()  # in a tuple, so that the model's banks do not become the layer's own
     keep_decoded = False
     latent: Tensor | None = None
+    held: Tensor | None = None
     _decoded: Tensor | None = None
 
     def _allocate(self, spec: CodeSpec, rows: int, columns: int, bias: Tensor | None, device) -> None:
@@ -55,6 +57,18 @@ class _Coded:
             if held.shape != tensor.shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layer holds {tuple(held.shape)}")
             setattr(self, name, nn.Parameter(tensor.to(held.device), False))
+        self._decoded = None
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Take over codes [R, G, M] alone. Raises ValueError on another shape, or on codes that no codebook has."""
+        R, G = self._stored().groups
+        if codes.shape != (R, G, self.spec.num_codebooks):
+            raise ValueError(f"codes have shape {tuple(codes.shape)}; allowed is {(R, G, self.spec.num_codebooks)}")
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.spec.entries:
+            raise ValueError(
+                f"codes reach from {codes.min()} to {codes.max()}; allowed are 0 to {self.spec.entries - 1}"
+            )
+        self.codes.data.copy_(pack_codes(codes, self.spec.nbits_per_codebook))
         self._decoded = None
 
     def code(self) -> AdditiveCode:
@@ -84,6 +98,8 @@ class _Coded:
 
     def _apply_coded(self, operation: Linear | Convolution, x: Tensor) -> Tensor:
         """`operation` by the decoded weight, in the type that it runs in."""
+        if self.held is not None:
+            return operation.forward(x, self.held, self.bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not self.keep_decoded or torch.is_grad_enabled():

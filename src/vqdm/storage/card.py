@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vqdm.config import QuantizeConfig
 
-
-def model_card(config: QuantizeConfig, summary: dict) -> str:
+def model_card(model: str, summary: dict) -> str:
     """Markdown with the hub's YAML header."""
-    hub_name = "" if Path(config.model).exists() else f"base_model: {config.model}\nbase_model_relation: quantized\n"
-    base = Path(config.model).name if Path(config.model).exists() else config.model
+    hub_name = "" if Path(model).exists() else f"base_model: {model}\nbase_model_relation: quantized\n"
+    base = Path(model).name if Path(model).exists() else model
     pictures = summary["pictures"]
     others = f"; {summary['layers_in_8_bit']} others are in 8 bit" if summary["layers_in_8_bit"] else ""
+    before = summary.get("unet_output_error_db_before")
+    tuned = f", fine-tuned; before: {before:.2f} dB" if before is not None else ""
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -28,7 +28,7 @@ Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary
 | stored bits a weight, quantized layers | {summary["effective_bits_layers"]:.3f} |
 | stored bits a parameter, whole UNet | {summary["effective_bits_unet"]:.3f} |
 | UNet on disk | {summary["bytes_of_unet"] / 1e6:.2f} MB |
-| UNet-output error on unseen prompts | {summary["unet_output_error_db"]:.2f} dB |
+| UNet-output error on unseen prompts{tuned} | {summary["unet_output_error_db"]:.2f} dB |
 | PSNR of {pictures["count"]} pictures at equal seeds | {pictures["psnr_db"]:.2f} dB |
 
 ```python

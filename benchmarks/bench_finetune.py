@@ -1,0 +1,138 @@
+"""UNet-output error before and after fine-tuning, with codes as they are and changing: one JSON line a row.
+
+    OMP_NUM_THREADS=2 python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 out/bits/ours-3
+    python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 --steps 60 --batch 8 --ways codebooks codes
+
+The teacher is sampled once, on prompts to learn from and on unseen ones; errors are on the unseen. Ways to train:
+
+    codebooks          everything but codes
+    codes              codes too, in as many steps
+    codebooks_as_long  everything but codes, for as long as `codes` took
+    unquantized        three steps of the full-precision UNet, for their time
+
+Each runs in a process of its own, so that its peak of memory is its own. Times are of the steps alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vqdm.diffusion.pipelines import load_pipeline
+from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, record_evaluation
+from vqdm.diffusion.trajectories import Trajectories
+from vqdm.parallel import launched
+from vqdm.prompts import draw, load_prompts
+from vqdm.tracking import peak_memory
+from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
+from vqdm.training.config import OptimizerConfig
+from vqdm.training.parameters import trainable
+from vqdm.training.points import Points, shuffled
+from vqdm.training.step import Lesson
+from vqdm.training.trainer import Trainer
+from vqdm.training.watching import measure
+
+WAYS = ("codebooks", "codes", "codebooks_as_long", "unquantized")
+PROMPTS = {"learned": ("prompts/shapes_calibration.csv", 192, 0)}
+PROMPTS["unseen"] = ("prompts/shapes_evaluation.csv", 24, EVALUATION_SEED_OFFSET)
+
+
+def record(arguments: argparse.Namespace, folder: Path) -> None:
+    """What the teacher says on the prompts to learn from and on the unseen ones, as files."""
+    pipeline = load_pipeline(arguments.model, torch.device(arguments.device), torch.float32)
+    settings = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "latent"}
+    for name, (file, count, seed) in PROMPTS.items():
+        prompts = draw(load_prompts(file, name), count, 0, file, name)
+        record_evaluation(pipeline, prompts, seed, settings, 16)[0].save(folder / f"{name}.safetensors")
+
+
+def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, folder: Path) -> dict:
+    """The row of `steps` steps in one way."""
+    learned, unseen = (Points([Trajectories.load(folder / f"{name}.safetensors")]) for name in PROMPTS)
+    with launched(arguments.device) as ranks:
+        unet = starting_unet(way, quantized, arguments).to(ranks.device)
+        lesson = Lesson(unet, None, torch.float32, arguments.local_batch, ranks)
+        before = measure(lesson, unseen, unseen.all()).db
+        trainer = make_trainer(lesson, steps, way == "codes", arguments)
+        order = [point for epoch in range(steps) for point in shuffled(learned, None, str(epoch))]
+        began, changed = time.perf_counter(), 0
+        for chosen in (order[k * arguments.batch : (k + 1) * arguments.batch] for k in range(steps)):
+            changed += trainer.step(learned, chosen).codes.get("groups_changed", 0)
+        seconds = time.perf_counter() - began
+        after = measure(lesson, unseen, unseen.all()).db
+    row = {"quantized": quantized, "way": way, "steps": steps, "before_db": before, "after_db": after}
+    return row | {"seconds": seconds, "step_seconds": seconds / steps, "changed": changed, "peak": peak_memory()}
+
+
+def starting_unet(way: str, quantized: str, arguments: argparse.Namespace) -> nn.Module:
+    if way == "unquantized":
+        return load_pipeline(arguments.model, torch.device("cpu"), torch.float32).unet
+    return load_quantized_unet(find_quantized_unet(quantized), torch.float32)
+
+
+def make_trainer(lesson: Lesson, steps: int, change_codes: bool, arguments: argparse.Namespace) -> Trainer:
+    given = {} if arguments.finetune_lr is None else {"finetune_lr": arguments.finetune_lr}
+    optimizer = OptimizerConfig(**given)
+    given = {} if arguments.code_lr is None else {"code_lr": arguments.code_lr}
+    updates = CodeUpdates(lesson.student, CodeUpdateSettings(**given)) if change_codes else None
+    return Trainer(lesson, trainable(lesson.student, optimizer), optimizer, steps, arguments.decode, updates)
+
+
+def rows(quantized: str, arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:
+    """A row for each of the ways."""
+    took = {}
+    for way in arguments.ways:
+        steps = arguments.steps
+        if way == "unquantized":
+            steps = 3
+        elif way == "codebooks_as_long":
+            steps = round(steps * took["codes"] / took["codebooks"])
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            row = process.submit(train, way, quantized, steps, arguments, folder).result()
+        took[way] = row["step_seconds"]
+        yield row | {"batch": arguments.batch, "step_ratio": ratio(took, way)}
+
+
+def ratio(took: dict[str, float], way: str) -> float | None:
+    """Of the time of a step to that of the unquantized UNet; None where that was not measured before."""
+    return took[way] / took["unquantized"] if "unquantized" in took else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("quantized", nargs="+", metavar="QUANTIZED")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["unquantized", *WAYS[:3]])
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--local_batch", type=int, default=8)
+    parser.add_argument("--decode", choices=("step", "call"), default="step")
+    parser.add_argument("--finetune_lr", type=float)
+    parser.add_argument("--code_lr", type=float)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--points", metavar="FOLDER", help="keep what the teacher says here, or find it here")
+    arguments = parser.parse_args()
+    missing = {"codes", "codebooks"} - set(arguments.ways)
+    if "codebooks_as_long" in arguments.ways and missing:
+        parser.error("--ways codebooks_as_long needs codebooks and codes before it")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.points or temporary)
+        if not all((folder / f"{name}.safetensors").is_file() for name in PROMPTS):
+            record(arguments, folder)
+        for quantized in arguments.quantized:
+            for row in rows(quantized, arguments, folder):
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Fine-tune a quantized UNet towards the full-precision one.
+
+    python finetune.py assets/shapes-xl out/shapes-2bit prompts/shapes_calibration.csv prompts/shapes_evaluation.csv \\
+        --num_inference_steps 20 --guidance_scale 3 --output_dir out/shapes-2bit-tuned
+
+    accelerate launch finetune.py stabilityai/stable-diffusion-xl-base-1.0 out/sdxl-3bit coco.csv coco_eval.csv \\
+        --finetune_nsamples 512 --finetune_batch_size 64 --local_batch_size 2 --use_checkpointing --dtype bfloat16
+
+MODEL is the teacher; the student begins as QUANTIZED, and the result is a folder of the same format. --resume goes on
+after the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import fields
+
+from vqdm.cli import Parser, add_sampling_flags, add_shared_flags, real, run_script, whole
+from vqdm.config import SamplingConfig
+from vqdm.jobs.distill import distill
+from vqdm.training.code_updates import CodeUpdateSettings
+from vqdm.training.config import DECODE, LR_SCHEDULERS, TIMESTEP_SAMPLING, FinetuneConfig, OptimizerConfig
+
+
+def build_parser() -> Parser:
+    """All flags, grouped."""
+    parser = Parser(__doc__, "MODEL QUANTIZED CALIBRATION_PROMPTS EVALUATION_PROMPTS")
+    parser.add_argument("model", metavar="MODEL", help="the teacher's pipeline: a folder, or a name on the hub")
+    parser.add_argument("quantized", metavar="QUANTIZED", help="quantized pipeline folder, or its unet folder")
+    prompts = "prompt file (.txt .csv .tsv .json .jsonl .yaml .parquet), or a datasets id"
+    parser.add_argument("calibration_prompts", metavar="CALIBRATION_PROMPTS", help=prompts + "; learned from")
+    parser.add_argument("evaluation_prompts", metavar="EVALUATION_PROMPTS", help=prompts + "; only measured on")
+    _add_data_flags(parser.add_argument_group("what is learned from"))
+    _add_step_flags(parser.add_argument_group("steps"))
+    _add_code_flags(parser.add_argument_group("codes"))
+    _add_memory_flags(parser.add_argument_group("memory"))
+    _add_watch_flags(parser.add_argument_group("looking, stopping, keeping"))
+    add_sampling_flags(parser.add_argument_group("sampling"))
+    add_shared_flags(parser, output="out/finetuned")
+    return parser
+
+
+def _add_data_flags(group: argparse._ArgumentGroup) -> None:
+    default = _defaults(FinetuneConfig)
+    group.add_argument(
+        "--finetune_method",
+        default=default["finetune_method"],
+        metavar="{teacher,student,real}",
+        help="whose trajectories: the teacher's; the student's, sampled anew every epoch; those of real pictures with "
+        "noise; or several that take turns, as teacher+student",
+    )
+    group.add_argument("--real_images", metavar="FOLDER", help="captioned pictures, for --finetune_method real")
+    group.add_argument(
+        "--timestep_sampling",
+        choices=TIMESTEP_SAMPLING,
+        default=default["timestep_sampling"],
+        help="beta: t ~ 1000 Beta(3, 1), mostly noise; error: where the held-out error is large",
+    )
+    group.add_argument(
+        "--finetune_nsamples", type=whole(1), default=default["finetune_nsamples"], help="trajectories an epoch"
+    )
+    group.add_argument(
+        "--finetune_max_epochs",
+        type=whole(1),
+        default=default["finetune_max_epochs"],
+        help="epochs, each of fresh prompts while there are any, and of fresh noise",
+    )
+    group.add_argument("--max_steps", type=whole(0), default=default["max_steps"], help="steps at most; 0 = no limit")
+    group.add_argument(
+        "--held_out_nsamples",
+        type=whole(1),
+        default=default["held_out_nsamples"],
+        help="calibration prompts kept apart, to tell which parameters are best",
+    )
+    group.add_argument(
+        "--held_out_points", type=whole(1), default=default["held_out_points"], help="points of them, about"
+    )
+    group.add_argument(
+        "--evaluation_nsamples", type=whole(1), default=default["evaluation_nsamples"], help="prompts measured on"
+    )
+    group.add_argument(
+        "--visualize_nsamples", type=whole(0), default=default["visualize_nsamples"], help="pairs in image_pairs.png"
+    )
+
+
+def _add_step_flags(group: argparse._ArgumentGroup) -> None:
+    default, rates = _defaults(FinetuneConfig), _defaults(OptimizerConfig)
+    group.add_argument(
+        "--finetune_batch_size",
+        type=whole(1),
+        default=default["finetune_batch_size"],
+        help="points a step, of all processes together; a point is both guidance branches",
+    )
+    group.add_argument(
+        "--finetune_lr",
+        type=real(0, 1),
+        default=rates["finetune_lr"],
+        help="Adam's rate, relative to the size of what it moves (see docs/finetune.md)",
+    )
+    group.add_argument("--finetune_adam_beta1", type=real(0, 1), default=rates["finetune_adam_beta1"], help="as Adam's")
+    group.add_argument("--finetune_adam_beta2", type=real(0, 1), default=rates["finetune_adam_beta2"], help="as Adam's")
+    group.add_argument(
+        "--lr_scheduler", choices=LR_SCHEDULERS, default=rates["lr_scheduler"], help="how the rate falls"
+    )
+    group.add_argument(
+        "--lr_warmup_steps", type=whole(0), default=rates["lr_warmup_steps"], help="in which it rises first"
+    )
+    for kind, what in (
+        ("codebook", "codebooks"),
+        ("scale", "scales"),
+        ("weight", "weights that are not quantized"),
+        ("bias", "biases and norms (not relative)"),
+    ):
+        name = f"{kind}_lr"
+        group.add_argument(
+            f"--{name}", type=real(0), default=rates[name], help=f"factor of the rate for {what}; 0 leaves them"
+        )
+    group.add_argument(
+        "--max_grad_norm", type=real(0), default=rates["max_grad_norm"], help="clip gradients to this norm; 0 = never"
+    )
+    group.add_argument(
+        "--ema_decay", type=real(0, 1), default=rates["ema_decay"], help="keep this moving average; 0 = none"
+    )
+
+
+def _add_code_flags(group: argparse._ArgumentGroup) -> None:
+    default = CodeUpdateSettings()
+    group.add_argument(
+        "--update_codes",
+        action="store_true",
+        help="codes learn too: more memory and time a step, the same format (see docs/finetune.md)",
+    )
+    group.add_argument(
+        "--code_lr", type=float, default=default.code_lr, help="how far a step pulls, in units of the code's grid"
+    )
+    group.add_argument(
+        "--code_memory", type=float, default=default.code_memory, help="what a step leaves of the pull so far"
+    )
+    group.add_argument("--code_beta", type=float, default=default.code_beta, help="of averages of squared gradients")
+    group.add_argument(
+        "--code_fraction", type=float, default=default.code_fraction, help="of all groups, encoded anew each step"
+    )
+    group.add_argument("--code_beam_size", type=int, default=default.code_beam_size, help="hypotheses kept")
+    group.add_argument(
+        "--code_trust_ratio",
+        type=float,
+        default=default.code_trust_ratio,
+        help="most that a layer's weights change in a step, relative to their norm",
+    )
+
+
+def _add_memory_flags(group: argparse._ArgumentGroup) -> None:
+    default = _defaults(FinetuneConfig)
+    group.add_argument(
+        "--local_batch_size", type=whole(1), default=default["local_batch_size"], help="points at once a process"
+    )
+    group.add_argument(
+        "--xtx_batch_size", type=whole(1), default=default["xtx_batch_size"], help="prompts sampled at once"
+    )
+    group.add_argument("--use_checkpointing", action="store_true", help="gradient checkpointing: less memory, slower")
+    group.add_argument(
+        "--decode",
+        choices=DECODE,
+        default=default["decode"],
+        help="step: weights are decoded once a step, and kept with their gradients in float32; "
+        "call: in every call, forward and backward",
+    )
+    group.add_argument(
+        "--target_cache_gb",
+        type=real(0),
+        default=default["target_cache_gb"],
+        help="the teacher's outputs on an epoch's points are kept on disk if they fit; else it stays in memory",
+    )
+
+
+def _add_watch_flags(group: argparse._ArgumentGroup) -> None:
+    default = _defaults(FinetuneConfig)
+    group.add_argument(
+        "--finetune_relative_mse_tolerance",
+        type=real(0, 1),
+        default=default["finetune_relative_mse_tolerance"],
+        help="stop after an epoch that lowers the held-out loss by a smaller share; 0 = never",
+    )
+    group.add_argument(
+        "--finetune_keep_best", action="store_true", help="the result is the best by held-out loss, not the last"
+    )
+    group.add_argument(
+        "--eval_step", type=whole(0), default=default["eval_step"], help="measure on held-out points every N steps"
+    )
+    group.add_argument(
+        "--visualize_step", type=whole(0), default=default["visualize_step"], help="draw pairs every N steps; 0 = never"
+    )
+    group.add_argument(
+        "--checkpointing_steps",
+        type=whole(0),
+        default=default["checkpointing_steps"],
+        help="write a checkpoint every N steps; 0 = never",
+    )
+    group.add_argument(
+        "--checkpoints_total_limit", type=whole(1), default=default["checkpoints_total_limit"], help="kept of them"
+    )
+    group.add_argument("--resume", action="store_true", help="go on after the last checkpoint in --output_dir")
+
+
+def _defaults(kind: type) -> dict:
+    """Field → default."""
+    return {field.name: field.default for field in fields(kind)}
+
+
+def to_config(values: dict) -> FinetuneConfig:
+    """Flags to settings. Raises UserError where they contradict each other."""
+    nested = {"sampling": SamplingConfig(**_pick(SamplingConfig, values))}
+    nested |= {"optimizer": OptimizerConfig(**_pick(OptimizerConfig, values))}
+    codes = CodeUpdateSettings(**_pick(CodeUpdateSettings, values))
+    return FinetuneConfig(
+        **_pick(FinetuneConfig, values | nested), code_updates=codes if values["update_codes"] else None
+    )
+
+
+def _pick(kind: type, values: dict) -> dict:
+    """The values that are fields of a dataclass."""
+    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, call, say where the result is."""
+    options = build_parser().parse(argv)
+    logging.getLogger().setLevel(options.loglevel)
+    config = to_config(vars(options))
+    summary = distill(config)
+    if summary:
+        before, after = summary["unet_output_error_db_before"], summary["unet_output_error_db"]
+        changed = summary["groups_changed"] / summary["groups"] if summary["groups"] else 0
+        codes = f", {100 * changed:.2f} % of the groups have other codes" if config.code_updates else ""
+        print(
+            f"UNet-output error {before:.2f} dB before, {after:.2f} dB after {summary['steps']} steps{codes}\n"
+            f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
+            f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

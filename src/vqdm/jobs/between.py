@@ -1,0 +1,115 @@
+"""Fine-tuning between blocks: what is quantized so far is trained before the next block is calibrated.
+
+Codebooks of the layers' own, scales, biases, norms and plain layers move in the blocks that are done. Codes stay, and
+so do codebooks that layers share, because the codes of later blocks are searched for with them. Later blocks that are
+calibrated on the student see the change; Hessians that were stored of the full-precision model still serve, as they
+depend on nothing that is trained.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vqdm.config import BetweenConfig, QuantizeConfig
+from vqdm.diffusion.blocks import block_of
+from vqdm.diffusion.sampling import unet_dtype
+from vqdm.diffusion.trajectories import Trajectories
+from vqdm.errors import UserError
+from vqdm.jobs.distill_points import recorded
+from vqdm.jobs.job import Job
+from vqdm.jobs.pieces import read
+from vqdm.layers.banks import BANKS
+from vqdm.storage.atomic import save_sealed
+from vqdm.tracking import bar, say
+from vqdm.training.config import OptimizerConfig
+from vqdm.training.parameters import Trained, stored_types, trainable, write_back
+from vqdm.training.points import Point, Points, shuffled
+from vqdm.training.sources import Chunk, chunks_of, sampled
+from vqdm.training.step import Lesson
+from vqdm.training.trainer import Trainer
+from vqdm.training.watching import measure
+
+SEED_OFFSET = 4_000_000  # far from the seeds of other points
+EVERY = 7  # of the points, is looked at before and after
+
+
+def turns(count: int, blocks: int) -> list[int]:
+    """After which blocks, counted from 1, `count` fine-tunings spread evenly take place; none after the last.
+
+    Raises:
+        UserError: there are not as many places between blocks.
+    """
+    if count >= max(1, blocks):
+        raise UserError(
+            f"--num_intermediate_finetunes is {count}; between {blocks} blocks allowed are 0 to {blocks - 1}"
+        )
+    return [round(k * blocks / (count + 1)) for k in range(1, count + 1)]
+
+
+def check_between(config: QuantizeConfig, blocks: int) -> None:
+    """Raise UserError, before anything slow starts, where fine-tuning between so many blocks cannot be done."""
+    turns(config.between.num_intermediate_finetunes, blocks)
+    optimizer_config(config.between)
+
+
+def teacher_points(job: Job) -> Points:
+    """Trajectories of calibration prompts with the outputs of the UNet as it is now; recorded once."""
+    config, prompts = job.config, job.calibration[: job.config.between.finetune_nsamples]
+
+    def record(chunk: Chunk) -> Trajectories:
+        some = prompts[chunk.first : chunk.first + chunk.count]
+        seed = config.seed + SEED_OFFSET + chunk.first
+        return sampled(job.pipeline, job.unet, some, seed, config.sampling.call(), True)
+
+    chunks = chunks_of(["teacher"], 0, len(prompts), config.xtx_batch_size)
+    return recorded(job.folder.work / "finetune", chunks, record, job.ranks)
+
+
+def finetune_between(job: Job, index: int, points: Points) -> None:
+    """Train what the first `index` blocks hold, or take over what an interrupted run made of it."""
+    path = job.folder.work / "finetuned" / f"after-{index:02d}.safetensors"
+    types = stored_types(job.unet)
+    if job.ranks.agreed(path.is_file()):
+        place(job.unet, read(path))
+        return
+    done = {block for block, _ in job.blocks[:index]}
+    dtype, config = unet_dtype(job.unet), optimizer_config(job.config.between)
+    trained = trainable(job.unet, config, lambda name: block_of(name) in done and not name.startswith(BANKS))
+    settings = job.config.between
+    lesson = Lesson(job.unet, None, dtype, settings.local_batch_size, job.ranks)
+    with job.clock("fine-tuning"):
+        train(lesson, trained, config, points, steps_of(points, settings, f"{job.config.seed}:{index}"))
+    write_back(job.unet, types)
+    if job.ranks.main:
+        save_sealed(trained.tensors, path)
+    job.ranks.wait()
+
+
+def train(lesson: Lesson, trained: Trained, config: OptimizerConfig, points: Points, steps: list[list[Point]]) -> None:
+    """Take the steps, and say what they were good for."""
+    seen = points.all()[::EVERY]
+    trainer, before = Trainer(lesson, trained, config, len(steps)), measure(lesson, points, seen).db
+    for chosen in bar(steps, what="fine-tuning"):
+        trainer.step(points, chosen)
+    after = measure(lesson, points, seen).db
+    say(f"fine-tuned in {len(steps)} steps: error of the UNet's output {before:.2f} dB before, {after:.2f} dB after")
+
+
+def steps_of(points: Points, settings: BetweenConfig, seed: str) -> list[list[Point]]:
+    """The points of each step: every point at most once an epoch, what does not fill a batch left out."""
+    size = min(settings.finetune_batch_size, len(points.all()))
+    count = len(points.all()) // size
+    orders = [shuffled(points, None, f"{seed}:{epoch}") for epoch in range(settings.finetune_max_epochs)]
+    return [order[k * size : (k + 1) * size] for order in orders for k in range(count)]
+
+
+def optimizer_config(settings: BetweenConfig) -> OptimizerConfig:
+    names = ("finetune_lr", "finetune_adam_beta1", "finetune_adam_beta2")
+    return OptimizerConfig(**{name: getattr(settings, name) for name in names})
+
+
+def place(unet: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put trained values in the place of parameters, in their types."""
+    held = dict(unet.named_parameters())
+    for name, value in tensors.items():
+        held[name].data.copy_(value)

@@ -1,0 +1,239 @@
+"""Codes that learn: steps on the decoded weights, rounded to codes where they have added up to something.
+
+The idea is PV-Tuning's (arXiv 2405.14852): the loss has a gradient E with respect to the decoded weight W, and codes
+follow it in small parts of the matrix at a time. Here every weight has a drift u, a fading sum of preconditioned steps.
+The groups that have drifted farthest are encoded anew towards W + u under the metric of the gradients, and what their
+codes move is taken off the drift.
+
+Letters: O rows, I columns; p, g = out and in group size; R row groups, G column groups; N groups that are tried; E
+gradient [O, I].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqdm.additive.code import unpack_codes
+from vqdm.additive.reencode import nearest_moves, within
+from vqdm.errors import UserError
+from vqdm.layers.quantized import QuantizedLayer, quantized_layers
+
+SMALLEST = 1e-3  # of second moments, against their mean: what is divided by is no smaller
+DAMPING = 0.01  # of a metric, against its mean diagonal
+BACK = 0.5  # what is left of the drift of a group that was tried and stays
+
+
+@dataclass(frozen=True)
+class CodeUpdateSettings:
+    """How codes move. Raises UserError, naming the flag, on impossible settings.
+
+    Attributes:
+        code_lr: the root mean square of a step of the drift, in units of the grid: the row's root mean square
+            weight over 2^(bits a weight).
+        code_memory: what a step leaves of the drift before it adds its own. 1 adds up everything, as straight-through
+            latents do; 0 knows the newest step alone, as PV-Tuning's own rule.
+        code_beta: of the averages of squared gradients.
+        code_fraction: of a layer's groups, those that are encoded anew each step: the ones that drifted farthest.
+        code_beam_size: hypotheses of the encoding.
+        code_trust_ratio: ‖change of W‖ / ‖W‖ of a layer in a step, at most.
+    """
+
+    code_lr: float = 0.06
+    code_memory: float = 0.98
+    code_beta: float = 0.95
+    code_fraction: float = 0.01
+    code_beam_size: int = 4
+    code_trust_ratio: float = 0.05
+
+    def __post_init__(self) -> None:
+        self._check("code_lr", self.code_lr > 0, "numbers above 0")
+        self._check("code_memory", 0 <= self.code_memory <= 1, "numbers from 0 to 1")
+        self._check("code_beta", 0 <= self.code_beta < 1, "numbers from 0 to below 1")
+        self._check("code_fraction", 0 < self.code_fraction <= 1, "numbers above 0 up to 1")
+        self._check("code_beam_size", self.code_beam_size in range(1, 1025), "whole numbers from 1 to 1024")
+        self._check("code_trust_ratio", 0 < self.code_trust_ratio <= 1, "numbers above 0 up to 1")
+
+    def _check(self, name: str, good: bool, allowed: str) -> None:
+        if not good:
+            raise UserError(f"--{name} is {getattr(self, name)}; allowed are {allowed}")
+
+
+class CodeStep(NamedTuple):
+    """Groups whose codes were tried anew in a step, and those that changed."""
+
+    tried: int
+    changed: int
+
+
+@dataclass
+class Drift:
+    """What is remembered of a layer, in float32.
+
+    Attributes:
+        u: where the weights are to go from where they are, [O, I].
+        rows: average squared gradient of each row, [O].
+        blocks: average of E_jᵀ E_j over the rows, [G, g, g].
+        grid: the unit of steps, [O].
+        norm: ‖W‖ at the beginning, [].
+    """
+
+    u: Tensor
+    rows: Tensor
+    blocks: Tensor
+    grid: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer) -> Drift:
+        W, spec = layer.decoded_matrix().detach(), layer.spec
+        g = spec.in_group_size
+        bits = spec.num_codebooks * spec.nbits_per_codebook / (spec.out_group_size * g)  # a weight
+        blocks = W.new_zeros(W.shape[1] // g, g, g)
+        return cls(torch.zeros_like(W), W.new_zeros(len(W)), blocks, W.square().mean(1).sqrt() * 2**-bits, W.norm())
+
+    def observe(self, E: Tensor, beta: float) -> None:
+        """Take the gradient into the averages."""
+        groups = E.unflatten(1, self.blocks.shape[:2])  # [O, I] → [O, G, g]
+        self.rows.lerp_(E.square().mean(1), 1 - beta)
+        self.blocks.lerp_(torch.einsum("ogi,ogk->gik", groups, groups) / len(E), 1 - beta)
+
+    def advance(self, E: Tensor, rate: float, memory: float, corrected: float) -> None:
+        """u ← memory · u − rate · grid · E / √v, v the factored second moment (Adafactor, arXiv 1804.04235, §3).
+
+        `corrected`: 1 − βᵗ, by which the averages are too small.
+        """
+        columns = self.blocks.diagonal(dim1=1, dim2=2).flatten()  # [I]
+        mean = columns.mean()
+        self.u.mul_(memory)
+        if mean > 0:
+            by_row = (self.rows / mean).clamp(min=SMALLEST).rsqrt() * self.grid  # [O]
+            by_column = (columns / mean).clamp(min=SMALLEST).rsqrt()  # [I]
+            self.u.sub_(E * by_row[:, None] * by_column, alpha=rate * (corrected / mean.item()) ** 0.5)
+
+    def by_group(self, p: int) -> Tensor:
+        """A view of u: [O, I] → [R, p, G, g]."""
+        return self.u.view(-1, p, *self.blocks.shape[:2])
+
+    def farthest(self, p: int, count: int) -> Tensor:
+        """The `count` groups (r·G + j) [N] that have drifted farthest in units of the grid, ascending."""
+        unit = self.grid.clamp(min=torch.finfo(self.grid.dtype).tiny)
+        length = torch.linalg.vector_norm(self.by_group(p), dim=3) / unit.view(-1, p, 1)  # [R, p, G]
+        return torch.linalg.vector_norm(length, dim=1).flatten().topk(count).indices.sort().values
+
+    def metrics(self, at: Tensor, p: int) -> Tensor:
+        """Metrics [N, g, g] of the groups `at` [N]: the column group's damped block times the rows' mean square."""
+        G = len(self.blocks)
+        size = self.blocks.diagonal(dim1=1, dim2=2).mean(1)  # [G]
+        damping = DAMPING * size.clamp(min=SMALLEST * size.mean())
+        damped = self.blocks + torch.diag_embed(damping[:, None].expand(-1, self.blocks.shape[1]))
+        return damped[at % G] * self.rows.view(-1, p).mean(1)[at // G, None, None]
+
+
+class CodeUpdates:
+    """Changes the codes of a model's quantized layers by steps on the decoded weights.
+
+    Every layer gets a `latent` whose `.grad` collects E. Nothing is drawn at random: with the same gradients all
+    processes make the same changes. A weight takes 8 bytes in training: its gradient and its drift.
+
+    Raises:
+        ValueError: the model has no quantized layer.
+    """
+
+    def __init__(self, unet: nn.Module, settings: CodeUpdateSettings | None = None):
+        self.settings, self.layers, self.steps = settings or CodeUpdateSettings(), quantized_layers(unet), 0
+        if not self.layers:
+            raise ValueError("the model has no quantized layer whose codes could change")
+        self.drifts = {name: Drift.of(layer) for name, layer in self.layers.items()}
+        self.first = {name: layer.codes.detach().clone() for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            layer.latent = _stand_in(self.drifts[name].u)
+
+    def gradients(self) -> list[Tensor]:
+        """Gradients of the decoded weights [O, I], layer by layer; zeros where there was none."""
+        for layer in self.layers.values():
+            if layer.latent.grad is None:
+                layer.latent.grad = torch.zeros(layer.latent.shape, device=layer.latent.device)
+        return [layer.latent.grad for layer in self.layers.values()]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for layer in self.layers.values():
+            layer.latent.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float = 1.0) -> CodeStep:
+        """Move the drifts along the gradients, `lr` times `code_lr` far, and encode this step's groups anew.
+
+        To be called after the continuous optimizer's step, with gradients that are the same on all processes.
+        """
+        self.steps += 1
+        gradients = self.gradients()
+        parts = [
+            self._step(*one, lr) for one in zip(self.layers.values(), self.drifts.values(), gradients, strict=True)
+        ]
+        return CodeStep(*map(sum, zip(*parts, strict=True)))
+
+    def _step(self, layer: QuantizedLayer, drift: Drift, E: Tensor, lr: float) -> CodeStep:
+        settings = self.settings
+        drift.observe(E, settings.code_beta)
+        drift.advance(E, lr * settings.code_lr, settings.code_memory, 1 - settings.code_beta**self.steps)
+        at = drift.farthest(layer.spec.out_group_size, self._count(layer))
+        return self._encode(layer, drift, at)
+
+    def _count(self, layer: QuantizedLayer) -> int:
+        R, G = layer.code().codes.shape[:2]
+        return math.ceil(self.settings.code_fraction * R * G)
+
+    def _encode(self, layer: QuantizedLayer, drift: Drift, at: Tensor) -> CodeStep:
+        """Encode the groups `at` [N] anew towards where they drift."""
+        code, p, G = layer.code(), layer.spec.out_group_size, len(drift.blocks)
+        wishes = drift.by_group(p)[at // G, :, at % G]  # [N, p, g]
+        move = nearest_moves(code, at, wishes, drift.metrics(at, p), self.settings.code_beam_size)
+        made = within((self.settings.code_trust_ratio * drift.norm).square(), move)
+        left = torch.where(made[:, None, None], wishes - move.moved, wishes)
+        left[move.gain <= 0] *= BACK  # nothing is nearer, perhaps for good: let others come first
+        drift.by_group(p)[at // G, :, at % G] = left
+        codes = code.codes.clone()  # [R, G, M]
+        codes[at[made] // G, at[made] % G] = move.codes[made].to(codes.dtype)
+        layer.set_codes(codes)
+        return CodeStep(len(at), int(made.sum()))
+
+    def differing(self) -> CodeStep:
+        """All groups, and those whose codes are others than in the beginning."""
+        pairs = [(layer, _unpacked(layer, self.first[name])) for name, layer in self.layers.items()]
+        changed = sum(int((layer.code().codes != first).any(2).sum()) for layer, first in pairs)
+        return CodeStep(sum(first[..., 0].numel() for _, first in pairs), changed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next step depends on, besides the model."""
+        held = {f"{name}.{key}": value for name, drift in self.drifts.items() for key, value in vars(drift).items()}
+        held |= {f"{name}.first": codes for name, codes in self.first.items()}
+        return {"steps": torch.tensor(self.steps)} | held
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`, bit for bit. Raises KeyError or RuntimeError when it is of another model."""
+        self.steps = int(state["steps"])
+        for name, drift in self.drifts.items():
+            for key, value in (vars(drift) | {"first": self.first[name]}).items():
+                value.copy_(state[f"{name}.{key}"])
+
+    def close(self) -> None:
+        """Take the latents off the layers."""
+        for layer in self.layers.values():
+            layer.latent = None
+
+
+def _unpacked(layer: QuantizedLayer, packed: Tensor) -> Tensor:
+    """Codes [R, G, M] of a layer's format."""
+    shape = layer.code().codes.shape
+    return unpack_codes(packed, layer.spec.nbits_per_codebook, shape.numel()).view(shape)
+
+
+def _stand_in(like: Tensor) -> Tensor:
+    """A tensor that only its gradient makes large: one number, shown as a matrix."""
+    return torch.zeros((), device=like.device).expand(like.shape).requires_grad_()

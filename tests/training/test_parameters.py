@@ -1,0 +1,68 @@
+import classroom
+import pytest
+import torch
+
+from vqdm.errors import RunError, UserError
+from vqdm.layers.banks import BANKS
+from vqdm.training.config import OptimizerConfig
+from vqdm.training.optimizer import rate_factor
+from vqdm.training.parameters import kinds_of, parameter_groups, stored_types, trainable, types_on_disk, write_back
+
+
+def test_kinds():
+    unet = classroom.student(classroom.FORMATS["shared"], rounded=True)
+    kinds, name = kinds_of(unet), classroom.NAMES[0]
+    assert kinds[f"{BANKS}.bank"] == "codebook" and kinds[f"{name}.scales"] == "scale"
+    assert kinds["time_embedding.linear_1.scales"] == "scale" and kinds["conv_in.weight"] == "weight"
+    assert kinds["conv_norm_out.weight"] == kinds[f"{name}.bias"] == "bias"
+    assert f"{name}.codes" not in kinds and len(kinds) == sum(p.is_floating_point() for p in unet.parameters())
+    tables = kinds_of(classroom.student(classroom.FORMATS["value_tables"]))
+    assert tables[f"{name}.codebook_values"] == "codebook"
+
+
+def test_rates_are_relative_but_for_biases():
+    unet = classroom.student(classroom.FORMATS["own"])
+    config = OptimizerConfig(finetune_lr=0.01, codebook_lr=1.0, scale_lr=2.0, weight_lr=0.0, bias_lr=0.5)
+    trained = trainable(unet, config)
+    groups = parameter_groups(trained, config)
+    rates = {id(tensor): group["lr"] for group in groups for tensor in group["params"]}
+    assert len(rates) == len(trained.tensors) and "conv_in.weight" not in trained.tensors
+    for name, tensor in trained.tensors.items():
+        size, kind = tensor.detach().square().mean().sqrt().item(), trained.kinds[name]
+        wanted = {"bias": 0.005, "codebook": 0.01 * size, "scale": 0.02 * size}[kind]
+        assert rates[id(tensor)] == pytest.approx(wanted, rel=0 if kind == "bias" else 0.42)
+    assert all(tensor.dtype == torch.float32 for tensor in unet.parameters() if tensor.is_floating_point())
+
+
+def test_types_go_back_to_what_was_stored(tmp_path):
+    unet = classroom.student(classroom.FORMATS["own"])
+    types = stored_types(unet)
+    assert set(types.values()) == {torch.float16, torch.float32}
+    unet.save_pretrained(tmp_path)
+    assert types_on_disk(tmp_path) == types
+    trained = trainable(unet, OptimizerConfig())
+    write_back(unet, types)
+    assert stored_types(unet) == types
+    trained.tensors[f"{classroom.NAMES[0]}.scales"].data = torch.full((32,), 1e6)
+    with pytest.raises(RunError, match=r"conv1\.scales has grown beyond what torch.float16 holds"):
+        write_back(unet, types)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"finetune_adam_beta2": 1.0}, "--finetune_adam_beta2 is 1.0"),
+        ({"finetune_lr": 0.0}, "nothing would be trained"),
+    ],
+)
+def test_impossible_settings(settings, words):
+    with pytest.raises(UserError, match=words):
+        OptimizerConfig(**settings)
+
+
+def test_rates_warm_up_and_fall():
+    config = OptimizerConfig(lr_scheduler="linear", lr_warmup_steps=3)
+    assert [rate_factor(k, 10, config) for k in range(5)] == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6])
+    cosine = OptimizerConfig(lr_warmup_steps=0)
+    assert [rate_factor(k, 2, cosine) for k in (0, 1, 2)] == pytest.approx([1.0, 0.5, 0.0])
+    assert rate_factor(9, 10, OptimizerConfig(lr_scheduler="constant", lr_warmup_steps=0)) == 1.0

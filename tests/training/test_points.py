@@ -1,0 +1,70 @@
+import classroom
+import pytest
+import torch
+
+from vqdm.diffusion.trajectories import Trajectories, join
+from vqdm.training.points import Point, Points, bin_of, drawn, shuffled, spread, timestep_weights
+
+
+def two_parts() -> Points:
+    whole = classroom.points(classroom.teacher(), prompts=3, steps=4).parts[0]
+    first, second = (
+        Trajectories(
+            whole.latents[part],
+            whole.timesteps,
+            {k: v[part] for k, v in whole.conditioning.items()},
+            whole.outputs[part],
+        )
+        for part in (slice(0, 2), slice(2, 3))
+    )
+    return Points([first, second])
+
+
+def test_a_batch_over_several_parts_is_that_of_the_parts_joined():
+    points = two_parts()
+    chosen = [Point(1, 0, 2), Point(0, 1, 0), Point(0, 0, 3)]
+    batch, whole = points.batch(chosen, classroom.CPU, torch.float32), join(points.parts)
+    pairs = [(2, 2), (1, 0), (0, 3)]
+    wanted = whole.inputs(pairs, "cpu", torch.float32)
+    assert torch.equal(batch.call["sample"], wanted["sample"]) and torch.equal(
+        batch.call["timestep"], wanted["timestep"]
+    )
+    assert torch.equal(batch.call["encoder_hidden_states"], wanted["encoder_hidden_states"])
+    assert torch.equal(batch.call["added_cond_kwargs"]["text_embeds"], wanted["added_cond_kwargs"]["text_embeds"])
+    assert torch.equal(batch.expected, whole.expected(pairs, "cpu")) and batch.count == 3
+    points.parts[1].outputs = None
+    assert points.batch(chosen, classroom.CPU, torch.float32).expected is None
+
+
+def test_the_row_of_prompts_is_fresh_until_the_file_is_through():
+    items = list("abcdefg")
+    row = drawn(items, 0, 21, "seed")
+    assert [sorted(row[k : k + 7]) for k in (0, 7, 14)] == [items] * 3 and row[:7] != row[7:14]
+    assert [drawn(items, k, 3, "seed") for k in range(18)] == [row[k : k + 3] for k in range(18)]
+    assert drawn(items, 0, 7, "other") != row[:7]
+
+
+def test_orders_depend_on_the_seed_alone():
+    points = two_parts()
+    order = shuffled(points, None, "1")
+    assert sorted(order) == points.all() and order == shuffled(points, None, "1") != shuffled(points, None, "2")
+
+
+def test_timesteps_are_drawn_in_proportion_to_their_weights():
+    points = Points(two_parts().parts * 400)
+    weights = timestep_weights(points, "beta")
+    noisy = [points.timestep(point) > 900 for point in shuffled(points, weights, "1")]
+    timesteps = points.parts[0].timesteps
+    assert sum(noisy) / len(noisy) == pytest.approx(((timesteps[0] / timesteps.norm()) ** 2).item(), abs=0.03)
+    assert timestep_weights(points, "uniform") is None
+    assert timestep_weights(two_parts(), "error", [1.0, 2.0, 3.0, 4.0])[:4] == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_bins_have_equal_width():
+    assert [bin_of(t, 4) for t in (0, 249.9, 250, 999, 1000)] == [0, 0, 1, 3, 3]
+
+
+def test_a_spread_has_all_prompts_and_different_timesteps():
+    chosen = spread(two_parts(), 6)
+    assert len(chosen) == 6 and len({(k, n) for k, n, _ in chosen}) == 3 and len({s for *_, s in chosen}) > 2
+    assert spread(two_parts(), 100) == two_parts().all()
