@@ -128,6 +128,21 @@ class CodeSpec:
             raise ValueError(f"no such setting: {', '.join(sorted(unknown))}")
         return replace(self, **values)
 
+    def code_bits_per_weight(self, columns: int) -> float:
+        """Bits of the codes over the weights of a matrix of so many columns."""
+        group = self.out_group_size * self.in_group_size
+        if self.row_bits:
+            return self.row_bits / (columns * self.out_group_size)
+        return self.num_codebooks * self.nbits_per_codebook / group
+
+    def packed(self, codes: Tensor, widths: Tensor | None) -> Tensor:
+        """The bytes of codes [R, G, M]; the inverse of `unpacked`. Raises ValueError where one is out of its range."""
+        if self.row_bits:
+            return pack_rows(codes[:, :, 0], widths)
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.entries:
+            raise ValueError(f"codes reach from {codes.min()} to {codes.max()}; allowed are 0 to {self.entries - 1}")
+        return pack_codes(codes, self.nbits_per_codebook)
+
     def code_bytes(self, rows: int, groups: int) -> int:
         """Bytes of the packed codes of R row groups of G column groups."""
         if self.row_bits:
@@ -305,11 +320,9 @@ def stored_scales(spec: CodeSpec, rows: int, groups: int, tensors: dict[str, Ten
 
 def _pack(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
     spec = code.spec
+    yield "codes", spec.packed(code.codes, code.widths)
     if spec.row_bits:
-        yield "codes", pack_rows(code.codes[:, :, 0], code.widths)
         yield "code_widths", code.widths.to(torch.uint8)
-    else:
-        yield "codes", pack_codes(code.codes, spec.nbits_per_codebook)
     if spec.codebook_value_nbits == 16 and not spec.shared_codebooks:
         yield "codebooks", _half(code.codebooks)
     elif not spec.shared_codebooks:

@@ -52,7 +52,12 @@ def first_entries(widths: Tensor) -> Tensor:
 
 def entry_slices(widths: Tensor) -> list[slice]:
     """The entries that each column group may use."""
-    return [slice(2**w - 1, 2 ** (w + 1) - 1) for w in widths.tolist()]
+    return [width_slice(width) for width in widths.tolist()]
+
+
+def width_slice(width: int) -> slice:
+    """The entries of the codebook of one width."""
+    return slice(2**width - 1, 2 ** (width + 1) - 1)
 
 
 def offsets(widths: Tensor) -> Tensor:
