@@ -171,6 +171,7 @@ def run(job: Distillation, trained: Trained) -> dict | None:
 
 def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> None:
     """Leave in the student what is to be saved, in the types that it is stored in."""
+    job.ranks.wait()  # the first process has written the best
     if fault or job.config.finetune_keep_best:
         loop.trainer.restore(loop.checkpoints.load_best(loop.progress.best["step"]))
         say(f"kept: {kept_words(loop)}")
