@@ -22,8 +22,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vqdm.errors import UserError
-from vqdm.storage.atomic import save_bytes, save_json, save_text
+from vqdm.storage.atomic import save_bytes, save_json, save_text, sweep
 from vqdm.storage.fingerprint import file_sha256
+from vqdm.tracking import log
 
 # Layout → where the picture of (prompt index, sample) goes.
 LAYOUTS: dict[str, Callable[[int, int], str]] = {
@@ -33,6 +34,7 @@ LAYOUTS: dict[str, Callable[[int, int], str]] = {
 }
 GRID_COLUMNS = 2
 MOST_IN_GRID = 4
+CHECK = "row_sha256"  # the first digits of a manifest line's own digest
 
 Key = tuple[int, int]
 
@@ -47,19 +49,34 @@ def png_bytes(image: Image.Image, metadata: dict) -> bytes:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a manifest; a line that a crash cut off is left out, a missing file has none."""
+    """Rows of a manifest; a missing file has none. Damaged lines are left out, with a warning but for a cut last."""
     if not path.is_file():
         return []
-    rows = [_parsed(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = [_parsed(line) for line in text.splitlines()]
+    for number in (k for k, row in enumerate(rows, start=1) if row is None):
+        if number < len(rows) or text.endswith("\n"):
+            log.warning("warning: %s: line %d is damaged and left out", path, number)
     return [row for row in rows if row is not None]
 
 
 def _parsed(line: str) -> dict | None:
+    """A row, or None where it is not what was written; one without a checksum, from elsewhere, is taken as it is."""
     try:
         row = json.loads(line)
-        return row if {"index", "sample", "file", "sha256"} <= row.keys() else None
-    except (ValueError, AttributeError):
+        intact = row.pop(CHECK, None) in (None, _row_digest(row))
+        return row if intact and {"index", "sample", "file", "sha256"} <= row.keys() else None
+    except (ValueError, AttributeError, TypeError):
         return None
+
+
+def sealed(row: dict) -> dict:
+    """A row with its checksum, as it goes into a manifest."""
+    return row | {CHECK: _row_digest(row)}
+
+
+def _row_digest(row: dict) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def key_of(row: dict) -> Key:
@@ -94,6 +111,11 @@ class ImageFolder:
                 save_json(about, record)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+
+    def sweep(self) -> None:
+        """Delete what killed writers left, unless other shards may be writing."""
+        if self.shard[1] == 1:
+            sweep(self.path)
 
     # ------------------------------------------------------------------------------------ pictures
 
@@ -133,7 +155,7 @@ class ImageFolder:
         """Put all rows into `manifest.jsonl`, leaving out those for which `unless` holds; returns them."""
         with self._locked():
             kept = {key: row for key, row in self.rows().items() if not unless(row)}
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept.values())
+            lines = (json.dumps(sealed(row), ensure_ascii=False) + "\n" for row in kept.values())
             save_text("".join(lines), self.path / "manifest.jsonl")
             for path in self._own_parts():
                 path.unlink()

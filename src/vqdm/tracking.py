@@ -37,10 +37,13 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None  # a full disk names no file
 
 
 class Tracker:

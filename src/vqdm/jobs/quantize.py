@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -31,7 +32,7 @@ from vqdm.jobs.allocation import allocated
 from vqdm.jobs.banks import make_banks, shared
 from vqdm.jobs.between import check_between, finetune_between, teacher_points, turns
 from vqdm.jobs.job import Job, on_save
-from vqdm.jobs.plan import Rest, bank_bits, bank_users, layer_table, predicted_bytes, totals
+from vqdm.jobs.plan import Rest, bank_bits, bank_users, hessian_bytes, layer_table, predicted_bytes, totals
 from vqdm.jobs.recording import (
     calibration_trajectories,
     digest,
@@ -97,6 +98,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
     if ranks.main:
         need = predicted_bytes(pipeline, config.sampling.num_inference_steps, len(calibration), len(evaluation))
+        need += hessian_bytes(layers, config.hessian_memory_gb)
         folder.open(settings, versions(), config.resume, need)
     if ranks.agreed(folder.finished):
         return close_finished(folder) if ranks.main else None
@@ -298,10 +300,20 @@ def save_pipeline(job: Job, staged: Path) -> None:
         part = getattr(job.pipeline, name, None)
         if isinstance(part, torch.nn.Module):
             cast_plain(part, dtype)
+    forget_calls(job.pipeline)
     try:
         job.pipeline.save_pretrained(staged)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{staged} cannot be written: {str(error).splitlines()[0]}; --resume goes on here") from None
+
+
+def forget_calls(pipeline: DiffusionPipeline) -> None:
+    """Clear what tokenizers keep of their last call and would save: a resumed run may not have called them at all."""
+    for part in pipeline.components.values():
+        backend = getattr(part, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
 
 
 def stored_sizes(job: Job, staged: Path) -> dict[str, float]:

@@ -30,7 +30,7 @@ from vqdm.scores.measuring import SMALLEST_FOR_SSIM, Work, pixel_table, similari
 from vqdm.scores.picture_sets import PictureSet, mismatches, open_pictures, shared_keys
 from vqdm.scores.report import Material, write_page
 from vqdm.scores.results import SCHEMA, Score, Table, global_psnr, mean_score, per_image_csv, winrate
-from vqdm.storage.atomic import save_json, save_text
+from vqdm.storage.atomic import save_json, save_text, sweep
 from vqdm.tracking import Tracker, say
 from vqdm.versions import versions
 
@@ -190,6 +190,7 @@ def collect(job: Job) -> None:
 def finish(job: Job) -> Scored:
     """Write everything, and log it where a tracker is asked for."""
     config, folder = job.config, job.config.folder
+    sweep(folder, below=False)
     result = record(job)
     save_json(result, folder / "metrics.json")
     save_text(per_image_csv(list(job.images.pictures.values()), job.table), folder / "per_image.csv")

@@ -37,7 +37,7 @@ class HessianStore:
             changed = differences(index["settings"], self.settings)
             self.leaders = dict(index["layers"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--hessian_cache: {self.index} is damaged; delete it, or choose another folder") from None
+            raise UserError(f"{self.index} is damaged; delete it, or choose another --hessian_cache") from None
         if changed:
             raise UserError(
                 f"--hessian_cache {self.folder} is of another run: {'; '.join(changed)}; choose another folder"
