@@ -1,28 +1,32 @@
-"""Moving a coded matrix by changing codes: for wished moves of the weights, the codes that come nearest to them.
+"""Moving a coded matrix by changing a few codes: for wished moves of groups, the codes that come nearest to them.
 
-A column group's codes are chosen under a metric F Fᵀ of its own, with codebooks and scales as they are.
+Each group (a row group at a column group) is encoded under a metric of its own, r ↦ Σ_a r_a A r_aᵀ over its rows r_a,
+with codebooks and scales as they are.
 
-Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; M codebooks.
+Letters: p, g = out and in group size; d = p·g; R row groups, G column groups; M codebooks of K entries; N groups that
+are to move; B hypotheses (beam).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode
-from vqdm.additive.encode import encode_group, group_values
+from vqdm.additive.kmeans import rows_at_once
+from vqdm.additive.topk import smallest
 
 
 class Move(NamedTuple):
-    """New codes for some column groups, J of them.
+    """New codes for N groups.
 
     Attributes:
-        codes: [R, J, M].
-        moved: by how much the decoded columns change, [O, J·g].
-        gain: by how much each wish comes nearer, ‖wish F‖² − ‖(wish − moved) F‖²; [R, J], 0 where no code is nearer.
+        codes: [N, M].
+        moved: by how much the decoded groups change, [N, p, g].
+        gain: by how much the wish comes nearer in the group's metric, [N]; 0 where no code is nearer.
     """
 
     codes: Tensor
@@ -30,59 +34,95 @@ class Move(NamedTuple):
     gain: Tensor
 
 
-def nearest_moves(code: AdditiveCode, wishes: Tensor, factors: Tensor, beam_size: int) -> Move:
-    """The codes of every column group of `code` that come nearest to its decoded values plus `wishes`.
+def nearest_moves(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Tensor, beam_size: int) -> Move:
+    """The codes of the groups `at` [N] (r·G + j) that come nearest to their decoded values plus `wishes` [N, p, g].
 
-    Args: `wishes` [O, I]; `factors` F [G, g, g]. A group whose present codes are as near keeps them.
+    `metrics` A [N, g, g] are symmetric and positive. A group keeps its present codes where no others are nearer.
     """
-    g = code.spec.in_group_size
-    present = code.dequantize()
-    moves = [
-        _nearest_move(code, j, present[:, j * g : (j + 1) * g], wishes[:, j * g : (j + 1) * g], factors[j], beam_size)
-        for j in range(len(factors))
-    ]
-    codes, moved, gain = zip(*moves, strict=True)
-    return Move(torch.stack(codes, 1), torch.cat(moved, 1), torch.stack(gain, 1))
+    if code.spec.groupwise_codebooks:
+        return _by_column_group(code, at, wishes, metrics, beam_size)
+    books = code.codebooks.float()
+    present = code.codes.view(-1, len(books))[at].long()  # [N, M]
+    unit = _units(code, at)  # [N, 1, g]
+    now = _sums(books, present)  # [N, p, g]
+    safe = torch.where(unit == 0, 1.0, unit)
+    found = encode_under(now + wishes / safe, metrics * unit * unit.transpose(1, 2), books, beam_size)
+    moved = (_sums(books, found) - now) * unit
+    gain = _squares(wishes, metrics) - _squares(wishes - moved, metrics)
+    nearer = gain > 0
+    codes = torch.where(nearer[:, None], found, present)
+    return Move(codes, moved * nearer[:, None, None], torch.where(nearer, gain, 0.0))
 
 
-def _nearest_move(code: AdditiveCode, j: int, present: Tensor, wish: Tensor, factor: Tensor, beam_size: int) -> tuple:
-    """Codes [R, M], moved [O, g] and gain [R] of column group j."""
-    p, g = code.spec.out_group_size, code.spec.in_group_size
-    t = torch.ones_like(wish[0]) if code.input_scales is None else code.input_scales[j * g : (j + 1) * g].float()
-    target = (present + wish) / torch.where(t == 0, 1.0, t)
-    found, values = encode_group(target, *_in_float(group_values(code, j)), t[:, None] * factor, beam_size)
-    moved = values * t - present
-    gain = _squares(wish @ factor, p) - _squares((wish - moved) @ factor, p)
-    nearer = gain > 0  # [R]
-    codes = torch.where(nearer[:, None], found.to(code.codes.dtype), code.codes[:, j])
-    return codes, moved * nearer.repeat_interleave(p)[:, None], torch.where(nearer, gain, 0.0)
+def _by_column_group(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Tensor, beam_size: int) -> Move:
+    """The same where every column group has codebooks of its own."""
+    G, M = code.codes.shape[1:]
+    columns = at % G
+    move = Move(at.new_empty(len(at), M), torch.empty_like(wishes), wishes.new_empty(len(at)))
+    for j in columns.unique().tolist():
+        own = (columns == j).nonzero()[:, 0]
+        part = code.with_groups(columns.new_tensor([j]))
+        plain = replace(part, spec=code.spec.changed(groupwise_codebooks=False), codebooks=part.codebooks[0])
+        found = nearest_moves(plain, at[own] // G, wishes[own], metrics[own], beam_size)
+        for whole, some in zip(move, found, strict=True):
+            whole[own] = some
+    return move
 
 
-def _in_float(values: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    scales, codebooks = values
-    return scales.float(), codebooks.float()
+def _units(code: AdditiveCode, at: Tensor) -> Tensor:
+    """What the sums of entries are multiplied by in the groups `at`, scales times input scales: [N, 1, g]."""
+    G, g = code.codes.shape[1], code.spec.in_group_size
+    rows, columns = at // G, at % G
+    s = code.scales[rows, columns if code.scales.shape[1] > 1 else 0].float()  # [N]
+    t = s.new_ones(G * g) if code.input_scales is None else code.input_scales.float()
+    return s[:, None, None] * t.view(G, 1, g)[columns]
 
 
-def _squares(values: Tensor, p: int) -> Tensor:
-    """Sums of squares [R] of the row groups of `values` [O, g]."""
-    return values.square().view(-1, p * values.shape[1]).sum(1)
+def _sums(codebooks: Tensor, codes: Tensor) -> Tensor:
+    """Sums of entries [N, p, g] of `codebooks` [M, K, p, g]."""
+    return sum(codebooks[m][codes[:, m]] for m in range(len(codebooks)))
 
 
-def within(limit: Tensor, move: Move, p: int) -> Tensor:
-    """Which moves to make: those of the largest gains whose squared sizes add up to no more than `limit`; bool [R, J].
+def _squares(values: Tensor, metrics: Tensor) -> Tensor:
+    """Σ_a v_a A v_aᵀ [N] of `values` [N, p, g]."""
+    return (values @ metrics * values).sum((1, 2))
+
+
+def encode_under(targets: Tensor, metrics: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
+    """Codes [N, M] whose entries of `codebooks` [M, K, p, g] sum up to about `targets` [N, p, g] under their metrics.
+
+    A beam over the codebooks in their order, as `encode.encode_vectors`, which has one metric for all.
+    """
+    parts = torch.arange(len(targets), device=targets.device).split(
+        rows_at_once(targets, beam_size * codebooks.shape[1])
+    )
+    return torch.cat([_encode_under(targets[part], metrics[part], codebooks, beam_size) for part in parts])
+
+
+def _encode_under(targets: Tensor, metrics: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
+    N, (M, K) = len(targets), codebooks.shape[:2]
+    rows = torch.arange(N, device=targets.device)[:, None]
+    residual = targets[:, None]  # [N, B, p, g]
+    codes = torch.empty(N, 1, 0, dtype=torch.int64, device=targets.device)  # [N, B, m]
+    for m in range(M):
+        pulled = residual @ metrics[:, None]  # [N, B, p, g]
+        # (r − c) A (r − c)ᵀ = r A rᵀ − 2 r A cᵀ + ⟨A, cᵀ c⟩
+        norms = metrics.flatten(1) @ (codebooks[m].transpose(1, 2) @ codebooks[m]).flatten(1).T  # [N, K]
+        scores = (pulled * residual).sum((2, 3))[..., None] + norms[:, None]
+        scores = scores - 2 * pulled.flatten(2) @ codebooks[m].flatten(1).T  # [N, B, K]
+        picks = smallest(scores.flatten(1), beam_size if m < M - 1 else 1)  # [N, B']
+        above, entries = picks // K, picks % K
+        residual = residual[rows, above] - codebooks[m][entries]
+        codes = torch.cat([codes[rows, above], entries[..., None]], dim=2)
+    return codes[:, 0]
+
+
+def within(limit: Tensor, move: Move) -> Tensor:
+    """Which moves to make: those of the largest gains whose squared sizes add up to no more than `limit`; bool [N].
 
     Moves without gain are never made. Equal gains go by their place, so that the choice is the same everywhere.
     """
-    R, J = move.gain.shape
-    sizes = move.moved.view(R, p, J, -1).square().sum((1, 3))  # [O, J·g] → [R, J]
-    order = move.gain.flatten().sort(descending=True, stable=True).indices
-    made = torch.zeros(R * J, dtype=torch.bool, device=order.device)
-    made[order] = sizes.flatten()[order].cumsum(0) <= limit
-    return made.view(R, J) & (move.gain > 0)
-
-
-def make_moves(codes: Tensor, move: Move, made: Tensor, p: int) -> tuple[Tensor, Tensor]:
-    """`codes` [R, J, M] with the moves that are `made` [R, J], and the change of the decoded columns [O, J·g]."""
-    rows = made.repeat_interleave(p, 0)[:, :, None]  # [O, J, 1]
-    moved = move.moved.unflatten(1, (made.shape[1], -1)) * rows  # [O, J, g]
-    return torch.where(made[:, :, None], move.codes, codes), moved.flatten(1)
+    order = move.gain.sort(descending=True, stable=True).indices
+    made = torch.zeros_like(order, dtype=torch.bool)
+    made[order] = move.moved.square().sum((1, 2))[order].cumsum(0) <= limit
+    return made & (move.gain > 0)

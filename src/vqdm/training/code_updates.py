@@ -1,27 +1,31 @@
 """Codes that learn: steps on the decoded weights, rounded to codes where they have added up to something.
 
 The idea is PV-Tuning's (arXiv 2405.14852): the loss has a gradient E with respect to the decoded weight W, and codes
-follow it in small parts of the matrix at a time. Here every weight has a drift u, the sum of its preconditioned steps;
-a part of the column groups each step is encoded anew towards W + u under the metric of the gradients, and what a code
-moves is taken off the drift.
+follow it in small parts of the matrix at a time. Here every weight has a drift u, a fading sum of preconditioned steps.
+The groups that have drifted farthest are encoded anew towards W + u under the metric of the gradients, and what their
+codes move is taken off the drift.
 
-Letters: O rows, I columns; g = in group size; R row groups, G column groups; E gradient [O, I].
+Letters: O rows, I columns; p, g = out and in group size; R row groups, G column groups; N groups that are tried; E
+gradient [O, I].
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vqdm.additive.code import group_columns, unpack_codes
-from vqdm.additive.reencode import make_moves, nearest_moves, within
+from vqdm.additive.code import unpack_codes
+from vqdm.additive.reencode import nearest_moves, within
 from vqdm.errors import UserError
 from vqdm.layers.quantized import QuantizedLayer, quantized_layers
 
 SMALLEST = 1e-3  # of second moments, against their mean: what is divided by is no smaller
+DAMPING = 0.01  # of a metric, against its mean diagonal
+BACK = 0.5  # what is left of the drift of a group that was tried and stays
 
 
 @dataclass(frozen=True)
@@ -34,17 +38,17 @@ class CodeUpdateSettings:
         code_memory: what a step leaves of the drift before it adds its own. 1 adds up everything, as straight-through
             latents do; 0 knows the newest step alone, as PV-Tuning's own rule.
         code_beta: of the averages of squared gradients.
-        code_fraction: how much of the column groups is encoded anew each step, in turn.
+        code_fraction: of a layer's groups, those that are encoded anew each step: the ones that drifted farthest.
         code_beam_size: hypotheses of the encoding.
         code_trust_ratio: ‖change of W‖ / ‖W‖ of a layer in a step, at most.
     """
 
-    code_lr: float = 0.03
+    code_lr: float = 0.06
     code_memory: float = 0.98
     code_beta: float = 0.95
-    code_fraction: float = 0.125
+    code_fraction: float = 0.01
     code_beam_size: int = 4
-    code_trust_ratio: float = 0.02
+    code_trust_ratio: float = 0.05
 
     def __post_init__(self) -> None:
         self._check("code_lr", self.code_lr > 0, "numbers above 0")
@@ -111,15 +115,23 @@ class Drift:
             by_column = (columns / mean).clamp(min=SMALLEST).rsqrt()  # [I]
             self.u.sub_(E * by_row[:, None] * by_column, alpha=rate * (corrected / mean.item()) ** 0.5)
 
-    def factors(self, picked: Tensor) -> Tensor:
-        """F of the metrics F Fᵀ of the column groups `picked` [J]: the averaged blocks, damped; [J, g, g]."""
-        damped = self.blocks[picked]
-        size = self.blocks.diagonal(dim1=1, dim2=2).mean()
-        if size <= 0:
-            return torch.eye(damped.shape[1], device=damped.device).expand_as(damped)
-        own = damped.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=SMALLEST * size)  # [J, 1]
-        damped.diagonal(dim1=1, dim2=2).add_(0.01 * own)
-        return torch.linalg.cholesky(damped / own[:, :, None])
+    def by_group(self, p: int) -> Tensor:
+        """A view of u: [O, I] → [R, p, G, g]."""
+        return self.u.view(-1, p, *self.blocks.shape[:2])
+
+    def farthest(self, p: int, count: int) -> Tensor:
+        """The `count` groups (r·G + j) [N] that have drifted farthest in units of the grid, ascending."""
+        unit = self.grid.clamp(min=torch.finfo(self.grid.dtype).tiny)
+        length = torch.linalg.vector_norm(self.by_group(p), dim=3) / unit.view(-1, p, 1)  # [R, p, G]
+        return torch.linalg.vector_norm(length, dim=1).flatten().topk(count).indices.sort().values
+
+    def metrics(self, at: Tensor, p: int) -> Tensor:
+        """Metrics [N, g, g] of the groups `at` [N]: the column group's damped block times the rows' mean square."""
+        G = len(self.blocks)
+        size = self.blocks.diagonal(dim1=1, dim2=2).mean(1)  # [G]
+        damping = DAMPING * size.clamp(min=SMALLEST * size.mean())
+        damped = self.blocks + torch.diag_embed(damping[:, None].expand(-1, self.blocks.shape[1]))
+        return damped[at % G] * self.rows.view(-1, p).mean(1)[at // G, None, None]
 
 
 class CodeUpdates:
@@ -170,21 +182,26 @@ class CodeUpdates:
         settings = self.settings
         drift.observe(E, settings.code_beta)
         drift.advance(E, lr * settings.code_lr, settings.code_memory, 1 - settings.code_beta**self.steps)
-        turns = round(1 / settings.code_fraction)
-        picked = torch.arange(self.steps % turns, len(drift.blocks), turns, device=E.device)  # [J]
-        return self._encode(layer, drift, picked) if len(picked) else CodeStep(0, 0)
+        at = drift.farthest(layer.spec.out_group_size, self._count(layer))
+        return self._encode(layer, drift, at)
 
-    def _encode(self, layer: QuantizedLayer, drift: Drift, picked: Tensor) -> CodeStep:
-        """Encode the column groups `picked` [J] anew."""
-        code, columns = layer.code(), group_columns(picked, layer.spec.in_group_size)  # [J·g]
-        part = code.with_groups(picked)
-        move = nearest_moves(part, drift.u[:, columns], drift.factors(picked), self.settings.code_beam_size)
-        limit = (self.settings.code_trust_ratio * drift.norm).square()
-        made = within(limit, move, layer.spec.out_group_size)
-        codes, moved = make_moves(part.codes, move, made, layer.spec.out_group_size)
-        drift.u[:, columns] -= moved
-        layer.set_codes(code.codes.index_copy(1, picked, codes))
-        return CodeStep(made.numel(), int(made.sum()))
+    def _count(self, layer: QuantizedLayer) -> int:
+        R, G = layer.code().codes.shape[:2]
+        return math.ceil(self.settings.code_fraction * R * G)
+
+    def _encode(self, layer: QuantizedLayer, drift: Drift, at: Tensor) -> CodeStep:
+        """Encode the groups `at` [N] anew towards where they drift."""
+        code, p, G = layer.code(), layer.spec.out_group_size, len(drift.blocks)
+        wishes = drift.by_group(p)[at // G, :, at % G]  # [N, p, g]
+        move = nearest_moves(code, at, wishes, drift.metrics(at, p), self.settings.code_beam_size)
+        made = within((self.settings.code_trust_ratio * drift.norm).square(), move)
+        left = torch.where(made[:, None, None], wishes - move.moved, wishes)
+        left[move.gain <= 0] *= BACK  # nothing is nearer, perhaps for good: let others come first
+        drift.by_group(p)[at // G, :, at % G] = left
+        codes = code.codes.clone()  # [R, G, M]
+        codes[at[made] // G, at[made] % G] = move.codes[made].to(codes.dtype)
+        layer.set_codes(codes)
+        return CodeStep(len(at), int(made.sum()))
 
     def differing(self) -> CodeStep:
         """All groups, and those whose codes are others than in the beginning."""
