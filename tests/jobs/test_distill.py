@@ -273,3 +273,15 @@ def test_every_flag_reaches_the_settings():
     assert (config.decode, config.sampling.guidance_scale, config.use_checkpointing) == ("call", 0.0, True)
     with pytest.raises(UserError, match="invalid choice"):
         finetune.build_parser().parse(["a", "b", "c", "d", "--lr_scheduler", "sawtooth"])
+
+
+def test_codes_learn_and_their_packing_stays(run, quantized, tmp_path, capsys):
+    extra = ["--update_codes", "--code_lr", "0.3", "--code_fraction", "0.5", "--max_steps", "3"]
+    assert run(tmp_path / "out", *extra) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    before, after = weights(quantized), weights(tmp_path / "out")
+    changed = [name for name in before if name.endswith(".codes") and not torch.equal(before[name], after[name])]
+    assert changed and 0 < summary["groups_changed"] < summary["groups"]
+    assert all(before[name].shape == after[name].shape for name in before)
+    assert "of the groups have other codes" in capsys.readouterr().out
+    assert all(row["groups_tried"] > 0 for row in log(tmp_path / "out") if "loss" in row)
