@@ -215,7 +215,7 @@ def test_an_epoch_that_gains_little_is_the_last(run, tmp_path):
 
 
 def test_two_processes_give_what_one_gives(finished, pipelines, quantized, prompt_file, tmp_path):
-    """Sums are in another order: parameters agree to one percent of how far they have moved."""
+    """Sums are in another order: parameters agree to a thousandth of how far they have moved."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "finetune.py"]
     words = [pipelines["sdxl"], quantized, prompt_file, prompt_file, "--output_dir", tmp_path / "two"]
     extra = [*EXTRA, "--local_batch_size", "1", "--finetune_batch_size", "4"]
@@ -224,12 +224,12 @@ def test_two_processes_give_what_one_gives(finished, pipelines, quantized, promp
     before, one, two = weights(quantized), weights(finished), weights(tmp_path / "two")
     apart = sum((one[name].float() - two[name].float()).square().sum() for name in one)
     moved = sum((one[name].float() - before[name].float()).square().sum() for name in one)
-    assert apart.sqrt() < 1e-2 * moved.sqrt()
+    assert apart.sqrt() < 1e-3 * moved.sqrt()
     first, second = log(finished), log(tmp_path / "two")
     assert [row["step"] for row in first] == [row["step"] for row in second]
-    for left, right in zip(first, second, strict=True):
-        assert left.get("loss") == pytest.approx(right.get("loss"), rel=1e-3)
-        assert left.get("held_out_loss") == pytest.approx(right.get("held_out_loss"), rel=1e-3)
+    for key in ("loss", "held_out_loss"):
+        left, right = ([row[key] for row in rows if key in row] for rows in (first, second))
+        assert left == pytest.approx(right, rel=1e-5)
 
 
 def test_real_pictures(run, tmp_path, finished):
