@@ -28,7 +28,7 @@ from torch import Tensor
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import load_sealed, save_json, save_sealed, save_text, sweep
+from vqdm.storage.atomic import UNFINISHED, load_sealed, save_json, save_sealed, save_text, sweep
 from vqdm.storage.claims import check_claim
 
 
@@ -65,7 +65,7 @@ class RunFolder:
     def _check_writable(self, need_bytes: int) -> None:
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            probe = self.work / f".probe.{os.getpid()}"
+            probe = self.work / f".probe.{os.getpid()}{UNFINISHED}"
             probe.touch()
             probe.unlink()
         except OSError as error:
