@@ -20,7 +20,7 @@ import resource
 import sys
 import traceback
 
-SCRIPTS = ("main_text2image", "generate", "metrics")
+SCRIPTS = ("main_text2image", "finetune", "generate", "metrics")
 CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 
 
