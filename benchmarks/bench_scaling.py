@@ -1,6 +1,6 @@
 """How quantization scales with processes: measured here, and simulated for SDXL on 1 to 64 GPUs.
 
-    python benchmarks/bench_scaling.py measure assets/shapes-xl --processes 1 2 -- --calibration_nsamples 32
+    python benchmarks/bench_scaling.py measure assets/shapes-xl --processes 1 2 --flags="--calibration_nsamples 32"
     python benchmarks/bench_solver.py --model assets/shapes-xl --codes 3x8g8 > times.jsonl
     python benchmarks/bench_scaling.py simulate times.jsonl --solver_speedup 50
 
@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
 def measured_run(arguments: argparse.Namespace, world: int, out: Path) -> dict:
     """One run of the whole program; seconds by its own clock, without imports."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), "main_text2image.py"]
-    words = [arguments.model, *PROMPTS, "--output_dir", str(out), *arguments.flags]
+    words = [arguments.model, *PROMPTS, "--output_dir", str(out), *shlex.split(arguments.flags)]
     began = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *launch, *words], check=True, stdout=subprocess.DEVNULL, env=environment)
@@ -216,7 +217,7 @@ def main() -> None:
     one = modes.add_parser("measure")
     one.add_argument("model")
     one.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    one.add_argument("flags", nargs="*", help="of main_text2image.py, after --")
+    one.add_argument("--flags", default="", help="more flags of main_text2image.py, as one word")
     two = modes.add_parser("simulate")
     two.add_argument("times", metavar="FILE.jsonl", help="rows of bench_solver.py")
     two.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
