@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.additive.kmeans import rows_at_once
+from vqdm.additive.rates import width_slice
 from vqdm.additive.topk import smallest
 
 
@@ -41,6 +42,8 @@ def nearest_moves(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Tenso
     """
     if code.spec.groupwise_codebooks:
         return _by_column_group(code, at, wishes, metrics, beam_size)
+    if code.widths is not None:
+        return _by_width(code, at, wishes, metrics, beam_size)
     books = code.codebooks.float()
     present = code.codes.view(-1, len(books))[at].long()  # [N, M]
     unit = _units(code, at)  # [N, 1, g]
@@ -65,6 +68,20 @@ def _by_column_group(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Te
         plain = replace(part, spec=code.spec.changed(groupwise_codebooks=False), codebooks=part.codebooks[0])
         found = nearest_moves(plain, at[own] // G, wishes[own], metrics[own], beam_size)
         for whole, some in zip(move, found, strict=True):
+            whole[own] = some
+    return move
+
+
+def _by_width(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Tensor, beam_size: int) -> Move:
+    """The same at variable rate: for each width, its part of the codebook."""
+    widths = code.widths[at % code.codes.shape[1]]  # [N]
+    move = Move(at.new_empty(len(at), 1), torch.empty_like(wishes), wishes.new_empty(len(at)))
+    for width in widths.unique().tolist():
+        own, entries = (widths == width).nonzero()[:, 0], width_slice(width)
+        books, codes = code.codebooks[:, entries], code.codes - entries.start
+        plain = replace(code, spec=code.spec.changed(row_bits=0), codes=codes, codebooks=books, widths=None)
+        found = nearest_moves(plain, at[own], wishes[own], metrics[own], beam_size)
+        for whole, some in zip(move, found._replace(codes=found.codes + entries.start), strict=True):
             whole[own] = some
     return move
 

@@ -58,6 +58,8 @@ def layer_table(layers: list[Layer], parameters: int, rest: Rest) -> str:
     for layer in layers:
         spec, weights = layer.spec, layer.rows * layer.columns
         code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
+        if spec.row_bits:
+            code = f"0-{spec.nbits_per_codebook} g{spec.in_group_size}"
         shape = f"{layer.rows:5d} × {layer.columns:<7d}"
         lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
     if rest.layers:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -35,6 +33,7 @@ from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows
+from vqdm.redaction import own_command
 from vqdm.storage.claims import check_claim
 from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
 from vqdm.tracking import JsonLines, Tracker, bar, say
@@ -295,7 +294,7 @@ def record(config: SampleConfig, settings: dict, ranks: Ranks, pipeline: Diffusi
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": ranks.world,
         "versions": versions(),
-        "command": shlex.join(sys.argv),
+        "command": own_command(),
     }
 
 

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from vqdm.documents import read_json
+
 UNFINISHED = ".vqdm-tmp"
 CHECK = "sha256"  # name of a file's own digest: in a safetensors header, or in a sealed JSON file
 
@@ -72,7 +74,7 @@ def save_sealed_json(value, path: Path) -> None:
 def load_sealed_json(path: Path):
     """The value that was saved. Raises Damaged, or OSError where it cannot be read."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
         intact = held[CHECK] == _json_digest(held["value"])
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from vqdm.config import differences
+from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.storage.atomic import UNFINISHED
 
@@ -33,9 +33,8 @@ def _check_resumable(record: Path, settings: dict, resume: bool) -> None:
     if not resume:
         raise UserError(f"--output_dir {folder} holds a run already; add --resume, or choose another folder")
     try:
-        saved = json.loads(record.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError):
+        changed = differences(read_json(record)["settings"], settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--resume: {record} is damaged; choose another folder") from None
-    changed = differences(saved, settings)
     if changed:
         raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(changed)}")

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqdm.additive.code import unpack_codes
 from vqdm.additive.reencode import nearest_moves, within
 from vqdm.errors import UserError
 from vqdm.layers.quantized import QuantizedLayer, quantized_layers
@@ -92,7 +91,7 @@ class Drift:
     def of(cls, layer: QuantizedLayer) -> Drift:
         W, spec = layer.decoded_matrix().detach(), layer.spec
         g = spec.in_group_size
-        bits = spec.num_codebooks * spec.nbits_per_codebook / (spec.out_group_size * g)  # a weight
+        bits = spec.code_bits_per_weight(W.shape[1])
         blocks = W.new_zeros(W.shape[1] // g, g, g)
         return cls(torch.zeros_like(W), W.new_zeros(len(W)), blocks, W.square().mean(1).sqrt() * 2**-bits, W.norm())
 
@@ -225,8 +224,8 @@ class CodeUpdates:
 
 def _unpacked(layer: QuantizedLayer, packed: Tensor) -> Tensor:
     """Codes [R, G, M] of a layer's format."""
-    shape = layer.code().codes.shape
-    return unpack_codes(packed, layer.spec.nbits_per_codebook, shape.numel()).view(shape)
+    code = layer.code()
+    return layer.spec.unpacked(*code.codes.shape[:2], packed, code.widths)
 
 
 def _stand_in(like: Tensor) -> Tensor:
