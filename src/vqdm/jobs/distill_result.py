@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -15,6 +13,7 @@ from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.distill_job import Distillation
 from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
+from vqdm.redaction import own_command
 from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
@@ -83,7 +82,7 @@ def summary_of(job: Distillation, loop: Loop, before: Errors, after: Errors) -> 
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
-        "command": shlex.join(sys.argv),
+        "command": own_command(),
     }
 
 
