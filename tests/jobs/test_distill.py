@@ -251,6 +251,8 @@ def test_every_flag_reaches_the_settings():
     config = finetune.to_config(vars(finetune.build_parser().parse(["a", "b", "c", "d", *shlex.split(flags)])))
     assert (config.optimizer.finetune_lr, config.optimizer.ema_decay, config.optimizer.codebook_lr) == (0.1, 0.9, 2.0)
     assert (config.decode, config.sampling.guidance_scale, config.use_checkpointing) == ("call", 0.0, True)
+    with pytest.raises(UserError, match="--lr is not a flag here: it is called --finetune_lr"):
+        finetune.build_parser().parse(["a", "b", "c", "d", "--lr", "1e-6"])
     with pytest.raises(UserError, match="invalid choice"):
         finetune.build_parser().parse(["a", "b", "c", "d", "--lr_scheduler", "sawtooth"])
 

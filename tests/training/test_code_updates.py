@@ -115,6 +115,20 @@ def test_equal_gradients_make_equal_changes():
     assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1])
 
 
+def test_gradients_of_parts_add_up_to_those_of_the_whole():
+    found = []
+    for parts in (1, 4):
+        model, x, y = linear_problem()
+        updates = CodeUpdates(model, BOLD)
+        for _ in range(4):
+            updates.zero_grad()
+            for some, wanted in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                ((model(some) - wanted).square().mean() / parts).backward()
+            updates.step()
+        found.append(model[0].codes.clone())
+    assert torch.equal(*found)
+
+
 def test_layers_that_share_codebooks_keep_them():
     spec = FORMATS["shared"]
     unet = student(spec)

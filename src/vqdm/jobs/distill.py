@@ -38,6 +38,8 @@ from vqdm.training.trainer import Diverged, Trainer
 from vqdm.training.watching import measure, read_log
 from vqdm.versions import versions
 
+SMALL_RATE = 1e-5  # such as the published 1e-6, which was absolute
+
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
 FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "local_files_only")
@@ -59,6 +61,8 @@ def distill(config: FinetuneConfig) -> dict | None:
         types = types_on_disk(source)
         trained = trainable(student, config.optimizer)
         say(plan(config, ranks, trained))
+        if config.optimizer.finetune_lr < SMALL_RATE:
+            say(f"--finetune_lr {config.optimizer.finetune_lr} is relative here, and will hardly move anything")
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)

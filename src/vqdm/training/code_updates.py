@@ -171,22 +171,17 @@ class CodeUpdates:
         To be called after the continuous optimizer's step, with gradients that are the same on all processes.
         """
         self.steps += 1
-        gradients = self.gradients()
-        parts = [
-            self._step(*one, lr) for one in zip(self.layers.values(), self.drifts.values(), gradients, strict=True)
-        ]
-        return CodeStep(*map(sum, zip(*parts, strict=True)))
+        work = zip(self.layers.values(), self.drifts.values(), self.gradients(), strict=True)
+        steps = [self._step(layer, drift, E, lr) for layer, drift, E in work]
+        return CodeStep(*map(sum, zip(*steps, strict=True)))
 
     def _step(self, layer: QuantizedLayer, drift: Drift, E: Tensor, lr: float) -> CodeStep:
         settings = self.settings
         drift.observe(E, settings.code_beta)
         drift.advance(E, lr * settings.code_lr, settings.code_memory, 1 - settings.code_beta**self.steps)
-        at = drift.farthest(layer.spec.out_group_size, self._count(layer))
-        return self._encode(layer, drift, at)
-
-    def _count(self, layer: QuantizedLayer) -> int:
-        R, G = layer.code().codes.shape[:2]
-        return math.ceil(self.settings.code_fraction * R * G)
+        p = layer.spec.out_group_size
+        groups = len(drift.u) // p * len(drift.blocks)  # R·G
+        return self._encode(layer, drift, drift.farthest(p, math.ceil(settings.code_fraction * groups)))
 
     def _encode(self, layer: QuantizedLayer, drift: Drift, at: Tensor) -> CodeStep:
         """Encode the groups `at` [N] anew towards where they drift."""
