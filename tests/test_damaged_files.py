@@ -18,12 +18,12 @@ from vqdm.diffusion.quantized_unet import find_quantized_unet
 from vqdm.documents import parse_json, parse_yaml, read_text
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import check_layout, read_rows
-from vqdm.jobs.allocation import read_plan
+from vqdm.jobs.allocation import planned, read_plan
 from vqdm.prompts import load_rows
 from vqdm.scores.comparison import read_run
 from vqdm.scores.frechet import load_statistics
 from vqdm.scores.picture_sets import open_pictures
-from vqdm.storage.atomic import save_tensors
+from vqdm.storage.atomic import save_sealed_json, save_tensors
 from vqdm.storage.claims import check_claim
 from vqdm.storage.hessians import HessianStore
 from vqdm.storage.hf import VqdmConfig
@@ -151,9 +151,18 @@ def test_model_indices(tmp_path, text):
 
 @pytest.mark.parametrize("plan", [[], {}, {LAYER.name: 3}, {LAYER.name: {"num_codebooks": 99}}, {LAYER.name: {"x": 1}}])
 def test_plans(tmp_path, plan):
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    path = tmp_path / "plan.json"
+    save_sealed_json(plan, path)
     with pytest.raises(RunError, match=r"plan\.json is damaged"):
-        read_plan(tmp_path / "plan.json", [LAYER])
+        planned([LAYER], read_plan(path), path)
+
+
+def test_a_plan_that_was_changed(tmp_path):
+    path = tmp_path / "plan.json"
+    save_sealed_json({LAYER.name: {"num_codebooks": 2}}, path)
+    path.write_text(path.read_text().replace("2", "3", 1))
+    with pytest.raises(RunError, match=r"plan\.json is damaged"):
+        read_plan(path)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"settings": 3}', '{"settings": []}', DEEP])

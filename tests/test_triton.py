@@ -26,12 +26,17 @@ compile(
     dict(count=8, PRECISION="ieee", **kernels._blocks(8, 256, 8, 8)),
 )
 halves = ["*fp16"] * 2
-for M, b, g, written, scales in [(2, 12, 8, "*fp16", 0), (6, 9, 4, "*fp32", 1), (1, 12, 4, "*bf16", 2)]:
+for M, b, g, written, scales, variable in [
+    (2, 12, 8, "*fp16", 0, False),
+    (6, 9, 4, "*fp32", 1, False),
+    (1, 12, 4, "*bf16", 2, False),
+    (1, 12, 4, "*fp16", 0, True),
+]:
     constants = dict(M=M, b=b, p=1, g=g, OWN_CODEBOOKS=scales == 1, SCALES=scales, scale_bits=4)
     compile(
         decode_kernel._decode,
-        ["*u8", *halves, "*u8", "*fp16", written, "i32", "i32"],
-        constants | dict(INPUT_SCALES=scales == 1, BLOCK=2048 // g, BLOCK_D=g),
+        ["*u8", *halves, "*u8", "*fp16", "*u8", "*i64", written, "i32", "i32", "i32"],
+        constants | dict(INPUT_SCALES=scales == 1, VARIABLE=variable, BLOCK=2048 // g, BLOCK_D=g),
     )
 """
 

@@ -49,7 +49,15 @@ def test_a_failing_layer_is_named_and_threads_are_restored(
     assert torch.get_num_threads() == 2
 
 
-def test_ctrl_c_does_not_wait_for_layers_under_way():
+@pytest.fixture
+def ctrl_c():
+    """SIGINT means what it does in a program, also where the tests are run by a process that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_does_not_wait_for_layers_under_way(ctrl_c):
     going, done = threading.Event(), []
 
     def work(_):

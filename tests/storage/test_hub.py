@@ -13,7 +13,6 @@ from huggingface_hub.utils import filter_repo_objects
 from test_hf import picture, quantized_unet
 
 from vqdm.cli import run_script
-from vqdm.config import QuantizeConfig
 from vqdm.errors import RunError, UserError
 from vqdm.storage import hub
 from vqdm.storage.card import model_card
@@ -60,7 +59,7 @@ def test_what_is_pushed_loads_and_has_its_card_and_no_data_of_the_run(remote, tm
     pipeline, out = tiny_pipeline("sdxl"), tmp_path / "out"
     pipeline.register_modules(unet=quantized_unet())
     pipeline.save_pretrained(out)
-    (out / "README.md").write_text(model_card(QuantizeConfig("some/model", "c.txt", "e.txt", str(out)), SUMMARY))
+    (out / "README.md").write_text(model_card("some/model", SUMMARY))
     (out / "work").mkdir()
     for local in ("run.json", "summary.json", "work/points.safetensors"):
         (out / local).write_text(str(tmp_path))
@@ -77,7 +76,7 @@ def test_what_is_pushed_loads_and_has_its_card_and_no_data_of_the_run(remote, tm
 
 
 def test_a_card_for_a_folder_names_no_model_of_the_hub(tmp_path):
-    card = model_card(QuantizeConfig(str(tmp_path), "c.txt", "e.txt", "out"), SUMMARY)
+    card = model_card(str(tmp_path), SUMMARY)
     assert "base_model" not in card and tmp_path.name in card and str(tmp_path) not in card
 
 
