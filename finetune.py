@@ -17,11 +17,25 @@ import logging
 import sys
 from dataclasses import fields
 
-from vqdm.cli import Parser, add_sampling_flags, add_shared_flags, real, run_script, whole
+from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, real, run_script, whole
 from vqdm.config import SamplingConfig
 from vqdm.jobs.distill import distill
 from vqdm.training.code_updates import CodeUpdateSettings
 from vqdm.training.config import DECODE, LR_SCHEDULERS, TIMESTEP_SAMPLING, FinetuneConfig, OptimizerConfig
+
+REFUSED = {
+    "--model_path": "give the model as the first positional argument",
+    "--load": "give the quantized folder as the second positional argument",
+    "--quantized_model": "give the quantized folder as the second positional argument",
+    "--lr": "it is called --finetune_lr, and relative",
+    "--amp_dtype": "--dtype is the type that both UNets compute in; parameters are kept in float32",
+    "--gradient_checkpointing": "it is called --use_checkpointing",
+    "--microbatch_size": "it is called --local_batch_size",
+    "--devices": "choose GPUs with CUDA_VISIBLE_DEVICES",
+    "--offload_activations": "--use_checkpointing and --local_batch_size bound their memory",
+    "--skip_out_loss": "the error of the UNet's output is always reported",
+    "--print_frequency": "every step is a line of training.jsonl",
+}
 
 
 def build_parser() -> Parser:
@@ -39,6 +53,8 @@ def build_parser() -> Parser:
     _add_watch_flags(parser.add_argument_group("looking, stopping, keeping"))
     add_sampling_flags(parser.add_argument_group("sampling"))
     add_shared_flags(parser, output="out/finetuned")
+    for flag, advice in REFUSED.items():
+        parser.add_argument(flag, action=Refused, advice=advice)
     return parser
 
 

@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
@@ -22,6 +23,7 @@ from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, real
 from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, read_overrides
 from vqdm.errors import UserError
 from vqdm.jobs.quantize import quantize
+from vqdm.storage.hub import open_repository, push_folder
 
 _LATER = "finetune.py has it, for the finished result"
 REFUSED = {
@@ -54,6 +56,7 @@ def build_parser() -> Parser:
     _add_solver_flags(parser.add_argument_group("layer solver"))
     _add_between_flags(parser.add_argument_group("fine-tuning between blocks (of the result: finetune.py)"))
     _add_keeping_flags(parser.add_argument_group("keeping and going on"))
+    _add_hub_flags(parser.add_argument_group("hub"))
     add_shared_flags(parser, output="out/quantized")
     for flag, advice in REFUSED.items():
         parser.add_argument(flag, action=Refused, advice=advice)
@@ -226,6 +229,12 @@ def _add_keeping_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_hub_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--push_to_hub", action="store_true", help="upload the finished folder")
+    group.add_argument("--hub_model_id", metavar="NAME", help="of the repository (default: the name of --output_dir)")
+    group.add_argument("--hub_private", action="store_true", help="a new repository is private")
+
+
 def to_config(values: dict) -> QuantizeConfig:
     """Flags to settings. Raises UserError where they contradict each other."""
     try:
@@ -250,6 +259,9 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse(argv)
     logging.getLogger().setLevel(options.loglevel)
     config = to_config(vars(options))
+    pushing = options.push_to_hub and not config.dry_run
+    name = options.hub_model_id or Path(config.output_dir).resolve().name
+    repository = open_repository(name, options.hub_private) if pushing else None
     summary = quantize(config)
     if summary:
         print(
@@ -258,6 +270,8 @@ def main(argv: list[str] | None = None) -> None:
             f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
             f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
         )
+    if repository:
+        print(f"on the hub: {push_folder(Path(config.output_dir), repository)}")
 
 
 if __name__ == "__main__":

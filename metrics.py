@@ -64,6 +64,7 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--fd_dinov2_model", default="facebook/dinov2-large", help="DINOv2 of fd_dinov2")
     group.add_argument("--pickscore_model", default="yuvalkirstain/PickScore_v1", help="CLIP of pickscore")
     group.add_argument("--hpsv2_weights", metavar="FILE.pt", help="default: HPS_v2.1_compressed.pt of the hub")
+    group.add_argument("--image_reward_model", default="THUDM/ImageReward", help="folder with ImageReward.pt")
     group.add_argument("--lpips_net", choices=tuple(LPIPS_FILES), default="alex", help="backbone of LPIPS")
     group.add_argument("--lpips_weights", metavar="FILE.pth", help="default: torchvision's, in torch.hub's folder")
     group.add_argument("--clip_i_model", default="openai/clip-vit-large-patch14", help="CLIP of clip_i")

@@ -25,9 +25,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.compiled import compiler
 from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.decode import CANDIDATES, PATHS, decode, set_decode_path
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, decoded_once, swap
+
+LATENT = 8  # pixels of a side that one latent stands for
 
 
 def least_ms(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
@@ -96,7 +99,8 @@ def inputs(plain: nn.Module, tokens: int, like: Tensor) -> Tensor:
 
 def ways(arguments: argparse.Namespace) -> list[str]:
     """The ways that the command line asks for, or all of the device."""
-    return arguments.paths or [*CANDIDATES.get(arguments.device.split(":")[0], ("torch",)), "compile"]
+    found = [*CANDIDATES.get(arguments.device.split(":")[0], ("torch",)), "compile"]
+    return arguments.paths or [way for way in found if way != "native" or compiler()]
 
 
 def unet_row(unet: UNet2DConditionModel, batch: int, code: str, arguments: argparse.Namespace) -> dict:
@@ -120,12 +124,15 @@ def forced(path: str, run: Callable[[], object]) -> None:
     set_decode_path(None)
 
 
-def unet_inputs(unet: UNet2DConditionModel, batch: int) -> dict:
-    """Noise of the shapes that a step of the pipeline passes; 24 tokens of text."""
+def unet_inputs(
+    unet: UNet2DConditionModel, batch: int, height: int | None = None, width: int | None = None, tokens: int = 24
+) -> dict:
+    """Noise of the shapes that a step of the pipeline passes, for pictures of `height` by `width` pixels."""
     config, like = unet.config, unet.conv_in.weight
     noise = lambda *shape: like.new_ones(shape).normal_()  # noqa: E731
-    inputs = {"sample": noise(batch, config.in_channels, config.sample_size, config.sample_size), "timestep": 500}
-    inputs["encoder_hidden_states"] = noise(batch, 24, config.cross_attention_dim)
+    sides = (pixels // LATENT if pixels else config.sample_size for pixels in (height, width))
+    inputs = {"sample": noise(batch, config.in_channels, *sides), "timestep": 500}
+    inputs["encoder_hidden_states"] = noise(batch, tokens, config.cross_attention_dim)
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, pooled), "time_ids": noise(batch, 6)}

@@ -33,10 +33,10 @@ def sdxl_layers() -> list[Layer]:
     return select_layers(unet, "default", 0, CodeSpec(1, 8, 4), {})
 
 
-def extrapolate(measured: list[tuple[int, int, float]]) -> dict[str, float]:
-    """Seconds of all layers, one after another, from (rows O, columns I, seconds) of some.
+def fitted(measured: list[tuple[int, int, float]]) -> torch.Tensor:
+    """(a, b, c) of seconds = a·O·I + b·O·I² + c·I³, for scores, products with H and factorizations, none negative.
 
-    Fits seconds = a·O·I + b·O·I² + c·I³, for scores, products with H and factorizations, none of them negative.
+    `measured` are (rows O, columns I, seconds); relative errors count.
     """
     A = torch.tensor([_terms(rows, columns) for rows, columns, _ in measured], dtype=torch.float64)
     seconds = torch.tensor([seconds for *_, seconds in measured], dtype=torch.float64)
@@ -48,14 +48,22 @@ def extrapolate(measured: list[tuple[int, int, float]]) -> dict[str, float]:
         error = ((A @ found) / seconds - 1).square().sum().item()
         if (found >= 0).all() and error < least:
             best, least = found, error
-    layers = sdxl_layers()
-    total = sum(
-        (torch.tensor(_terms(layer.rows, layer.columns), dtype=torch.float64) @ best).item() for layer in layers
-    )
+    return best
+
+
+def predicted(rows: int, columns: int, coefficients: torch.Tensor) -> float:
+    """Seconds of one layer by `fitted`."""
+    return (torch.tensor(_terms(rows, columns), dtype=torch.float64) @ coefficients).item()
+
+
+def extrapolate(measured: list[tuple[int, int, float]]) -> dict[str, float]:
+    """Seconds of all layers, one after another, from (rows O, columns I, seconds) of some."""
+    coefficients, layers = fitted(measured), sdxl_layers()
+    misfits = [predicted(rows, columns, coefficients) / seconds - 1 for rows, columns, seconds in measured]
     return {
         "layers": len(layers),
-        "seconds": total,
-        "worst_relative_misfit": ((A @ best) / seconds - 1).abs().max().item(),
+        "seconds": sum(predicted(layer.rows, layer.columns, coefficients) for layer in layers),
+        "worst_relative_misfit": max(map(abs, misfits)),
     }
 
 

@@ -38,15 +38,27 @@ def test_config_file_lies_beneath_the_flags(tmp_path):
     assert (config.spec.num_codebooks, config.seed, config.resume, config.solver.lr) == (5, 2, True, 0.001)
 
 
+def test_flags_that_share_a_name_take_a_value_from_the_config_file(tmp_path):
+    path = tmp_path / "flags.yaml"
+    path.write_text("report_to: tensorboard\n")
+    assert config_of("--config", str(path)).report_to == "tensorboard"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("colour: 1", "no such flag: colour"),
+        ("colour: 1", "no such flag: 'colour'"),
         ("seed: many", "'many' is not a whole number"),
         ("resume: 3", "allowed are true and false"),
         ("encoder: magic", "invalid choice"),
         ("- 1", "must hold a mapping"),
         ("a: [", "cannot be read"),
+        ("variant:", "variant is None; expected a value"),
+        ("seed: [1]", r"seed is \[1\]; expected a value"),
+        ("seed: 0x" + "f" * 6000, "seed is a int too long to print"),
+        ("encoder: --", "encoder is '--'"),
+        ("seed: !!bool perhaps", "cannot be read"),
+        ("[" * 9999, "nested too deeply"),
     ],
 )
 def test_bad_config_files(tmp_path, text, words):

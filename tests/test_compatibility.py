@@ -5,15 +5,19 @@ import copy
 import accelerate
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_unet
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from test_banks import SPEC as BANK_SPEC
+from test_banks import share
 from test_hf import picture, quantized_unet, run
 from test_hf_text import quantized_text_encoder
 
 import vqdm
+from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
+from vqdm.storage.hf import mark_quantized
 
 CPU = torch.device("cpu")
 
@@ -155,24 +159,36 @@ def test_moving_keeps_the_picture_and_casting_is_refused(pipeline):
         pipeline.to(torch.float16)
 
 
-def test_model_offload(pipeline):
+@pytest.fixture(params=["own", "shared"])
+def offloaded(pipeline, request):
+    """A pipeline whose layers have codebooks of their own, or share a bank that is a module of the UNet."""
+    if request.param == "shared":
+        unet = tiny_unet("sdxl")
+        share(unet, [layer.name for layer in select_layers(unet, "default", 0, BANK_SPEC, {})])
+        mark_quantized(unet)
+        pipeline.register_modules(unet=unet)
+    return pipeline
+
+
+def test_model_offload(offloaded):
+    pipeline = offloaded
     expected = picture(pipeline)
     pipeline.enable_model_cpu_offload(device="cpu")
     assert torch.equal(picture(pipeline), expected)
 
 
-def test_sequential_offload(pipeline):
+def test_sequential_offload(offloaded):
     """Part by part with what the pipeline's method calls, which itself wants a device with a number."""
-    expected = picture(pipeline)
+    pipeline, expected = offloaded, picture(offloaded)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         accelerate.cpu_offload(part, CPU)
-    assert next(iter(quantized_layers(pipeline.unet).values())).codes.device.type == "meta"
+    assert {tensor.device.type for tensor in pipeline.unet.parameters()} == {"meta"}
     assert torch.equal(picture(pipeline), expected)
 
 
 @pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
-def test_group_offload(pipeline, options):
-    expected = picture(pipeline)
+def test_group_offload(offloaded, options):
+    pipeline, expected = offloaded, picture(offloaded)
     options = {"offload_type": "block_level"} | options
     pipeline.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, **options)
     assert torch.equal(picture(pipeline), expected)

@@ -1,5 +1,11 @@
 import json
 import logging
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from PIL import Image
 
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, bar, peak_memory
 
@@ -44,3 +50,54 @@ def test_bars_are_silent_without_a_terminal(capsys):
 
 def test_peak_memory_is_at_least_what_python_takes():
     assert peak_memory()["host"] > 10**7
+
+
+def fake_wandb(fails_at: str, error: BaseException) -> ModuleType:
+    """A module like wandb in which one step fails."""
+
+    def step(name: str, result=None):
+        def act(*_, **__):
+            if name == fails_at:
+                raise error
+            return result
+
+        return act
+
+    config = SimpleNamespace(update=step("config"))
+    run = SimpleNamespace(config=config, log=step("log"), finish=step("finish"), name="x")
+    module = ModuleType("wandb")
+    module.init, module.config, module.Image = step("init", run), config, step("images")
+    return module
+
+
+@pytest.mark.parametrize("stage", ["init", "config", "log", "images", "finish"])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no network, key hf_" + "a" * 20), SystemExit(1)], ids=["down", "exit"]
+)
+def test_a_wandb_that_fails_at_any_step_never_stops_the_job(tmp_path, monkeypatch, caplog, stage, error):
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(stage, error))
+    with caplog.at_level(logging.WARNING, "vqdm"):
+        tracker = Tracker("wandb", "x", tmp_path, {"seed": 0})
+        for step in range(3):
+            tracker.log({"loss": 1.0}, step=step)
+        tracker.images("pictures", [Image.new("RGB", (2, 2))])
+        tracker.finish()
+    lines = [record.getMessage() for record in caplog.records if record.name == "vqdm"]
+    assert len(lines) == 1 and "tracking is off from here on" in lines[0] and "hf_a" not in lines[0]
+
+
+def test_a_missing_wandb_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with caplog.at_level(logging.WARNING, "vqdm"):
+        Tracker("wandb", "x", tmp_path, {}).finish()
+    assert "tracking is off from here on" in caplog.text
+
+
+def test_a_tracker_that_never_closes_is_left_behind(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("vqdm.tracking.CLOSING_SECONDS", 0.05)
+    tracker, gate = Tracker("none", "x", tmp_path, {}), threading.Event()
+    tracker.inner = SimpleNamespace(finish=gate.wait)
+    with caplog.at_level(logging.WARNING, "vqdm"):
+        tracker.finish()
+    gate.set()
+    assert "is left behind" in caplog.text and tracker.inner is None

@@ -26,12 +26,12 @@ compile(
     dict(count=8, PRECISION="ieee", **kernels._blocks(8, 256, 8, 8)),
 )
 halves = ["*fp16"] * 2
-for scales in range(3):
-    constants = dict(M=2, b=12, p=1, g=8, OWN_CODEBOOKS=scales == 1, SCALES=scales, scale_bits=4)
+for M, b, g, written, scales in [(2, 12, 8, "*fp16", 0), (6, 9, 4, "*fp32", 1), (1, 12, 4, "*bf16", 2)]:
+    constants = dict(M=M, b=b, p=1, g=g, OWN_CODEBOOKS=scales == 1, SCALES=scales, scale_bits=4)
     compile(
         decode_kernel._decode,
-        ["*u8", *halves, "*u8", *halves, "i32", "i32"],
-        constants | dict(INPUT_SCALES=scales == 1, BLOCK=256, BLOCK_D=8),
+        ["*u8", *halves, "*u8", "*fp16", written, "i32", "i32"],
+        constants | dict(INPUT_SCALES=scales == 1, BLOCK=2048 // g, BLOCK_D=g),
     )
 """
 

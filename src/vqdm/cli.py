@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from vqdm.diffusion.pipelines import SCHEDULERS
+from vqdm.documents import first_line, printable, read_yaml, shortened
 from vqdm.errors import RunError, UserError
+from vqdm.redaction import redacted
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Flags over `--config` over defaults. Raises UserError on anything unknown."""
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--config")
+        early.add_argument("--config", nargs="?")  # without a value it is the whole parser that complains
         known, _ = early.parse_known_args(argv)
         if known.config:
             self.set_defaults(**self._from_yaml(Path(known.config)))
@@ -43,26 +43,33 @@ class Parser(argparse.ArgumentParser):
 
     def _from_yaml(self, path: Path) -> dict:
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--config: {path} cannot be read: {str(error).splitlines()[0]}") from None
+            values = read_yaml(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--config: {path} cannot be read: {first_line(error)}") from None
         if not isinstance(values, dict):
             raise UserError(f"--config: {path} must hold a mapping of flags to values")
-        actions = {action.dest: action for action in self._actions if action.option_strings}
-        unknown = [str(name) for name in values if name not in actions]
+        # Of flags that share a name, such as --report_to and --wandb, the first one takes the value.
+        actions = {action.dest: action for action in reversed(self._actions) if action.option_strings}
+        unknown = [name for name in values if name not in actions]
         if unknown:
-            raise UserError(f"--config: {path}: no such flag: {', '.join(unknown)}")
+            raise UserError(f"--config: {path}: no such flag: {', '.join(map(shortened, unknown))}")
         return {name: self._typed(actions[name], value, path) for name, value in values.items()}
 
     def _typed(self, action: argparse.Action, value, path: Path):
+        where = f"--config: {path}: {action.dest} is {shortened(value)}"
         if action.nargs == 0:
             if not isinstance(value, bool):
-                raise UserError(f"--config: {path}: {action.dest} is {value!r}; allowed are true and false")
+                raise UserError(f"{where}; allowed are true and false")
             return value
+        words = value if isinstance(value, list) and action.nargs == "+" else [value]
+        if not words or not all(isinstance(word, str | int | float) and word != "--" for word in words):
+            raise UserError(f"{where}; expected a value, or leave the line out")
         try:
-            return self._get_values(action, [str(value)])
+            return self._get_values(action, [str(word) for word in words])
         except argparse.ArgumentError as error:
             raise UserError(f"--config: {path}: {error}") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise UserError(f"{where}: {error}") from None
 
 
 def _log_level(text: str) -> str:
@@ -180,6 +187,5 @@ def run_script(
 def _complain(error: BaseException, status: int) -> int:
     if logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger().debug("", exc_info=True)
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    print(f"error: {lines[0]}", file=sys.stderr)
+    print(f"error: {printable(redacted(first_line(error)))}", file=sys.stderr)
     return status

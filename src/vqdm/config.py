@@ -8,11 +8,11 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import SolverConfig
+from vqdm.documents import first_line, read_yaml
 from vqdm.errors import UserError
+from vqdm.redaction import redacted
 
 # Fields that may change between a run and its resumption, because the result does not depend on them.
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
@@ -147,8 +147,8 @@ class QuantizeConfig:
             raise UserError(f"--target_bits chooses formats itself; leave out --{', --'.join(changed)}")
 
     def to_dict(self) -> dict:
-        """Plain JSON types, nested as the dataclasses are."""
-        return asdict(self)
+        """Plain JSON types, nested as the dataclasses are; without the tokens that a command may hold."""
+        return asdict(self) | {"on_save": self.on_save and redacted(self.on_save)}
 
     @property
     def spec(self) -> CodeSpec:
@@ -194,9 +194,9 @@ def read_overrides(path: str | None) -> dict[str, dict | None]:
     if path is None:
         return {}
     try:
-        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--overrides {path} cannot be read: {str(error).splitlines()[0]}") from None
+        plan = read_yaml(Path(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--overrides {path} cannot be read: {first_line(error)}") from None
     if not isinstance(plan, dict):
         raise UserError(f"--overrides {path} must map layer names or patterns to settings, or to null")
     for pattern, settings in plan.items():
@@ -205,10 +205,12 @@ def read_overrides(path: str | None) -> dict[str, dict | None]:
 
 
 def _check_override(path: str, pattern, settings) -> None:
+    if not isinstance(pattern, str):
+        raise UserError(f"--overrides {path}: {pattern!r} is a {type(pattern).__name__}; patterns are text in quotes")
     allowed = [one.name for one in fields(CodeSpec)]
     if not isinstance(settings, dict | None) or any(name not in allowed for name in settings or ()):
         raise UserError(f"--overrides {path}: {pattern}: expected null, or settings out of {', '.join(allowed)}")
     try:
-        re.compile(str(pattern))
-    except re.error as error:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"--overrides {path}: {pattern} is not a regular expression: {error}") from None

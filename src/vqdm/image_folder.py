@@ -16,14 +16,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vqdm.documents import parse_json, shortened
 from vqdm.errors import UserError
-from vqdm.storage.atomic import save_bytes, save_json, save_text
+from vqdm.storage.atomic import save_bytes, save_json, save_text, sweep
 from vqdm.storage.fingerprint import file_sha256
+from vqdm.tracking import log
 
 # Layout → where the picture of (prompt index, sample) goes.
 LAYOUTS: dict[str, Callable[[int, int], str]] = {
@@ -33,6 +35,9 @@ LAYOUTS: dict[str, Callable[[int, int], str]] = {
 }
 GRID_COLUMNS = 2
 MOST_IN_GRID = 4
+CHECK = "row_sha256"  # the first digits of a manifest line's own digest
+LONGEST_NAME = 200  # bytes of UTF-8 of a file's name and an ending, which file systems limit to 255
+OPTIONAL_TEXTS = ("prompt", "negative_prompt", "problem")
 
 Key = tuple[int, int]
 
@@ -47,19 +52,70 @@ def png_bytes(image: Image.Image, metadata: dict) -> bytes:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a manifest; a line that a crash cut off is left out, a missing file has none."""
+    """Rows of a manifest; a missing file has none. Damaged lines are left out, with a warning but for a cut last."""
     if not path.is_file():
         return []
-    rows = [_parsed(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    rows = [_parsed(line) for line in lines_of(path)]
+    cut = not path.read_bytes().endswith(b"\n")
+    for number in (k for k, row in enumerate(rows, start=1) if row is None):
+        if number < len(rows) or not cut:
+            log.warning("warning: %s: line %d is damaged and left out", path, number)
     return [row for row in rows if row is not None]
 
 
+def lines_of(path: Path) -> list[str]:
+    """Lines that are not empty. Only \\n ends one: prompts may hold other separators, such as U+2028."""
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+
+
 def _parsed(line: str) -> dict | None:
+    """A row, or None where it is not what was written; one without a checksum, from elsewhere, is taken as it is."""
     try:
-        row = json.loads(line)
-        return row if {"index", "sample", "file", "sha256"} <= row.keys() else None
-    except (ValueError, AttributeError):
+        row = parse_json(line)
+        intact = isinstance(row, dict) and row.pop(CHECK, None) in (None, _row_digest(row))
+        return row if intact and is_row(row) else None
+    except ValueError:
         return None
+
+
+def sealed(row: dict) -> dict:
+    """A row with its checksum, as it goes into a manifest."""
+    return row | {CHECK: _row_digest(row)}
+
+
+def _row_digest(row: dict) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_row(row) -> bool:
+    """Whether a value is a row of a manifest: its numbers, texts and settings of their types, its file inside."""
+    if not isinstance(row, dict):
+        return False
+    counts = [row.get(name) for name in ("index", "sample")]
+    texts = [row.get("sha256"), *(row[name] for name in OPTIONAL_TEXTS if row.get(name) is not None)]
+    return (
+        all(type(count) is int and 0 <= count < 2**31 for count in counts)
+        and all(isinstance(text, str) and is_encodable(text) for text in texts)
+        and isinstance(row.get("settings", {}), dict)
+        and is_inside(row.get("file"))
+    )
+
+
+def is_inside(name) -> bool:
+    """Whether a value is a relative path that does not leave its folder, as far as its text says."""
+    if not isinstance(name, str) or not is_encodable(name) or "\0" in name or "\\" in name or len(name) > LONGEST_NAME:
+        return False
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def key_of(row: dict) -> Key:
@@ -94,6 +150,11 @@ class ImageFolder:
                 save_json(about, record)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+
+    def sweep(self) -> None:
+        """Delete what killed writers left, unless other shards may be writing."""
+        if self.shard[1] == 1:
+            sweep(self.path)
 
     # ------------------------------------------------------------------------------------ pictures
 
@@ -133,7 +194,7 @@ class ImageFolder:
         """Put all rows into `manifest.jsonl`, leaving out those for which `unless` holds; returns them."""
         with self._locked():
             kept = {key: row for key, row in self.rows().items() if not unless(row)}
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept.values())
+            lines = (json.dumps(sealed(row), ensure_ascii=False) + "\n" for row in kept.values())
             save_text("".join(lines), self.path / "manifest.jsonl")
             for path in self._own_parts():
                 path.unlink()
@@ -190,4 +251,8 @@ def check_layout(layout: str, names: list[str], samples: int) -> None:
         raise UserError(f"--num_samples_per_prompt is {samples}; --layout dpg holds {MOST_IN_GRID} at most")
     unfit = [name for name in names if not re.fullmatch(r"[\w-]+", name)]
     if unfit:
-        raise UserError(f"--layout dpg names files by id; {unfit[0]!r} has other signs than letters, digits, _ and -")
+        found = shortened(unfit[0])
+        raise UserError(f"--layout dpg names files by id; {found} has other signs than letters, digits, _ and -")
+    overlong = [name for name in names if len(name.encode()) > LONGEST_NAME]
+    if overlong:
+        raise UserError(f"--layout dpg names files by id; {shortened(overlong[0])} has more than {LONGEST_NAME} bytes")

@@ -12,9 +12,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from vqdm.documents import first_line, parse_json, printable, read_json, read_text, read_yaml
 from vqdm.errors import UserError
 
 COLUMNS = ("prompt", "caption", "captions", "text")
+MOST_CHARACTERS = 2**30  # of all cells of a Parquet file, which may say one long text a billion times in a few bytes
+ROWS_AT_ONCE = 256
 
 
 def load_prompts(source: str, flag: str) -> list[str]:
@@ -47,7 +50,7 @@ def load_rows(source: str, flag: str) -> list[dict]:
     except UserError as error:
         raise UserError(f"{flag}: {source}: {error}") from None
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{flag}: {source} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{flag}: {source} cannot be read: {first_line(error)}") from None
     return _checked(rows, source, flag)
 
 
@@ -63,7 +66,13 @@ def draw(prompts: list[str], count: int, seed: int, source: str, flag: str) -> l
 
 
 def _checked(rows: list[dict], source: str, flag: str) -> list[dict]:
-    """Rows with a prompt, stripped of the blanks around it."""
+    """Rows with a prompt, stripped of the blanks around it.
+
+    Raises:
+        UserError: there is none, one is a list or an object, or a cell is no text that can be written.
+    """
+    for number, row in enumerate(rows, start=1):
+        _check_row(row, f"{flag}: {source}: row {number}")
     stripped = [row | {"prompt": str(row["prompt"]).strip()} for row in rows if row["prompt"] is not None]
     kept = [row for row in stripped if row["prompt"]]
     if not kept:
@@ -71,12 +80,22 @@ def _checked(rows: list[dict], source: str, flag: str) -> list[dict]:
     return kept
 
 
+def _check_row(row: dict, where: str) -> None:
+    if isinstance(row["prompt"], dict | list | set | tuple | bytes):
+        raise UserError(f"{where}: its prompt is a {type(row['prompt']).__name__}; expected text")
+    try:
+        json.dumps(row, default=str, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        # Half a surrogate pair, a number of thousands of digits, a list within itself, a key that is no text.
+        raise UserError(f"{where} cannot be written as JSON: {first_line(error)}") from None
+
+
 def _pick_column(names: list[str]) -> str:
     for wanted in COLUMNS:
         for name in names:
             if name is not None and str(name).strip().lower() == wanted:
                 return name
-    found = ", ".join(str(name) for name in names[:8]) or "none"
+    found = ", ".join(printable(str(name), 40) for name in names[:8]) or "none"
     raise UserError(f"no column named {', '.join(COLUMNS)}; its columns are {found}")
 
 
@@ -97,7 +116,7 @@ def _from_rows(rows: list) -> list[dict]:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8-sig").splitlines()
+    return read_text(path).splitlines()
 
 
 def _read_lines(path: Path) -> list[dict]:
@@ -107,28 +126,26 @@ def _read_lines(path: Path) -> list[dict]:
 def _read_table(delimiter: str) -> Callable[[Path], list[dict]]:
     def read(path: Path) -> list[dict]:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, delimiter=delimiter)
-            column = _pick_column(list(table.fieldnames or []))
-            return [_row(row, column) for row in table]
+            table = csv.reader(file, delimiter=delimiter)
+            names = next(table, [])
+            column = _pick_column(names)
+            # Cells that a row lacks stay away: thousands of columns times thousands of short rows would fill memory.
+            return [_row(dict(zip(names, cells, strict=False)), column) for cells in table if cells]
 
     return read
 
 
 def _read_json(path: Path) -> list[dict]:
-    return _from_value(json.loads(path.read_text(encoding="utf-8-sig")))
+    return _from_value(read_json(path))
 
 
 def _read_json_lines(path: Path) -> list[dict]:
-    return _from_rows([json.loads(line) for line in _lines(path) if line.strip()])
+    lines = read_text(path).split("\n")  # a text may hold other separators of lines, such as U+2028
+    return _from_rows([parse_json(line) for line in lines if line.strip()])
 
 
 def _read_yaml(path: Path) -> list[dict]:
-    import yaml
-
-    try:
-        return _from_value(yaml.safe_load(path.read_text(encoding="utf-8-sig")))
-    except yaml.YAMLError as error:
-        raise ValueError(error) from None
+    return _from_value(read_yaml(path))
 
 
 def _from_value(value) -> list[dict]:
@@ -156,10 +173,22 @@ def _read_parquet(path: Path) -> list[dict]:
         import pyarrow.parquet
     except ImportError:
         raise UserError("reading .parquet needs pyarrow (pip install pyarrow)") from None
-    file = pyarrow.parquet.ParquetFile(path)
+    try:
+        return _parquet_rows(pyarrow.parquet.ParquetFile(path))
+    except pyarrow.ArrowException as error:  # not all of them are ValueError or OSError
+        raise ValueError(first_line(error)) from None
+
+
+def _parquet_rows(file) -> list[dict]:
     column = _pick_column(file.schema_arrow.names)
     plain = [field.name for field in file.schema_arrow if _is_plain(str(field.type))]
-    return [_row(row, column) for row in file.read(columns=[*plain]).to_pylist()]
+    rows, characters = [], 0
+    for batch in file.iter_batches(ROWS_AT_ONCE, columns=plain):
+        rows += [_row(row, column) for row in batch.to_pylist()]
+        characters += batch.nbytes
+        if characters > MOST_CHARACTERS:
+            raise UserError(f"it holds more than {MOST_CHARACTERS} bytes of text")
+    return rows
 
 
 def _is_plain(kind: str) -> bool:

@@ -7,15 +7,21 @@ import logging
 import os
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from vqdm.documents import first_line
+from vqdm.redaction import redacted
+
 log = logging.getLogger("vqdm")
+CLOSING_SECONDS = 120  # that a tracker has to send what is left
 
 
 def bar(items: Iterable | None = None, total: int | None = None, what: str = "") -> tqdm:
@@ -37,10 +43,13 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None  # a full disk names no file
 
 
 class Tracker:
@@ -78,14 +87,22 @@ class Tracker:
             self._guard(lambda: self.inner.log_images({name: [np.asarray(image) for image in images]}))
 
     def finish(self) -> None:
-        if self.inner:
-            self._guard(self.inner.finish)
+        """Close the tracker, but do not wait for a network that is gone: results on disk do not depend on it."""
+        if not self.inner:
+            return
+        closing = threading.Thread(target=self._guard, args=(self.inner.finish,), daemon=True)
+        closing.start()
+        closing.join(CLOSING_SECONDS)
+        if closing.is_alive():
+            log.warning("the tracker is still sending after %g s and is left behind", CLOSING_SECONDS)
+            self.inner = None
 
-    def _guard(self, action) -> None:
+    def _guard(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:
-            log.warning("tracking is off from here on: %s: %s", type(error).__name__, str(error).splitlines()[:1])
+        except (Exception, SystemExit) as error:  # a tracker that asks the program to end is not obeyed
+            words = redacted(first_line(error))
+            log.warning("tracking is off from here on: %s: %s", type(error).__name__, words)
             self.inner = None
 
 

@@ -9,6 +9,7 @@ from test_quantized import random_code
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.encode import encode_vectors
+from vqdm.additive.rates import entry_slices
 from vqdm.additive.reencode import Move, encode_under, nearest_moves, within
 
 SPECS = [
@@ -96,3 +97,17 @@ def test_the_largest_gains_that_fit_are_made():
     move = Move(torch.ones(4, 1, dtype=torch.int64), moved, gain)
     assert within(torch.tensor(3.5), move).tolist() == [True, False, True, False]
     assert within(torch.tensor(9.0), move).tolist() == [True, True, True, False]
+
+
+def test_codes_of_variable_rate_are_the_nearest_of_their_width():
+    spec = CodeSpec(1, 4, 4, shared_codebooks="bank", row_bits=5)
+    code, at, wishes, metrics = problem(spec)
+    move = nearest_moves(code, at, wishes, metrics, beam_size=1)
+    found = distances(code, wishes, metrics, move.codes)
+    for n, entries in enumerate(entry_slices(code.widths) * 6):
+        tried = [
+            distances(code, wishes, metrics, code.codes.view(-1).index_fill(0, torch.tensor(n), entry))[n]
+            for entry in range(entries.start, entries.stop)
+        ]
+        assert found[n] == pytest.approx(min(tried).item(), rel=1e-4)
+        assert entries.start <= move.codes[n] < entries.stop

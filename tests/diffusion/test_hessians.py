@@ -4,6 +4,7 @@ from conftest import tiny_unet
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.diffusion import hessians
 from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
 from vqdm.diffusion.hessians import Moment, add_input, input_rows, passes, record_hessians, shared_inputs
 from vqdm.errors import RunError
@@ -181,3 +182,49 @@ def test_only_the_blocks_up_to_the_wanted_one_run():
     block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "down_blocks.0"]
     record_hessians(unet, shared_inputs(unet, block, call(0)), call(0), [lambda: call(1)], [])
     assert not ran
+
+
+def test_sums_do_not_depend_on_their_order():
+    """Nor on how they are divided, where plain sums in float32 do."""
+    torch.manual_seed(0)
+    batches = [torch.randn(50, 6) * 10.0 ** torch.randint(-3, 3, (6,)) for _ in range(40)]
+    orders = [range(40), reversed(range(40)), torch.randperm(40).tolist()]
+    grid = hessians.FINENESS * 2.0**18
+    found, plain = [], []
+    for order in orders:
+        parts = [Moment(6, torch.device("cpu"), grid) for _ in range(3)]
+        for place, index in enumerate(order):
+            parts[place % 3].add(batches[index])
+        parts[0].total += parts[1].total + parts[2].total
+        parts[0].count = sum(part.count for part in parts)
+        assert parts[0].exact
+        found.append(parts[0].mean())
+    for order in (range(40), reversed(range(40))):
+        plain.append(sum(batches[index].T @ batches[index] for index in order) / 2000)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert not torch.equal(*plain)
+    torch.testing.assert_close(found[0], plain[0], rtol=1e-5, atol=1e-7 * plain[0].max().item())
+
+
+def test_inputs_that_grow_are_recorded_on_a_coarser_grid(monkeypatch):
+    """Their sums outgrow the grid of the first call; the result is that of a grid that suits from the start."""
+    unet = tiny_unet("sdxl")
+    block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
+    groups = shared_inputs(unet, block, call(0))
+    plain = record_hessians(unet, groups, call(0), [lambda: call(1)], [lambda: call(2)])
+    grids, first_grids = [], hessians.first_grids
+    monkeypatch.setattr(hessians, "first_grids", lambda *args: {k: v * 2.0**-40 for k, v in first_grids(*args).items()})
+    init = Moment.__init__
+    monkeypatch.setattr(Moment, "__init__", lambda self, n, d, grid: grids.append(grid) or init(self, n, d, grid))
+    again = record_hessians(unet, groups, call(0), [lambda: call(1)], [lambda: call(2)])
+    assert len(grids) > 2 * len(groups)
+    for name, (hessian, unseen) in again.items():
+        torch.testing.assert_close(hessian, plain[name][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(unseen, plain[name][1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_held_out_calls_give_no_held_out_hessian():
+    unet = tiny_unet("sdxl")
+    block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
+    found = record_hessians(unet, shared_inputs(unet, block, call(0)), call(0), [lambda: call(1)], [])
+    assert all(unseen is None for _, unseen in found.values())

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from vqdm.diffusion.pipelines import load_pipeline, sample, weight_files
-from vqdm.diffusion.sampling import check_timestep_range, output_error, record_evaluation, record_trajectories
+from vqdm.diffusion.sampling import (
+    check_timestep_range,
+    error_spread,
+    output_error,
+    point_errors,
+    record_evaluation,
+    record_trajectories,
+)
 from vqdm.diffusion.trajectories import Recorder, Trajectories, held_out, join, spread_points
 from vqdm.errors import UserError
 
@@ -24,6 +31,15 @@ def test_replaying_recorded_points_gives_the_recorded_outputs(pipelines, family,
         again = pipeline.unet(**trajectories.inputs(points, "cpu", torch.float32)).sample
     torch.testing.assert_close(again, trajectories.expected(points, "cpu"), rtol=1e-4, atol=1e-5)
     assert output_error(pipeline.unet, trajectories, size=4) < -80
+    errors, energies = point_errors(pipeline.unet, trajectories, size=4)
+    assert len(errors) == len(energies) == 9 * branches
+    assert sum(energies) == pytest.approx(trajectories.outputs.double().square().sum().item())
+
+
+def test_the_spread_of_errors_is_that_of_single_points():
+    spread = error_spread([1.0, 0.1, 0.01], [100.0, 100.0, 100.0])
+    assert (spread["median"], spread["worst"]) == pytest.approx((-30, -20))
+    assert spread["95%"] == pytest.approx(-21)
 
 
 def test_pictures_do_not_depend_on_the_batch(pipelines):

@@ -21,9 +21,15 @@ from vqdm.layers.quantized import quantized_layers
 ONLY = ["--layer_filter", r"mid_block.*attn1\.to|mid_block.*conv1"]
 
 
+def shrink(patch):
+    patch.setattr("vqdm.jobs.allocation.RATES", (6, 3))
+    patch.setattr("vqdm.jobs.allocation.LARGEST", 7)
+    patch.setattr("vqdm.jobs.allocation.MENU", ((2, 5),))
+
+
 @pytest.fixture(autouse=True)
 def small_menu(monkeypatch):
-    monkeypatch.setattr("vqdm.jobs.allocation.MENU", ((1, 6), (1, 3), (2, 5)))
+    shrink(monkeypatch)
 
 
 def target(pipelines, prompts, out, *extra):
@@ -39,7 +45,7 @@ def planned(pipelines, prompt_file, tmp_path_factory):
     """A run to 2.5 bits that keeps its Hessians."""
     folder = tmp_path_factory.mktemp("planned")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vqdm.jobs.allocation.MENU", ((1, 6), (1, 3), (2, 5)))
+        shrink(patch)
         cache = ["--hessian_cache", str(folder / "cache")]
         assert run_script(main, target(pipelines, prompt_file, folder / "out", "--target_bits", "2.5", *cache)) == 0
     return folder

@@ -68,6 +68,8 @@ def test_summary_counts_what_is_on_disk(finished):
     parameters = sum(p.numel() for p in DiffusionPipeline.from_pretrained(summary["model"]).unet.parameters())
     assert summary["effective_bits_unet"] == pytest.approx(8 * (size - header) / parameters)
     assert summary["unet_output_error_db"] < -5
+    spread = summary["unet_output_error_db_by_point"]
+    assert spread["median"] < spread["95%"] < spread["worst"] and spread["median"] < -5
     assert summary["pictures"]["count"] == 3 and summary["pictures"]["psnr_db"] > 10
     assert {"seconds", "peak_memory_bytes", "versions", "command"} <= summary.keys()
 

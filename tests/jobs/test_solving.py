@@ -1,4 +1,7 @@
 import hashlib
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ from main_text2image import main
 from test_quantize import command
 
 from vqdm.cli import run_script
+from vqdm.jobs.solving import threads as side_by_side
 
 
 @pytest.fixture
@@ -43,3 +47,16 @@ def test_a_failing_layer_is_named_and_threads_are_restored(
     assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *only)) == 1
     assert "layer mid_block.attentions.0.transformer_blocks.0.attn1.to_q: cannot be solved" in capsys.readouterr().err
     assert torch.get_num_threads() == 2
+
+
+def test_ctrl_c_does_not_wait_for_layers_under_way():
+    going, done = threading.Event(), []
+
+    def work(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(going.wait(60))
+
+    with pytest.raises(KeyboardInterrupt), side_by_side(2) as mapped:
+        list(mapped(work, range(4)))
+    assert not done
+    going.set()

@@ -2,12 +2,14 @@ import logging
 
 import pytest
 import torch
-from test_gather import SPECS, stored_of
+from test_gather import SPECS, VARIABLE, stored_of
 
+from vqdm import compiled
 from vqdm.additive.code import CodeSpec
 from vqdm.compiled import compiler
 from vqdm.errors import UserError
 from vqdm.layers import decode as decoding
+from vqdm.layers import native_decode
 from vqdm.layers.decode import decode
 
 
@@ -30,14 +32,15 @@ def used(monkeypatch):
     return names
 
 
+@pytest.mark.parametrize("spec", [CodeSpec(2, 6, 4, scale_nbits=4), VARIABLE[0]], ids=str)
 @pytest.mark.parametrize("path", ["torch", "gather", "native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_all_ways_agree(path, dtype, triton_device):
+def test_all_ways_agree(spec, path, dtype, triton_device):
     if path == "native" and compiler() is None:
         pytest.skip("no C compiler")
     if path == "triton" and triton_device != "cpu":
         pytest.skip("the tensors of this test are on the CPU")
-    stored, code = stored_of(CodeSpec(2, 6, 4, scale_nbits=4), 16, 32)
+    stored, code = stored_of(spec, 16, 32)
     assert torch.equal(decode(stored, dtype, path=path), code.dequantize().to(dtype))
 
 
@@ -60,7 +63,7 @@ def test_the_fastest_is_measured_once_a_class_and_said_once(used, monkeypatch, c
     with caplog.at_level(logging.INFO, "vqdm"):
         for stored in layers:
             decode(stored, torch.float32)
-    assert used.count("gather") == 2 * 3 and used[-1] == "torch"
+    assert used.count("gather") == 2 * (1 + 3) and used[-1] == "torch"
     assert [record.getMessage() for record in caplog.records] == [
         "decoding on cpu: torch (gather 2000.00 ms, torch 1000.00 ms)"
     ]
@@ -81,7 +84,27 @@ def test_a_way_that_fails_is_left_with_a_warning(failure, monkeypatch, caplog):
     assert warnings == [f"decoding on cpu: not by gather, which fails: {reason}"]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_machine_without_a_compiler_is_told_so_once(monkeypatch, caplog):
+    monkeypatch.setitem(decoding.CANDIDATES, "cpu", ("native", "gather"))
+    monkeypatch.setattr(native_decode, "library", lambda: compiled.build(native_decode.SOURCE, native_decode.FLAGS))
+    monkeypatch.setattr(compiled, "compiler", lambda: None)
+    for spec in SPECS[:2]:
+        stored, code = stored_of(spec, 8, 16)
+        assert torch.equal(decode(stored, torch.float32), code.dequantize())
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["decoding on cpu: not by native, which fails: no C compiler: neither $CC nor cc, gcc, clang"]
+
+
+def test_a_device_that_has_only_the_plain_way_is_told_so_once(monkeypatch, caplog):
+    monkeypatch.delitem(decoding.CANDIDATES, "cpu")
+    for spec in SPECS[:2]:
+        decode(stored_of(spec, 8, 16)[0], torch.float32)
+    assert [record.getMessage() for record in caplog.records] == [
+        "decoding on cpu: torch, for want of a faster way on this device"
+    ]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *VARIABLE[:2]], ids=str)
 def test_what_is_measured_is_the_layers_first_rows(spec, monkeypatch):
     monkeypatch.setattr(decoding, "MEASURED_WEIGHTS", 16 * 6)
     stored, code = stored_of(spec, 24, 16)

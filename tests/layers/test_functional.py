@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from test_gather import stored_of
+from test_gather import VARIABLE, stored_of
 from test_quantized import SPECS, random_code
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -47,6 +47,7 @@ def compare(operation, x, stored, bias):
 
 
 FORMATS = [*SPECS, CodeSpec(2, 3, 4, scale_nbits=3, input_channel_scales=True), CodeSpec(2, 3, 4, out_group_size=4)]
+FORMATS += VARIABLE[:2]
 
 
 @pytest.mark.parametrize("spec", FORMATS, ids=str)

@@ -9,12 +9,25 @@ from vqdm.layers import gather, parts
 from vqdm.layers.stored import Stored
 
 WIDTHS = [CodeSpec(M, b, 4) for b in range(1, 17) for M in (1, 3)]
-FORMATS = [*SPECS, CodeSpec(5, 3, 4), CodeSpec(4, 2, 1), CodeSpec(2, 4, 8, out_group_size=3, scale_nbits=2)]
+VARIABLE = [
+    CodeSpec(1, 12, 4, shared_codebooks="bank", row_bits=31),
+    CodeSpec(1, 5, 8, shared_codebooks="bank", row_bits=7, input_channel_scales=True, scale_nbits=3),
+    CodeSpec(1, 7, 2, out_group_size=3, shared_codebooks="bank", row_bits=16, scale_nbits=16),
+    CodeSpec(1, 16, 8, shared_codebooks="bank", row_bits=1),
+]
+FORMATS = [
+    *SPECS,
+    CodeSpec(5, 3, 4),
+    CodeSpec(4, 2, 1),
+    CodeSpec(2, 4, 8, out_group_size=3, scale_nbits=2),
+    *VARIABLE,
+]
 
 
 def stored_of(spec, rows, columns):
     code = random_code(spec, rows, columns)
-    return Stored.of(spec, (rows, columns), code.pack()), code
+    bank = code.codebooks.half() if spec.shared_codebooks else None
+    return Stored.of(spec, (rows, columns), code.pack(), bank), code
 
 
 @pytest.mark.parametrize("spec", [*WIDTHS, *FORMATS], ids=str)
@@ -33,7 +46,7 @@ def test_other_types_are_rounded_once(dtype):
     assert torch.equal(out, code.dequantize().to(dtype))
 
 
-@pytest.mark.parametrize("spec", [CodeSpec(3, 5, 4), CodeSpec(2, 6, 4, scale_nbits=3), SPECS[3]], ids=str)
+@pytest.mark.parametrize("spec", [CodeSpec(3, 5, 4), CodeSpec(2, 6, 4, scale_nbits=3), SPECS[3], VARIABLE[0]], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_parts_make_the_whole(spec, threads, monkeypatch):
     monkeypatch.setattr(parts, "GROUPS_AT_ONCE", 20)

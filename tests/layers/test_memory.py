@@ -1,14 +1,12 @@
 """What a forward pass holds at its peak: the stored tensors, one decoded layer, the activations."""
 
 import tracemalloc
-import weakref
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from test_quantized import random_code
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers import decode as decoding
@@ -24,33 +22,6 @@ def gathering(monkeypatch):
     free_scratch()
     yield
     free_scratch()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make inside, and the most that were alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in given:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage):
-        if storage not in self._known:
-            self._known.add(storage)
-            self._add(storage.nbytes())
-            weakref.finalize(storage, self._add, -storage.nbytes())
-
-    def _add(self, count):
-        self.now += count
-        self.peak = max(self.peak, self.now)
 
 
 SPEC = CodeSpec(3, 8, 8)

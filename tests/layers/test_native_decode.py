@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_gather import FORMATS, WIDTHS, stored_of
 
-from vqdm.additive.code import CodeSpec
+from vqdm.additive.code import CodeSpec, pack_codes
 from vqdm.compiled import compiler
 from vqdm.layers import native_decode as native
-from vqdm.layers import parts
+from vqdm.layers.stored import Stored
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler")
 SIZES = [CodeSpec(M, 5, g) for M in (1, 2, 3, 4, 5) for g in (1, 4, 6, 8, 16)] + [
@@ -18,9 +18,10 @@ SIZES = [CodeSpec(M, 5, g) for M in (1, 2, 3, 4, 5) for g in (1, 4, 6, 8, 16)] +
 
 @needs_compiler
 @pytest.mark.parametrize("spec", [*WIDTHS, *FORMATS, *SIZES], ids=str)
-@pytest.mark.parametrize("at_once", [20, 2**15])
-def test_every_format_decodes_to_the_last_bit(spec, at_once, monkeypatch):
-    monkeypatch.setattr(parts, "GROUPS_AT_ONCE", at_once)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_format_decodes_to_the_last_bit(spec, threads, monkeypatch):
+    monkeypatch.setattr(native, "WEIGHTS_AT_ONCE", 200)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     stored, code = stored_of(spec, 18, 48)
     out = torch.full((18, 48), torch.nan)
     native.native(stored, out)
@@ -30,7 +31,52 @@ def test_every_format_decodes_to_the_last_bit(spec, at_once, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_types_are_rounded_once(dtype):
-    stored, code = stored_of(CodeSpec(3, 5, 8), 16, 32)
+    stored, code = stored_of(CodeSpec(3, 5, 8, out_group_size=2, input_channel_scales=True), 16, 32)
     out = torch.empty(16, 32, dtype=dtype)
     native.native(stored, out)
     assert torch.equal(out, code.dequantize().to(dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_sixteen_bit_number_is_read_and_every_rounding_is_to_the_nearest_even(dtype):
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    halves = halves[halves.isfinite()]
+    book = torch.nn.functional.pad(halves, (0, 2**16 - len(halves)))
+    codes = pack_codes(torch.arange(2**16), 16)
+    scales = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-8, 1.00071, 3e4])
+    stored = Stored(CodeSpec(1, 16, 1), (5, 2**16), codes.repeat(5), book.view(1, -1, 1, 1), scales)
+    for written in (torch.float32, dtype):
+        out = torch.empty(5, 2**16, dtype=written)
+        native.native(stored, out)
+        assert torch.equal(out, (scales[:, None] * book.float()).to(written))
+
+
+@needs_compiler
+def test_rows_longer_than_what_is_decoded_at_once():
+    for spec in (CodeSpec(3, 5, 4, scale_nbits=16), CodeSpec(2, 3, 8, out_group_size=4, input_channel_scales=True)):
+        stored, code = stored_of(spec, 8, 4 * 1080)
+        out = torch.empty(8, 4 * 1080)
+        native.native(stored, out)
+        assert torch.equal(out, code.dequantize())
+
+
+@needs_compiler
+def test_types_and_layouts_that_the_loop_does_not_read_are_converted():
+    stored, code = stored_of(CodeSpec(2, 4, 4), 8, 16)
+    books = stored.codebooks.double().movedim(1, 0).contiguous().movedim(0, 1)
+    out = torch.empty(8, 16, dtype=torch.float64)
+    native.native(stored._replace(codebooks=books, scales=stored.scales.bfloat16().float()[:, None]), out)
+    wanted = code.dequantize() / code.scales * code.scales.bfloat16().float()
+    torch.testing.assert_close(out.float(), wanted)
+
+
+@needs_compiler
+def test_without_a_team_of_threads_one_does_the_work(monkeypatch):
+    monkeypatch.setattr(native, "_team", lambda: None)
+    monkeypatch.setattr(native, "WEIGHTS_AT_ONCE", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    stored, code = stored_of(CodeSpec(2, 6, 4), 16, 32)
+    out = torch.full((16, 32), torch.nan)
+    native.native(stored, out)
+    assert torch.equal(out, code.dequantize())

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
+from vqdm.additive.rates import divided_bits, first_entries
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once, quantized_layers, swap
 
 SPECS = [
@@ -22,12 +23,17 @@ def random_code(spec: CodeSpec, rows: int, columns: int) -> AdditiveCode:
     R, G = rows // spec.out_group_size, columns // spec.in_group_size
     banks = (G,) if spec.groupwise_codebooks else ()
     shape = (*banks, spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size)
+    codes, widths = torch.randint(0, 2**spec.nbits_per_codebook, (R, G, spec.num_codebooks), generator=generator), None
+    if spec.row_bits:
+        widths = divided_bits(torch.randn(G, generator=generator) * 3, spec.row_bits, spec.nbits_per_codebook)
+        codes = codes % 2 ** widths[:, None] + first_entries(widths)[:, None]
     return AdditiveCode(
         spec,
-        torch.randint(0, spec.entries, (R, G, spec.num_codebooks), generator=generator),
-        torch.randn(shape, generator=generator),
+        codes,
+        torch.randn(shape, generator=generator).half().float(),  # what a bank holds
         torch.rand(R, G if spec.scale_nbits else 1, generator=generator) + 0.5,
         torch.rand(columns, generator=generator) + 0.5 if spec.input_channel_scales else None,
+        widths,
     ).stored()
 
 

@@ -15,7 +15,7 @@ def test_one_buffer_serves_all_and_grows_to_the_largest():
             assert out.shape == shape
             pointers.append(out.data_ptr())
     assert pointers[0] == pointers[1] and pointers[2] == pointers[3]
-    assert [buffer.numel() for buffer in _idle.values()] == [128]
+    assert [buffer.memory.numel() for buffer in _idle.values()] == [128]
 
 
 def test_types_have_buffers_of_their_own():

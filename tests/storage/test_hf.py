@@ -1,13 +1,16 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.quantizers import auto
 from safetensors.torch import load_file, save_file
 from test_quantized import SPECS, random_code
 
+from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import rest_layers, select_layers
 from vqdm.layers.quantized import QuantizedConv2d, cast_plain, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
@@ -75,6 +78,35 @@ def test_whole_pipeline_with_stock_diffusers(tmp_path, pipelines):
     assert torch.equal(picture(pipeline), picture(again))
 
 
+def test_without_the_format_known_loading_fails_and_names_it(tmp_path, pipelines, monkeypatch):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(pipelines["sdxl"])
+    pipeline.unet = quantized_unet()
+    pipeline.save_pretrained(tmp_path)
+    for known in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(known, "vqdm")
+    with pytest.raises(ValueError, match="vqdm"):
+        StableDiffusionXLPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
+def test_device_maps(tmp_path, device_map):
+    unet = quantized_unet(rest_nbits=8)
+    unet.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path, device_map=device_map, dtype=torch.float32)
+    assert torch.equal(run(again), run(unet))
+
+
+def test_a_device_map_that_spills_to_disk(tmp_path):
+    """What accelerate puts on the disk comes back a layer at a time."""
+    unet = quantized_unet()
+    unet.save_pretrained(tmp_path / "unet")
+    parts = {name: "cpu" for name, _ in unet.named_children()} | {"mid_block": "disk"}
+    options = {"device_map": parts, "offload_folder": tmp_path / "disk", "dtype": torch.float32}
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "unet", **options)
+    assert again.mid_block.resnets[0].conv1.codes.device.type == "meta"
+    assert torch.equal(run(again), run(unet))
+
+
 def test_half_precision_load(tmp_path):
     quantized_unet().save_pretrained(tmp_path)
     half = UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.float16)
@@ -102,6 +134,37 @@ def test_a_file_is_of_the_oldest_version_that_holds_it(tmp_path, rest_nbits, ver
     assert written["format_version"] == version and ("rounded" in written) == (version == 2)
 
 
+def variable_unet() -> UNet2DConditionModel:
+    """A tiny SDXL UNet with random codes of variable rate that share one bank."""
+    unet = tiny_unet("sdxl")
+    spec = CodeSpec(1, 6, 4, shared_codebooks="unet_0to6_1x4")
+    bank = torch.randn(CodeSpec(1, 6, 4, shared_codebooks="bank", row_bits=1).codebooks_shape).half()
+    for layer in select_layers(unet, "default", 0, spec, {}):
+        own = spec.changed(row_bits=2 * (layer.columns // 4) + 1)
+        quantized = swap(unet, layer.name, own)
+        quantized.banks[0].fill(own.shared_codebooks, bank)
+        quantized.set_code(replace(random_code(own, layer.rows, layer.columns), codebooks=bank))
+    mark_quantized(unet)
+    return unet
+
+
+def test_variable_rate_is_version_3_and_round_trips(tmp_path):
+    unet = variable_unet()
+    unet.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 3
+    assert torch.equal(run(unet), run(UNet2DConditionModel.from_pretrained(tmp_path)))
+
+
+@pytest.mark.parametrize("change", [lambda widths: widths.flip(0) + 1, lambda widths: widths * 0 + 255])
+def test_widths_that_would_read_elsewhere_are_refused(tmp_path, change):
+    variable_unet().save_pretrained(tmp_path)
+    path, name = tmp_path / "diffusion_pytorch_model.safetensors", "mid_block.resnets.0.conv1.code_widths"
+    tensors = load_file(path)
+    save_file(tensors | {name: change(tensors[name])}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} do not add up to row_bits"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
 def test_casting_what_is_plain_leaves_stored_tensors_alone():
     unet = quantized_unet(rest_nbits=8)
     cast_plain(unet, torch.bfloat16)
@@ -127,6 +190,39 @@ def test_a_wrong_checkpoint_is_an_error_that_names_the_tensor(tmp_path, change, 
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match=words):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["lacks", "holds"])
+def test_shards_that_are_not_what_their_index_says_are_refused(tmp_path, change):
+    quantized_unet().save_pretrained(tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    path = tmp_path / index["weight_map"][VICTIM]
+    tensors = load_file(path)
+    if change == "holds":
+        tensors["ghost"] = tensors[VICTIM].clone()
+    else:
+        del tensors[VICTIM]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{change} 1 .*, the first is {'ghost' if change == 'holds' else VICTIM}"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_a_whole_pipeline_in_shards_of_a_variant(tmp_path, pipelines):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(pipelines["sdxl"])
+    pipeline.unet = quantized_unet()
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
+    assert len(list(tmp_path.glob("unet/*.fp16-*.safetensors"))) > 1
+    again = StableDiffusionXLPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.bfloat16)
+    layer = again.unet.mid_block.resnets[0].conv1
+    assert layer.codes.dtype == torch.uint8 and layer.bias.dtype == again.vae.dtype == torch.bfloat16
+    assert picture(again).isfinite().all()
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path):
+    unet = quantized_unet()
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is not a safetensors file"):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 
@@ -158,7 +254,7 @@ def test_dequantize_gives_a_plain_model(tmp_path):
     ("change", "words"),
     [
         (lambda config: config.update(format_version=99), "format_version is 99"),
-        (lambda config: config.update(format_version=3), "format_version is 3; this vqdm reads 1 to 2"),
+        (lambda config: config.update(format_version=4), "format_version is 4; this vqdm reads 1 to 3"),
         (lambda config: config.update(rounded=["no.such"]), "names layer no.such"),
         (lambda config: config.update(rounded=[VICTIM[:-10]]), "which is a QuantizedConv2d"),
         (lambda config: config["layers"].update({"no.such": {}}), "names layer no.such"),

@@ -7,7 +7,7 @@ from test_quantized import SPECS, random_code
 
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import save_bytes
+from vqdm.storage.atomic import UNFINISHED, save_bytes
 from vqdm.storage.runs import RunFolder, layer_generator
 
 LAYER = Layer("mid_block.a.b", "mid_block", "linear", 8, 16, SPECS[0])
@@ -55,6 +55,19 @@ def test_foreign_folders_and_files_are_refused(tmp_path):
         RunFolder(str(tmp_path / "mine.txt" / "out")).open(SETTINGS, {}, False, 0)
     with pytest.raises(UserError, match="cannot be written"):
         RunFolder("/proc/vqdm").open(SETTINGS, {}, False, 0)
+
+
+def test_a_run_killed_before_its_claim_is_begun_anew(tmp_path):
+    """Its folder holds an empty work/ and files that it did not finish; anything else is foreign."""
+    (tmp_path / "work").mkdir()
+    for name in (f".run.json.12{UNFINISHED}", f"work/.probe.12{UNFINISHED}"):
+        (tmp_path / name).touch()
+    RunFolder(str(tmp_path)).open(SETTINGS, {}, False, 0)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["run.json", "work"]
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "work" / "mine.txt").touch()
+    with pytest.raises(UserError, match="is not a run of vqdm"):
+        RunFolder(str(tmp_path)).open(SETTINGS, {}, False, 0)
 
 
 def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch):

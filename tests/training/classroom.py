@@ -7,6 +7,7 @@ from conftest import tiny_unet
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.additive.rates import divided_bits
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.layers.banks import banks_of
 from vqdm.layers.quantized import quantized_layers, swap
@@ -36,6 +37,7 @@ FORMATS = {
     "scale_a_group": CodeSpec(1, 5, 8, scale_nbits=16, group_channels=False),
     "value_tables": CodeSpec(2, 4, 4, codebook_value_nbits=3, codebook_value_num_groups=2),
     "out_groups": CodeSpec(2, 4, 4, out_group_size=2),
+    "variable": CodeSpec(1, 5, 4, shared_codebooks="bank", row_bits=23, input_channel_scales=True),
 }
 
 
@@ -59,7 +61,10 @@ def student(spec: CodeSpec, names: tuple[str, ...] = NAMES, rounded: bool = Fals
 
 def _fill(layer, size: float, generator: torch.Generator) -> None:
     for name, tensor in layer.stored_tensors().items():
-        if tensor.dtype == torch.uint8:
+        if name == "code_widths":
+            widths = divided_bits(torch.randn(len(tensor), generator=generator), layer.spec.row_bits, 5)
+            tensor.copy_(widths)
+        elif tensor.dtype == torch.uint8:
             tensor.copy_(torch.randint(0, 256, tensor.shape, generator=generator))
         elif name.startswith("codebook"):
             tensor.copy_(torch.randn(tensor.shape, generator=generator))

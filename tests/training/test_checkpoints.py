@@ -28,9 +28,8 @@ def test_what_was_saved_comes_back(tmp_path):
 
 def test_the_last_ones_are_kept_with_the_best_that_they_name(tmp_path):
     held = Checkpoints(tmp_path, 2)
-    for step in (1, 2, 3):
-        held.save_best(step, {"a": torch.tensor(float(step))})
     for step, best in ((10, 1), (20, 2), (30, 3)):
+        held.save_best(best, {"a": torch.tensor(float(best))})
         held.save(step, tensors(0.0), STATE | {"best": {"step": best}})
     assert held.steps() == [20, 30]
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["step-2.safetensors", "step-3.safetensors"]

@@ -10,11 +10,16 @@ G = I/g column groups; M codebooks of K = 2^b entries; b = `nbits_per_codebook`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from vqdm.additive.rates import pack_rows, row_bytes, unpack_rows
+
+BANK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # banks name tensors and files
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,10 @@ class CodeSpec:
         groupwise_codebooks: every column group has its own M codebooks.
         input_channel_scales: a 16-bit factor for every column.
         group_channels: columns of a convolution run taps outermost, channels innermost.
-        shared_codebooks: the name of a bank of codebooks that layers share and the model stores once; empty: the
-            layer stores its own.
+        shared_codebooks: the name of a bank of codebooks that layers share and the model stores once, of up to 64
+            letters, digits, _ and -; empty: the layer stores its own.
+        row_bits: 0 gives every code b bits. Else the rate is variable, see `vqdm.additive.rates`: one shared codebook
+            of all widths up to b, and so many bits for the codes of a row group together.
     """
 
     num_codebooks: int = 3
@@ -49,6 +56,7 @@ class CodeSpec:
     input_channel_scales: bool = False
     group_channels: bool = True
     shared_codebooks: str = ""
+    row_bits: int = 0
 
     def __post_init__(self) -> None:
         _in_range(self, "num_codebooks", 1, 16)
@@ -56,10 +64,16 @@ class CodeSpec:
         _in_range(self, "in_group_size", 1, 64)
         _in_range(self, "out_group_size", 1, 64)
         _in_range(self, "codebook_value_num_groups", 1, 1024)
-        if self.scale_nbits not in (*range(9), 16):
-            raise ValueError(f"scale_nbits is {self.scale_nbits}; allowed are 0 to 8, and 16")
-        if self.codebook_value_nbits not in (*range(1, 9), 16):
-            raise ValueError(f"codebook_value_nbits is {self.codebook_value_nbits}; allowed are 1 to 8, and 16")
+        _in_range(self, "row_bits", 0, 2**24)
+        _one_of(self, "scale_nbits", (*range(9), 16), "0 to 8, and 16")
+        _one_of(self, "codebook_value_nbits", (*range(1, 9), 16), "1 to 8, and 16")
+        for name in ("groupwise_codebooks", "input_channel_scales", "group_channels"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are true and false")
+        if not isinstance(self.shared_codebooks, str) or not BANK_NAME.fullmatch(self.shared_codebooks or "_"):
+            raise ValueError(
+                f"shared_codebooks is {self.shared_codebooks!r}; allowed are up to 64 letters, digits, _ and -"
+            )
         if self.codebook_value_nbits < 16 and self.num_codebooks * self.entries % self.codebook_value_num_groups:
             raise ValueError(
                 f"codebook_value_num_groups is {self.codebook_value_num_groups}; it must divide "
@@ -67,6 +81,8 @@ class CodeSpec:
             )
         if self.shared_codebooks and not self.can_share:
             raise ValueError("shared_codebooks go neither with groupwise_codebooks nor with codebook_value_nbits")
+        if self.row_bits and (self.num_codebooks != 1 or not self.shared_codebooks):
+            raise ValueError("row_bits need num_codebooks 1 and shared_codebooks")
 
     @property
     def can_share(self) -> bool:
@@ -80,8 +96,8 @@ class CodeSpec:
 
     @property
     def entries(self) -> int:
-        """K, the entries of one codebook."""
-        return 2**self.nbits_per_codebook
+        """K, the entries of one codebook; of all widths together where the rate is variable."""
+        return 2 ** (self.nbits_per_codebook + 1) - 1 if self.row_bits else 2**self.nbits_per_codebook
 
     def check_shape(self, rows: int, columns: int) -> None:
         """Raise ValueError unless a [rows, columns] matrix divides into groups."""
@@ -89,6 +105,18 @@ class CodeSpec:
             raise ValueError(f"in_group_size {self.in_group_size} does not divide its {columns} inputs")
         if rows % self.out_group_size:
             raise ValueError(f"out_group_size {self.out_group_size} does not divide its {rows} outputs")
+        if self.row_bits > (most := columns // self.in_group_size * self.nbits_per_codebook):
+            raise ValueError(f"row_bits is {self.row_bits}; its {columns} inputs take {most} at most")
+
+    def check_tensors(self, rows: int, columns: int, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless `tensors` are those of a [rows, columns] layer, in names, shapes and dtypes."""
+        expected = self.tensor_shapes(rows, columns)
+        if expected.keys() != tensors.keys():
+            raise ValueError(f"its tensors are {', '.join(sorted(tensors))}; expected {', '.join(sorted(expected))}")
+        for name, (shape, dtype) in expected.items():
+            held = tensors[name]
+            if held.shape != shape or held.dtype != dtype:
+                raise ValueError(f"{name} is {held.dtype} {list(held.shape)}; expected {dtype} {list(shape)}")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -100,12 +128,42 @@ class CodeSpec:
             raise ValueError(f"no such setting: {', '.join(sorted(unknown))}")
         return replace(self, **values)
 
+    def code_bits_per_weight(self, columns: int) -> float:
+        """Bits of the codes over the weights of a matrix of so many columns."""
+        group = self.out_group_size * self.in_group_size
+        if self.row_bits:
+            return self.row_bits / (columns * self.out_group_size)
+        return self.num_codebooks * self.nbits_per_codebook / group
+
+    def packed(self, codes: Tensor, widths: Tensor | None) -> Tensor:
+        """The bytes of codes [R, G, M]; the inverse of `unpacked`. Raises ValueError where one is out of its range."""
+        if self.row_bits:
+            return pack_rows(codes[:, :, 0], widths)
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.entries:
+            raise ValueError(f"codes reach from {codes.min()} to {codes.max()}; allowed are 0 to {self.entries - 1}")
+        return pack_codes(codes, self.nbits_per_codebook)
+
+    def code_bytes(self, rows: int, groups: int) -> int:
+        """Bytes of the packed codes of R row groups of G column groups."""
+        if self.row_bits:
+            return row_bytes(rows, self.row_bits)
+        return packed_bytes(rows * groups * self.num_codebooks, self.nbits_per_codebook)
+
+    def unpacked(self, rows: int, groups: int, packed: Tensor, widths: Tensor | None) -> Tensor:
+        """Codes [R, G, M] from their bytes, and from the `widths` [G] of variable rate."""
+        if self.row_bits:
+            return unpack_rows(packed, widths, rows)[:, :, None]
+        codes = unpack_codes(packed, self.nbits_per_codebook, rows * groups * self.num_codebooks)
+        return codes.view(rows, groups, self.num_codebooks)
+
     def tensor_shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name → (shape, dtype) of every stored tensor of a [rows, columns] layer; 16-bit floats are float16."""
         R, G = rows // self.out_group_size, columns // self.in_group_size
         banks = (G,) if self.groupwise_codebooks else ()
         values = (*banks, *self.codebooks_shape)
-        shapes = {"codes": ((packed_bytes(R * G * self.num_codebooks, self.nbits_per_codebook),), torch.uint8)}
+        shapes = {"codes": ((self.code_bytes(R, G),), torch.uint8)}
+        if self.row_bits:
+            shapes["code_widths"] = ((G,), torch.uint8)
         if self.codebook_value_nbits == 16 and not self.shared_codebooks:
             shapes["codebooks"] = (values, torch.float16)
         elif not self.shared_codebooks:
@@ -125,6 +183,12 @@ class CodeSpec:
         return shapes
 
 
+def _one_of(spec: CodeSpec, name: str, allowed: tuple[int, ...], words: str) -> None:
+    value = getattr(spec, name)
+    if type(value) is not int or value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {words}")
+
+
 def _in_range(spec: CodeSpec, name: str, low: int, high: int) -> None:
     value = getattr(spec, name)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -141,6 +205,7 @@ class AdditiveCode:
         codebooks: float [M, K, p, g], or [G, M, K, p, g] when groupwise.
         scales: float [R, 1], or [R, G] when `spec.scale_nbits` > 0.
         input_scales: float [I] or None.
+        widths: int64 [G], bits of the codes of every column group where the rate is variable, else None.
     """
 
     spec: CodeSpec
@@ -148,6 +213,7 @@ class AdditiveCode:
     codebooks: Tensor
     scales: Tensor
     input_scales: Tensor | None = None
+    widths: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The matrix [O, I], float32 (float64 if the codebooks are)."""
@@ -163,13 +229,14 @@ class AdditiveCode:
     ) -> AdditiveCode:
         """The inverse of `pack` for a matrix of `shape` = (O, I); exact. `shared`: the codebooks of the spec's bank."""
         R, G = shape[0] // spec.out_group_size, shape[1] // spec.in_group_size
-        codes = unpack_codes(tensors["codes"], spec.nbits_per_codebook, R * G * spec.num_codebooks)
+        widths = tensors.get("code_widths")
         return cls(
             spec,
-            codes.view(R, G, spec.num_codebooks),
+            spec.unpacked(R, G, tensors["codes"], widths),
             shared if spec.shared_codebooks else stored_codebooks(spec, G, tensors),
             stored_scales(spec, R, G, tensors),
             tensors.get("input_scales"),
+            None if widths is None else widths.to(torch.int64),
         )
 
     def with_groups(self, order: Tensor) -> AdditiveCode:
@@ -181,6 +248,7 @@ class AdditiveCode:
             codebooks=self.codebooks[order] if self.spec.groupwise_codebooks else self.codebooks,
             scales=self.scales[:, order] if self.scales.shape[1] > 1 else self.scales,
             input_scales=None if self.input_scales is None else self.input_scales[group_columns(order, g)],
+            widths=None if self.widths is None else self.widths[order],
         )
 
     def stored(self) -> AdditiveCode:
@@ -252,7 +320,9 @@ def stored_scales(spec: CodeSpec, rows: int, groups: int, tensors: dict[str, Ten
 
 def _pack(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
     spec = code.spec
-    yield "codes", pack_codes(code.codes, spec.nbits_per_codebook)
+    yield "codes", spec.packed(code.codes, code.widths)
+    if spec.row_bits:
+        yield "code_widths", code.widths.to(torch.uint8)
     if spec.codebook_value_nbits == 16 and not spec.shared_codebooks:
         yield "codebooks", _half(code.codebooks)
     elif not spec.shared_codebooks:

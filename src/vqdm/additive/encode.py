@@ -19,6 +19,7 @@ from torch import Tensor
 from vqdm.additive import native
 from vqdm.additive.code import AdditiveCode
 from vqdm.additive.kmeans import rows_at_once
+from vqdm.additive.rates import entry_slices
 from vqdm.additive.scoring import BestEntries, fused_scoring, native_scoring
 from vqdm.additive.topk import smallest
 
@@ -99,12 +100,13 @@ def feedback_encode(W: Tensor, code: AdditiveCode, factors: Tensor, feedback: Te
     g = code.spec.in_group_size
     difference = torch.zeros_like(W)  # W − Ŵ where coded
     target = W.clone()
-    codes = torch.empty_like(code.codes)
+    codes, entries = torch.empty_like(code.codes), usable_entries(code)
     for block in column_blocks(W.shape[1], g):
         for j in range(block.start // g, block.stop // g):
             done, columns = slice(block.start, j * g), slice(j * g, (j + 1) * g)
             wanted = target[:, columns] + difference[:, done] @ feedback[done, columns]
-            codes[:, j], coded = encode_group(wanted, *group_values(code, j), factors[j], beam_size)
+            found, coded = encode_group(wanted, *group_values(code, j, entries[j]), factors[j], beam_size)
+            codes[:, j] = found + (entries[j].start or 0)
             difference[:, columns] = W[:, columns] - coded
         target[:, block.stop :] += difference[:, block] @ feedback[block, block.stop :]
     return replace(code, codes=codes)
@@ -147,7 +149,7 @@ def coordinate_descent(W: Tensor, H: Tensor, code: AdditiveCode, beam_size: int)
     With P = (W − Ŵ) H, the best values of group j are Ŵ_j + P_j H_jj⁻¹, and H_jj is their metric.
     """
     p, g = code.spec.out_group_size, code.spec.in_group_size
-    codes = code.codes.clone()
+    codes, entries = code.codes.clone(), usable_entries(code)
     coded = code.dequantize()
     P = (W - coded) @ H
     moved = torch.zeros_like(W)
@@ -157,7 +159,8 @@ def coordinate_descent(W: Tensor, H: Tensor, code: AdditiveCode, beam_size: int)
             factor = damped_cholesky(H[columns, columns], MINIMAL_DAMPING)
             pull = P[:, columns] - moved[:, done] @ H[done, columns]
             wanted = coded[:, columns] + torch.cholesky_solve(pull.T, factor).T
-            found, values = encode_group(wanted, *group_values(code, j), factor, beam_size)
+            found, values = encode_group(wanted, *group_values(code, j, entries[j]), factor, beam_size)
+            found = found + (entries[j].start or 0)
             before, after = (
                 ((wanted - x) @ factor).square().view(-1, p * g).sum(1) for x in (coded[:, columns], values)
             )
@@ -174,7 +177,12 @@ def column_blocks(columns: int, g: int) -> list[slice]:
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def group_values(code: AdditiveCode, j: int) -> tuple[Tensor, Tensor]:
-    """Scales [R] and codebooks [M, K, p, g] of column group j."""
+def usable_entries(code: AdditiveCode) -> list[slice]:
+    """For each column group, the entries of its codebooks that its codes may name."""
+    return [slice(None)] * code.codes.shape[1] if code.widths is None else entry_slices(code.widths)
+
+
+def group_values(code: AdditiveCode, j: int, entries: slice) -> tuple[Tensor, Tensor]:
+    """Scales [R] and the usable part [M, K', p, g] of the codebooks of column group j."""
     codebooks = code.codebooks if code.codebooks.dim() == 4 else code.codebooks[j]
-    return code.scales[:, j if code.scales.shape[1] > 1 else 0], codebooks
+    return code.scales[:, j if code.scales.shape[1] > 1 else 0], codebooks[:, entries]

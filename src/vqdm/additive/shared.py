@@ -59,6 +59,8 @@ def train_bank(samples: list[Sample], config: SolverConfig, generator: torch.Gen
     Residual k-means of the samples' scaled groups, then rounds of error feedback and of least squares under all H.
     """
     spec = config.spec
+    if spec.row_bits:
+        return _all_widths(samples, config, generator)
     points = torch.cat([_points(sample, config) for sample in samples])  # [N, d]
     limit = config.init_max_points_per_centroid * spec.entries
     codebooks = residual_kmeans(points, spec.num_codebooks, spec.entries, config.init_max_iter, limit, generator)
@@ -69,6 +71,15 @@ def train_bank(samples: list[Sample], config: SolverConfig, generator: torch.Gen
     return codebooks.half().float()
 
 
+def _all_widths(samples: list[Sample], config: SolverConfig, generator: torch.Generator) -> Tensor:
+    """Codebooks [1, 2^(b+1) − 1, p, g] of every width from 0 to b, each trained by itself, one after another."""
+    books = [torch.zeros(1, 1, *config.spec.codebooks_shape[2:], device=samples[0].W.device)]
+    for width in range(1, config.spec.nbits_per_codebook + 1):
+        constant = config.with_spec(config.spec.changed(nbits_per_codebook=width, row_bits=0))
+        books.append(train_bank(samples, constant, generator))
+    return torch.cat(books, dim=1)
+
+
 def _points(sample: Sample, config: SolverConfig) -> Tensor:
     spec = config.spec
     groups = scaled_groups(sample.W, support_rms(sample.W, spec), spec.out_group_size, spec.in_group_size)
@@ -77,7 +88,8 @@ def _points(sample: Sample, config: SolverConfig) -> Tensor:
 
 def encode(sample: Sample, codebooks: Tensor, config: SolverConfig) -> AdditiveCode:
     """The sample's code by one pass of error feedback with given codebooks, its scales fitted."""
-    code = zero_code(sample.W, config.spec, codebooks, support_rms(sample.W, config.spec))
+    spec = config.spec.changed(input_channel_scales=False)  # which the sample has had taken out
+    code = zero_code(sample.W, spec, codebooks, support_rms(sample.W, spec), sample.factors)
     code = feedback_encode(sample.W, code, sample.factors, sample.feedback, config.beam_size)
     return refit_scales(sample.W, sample.H, code, REFIT_ITERATIONS)
 

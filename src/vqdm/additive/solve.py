@@ -21,6 +21,7 @@ from vqdm.additive.code import AdditiveCode, Bank, CodeSpec, group_columns, stor
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors
 from vqdm.additive.kmeans import draw, residual_kmeans
+from vqdm.additive.rates import divided_bits, first_entries, group_demands
 from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, weighted_error
 
 REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
@@ -224,8 +225,9 @@ def _fixed_candidates(
     W: Tensor, H: Tensor, config: SolverConfig, codebooks: Tensor, scales: Tensor
 ) -> Iterator[AdditiveCode]:
     """Error feedback once, then coordinate descent again and again, scales fitted after each; without end."""
-    code = zero_code(W, config.spec, codebooks, scales)
-    code = feedback_encode(W, code, *feedback_factors(H, config.spec.in_group_size, config.damping), config.beam_size)
+    factors, feedback = feedback_factors(H, config.spec.in_group_size, config.damping)
+    code = zero_code(W, config.spec, codebooks, scales, factors)
+    code = feedback_encode(W, code, factors, feedback, config.beam_size)
     while True:
         code = as_stored(refit_scales(W, H, code, REFIT_ITERATIONS))
         yield code
@@ -297,11 +299,16 @@ def initial_code(W: Tensor, config: SolverConfig, generator: torch.Generator) ->
     return as_stored(AdditiveCode(spec, codes, codebooks if spec.groupwise_codebooks else codebooks[0], scales))
 
 
-def zero_code(W: Tensor, spec: CodeSpec, codebooks: Tensor, scales: Tensor) -> AdditiveCode:
-    """Given codebooks and scales [R, S], and codes that are all zero."""
+def zero_code(W: Tensor, spec: CodeSpec, codebooks: Tensor, scales: Tensor, factors: Tensor) -> AdditiveCode:
+    """Given codebooks and scales [R, S], and codes that are all the first; variable rate looks at `factors` too."""
     R, G = len(W) // spec.out_group_size, W.shape[1] // spec.in_group_size
     codes = torch.zeros(R, G, spec.num_codebooks, dtype=torch.int64, device=W.device)
-    return as_stored(AdditiveCode(spec, codes, codebooks, scales))
+    if not spec.row_bits:
+        return as_stored(AdditiveCode(spec, codes, codebooks, scales))
+    groups = scaled_groups(W, support_rms(W, spec), spec.out_group_size, spec.in_group_size)
+    widths = divided_bits(group_demands(groups, factors), spec.row_bits, spec.nbits_per_codebook)
+    codes += first_entries(widths)[:, None]
+    return as_stored(AdditiveCode(spec, codes, codebooks, scales, widths=widths))
 
 
 def row_norms(W: Tensor, spec: CodeSpec) -> Tensor:

@@ -181,10 +181,10 @@ def shared_inputs(unet: nn.Module, layers: list[Layer], call: dict) -> list[list
 
 
 def passes(groups: list[list[Layer]], memory_gb: float) -> list[list[list[Layer]]]:
-    """Split groups into runs whose Hessians (a sum in float64, two results in float32) fit into `memory_gb`."""
+    """Split groups into runs whose Hessians (a sum in float64 and a result in float32) fit into `memory_gb`."""
     out, used = [], float("inf")
     for group in groups:
-        need = (8 + 4 + 4) * group[0].columns ** 2 / 1e9
+        need = (8 + 4) * group[0].columns ** 2 / 1e9
         if used + need > memory_gb:
             out.append([])
             used = 0.0
@@ -226,7 +226,8 @@ def record_hessians(
         left = leaders if calls else []
         while left:
             moments = record_moments(unet, left, grids, calls, samples_per_input, tick, ranks)
-            found[-1] |= {name: moment.mean() for name, moment in moments.items() if moment.exact}
+            exact = [name for name, moment in moments.items() if moment.exact]
+            found[-1] |= {name: moments.pop(name).mean() for name in exact}
             left = [layer for layer in left if layer.name not in found[-1]]
             grids |= {layer.name: COARSER * grids[layer.name] for layer in left}
     return {layer.name: (found[0][layer.name], found[1].get(layer.name)) for layer in leaders}

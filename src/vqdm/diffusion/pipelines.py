@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import diffusers
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 
 SCHEDULERS = {
@@ -24,6 +26,10 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "ode": "EulerDiscreteScheduler",
 }
+
+
+# What a model's config.json may declare: layers one after another, entries of a list, and any other number.
+MOST_LAYERS, MOST_ENTRIES, MOST_CHANNELS = 64, 64, 2**20
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,8 +72,10 @@ def load_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(
             model, dtype=dtype, variant=variant, revision=revision, local_files_only=offline
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"MODEL {model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the libraries answer to files of wrong types or shapes
+        raise UserError(f"MODEL {model} cannot be loaded: {first_line(error)}") from None
     if not isinstance(getattr(pipeline, "unet", None), nn.Module):
         raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
     pipeline.set_progress_bar_config(disable=True)
@@ -83,10 +91,46 @@ def check_model(model: str) -> None:
     path = Path(model)
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise UserError(f"MODEL {model} is a folder without model_index.json, so not a diffusers pipeline")
+    if path.is_dir():
+        _check_index(path / "model_index.json", model)
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.is_file()
     offline_only = not path.is_dir() and (looks_local or "/" not in model)
     if offline_only:
         raise UserError(f"MODEL {model} is not there; give a diffusers pipeline folder, or a hub name like owner/name")
+
+
+def _check_index(index: Path, model: str) -> None:
+    """Raise UserError for a `model_index.json` that is no object, or whose parts would lie outside of its folder."""
+    try:
+        names = list(read_json(index).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"MODEL {model}: model_index.json cannot be read: {first_line(error)}") from None
+    unfit = [name for name, value in names if isinstance(value, list) and not re.fullmatch(r"\w+", name)]
+    if unfit:
+        raise UserError(f"MODEL {model}: model_index.json names a part {shortened(unfit[0])}; allowed are words")
+    for file in sorted(index.parent.glob("*/config.json")):
+        try:
+            check_sizes(read_json(file))
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"MODEL {model}: {file} cannot be read: {first_line(error)}") from None
+
+
+def check_sizes(config: dict) -> None:
+    """Raise ValueError where a model's config.json declares more than any has, before a module is made of it.
+
+    Even without weights, a million declared layers are a million modules.
+    """
+    for name, value in config.items():
+        numbers = [value] if not isinstance(value, list) else [one for row in value for one in _flat(row)]
+        most = MOST_LAYERS if "layers" in name or "depth" in name else MOST_CHANNELS
+        excessive = [one for one in numbers if isinstance(one, int | float) and not -most <= one <= most]
+        if excessive or len(numbers) > MOST_ENTRIES:
+            what = f"is {excessive[0]}" if excessive else f"has {len(numbers)} entries"
+            raise ValueError(f"its {name} {what}, which no model has")
+
+
+def _flat(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:

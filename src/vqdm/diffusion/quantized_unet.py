@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from vqdm.diffusion.pipelines import check_sizes
+from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
 from vqdm.layers.quantized import quantized_layers
 from vqdm.storage.hf import Method
@@ -26,10 +27,12 @@ def find_quantized_unet(path: str) -> Path:
     if not candidates:
         raise UserError(f"QUANTIZED {path} holds neither unet/config.json nor config.json; give what quantizing wrote")
     try:
-        config = json.loads((candidates[0] / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"QUANTIZED {path}: config.json cannot be read: {str(error).splitlines()[0]}") from None
-    if (config.get("quantization_config") or {}).get("quant_method") != Method.VQDM.value:
+        config = read_json(candidates[0] / "config.json")
+        check_sizes(config)
+        method = (config.get("quantization_config") or {}).get("quant_method")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"QUANTIZED {path}: config.json cannot be read: {first_line(error)}") from None
+    if method != Method.VQDM.value:
         raise UserError(
             f"QUANTIZED {path} is not quantized: its config.json has no quantization_config of vqdm; "
             "for full precision leave QUANTIZED out"
@@ -45,8 +48,10 @@ def load_quantized_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionMode
     """
     try:
         unet = UNet2DConditionModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"QUANTIZED {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever diffusers answers to a config.json of wrong types or weights of wrong shapes
+        raise UserError(f"QUANTIZED {folder} cannot be loaded: {first_line(error)}") from None
     if not quantized_layers(unet):
         raise UserError(f"QUANTIZED {folder} holds no quantized layer; for full precision leave QUANTIZED out")
     return unet.requires_grad_(False).eval()

@@ -80,26 +80,43 @@ def pictures(
 
 
 def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int, ranks: Ranks | None = None) -> float:
-    """Squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB.
+    """Squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB."""
+    errors, energies = point_errors(unet, trajectories, size, ranks)
+    return decibels(sum(errors), sum(energies))
 
-    Batches are spread over the ranks, and their sums added up in the batches' order.
+
+def point_errors(
+    unet: torch.nn.Module, trajectories: Trajectories, size: int, ranks: Ranks | None = None
+) -> tuple[list[float], list[float]]:
+    """Squared error, and energy of what was recorded, of every output at every point.
+
+    Batches are spread over the ranks; the order is that of the points for any number of them.
     """
     every, ranks = list(batches(trajectories.points(), size)), ranks or Ranks()
     with bar(total=len(ranks.share(every)), what="UNet-output error") as progress:
 
-        def sums(batch: list[tuple[int, int]]) -> tuple[float, float]:
+        def sums(batch: list[tuple[int, int]]) -> list[tuple[float, float]]:
             progress.update()
-            return _error_and_energy(unet, trajectories, batch)
+            return _errors_and_energies(unet, trajectories, batch)
 
-        errors, energies = zip(*ranks.each(every, sums), strict=True)
-    return decibels(sum(errors), sum(energies))
+        return tuple(map(list, zip(*(pair for part in ranks.each(every, sums) for pair in part), strict=True)))
 
 
 @torch.no_grad()
-def _error_and_energy(unet: torch.nn.Module, trajectories: Trajectories, batch: list) -> tuple[float, float]:
+def _errors_and_energies(unet: torch.nn.Module, trajectories: Trajectories, batch: list) -> list[tuple[float, float]]:
     expected = trajectories.expected(batch, unet.device).double()
     guess = unet(**trajectories.inputs(batch, unet.device, unet_dtype(unet))).sample.double()
-    return (guess - expected).square().sum().item(), expected.square().sum().item()
+    sums = ((guess - expected).square().flatten(1).sum(1), expected.square().flatten(1).sum(1))
+    return list(zip(*(one.tolist() for one in sums), strict=True))
+
+
+def error_spread(errors: list[float], energies: list[float]) -> dict[str, float]:
+    """How the error, in dB, is spread over single outputs: a few points where the teacher itself is touchy may rule.
+
+    Of `point_errors`: the median, what 95 % are below, and the worst.
+    """
+    each = torch.tensor([decibels(*pair) for pair in zip(errors, energies, strict=True)], dtype=torch.float64)
+    return {"median": each.median().item(), "95%": each.quantile(0.95).item(), "worst": each.max().item()}
 
 
 def unet_dtype(unet: torch.nn.Module) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from vqdm.additive.allocate import allocate
 from vqdm.additive.code import AdditiveCode, Bank
-from vqdm.additive.shared import encode, sample_error
+from vqdm.additive.config import SolverConfig
+from vqdm.additive.shared import Sample, encode, sample_error
 from vqdm.diffusion.blocks import Layer, weight_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
+from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
-from vqdm.jobs.banks import choose_layers, draw_samples, load_codebooks, shared, train
+from vqdm.jobs.banks import at_rate, choose_layers, draw_samples, load_codebooks, shared, train
 from vqdm.jobs.job import Job
 from vqdm.jobs.pieces import Tensors, pieces, read
 from vqdm.jobs.plan import bank_bits, bank_users, layer_bits
@@ -34,12 +36,21 @@ from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
 
-# (codebooks, bits of each) at groups of four, from 1 to 12 bits a weight. One large codebook is better than several
-# small ones as long as training data and search allow it. The first is what effects are measured at.
-MENU = ((1, 8), (1, 4), (1, 6), (1, 10), (1, 12), (2, 7), (2, 8), (2, 10), (3, 8), (4, 8), (6, 8))
+# Formats for groups of four: at variable rate, the mean bits of a group; above that, (codebooks, bits of each). One
+# large codebook is better than several small ones as long as training data and search allow it. The first is what
+# effects are measured at.
+RATES, LARGEST = (8, 2, 3, 4, 5, 6, 7, 9, 10, 11), 12
+MENU = ((2, 6), (2, 7), (2, 8), (2, 10), (3, 8), (4, 8), (6, 8))
 GROUP = 4
 PLAN = "plan.json"
-PLANNED = ("num_codebooks", "nbits_per_codebook", "in_group_size", "shared_codebooks")
+PLANNED = (
+    "num_codebooks",
+    "nbits_per_codebook",
+    "in_group_size",
+    "input_channel_scales",
+    "shared_codebooks",
+    "row_bits",
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
     plan = job.ranks.agreed(read_plan(path) if job.ranks.main else None)
     if job.ranks.main:
         save_json(plan, job.folder.path / PLAN)
-    return [replace(layer, spec=layer.spec.changed(**plan[layer.name])) for layer in job.layers]
+    return planned(job.layers, plan, path)
 
 
 def read_plan(path: Path) -> dict[str, dict]:
@@ -86,6 +97,17 @@ def read_plan(path: Path) -> dict[str, dict]:
         return load_sealed_json(path)
     except Damaged as error:
         raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
+
+
+def planned(layers: list[Layer], plan: dict[str, dict], path: Path) -> list[Layer]:
+    """The layers in the formats of a plan. Raises RunError when it lacks a layer or has a format that cannot be."""
+    try:
+        found = [replace(layer, spec=layer.spec.changed(**plan[layer.name])) for layer in layers]
+        for layer in found:
+            layer.spec.check_shape(layer.rows, layer.columns)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({first_line(error)}); delete it and run again with --resume") from None
+    return found
 
 
 # ------------------------------------------------------------------------------------------- measuring
@@ -109,9 +131,11 @@ def measured(job: Job, store: HessianStore) -> list[Choices]:
 
 def formats(layer: Layer, how: str) -> list[Layer]:
     """The layer in every format of the menu."""
-    own = layer.spec.changed(in_group_size=GROUP, shared_codebooks="")
+    own = layer.spec.changed(in_group_size=GROUP, input_channel_scales=True, shared_codebooks="", row_bits=0)
+    variable = own.changed(num_codebooks=1, nbits_per_codebook=LARGEST)
+    rates = [at_rate(replace(layer, spec=variable), bits, how) for bits in RATES]
     specs = [own.changed(num_codebooks=M, nbits_per_codebook=b) for M, b in MENU]
-    return [shared(replace(layer, spec=spec), how) for spec in specs]
+    return rates + [shared(replace(layer, spec=spec), how) for spec in specs]
 
 
 def _choices(options: list[Layer], effect: float, falls: list[float]) -> Choices:
@@ -123,22 +147,32 @@ def error_falls(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str,
 
     Trains the banks, each on one rank. Layers that these are not trained on get the others' geometric mean.
     """
-    samples = cache(lambda: draw_samples(job, store, layers, job.config.solver.with_spec(layers[0].spec)))
-    configs = [job.config.solver.with_spec(one.spec) for one in formats(layers[0], job.config.share_codebooks)]
-    by_name = {config.spec.shared_codebooks: config for config in configs}
+    solver, how = job.config.solver, job.config.share_codebooks
+    sampled = choose_layers(layers, job.config.hessian_memory_gb, job.config.seed)
+    samples = cache(lambda: draw_samples(job, store, layers, solver.with_spec(layers[0].spec)))
+    by_bank: dict[str, list[tuple[Layer, ...]]] = {}  # the sampled layers in each format that uses it
+    for options in zip(*(formats(layer, how) for layer in sampled), strict=True):
+        by_bank.setdefault(options[0].spec.shared_codebooks, []).append(options)
 
     def errors_with(name: str) -> Tensors:
-        codebooks = train(job, by_name[name], samples)
-        errors = [sample_error(one, encode(one, codebooks, by_name[name])) for one in samples().values()]
+        codebooks = train(job, solver.with_spec(by_bank[name][0][0].spec), samples)
+        errors = [sample_errors(list(samples().values()), options, codebooks, solver) for options in by_bank[name]]
         return {"errors": torch.tensor(errors, dtype=torch.float64)}
 
-    parts = pieces(job.ranks, job.folder.work / "falls", list(by_name), errors_with)
-    errors = [part["errors"].tolist() for part in parts]
+    parts = pieces(job.ranks, job.folder.work / "falls", list(by_bank), errors_with)
+    errors = [row for part in parts for row in part["errors"].tolist()]  # a row a format
     falls = [[error / max(first, 1e-30) for error, first in zip(row, errors[0], strict=True)] for row in errors]
     usual = [math.exp(sum(math.log(max(fall, 1e-9)) for fall in row) / len(row)) for row in falls]
-    sampled = [layer.name for layer in choose_layers(layers, job.config.hessian_memory_gb, job.config.seed)]
-    own = dict(zip(sampled, map(list, zip(*falls, strict=True)), strict=True))
+    own = dict(zip((layer.name for layer in sampled), map(list, zip(*falls, strict=True)), strict=True))
     return {layer.name: own.get(layer.name, usual) for layer in layers}
+
+
+def sample_errors(
+    samples: list[Sample], layers: Sequence[Layer], codebooks: Tensor, solver: SolverConfig
+) -> list[float]:
+    """Relative error of every sample in its layer's format, by one pass of error feedback."""
+    pairs = zip(samples, layers, strict=True)
+    return [sample_error(sample, encode(sample, codebooks, solver.with_spec(layer.spec))) for sample, layer in pairs]
 
 
 def layer_effects(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, float]:

@@ -33,10 +33,24 @@ def shared(layer: Layer, how: str) -> Layer:
     return replace(layer, spec=layer.spec.changed(shared_codebooks=bank_name(layer.spec, how, layer.kind)))
 
 
+def at_rate(layer: Layer, bits: int, how: str) -> Layer:
+    """The layer at variable rate, `bits` a group in the mean; its largest codebook is that of its format."""
+    spec = layer.spec
+    owner = owner_of(how, layer.kind)
+    name = f"{owner}_0to{spec.nbits_per_codebook}_{spec.out_group_size}x{spec.in_group_size}"
+    row_bits = bits * (layer.columns // spec.in_group_size)
+    return replace(layer, spec=spec.changed(shared_codebooks=name, row_bits=row_bits))
+
+
+def owner_of(how: str, kind: str) -> str:
+    """Whose a bank is: of the whole UNet, or of a kind of layer."""
+    return kind if how == "kind" else "unet"
+
+
 def bank_name(spec: CodeSpec, how: str, kind: str) -> str:
     """Like `unet_2x8_1x4`: whose, codebooks x bits, out x in group size."""
-    owner = kind if how == "kind" else "unet"
-    return f"{owner}_{spec.num_codebooks}x{spec.nbits_per_codebook}_{spec.out_group_size}x{spec.in_group_size}"
+    books, group = (spec.num_codebooks, spec.nbits_per_codebook), (spec.out_group_size, spec.in_group_size)
+    return "{}_{}x{}_{}x{}".format(owner_of(how, kind), *books, *group)
 
 
 def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:

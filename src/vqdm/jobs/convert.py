@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from vqdm.diffusion.pipelines import load_pipeline, stored_dtypes
 from vqdm.errors import UserError
 from vqdm.layers.quantized import cast_plain, quantized_layers
 from vqdm.layers.rounded import rounded_layers
+from vqdm.redaction import without_secrets
 from vqdm.storage.aqlm import export_aqlm
 from vqdm.storage.hf import VqdmConfig, build_layers, check_names, mark_quantized
 
@@ -203,7 +205,7 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
 def read_apart(source: str, target: Path) -> None:
     """Read a pickle in another process, which writes `target`. Raises UserError with what that process says."""
     command = [sys.executable, "-m", "vqdm.storage.inert", source, str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=without_secrets(os.environ))
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the process that read it ended with status {done.returncode}"]
         raise UserError(f"pickle {source}: {lines[-1]}")

@@ -7,32 +7,25 @@ folder with other numbers in it (arXiv 2409.00492, §4: the student's outputs ar
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import nn
 
-from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype, weight_files
+from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, pictures
 from vqdm.errors import RunError, UserError
-from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.distill_job import Distillation
 from vqdm.jobs.distill_points import epoch_points, evaluation_points, forget_epochs, held_out_points, keeps_outputs
+from vqdm.jobs.distill_result import draw_pairs, finish
+from vqdm.jobs.plan import predicted_bytes
 from vqdm.layers.quantized import quantized_layers
-from vqdm.layers.rounded import rounded_layers
 from vqdm.parallel import Ranks, launched
-from vqdm.scores.fidelity import pair_scores, to_tensor
-from vqdm.storage.atomic import save_json, save_text
-from vqdm.storage.card import model_card
 from vqdm.storage.fingerprint import folder_fingerprint
 from vqdm.storage.runs import RunFolder
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, peak_memory, say
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, say
 from vqdm.training.checkpoints import Checkpoints
 from vqdm.training.code_updates import CodeUpdates
 from vqdm.training.config import FinetuneConfig
@@ -41,12 +34,11 @@ from vqdm.training.material import Material, read_material
 from vqdm.training.parameters import KINDS, Trained, trainable, types_on_disk, write_back
 from vqdm.training.points import Points, spread
 from vqdm.training.real import check_schedule
-from vqdm.training.result import sizes, stage
-from vqdm.training.sources import using
-from vqdm.training.step import computing
 from vqdm.training.trainer import Diverged, Trainer
-from vqdm.training.watching import Errors, measure, read_log, save_loss_plot
+from vqdm.training.watching import measure, read_log
 from vqdm.versions import versions
+
+SMALL_RATE = 1e-5  # such as the published 1e-6, which was absolute
 
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
@@ -69,11 +61,15 @@ def distill(config: FinetuneConfig) -> dict | None:
         types = types_on_disk(source)
         trained = trainable(student, config.optimizer)
         say(plan(config, ranks, trained))
+        if config.optimizer.finetune_lr < SMALL_RATE:
+            say(f"--finetune_lr {config.optimizer.finetune_lr} is relative here, and will hardly move anything")
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)
         if ranks.main:
-            folder.open(settings_of(config, material, source), versions(), config.resume, 0)
+            folder.open(
+                settings_of(config, material, source), versions(), config.resume, needed_bytes(config, pipeline)
+            )
         if ranks.agreed(folder.finished):
             return close_finished(folder) if ranks.main else None
         tracker = Tracker(
@@ -101,7 +97,7 @@ def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionP
     """MODEL's pipeline with the teacher in it, and the student, both on this process's device.
 
     Raises:
-        UserError: either cannot be loaded, they do not fit, or MODEL is quantized itself.
+        UserError: either cannot be loaded, they do not fit, MODEL is quantized itself, or the settings do not fit it.
     """
     student = load_quantized_unet(source, torch.float32)
     pipeline = load_pipeline(
@@ -116,6 +112,8 @@ def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionP
     check_fits(student, pipeline.unet, config.quantized, config.model)
     if quantized_layers(pipeline.unet):
         raise UserError(f"MODEL {config.model} is quantized itself; give the original model, which is the teacher")
+    pipeline.scheduler.set_timesteps(config.sampling.num_inference_steps or 50)
+    steps_an_epoch(config, len(pipeline.scheduler.timesteps))
     if config.real_images:
         check_schedule(pipeline.scheduler)
     if config.use_checkpointing:
@@ -133,6 +131,12 @@ def plan(config: FinetuneConfig, ranks: Ranks, trained: Trained) -> str:
         f"{config.finetune_batch_size} points a step, by {ranks.world} {ranks.device.type} process"
         f"{'es' if ranks.world > 1 else ''}"
     )
+
+
+def needed_bytes(config: FinetuneConfig, pipeline: DiffusionPipeline) -> int:
+    """Disk that a run needs, the teacher's outputs aside."""
+    measured = config.evaluation_nsamples + config.held_out_nsamples
+    return predicted_bytes(pipeline, config.sampling.num_inference_steps, 2 * config.finetune_nsamples, measured)
 
 
 def settings_of(config: FinetuneConfig, material: Material, source: Path) -> dict:
@@ -171,6 +175,7 @@ def run(job: Distillation, trained: Trained) -> dict | None:
 
 def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> None:
     """Leave in the student what is to be saved, in the types that it is stored in."""
+    job.ranks.wait()  # the first process has written the best
     if fault or job.config.finetune_keep_best:
         loop.trainer.restore(loop.checkpoints.load_best(loop.progress.best["step"]))
         say(f"kept: {kept_words(loop)}")
@@ -187,11 +192,7 @@ def kept_words(loop: Loop) -> str:
 
 
 def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
-    """The training, where it begins or where the last checkpoint left it.
-
-    Raises:
-        UserError: an epoch has fewer points than a step.
-    """
+    """The training, where it begins or where the last checkpoint left it."""
     config, folder = job.config, job.folder.path
     steps = len(held_out.parts[0].timesteps)
     course = course_of(job, steps, keeps_outputs(job, held_out))
@@ -218,16 +219,21 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
     return loop
 
 
-def course_of(job: Distillation, steps: int, keep_outputs: bool) -> Course:
-    """What is stepped over, with `steps` points a trajectory. Raises UserError as `make_loop`."""
-    config = job.config
+def steps_an_epoch(config: FinetuneConfig, steps: int) -> int:
+    """Optimizer steps, with `steps` points a trajectory. Raises UserError where an epoch has no points for one."""
     points = config.finetune_nsamples * steps
-    an_epoch = points // config.finetune_batch_size
-    if an_epoch == 0:
+    if points < config.finetune_batch_size:
         raise UserError(
             f"--finetune_batch_size is {config.finetune_batch_size}, but an epoch has {points} points "
             f"({config.finetune_nsamples} trajectories of {steps} steps)"
         )
+    return points // config.finetune_batch_size
+
+
+def course_of(job: Distillation, steps: int, keep_outputs: bool) -> Course:
+    """What is stepped over, with `steps` points a trajectory."""
+    config = job.config
+    an_epoch = steps_an_epoch(config, steps)
     total = an_epoch * config.finetune_max_epochs
     total = min(total, config.max_steps) if config.max_steps else total
 
@@ -238,69 +244,3 @@ def course_of(job: Distillation, steps: int, keep_outputs: bool) -> Course:
         return epoch_points(job, epoch, keep_outputs)
 
     return Course(points_of, an_epoch, total, config.finetune_batch_size, config.timestep_sampling, config.seed)
-
-
-# ------------------------------------------------------------------------------------------- pictures and the end
-
-
-def draw_pairs(job: Distillation, path: Path, count: int) -> list[Image.Image]:
-    """The student's pictures of the first evaluation prompts, and a sheet with the teacher's; on the first process."""
-    config, prompts = job.config, job.material.evaluation[:count]
-    if not (job.ranks.main and count):
-        return []
-    seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
-    with using(job.pipeline, job.student), computing(job.ranks.device, job.teacher.dtype):
-        drawn = pictures(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
-    shown = config.visualize_nsamples
-    if shown:
-        teacher = job.teacher_pictures[:shown]
-        sheet = pair_sheet(prompts[:shown], teacher, drawn[:shown], ("full precision", "fine-tuned"))
-        save_png(sheet, path)
-        job.tracker.images("image_pairs", [sheet])
-    return drawn
-
-
-def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
-    """Write the pipeline folder, the card, the plots and the summary, then drop the working data."""
-    config, folder = job.config, job.folder
-    staged = folder.work / "pipeline"
-    drawn = draw_pairs(job, folder.path / "image_pairs.png", config.evaluation_nsamples)
-    original = sum(file.stat().st_size for file in weight_files(config.model, config.variant, "unet"))
-    parameters = sum(tensor.numel() for tensor in job.teacher.parameters())
-    stage(job.pipeline, job.student, job.source, config, staged)
-    save_loss_plot(read_log(loop.log.path, loop.trainer.done), folder.path / "loss.png")
-    summary = {
-        "model": config.model,
-        "quantized": config.quantized,
-        "layers_quantized": len(quantized_layers(job.student)),
-        "layers_in_8_bit": len(rounded_layers(job.student)),
-        **sizes(job.student, parameters, staged),
-        "bytes_of_original_unet": original or None,
-        "unet_output_error_db_before": before.db,
-        "unet_output_error_db": after.db,
-        "unet_output_error_db_by_timestep_before": before.db_by_timestep,
-        "unet_output_error_db_by_timestep": after.db_by_timestep,
-        "steps": loop.trainer.done,
-        "best": loop.progress.best,
-        **groups_changed(loop.trainer),
-        "pictures": pair_scores(to_tensor(job.teacher_pictures), to_tensor(drawn)) | {"count": len(drawn)},
-        "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
-        "peak_memory_bytes": peak_memory(),
-        "versions": versions(),
-        "command": shlex.join(sys.argv),
-    }
-    save_text(model_card(config.model, summary), staged / "README.md")
-    folder.publish(staged)
-    save_json(summary, folder.path / "summary.json")
-    shutil.rmtree(folder.work)
-    loop.checkpoints.clear()
-    job.tracker.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
-    return summary
-
-
-def groups_changed(trainer: Trainer) -> dict[str, int]:
-    """How many groups have codes, and how many of them others than before; none were looked at where codes stay."""
-    if not trainer.updates:
-        return {"groups": 0, "groups_changed": 0}
-    groups, changed = trainer.updates.differing()
-    return {"groups": groups, "groups_changed": changed}

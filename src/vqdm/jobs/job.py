@@ -16,6 +16,7 @@ from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer
 from vqdm.jobs.plan import Rest
 from vqdm.parallel import Ranks
+from vqdm.redaction import redacted
 from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import Stopwatch, Tracker, say
@@ -64,4 +65,4 @@ def on_save(command: str | None, path: Path) -> None:
     try:
         subprocess.run(words, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        say(f"--on_save failed: {error}")
+        say(redacted(f"--on_save failed: {error}"))

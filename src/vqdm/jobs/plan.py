@@ -58,6 +58,8 @@ def layer_table(layers: list[Layer], parameters: int, rest: Rest) -> str:
     for layer in layers:
         spec, weights = layer.spec, layer.rows * layer.columns
         code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
+        if spec.row_bits:
+            code = f"0-{spec.nbits_per_codebook} g{spec.in_group_size}"
         shape = f"{layer.rows:5d} × {layer.columns:<7d}"
         lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
     if rest.layers:
@@ -91,3 +93,8 @@ def predicted_bytes(pipeline: DiffusionPipeline, steps: int | None, calibration:
     pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
     latents = pipeline.unet.config.in_channels * pipeline.unet.config.sample_size**2 * 4
     return 2 * pipeline_bytes + latents * (steps or 50) * (calibration + 3 * evaluation)
+
+
+def hessian_bytes(layers: list[Layer], memory_gb: float) -> int:
+    """Disk that the Hessians of one pass need at most, a training and a held-out one in float32 for every layer."""
+    return int(min(memory_gb * 1e9, sum(2 * 4 * layer.columns**2 for layer in layers)))

@@ -10,12 +10,11 @@ the first alone writes what there is one of. The result is the same to the last 
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -23,7 +22,7 @@ from vqdm.additive.code import AdditiveCode
 from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype, stored_dtypes, weight_files
-from vqdm.diffusion.sampling import check_timestep_range, output_error
+from vqdm.diffusion.sampling import check_timestep_range, error_spread, output_error, point_errors
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
@@ -31,7 +30,7 @@ from vqdm.jobs.allocation import allocated
 from vqdm.jobs.banks import make_banks, shared
 from vqdm.jobs.between import check_between, finetune_between, teacher_points, turns
 from vqdm.jobs.job import Job, on_save
-from vqdm.jobs.plan import Rest, bank_bits, bank_users, layer_table, predicted_bytes, totals
+from vqdm.jobs.plan import Rest, bank_bits, bank_users, hessian_bytes, layer_table, predicted_bytes, totals
 from vqdm.jobs.recording import (
     calibration_trajectories,
     digest,
@@ -45,7 +44,8 @@ from vqdm.layers.quantized import QuantizedLayer, cast_plain, decoded_once, quan
 from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import draw, load_prompts
-from vqdm.scores.fidelity import pair_scores, to_tensor
+from vqdm.redaction import own_command
+from vqdm.scores.fidelity import decibels, pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.storage.hf import mark_quantized
@@ -97,6 +97,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
     if ranks.main:
         need = predicted_bytes(pipeline, config.sampling.num_inference_steps, len(calibration), len(evaluation))
+        need += hessian_bytes(layers, config.hessian_memory_gb)
         folder.open(settings, versions(), config.resume, need)
     if ranks.agreed(folder.finished):
         return close_finished(folder) if ranks.main else None
@@ -151,10 +152,10 @@ def run(job: Job) -> dict | None:
             finetune_between(job, index, finetuned_on)
         after_block(job, index, block, teacher)
     with job.clock("evaluation"), decoded_once(job.unet):
-        error_db = output_error(job.unet, teacher, job.config.xtx_batch_size, job.ranks)
+        errors = point_errors(job.unet, teacher, job.config.xtx_batch_size, job.ranks)
         drawn = student_pictures(job)
         scores = compare_pictures(job, teacher_pictures, drawn) if job.ranks.main else {}
-    return finish(job, solved, error_db, scores) if job.ranks.main else None
+    return finish(job, solved, errors, scores) if job.ranks.main else None
 
 
 def prepare(job: Job) -> None:
@@ -261,7 +262,7 @@ def compare_pictures(job: Job, teacher: list[Image.Image], drawn: list[Image.Ima
     return pair_scores(to_tensor(teacher), to_tensor(drawn))
 
 
-def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: dict) -> dict:
+def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], scores: dict) -> dict:
     """Write the pipeline folder, the card and the summary, then drop the working data."""
     original = sum(file.stat().st_size for file in weight_files(job.config.model, job.config.variant, "unet"))
     staged = job.folder.work / "pipeline"
@@ -273,12 +274,13 @@ def finish(job: Job, solved: dict[str, SolvedLayer], error_db: float, scores: di
         "layers_in_8_bit": len(rounded_layers(job.unet)),
         **sizes,
         "bytes_of_original_unet": original or None,
-        "unet_output_error_db": error_db,
+        "unet_output_error_db": decibels(*map(sum, errors)),
+        "unet_output_error_db_by_point": error_spread(*errors),
         "pictures": scores | {"count": len(job.evaluation)},
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
-        "command": shlex.join(sys.argv),
+        "command": own_command(),
         "layers": [done.report for done in solved.values()],
     }
     save_text(model_card(job.config.model, summary), staged / "README.md")
@@ -298,10 +300,20 @@ def save_pipeline(job: Job, staged: Path) -> None:
         part = getattr(job.pipeline, name, None)
         if isinstance(part, torch.nn.Module):
             cast_plain(part, dtype)
+    forget_calls(job.pipeline)
     try:
         job.pipeline.save_pretrained(staged)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{staged} cannot be written: {str(error).splitlines()[0]}; --resume goes on here") from None
+
+
+def forget_calls(pipeline: DiffusionPipeline) -> None:
+    """Clear what tokenizers keep of their last call and would save: a resumed run may not have called them at all."""
+    for part in pipeline.components.values():
+        backend = getattr(part, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
 
 
 def stored_sizes(job: Job, staged: Path) -> dict[str, float]:

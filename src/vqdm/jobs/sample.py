@@ -1,15 +1,16 @@
 """Draw pictures for a prompt file: from prompts to an image folder with a manifest.
 
 Order of work: read prompts, claim the folder, load the pipeline with the quantized UNet in place, draw this rank's
-stride of what is missing, and merge the manifests of all ranks. No picture ever passes between ranks.
+stride of the batches that are missing, and merge the manifests of all ranks. No picture ever passes between ranks.
+
+Requests are put into batches before they are spread over ranks, and an interrupted batch is drawn as a whole again: a
+picture's last bits can depend on how many are drawn at once, and so depend neither on ranks nor on interruptions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -28,10 +29,11 @@ from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.requests import Request, check_size, make_requests
 from vqdm.errors import RunError, UserError
-from vqdm.image_folder import ImageFolder, Key, check_layout
+from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows
+from vqdm.redaction import own_command
 from vqdm.storage.claims import check_claim
 from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
 from vqdm.tracking import JsonLines, Tracker, bar, say
@@ -163,7 +165,8 @@ def run(
     tracker = Tracker(config.report_to if ranks.main else "none", "vqdm-generate", folder.path, asdict(config))
     began = time.perf_counter()
     try:
-        draw_share(Job(config, ranks, folder, pipeline, tracker), ranks.share(pending))
+        batches = batches_with(requests, pending, config.bs)
+        draw_share(Job(config, ranks, folder, pipeline, tracker), ranks.share(batches), pending)
         ranks.wait()
     finally:
         tracker.finish()
@@ -224,6 +227,7 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
     """Requests without an intact picture. Only the first rank looks at the files, and tells the others."""
     done = set()
     if ranks.main:
+        folder.sweep()
         folder.write_prompt_files({request.index: rows[request.index] for request in requests})
         done = folder.finished(request.key for request in requests)
     done = ranks.agreed(done)
@@ -290,7 +294,7 @@ def record(config: SampleConfig, settings: dict, ranks: Ranks, pipeline: Diffusi
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": ranks.world,
         "versions": versions(),
-        "command": shlex.join(sys.argv),
+        "command": own_command(),
     }
 
 
@@ -305,19 +309,28 @@ def model_commit(model: str, revision: str | None) -> str | None:
 # ------------------------------------------------------------------------------------------- pictures
 
 
-def draw_share(job: Job, pending: list[Request]) -> None:
-    """Draw requests batch by batch; each picture and its row are on disk before the next batch begins.
+def batches_with(requests: list[Request], pending: list[Request], size: int) -> list[list[Request]]:
+    """The batches of all requests that hold a pending one."""
+    missing = {request.key for request in pending}
+    every = [group[start : start + size] for group in alike(requests) for start in range(0, len(group), size)]
+    return [batch for batch in every if any(request.key in missing for request in batch)]
+
+
+def draw_share(job: Job, batches: list[list[Request]], pending: list[Request]) -> None:
+    """Draw batches and keep what is pending; each picture and its row are on disk before the next batch begins.
 
     Raises:
         RunError: every picture of the first batch holds NaN, so that the others would too.
     """
     lines, done, began = JsonLines(job.folder.part(job.ranks.rank)), 0, time.perf_counter()
-    with progress(job.ranks, len(pending)) as ticks:
-        for batch, pictures in drawn_in_batches(partial(draw, job.pipeline), alike(pending), job.config.bs):
+    missing = {request.key for request in pending}
+    with progress(job.ranks, sum(map(len, batches))) as ticks:
+        for batch, pictures in drawn_in_batches(partial(draw, job.pipeline), batches, job.config.bs):
             if not done and all(picture.problem == NAN for picture in pictures):
                 raise RunError("every picture of the first batch holds NaN; use another --dtype (float32 or bfloat16)")
             for request, picture in zip(batch, pictures, strict=True):
-                lines.write(keep(job, request, picture) | {"batch_size": len(batch)})
+                if request.key in missing:
+                    lines.write(sealed(keep(job, request, picture) | {"batch_size": len(batch)}))
             if not done:
                 job.tracker.images("pictures", [picture.image for picture in pictures])
             done += len(batch)

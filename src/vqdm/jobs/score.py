@@ -6,10 +6,7 @@ network over this rank's share, gather, and write. Only the first rank looks for
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,20 +14,31 @@ import open_clip
 import torchmetrics
 import torchvision
 
+from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.jobs.score_job import Job, Plan, ScoreConfig
 from vqdm.jobs.score_plan import make_plan
 from vqdm.jobs.score_sets import SET_METRICS, set_pass
 from vqdm.parallel import Ranks, launched
+from vqdm.redaction import own_command
 from vqdm.scores.catalogue import METRICS
-from vqdm.scores.encoders import Encoder, exact, load_encoder
+from vqdm.scores.encoders import exact, load_encoder
 from vqdm.scores.fidelity import load_lpips
 from vqdm.scores.frechet import Statistics, load_statistics
-from vqdm.scores.measuring import SMALLEST_FOR_SSIM, Work, pixel_table, similarity_table, text_table, truncated
+from vqdm.scores.image_reward import load_image_reward
+from vqdm.scores.measuring import (
+    SMALLEST_FOR_SSIM,
+    Work,
+    cosines,
+    pixel_table,
+    similarity_table,
+    text_table,
+    truncated,
+)
 from vqdm.scores.picture_sets import PictureSet, mismatches, open_pictures, shared_keys
 from vqdm.scores.report import Material, write_page
 from vqdm.scores.results import SCHEMA, Score, Table, global_psnr, mean_score, per_image_csv, winrate
-from vqdm.storage.atomic import save_json, save_text
+from vqdm.storage.atomic import save_json, save_text, sweep
 from vqdm.tracking import Tracker, say
 from vqdm.versions import versions
 
@@ -154,13 +162,17 @@ def picture_pass(job: Job, name: str) -> Iterator[Table]:
         yield similarity_table(job.work, name, encoder, job.images, job.reference, job.pairs)
     elif name in ("clip", "pickscore", "hpsv2"):
         encoder = load_encoder(network, job.work.ranks.device)
-        scale = encoder.scale if name == "pickscore" else 100.0
-        yield text_table(job.work, name, encoder, scale, job.images, job.reference)
-        warn_of_long_prompts(job, name, encoder)
+        score = cosines(encoder, encoder.scale if name == "pickscore" else 100.0)
+        yield text_table(job.work, name, encoder.prepare, score, job.images, job.reference)
+        warn_of_long_prompts(job, name, encoder.overlong)
+    elif name == "image_reward":
+        model = load_image_reward(network, job.work.ranks.device)
+        yield text_table(job.work, name, model.prepare, model.columns, job.images, job.reference)
+        warn_of_long_prompts(job, name, model.overlong)
 
 
-def warn_of_long_prompts(job: Job, name: str, encoder: Encoder) -> None:
-    cut = truncated(encoder, job.images)
+def warn_of_long_prompts(job: Job, name: str, overlong: Callable[[str], bool]) -> None:
+    cut = truncated(overlong, job.images)
     if cut:
         job.warnings.append(f"{name}: {cut} prompts are longer than the network reads, and were cut off there")
 
@@ -190,6 +202,7 @@ def collect(job: Job) -> None:
 def finish(job: Job) -> Scored:
     """Write everything, and log it where a tracker is asked for."""
     config, folder = job.config, job.config.folder
+    sweep(folder, below=False)
     result = record(job)
     save_json(result, folder / "metrics.json")
     save_text(per_image_csv(list(job.images.pictures.values()), job.table), folder / "per_image.csv")
@@ -232,7 +245,7 @@ def record(job: Job) -> dict:
         "networks": {name: network.about() for name, network in used.items()},
         "settings": asdict(config),
         "versions": versions() | {one.__name__: one.__version__ for one in (torchmetrics, torchvision, open_clip)},
-        "command": shlex.join(sys.argv),
+        "command": own_command(),
     }
 
 
@@ -241,9 +254,11 @@ def model_size(run: dict) -> dict:
     quantized = (run.get("settings") or {}).get("quantized")
     for folder in (Path(quantized), Path(quantized).parent) if quantized else ():
         try:
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            summary = read_json(folder / "summary.json")
         except (OSError, ValueError):
             continue
+        # A run of others may name any folder here; nothing but these numbers is taken from it.
         names = ("effective_bits_unet", "effective_bits_layers", "bytes_of_unet", "bytes_of_original_unet")
-        return {name: summary[name] for name in names if name in summary}
+        held = {name: summary.get(name) for name in names} if isinstance(summary, dict) else {}
+        return {name: value for name, value in held.items() if isinstance(value, int | float)}
     return {}

@@ -47,6 +47,7 @@ class ScoreConfig:
     fd_dinov2_model: str = "facebook/dinov2-large"
     pickscore_model: str = "yuvalkirstain/PickScore_v1"
     hpsv2_weights: str | None = None
+    image_reward_model: str = "THUDM/ImageReward"
     lpips_net: str = "alex"
     lpips_weights: str | None = None
     clip_i_model: str = "openai/clip-vit-large-patch14"

@@ -73,6 +73,7 @@ def find_network(config: ScoreConfig, slot: str, download: bool) -> Network:
         "clip": partial(networks.find_open_clip, config.clip_model, config.clip_pretrained, here),
         "pickscore": partial(networks.find_pickscore, config.pickscore_model, here),
         "hpsv2": partial(networks.find_hpsv2, config.hpsv2_weights, here),
+        "image_reward": partial(networks.find_image_reward, config.image_reward_model, here),
         "lpips": partial(networks.find_lpips, config.lpips_net, config.lpips_weights, here),
         "clip_i": partial(networks.find_encoder, config.clip_i_model, here),
         "dino_i": partial(networks.find_encoder, config.dino_i_model, here),

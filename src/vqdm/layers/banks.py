@@ -23,6 +23,8 @@ class CodebookBanks(nn.Module):
         """Make room for the bank that `spec` names. Raises ValueError when it is there in another shape."""
         name = spec.shared_codebooks
         held = self._parameters.get(name)
+        if held is None and hasattr(self, name):
+            raise ValueError(f"shared_codebooks is {name}, which a module of torch needs for itself; choose another")
         if held is None:
             empty = torch.empty(spec.codebooks_shape, dtype=torch.float16, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))

@@ -16,13 +16,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from vqdm.additive.code import CodeSpec, packed_bytes
-from vqdm.compiled import compiler
 from vqdm.errors import UserError
 from vqdm.layers.gather import gather
 from vqdm.layers.native_decode import native
@@ -35,10 +35,20 @@ ENVIRONMENT = "VQDM_DECODE"
 PATHS = ("auto", "torch", "gather", "native", "triton", "compile")
 ON_CPU = ("gather", "native")
 CANDIDATES = {  # on other devices torch alone
-    "cpu": ("native", "gather", "torch") if compiler() else ("gather", "torch"),
+    "cpu": ("native", "gather", "torch"),
     "cuda": ("triton", "torch"),
 }
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
+NUMBERS = (  # of a format, as an operator can take them
+    "num_codebooks",
+    "nbits_per_codebook",
+    "in_group_size",
+    "out_group_size",
+    "scale_nbits",
+    "row_bits",
+    "groupwise_codebooks",
+)
+ROUNDS = 3  # of measuring, in each of which the ways take turns: another program may slow one of them down
 COMPILATIONS = 64  # formats that torch.compile may meet
 
 _wanted: str | None = None
@@ -67,8 +77,7 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: 
     name = _choice(stored, dtype) if _known(name, ENVIRONMENT) == "auto" else name
     if name in ON_CPU and out.device.type != "cpu":
         raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
-    with torch.no_grad():
-        RUNS[name](stored, out)
+    RUNS[name](stored, out)
     return out
 
 
@@ -81,14 +90,14 @@ def traced(stored: Stored) -> Tensor:
     if stored.codes.device.type != "cpu" or differentiable:
         return pointwise(stored)
     spec = stored.spec
-    numbers = [spec.num_codebooks, spec.nbits_per_codebook, spec.in_group_size, spec.out_group_size, spec.scale_nbits]
-    return _decode_operator(numbers, spec.groupwise_codebooks, list(stored.shape), *stored[2:])
+    numbers = [int(getattr(spec, name)) for name in NUMBERS]
+    return _decode_operator(numbers, spec.shared_codebooks, list(stored.shape), *stored[2:])
 
 
 @torch.library.custom_op("vqdm::decode", mutates_args=())
 def _decode_operator(
     numbers: list[int],
-    groupwise: bool,
+    bank: str,
     shape: list[int],
     codes: Tensor,
     codebooks: Tensor,
@@ -96,21 +105,24 @@ def _decode_operator(
     scale_codes: Tensor | None,
     scale_values: Tensor | None,
     input_scales: Tensor | None,
+    code_widths: Tensor | None,
 ) -> Tensor:
     """`decode` as an operator that compiled graphs can call: numpy and C cannot be traced."""
-    tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales
-    stored = Stored(CodeSpec(*numbers, groupwise_codebooks=groupwise), tuple(shape), *tensors)
-    return decode(stored, torch.float32)
+    *counts, groupwise = numbers
+    settings = dict(zip(NUMBERS, (*counts, bool(groupwise)), strict=True))
+    tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales, code_widths
+    return decode(Stored(CodeSpec(**settings, shared_codebooks=bank), tuple(shape), *tensors), torch.float32)
 
 
 @_decode_operator.register_fake
-def _(numbers: list[int], groupwise: bool, shape: list[int], *_) -> Tensor:
+def _(numbers: list[int], bank: str, shape: list[int], *_) -> Tensor:
     return torch.empty(shape)
 
 
 # ------------------------------------------------------------------------------------------------ the ways
 
 
+@torch.no_grad()
 def _by_torch(stored: Stored, out: Tensor) -> None:
     out.copy_(stored.working().dequantize())
 
@@ -121,6 +133,7 @@ def _by_triton(stored: Stored, out: Tensor) -> None:
     run(stored, out)
 
 
+@torch.no_grad()
 def _by_compile(stored: Stored, out: Tensor) -> None:
     with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
         _compiled()(stored, out)
@@ -152,9 +165,12 @@ def _known(path: str, source: str) -> str:
 def _choice(stored: Stored, dtype: torch.dtype) -> str:
     """The fastest way for layers of this class, measured on the first of them."""
     weights = min(torch.Size(stored.shape).numel(), MEASURED_WEIGHTS)
-    key = (stored.codes.device, dtype, stored.spec, stored.codebooks.dtype, weights.bit_length())
+    spec = replace(stored.spec, row_bits=0) if stored.spec.row_bits else stored.spec
+    key = (stored.codes.device, dtype, spec, stored.code_widths is None, stored.codebooks.dtype, weights.bit_length())
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
+        if len(candidates) == 1:
+            _warn_once(f"decoding on {stored.codes.device}: {candidates[0]}, for want of a faster way on this device")
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
     return _chosen[key]
 
@@ -163,31 +179,34 @@ def _fastest(stored: Stored, dtype: torch.dtype, candidates: tuple[str, ...]) ->
     """Of the candidates that work and agree with torch, the fastest."""
     out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
     wanted = stored.working().dequantize().to(dtype)
-    seconds = {}
-    for name in candidates:
-        try:
-            with torch.no_grad():
-                seconds[name] = min(_seconds(name, stored, out) for _ in range(3))
-            if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
-                raise ArithmeticError("its results are wrong")
-        except Exception as error:  # what a compiler or a driver may raise is not known
-            seconds.pop(name, None)
-            _warn_once(
-                f"decoding on {out.device}: not by {name}, which fails: {str(error).strip().partition(chr(10))[0]}"
-            )
+    able = [name for name in candidates if _agrees(name, stored, out, wanted)]
+    rounds = [{name: _seconds(name, stored, out) for name in able} for _ in range(ROUNDS)]
+    seconds = {name: min(times[name] for times in rounds) for name in able}
     best = min(seconds, key=seconds.get)
     _say_once(out.device, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
     return best
+
+
+def _agrees(name: str, stored: Stored, out: Tensor, wanted: Tensor) -> bool:
+    """Whether a way works and gives what is `wanted`; a warning says where not."""
+    try:
+        RUNS[name](stored, out)
+        if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
+            raise ArithmeticError("its results are wrong")
+        return True
+    except Exception as error:  # what a compiler or a driver may raise is not known
+        reason = str(error).strip().partition("\n")[0]
+        _warn_once(f"decoding on {out.device}: not by {name}, which fails: {reason}")
+        return False
 
 
 def _first_rows(stored: Stored) -> Stored:
     """A layer made of the first rows, of no more than `MEASURED_WEIGHTS` weights where one row group has no more."""
     spec, I = stored.spec, stored.shape[1]  # noqa: E741
     R, G = min(stored.groups[0], max(1, MEASURED_WEIGHTS // (I * spec.out_group_size))), stored.groups[1]
-    bits = spec.nbits_per_codebook
     return stored._replace(
         shape=(R * spec.out_group_size, I),
-        codes=stored.codes[: packed_bytes(R * G * spec.num_codebooks, bits)],
+        codes=stored.codes[: spec.code_bytes(R, G)],
         scales=None if stored.scales is None else stored.scales[:R],
         scale_codes=None if stored.scale_codes is None else stored.scale_codes[: packed_bytes(R * G, spec.scale_nbits)],
         scale_values=None if stored.scale_values is None else stored.scale_values[:R],

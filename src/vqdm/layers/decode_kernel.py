@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqdm.additive.rates import offsets
 from vqdm.layers.stored import Stored
 
 VALUES_AT_ONCE = 2048  # of one program of four warps
@@ -24,15 +25,20 @@ def decode(stored: Stored, out: Tensor) -> None:
     D = spec.out_group_size * spec.in_group_size
     block = max(1, VALUES_AT_ONCE // triton.next_power_of_2(D))
     scales, scale_codes, kind = _scales(stored)
+    widths = stored.codes if stored.code_widths is None else stored.code_widths
+    places = stored.codes if stored.code_widths is None else offsets(stored.code_widths)
     _decode[(triton.cdiv(R * G, block),)](
         stored.codes,
         stored.codebooks.contiguous(),
         scales.contiguous(),
         scale_codes,
         out if stored.input_scales is None else stored.input_scales,
+        widths,
+        places,
         out,
         R * G,
         G,
+        spec.row_bits,
         M=spec.num_codebooks,
         b=spec.nbits_per_codebook,
         p=spec.out_group_size,
@@ -41,6 +47,7 @@ def decode(stored: Stored, out: Tensor) -> None:
         SCALES=kind,
         scale_bits=spec.scale_nbits,
         INPUT_SCALES=stored.input_scales is not None,
+        VARIABLE=stored.code_widths is not None,
         BLOCK=block,
         BLOCK_D=triton.next_power_of_2(D),
     )
@@ -50,7 +57,7 @@ def _scales(stored: Stored) -> tuple[Tensor, Tensor, int]:
     """Values, packed indices where there are any, and how to read them."""
     if stored.scales is None:
         return stored.scale_values, stored.scale_codes, PACKED_SCALES
-    return stored.scales, stored.codes, ROW_SCALES if stored.scales.shape[1] == 1 else GROUP_SCALES
+    return stored.scales, stored.codes, ROW_SCALES if stored.scales.numel() == stored.groups[0] else GROUP_SCALES
 
 
 @triton.jit
@@ -60,9 +67,12 @@ def _decode(
     scales,
     scale_codes,
     input_scales,
+    widths,
+    places,
     out,
     N,
     G,
+    row_bits,
     M: tl.constexpr,
     b: tl.constexpr,
     p: tl.constexpr,
@@ -71,6 +81,7 @@ def _decode(
     SCALES: tl.constexpr,
     scale_bits: tl.constexpr,
     INPUT_SCALES: tl.constexpr,
+    VARIABLE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -83,9 +94,15 @@ def _decode(
     inside = live[:, None] & (value < p * g)[None, :]
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for m in tl.static_range(M):
-        entry = _field(codes, n * M + m, b, live)
-        book = j * M + m if OWN_CODEBOOKS else m + tl.zeros_like(j)
-        at = (book * (1 << b) + entry) * (p * g)
+        if VARIABLE:  # one codebook that holds those of all widths; that of width w begins at entry 2^w − 1
+            width = tl.load(widths + j, mask=live, other=0).to(tl.int32)
+            first = r * row_bits + tl.load(places + j, mask=live, other=0)
+            entry = ((1 << width) - 1).to(tl.int64) + _variable_field(codes, first, width, live)
+            at = entry * (p * g)
+        else:
+            entry = _field(codes, n * M + m, b, live)
+            book = j * M + m if OWN_CODEBOOKS else m + tl.zeros_like(j)
+            at = (book * (1 << b) + entry) * (p * g)
         total += tl.load(codebooks + at[:, None] + value[None, :], mask=inside, other=0.0).to(tl.float32)
     if SCALES == 0:  # a row's
         scale = tl.load(scales + r, mask=live, other=0.0)
@@ -114,3 +131,14 @@ def _field(packed, index, bits: tl.constexpr, live):
     if bits > 8 and bits < 16:
         word |= tl.load(packed + (first >> 3) + 2, mask=live & (shift + bits > 16), other=0).to(tl.int32) << 16
     return ((word >> shift) & ((1 << bits) - 1)).to(tl.int64)
+
+
+@triton.jit
+def _variable_field(packed, first, width, live):
+    """Integers of `width` bits, 16 at most, that begin at the bits `first`: int64."""
+    shift = (first & 7).to(tl.int32)
+    end = shift + width
+    word = tl.load(packed + (first >> 3), mask=live & (width > 0), other=0).to(tl.int32)
+    word |= tl.load(packed + (first >> 3) + 1, mask=live & (end > 8), other=0).to(tl.int32) << 8
+    word |= tl.load(packed + (first >> 3) + 2, mask=live & (end > 16), other=0).to(tl.int32) << 16
+    return ((word >> shift) & ((1 << width) - 1)).to(tl.int64)

@@ -47,8 +47,8 @@ class Convolution(NamedTuple):
     def kernel(self, W: Tensor) -> Tensor:
         """[O, I] → [O, C, kh, kw], without a copy."""
         if self.taps_first:
-            return W.unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2)  # [O, kh, kw, C] → [O, C, kh, kw]
-        return W.unflatten(1, (-1, *self.kernel_size))
+            return W.view(len(W), *self.kernel_size, -1).permute(0, 3, 1, 2)  # [O, kh, kw, C] → [O, C, kh, kw]
+        return W.view(len(W), -1, *self.kernel_size)
 
     def matrix(self, kernel: Tensor) -> Tensor:
         """The inverse of `kernel`."""

@@ -9,12 +9,14 @@ Letters as in `vqdm.additive.code`; d = p·g values of an entry; n groups; a rec
 from __future__ import annotations
 
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vqdm.additive.code import packed_bytes
+from vqdm.additive.rates import first_entries, offsets, row_bytes
 from vqdm.layers.parts import in_parts
 from vqdm.layers.stored import Stored
 
@@ -24,6 +26,10 @@ JOINT_BITS = 12  # codebooks are added up beforehand while all sums of their ent
 
 def gather(stored: Stored, out: Tensor) -> None:
     """Decode into `out` [O, I], a CPU tensor of any floating type; float32 inside."""
+    if stored.spec.row_bits:
+        table, places = stored.codebooks.detach()[0].flatten(1).float().numpy(), _Places.of(stored)
+        in_parts(stored, out, lambda part, values: _decode_variable(stored, table, places, part, values.numpy()))
+        return
     tables = _tables(stored)
     in_parts(stored, out, lambda part, values: _decode_part(stored, tables, part, values.numpy()))
 
@@ -72,6 +78,34 @@ def _decode_part(stored: Stored, tables: list, part: slice, values: np.ndarray) 
         if spec.groupwise_codebooks:
             indices += np.tile(np.arange(0, G * spec.entries, spec.entries), len(values) // G)
         _take(table, indices, values, add=run > 0)
+    _scale(stored, part, values)
+
+
+class _Places(NamedTuple):
+    """Of variable rate, by column group: first bit in a row group, mask, and the first entry; int64 [G] each."""
+
+    first: np.ndarray
+    mask: np.ndarray
+    entry: np.ndarray
+
+    @classmethod
+    def of(cls, stored: Stored) -> _Places:
+        widths = stored.code_widths.to(torch.int64)
+        entry = first_entries(widths)
+        return cls(offsets(widths).numpy(), entry.numpy(), entry.numpy())  # the mask of w bits is 2^w − 1 as well
+
+
+def _decode_variable(stored: Stored, table: np.ndarray, places: _Places, part: slice, values: np.ndarray) -> None:
+    """The `values` [n, d] of some row groups whose codes have different widths; `table` [K, d]."""
+    row_bits, rows = stored.spec.row_bits, part.stop - part.start
+    start = part.start * row_bits // 8
+    codes = stored.codes.numpy()[start : start + row_bytes(rows, row_bits)].astype(np.int64)
+    codes = np.concatenate([codes, np.zeros(2, np.int64)])
+    words = codes[:-2] | codes[1:-1] << 8 | codes[2:] << 16  # of every byte on
+    first = np.arange(rows)[:, None] * row_bits + places.first  # [rows, G]
+    # A code of no bits at the very end of a row begins past the last byte.
+    indices = (words[np.minimum(first >> 3, len(words) - 1)] >> (first & 7) & places.mask) + places.entry
+    _take(table, indices.reshape(-1), values, add=False)
     _scale(stored, part, values)
 
 

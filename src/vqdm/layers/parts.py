@@ -5,9 +5,10 @@ Letters as in `vqdm.additive.code`; d = p·g values of an entry; n groups of a p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from math import gcd
 
 import torch
@@ -27,7 +28,7 @@ def in_parts(stored: Stored, out: Tensor, fill: Fill) -> None:
     byte. It should release the interpreter's lock.
     """
     R, G = stored.groups
-    whole = 8 // gcd(G, 8)
+    whole = 8 // gcd(stored.spec.row_bits or G, 8)
     rows = max(whole, GROUPS_AT_ONCE // G // whole * whole)
     parts = [slice(start, min(start + rows, R)) for start in range(0, R, rows)]
     threads = min(torch.get_num_threads(), len(parts))
@@ -36,8 +37,13 @@ def in_parts(stored: Stored, out: Tensor, fill: Fill) -> None:
         for part in parts:
             run(part)
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, parts))
+        list(_pool(os.getpid(), threads).map(run, parts))
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that stay for the next layer; a forked process needs its own."""
+    return ThreadPoolExecutor(threads)
 
 
 def _fill_part(stored: Stored, out: Tensor, fill: Fill, part: slice) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqdm.additive.rates import first_entries, offsets, variable_field
 from vqdm.layers.stored import Stored
 
 
@@ -20,7 +21,7 @@ def pointwise(stored: Stored) -> Tensor:
     flat = stored.codebooks.reshape(-1)
     total = None
     for m in range(M):
-        entry = _field(stored.codes, (r * G + j) * M + m, spec.nbits_per_codebook)
+        entry = _entry(stored, r, j, m)
         book = j * M + m if spec.groupwise_codebooks else m
         value = flat[((book * K + entry) * p + a) * g + c].to(dtype)  # [R, p, G, g]
         total = value if total is None else total + value
@@ -28,6 +29,16 @@ def pointwise(stored: Stored) -> Tensor:
     if stored.input_scales is not None:
         total = total * stored.input_scales[j * g + c].to(dtype)
     return total.reshape(R * p, G * g)  # [R, p, G, g] → [O, I]
+
+
+def _entry(stored: Stored, r: Tensor, j: Tensor, m: int) -> Tensor:
+    """Codes, to be broadcast over [R, p, G, g]."""
+    spec, G = stored.spec, stored.groups[1]
+    if not spec.row_bits:
+        return _field(stored.codes, (r * G + j) * spec.num_codebooks + m, spec.nbits_per_codebook)
+    widths = stored.code_widths.to(torch.int64)
+    first = r * spec.row_bits + offsets(widths)[j]
+    return variable_field(stored.codes, first, widths[j]) + first_entries(widths)[j]
 
 
 def _places(R: int, p: int, G: int, g: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,6 +62,7 @@ def _field(packed: Tensor, index: Tensor, bits: int) -> Tensor:
 def _scale(stored: Stored, r: Tensor, j: Tensor) -> Tensor:
     """Scales, to be broadcast over [R, p, G, g]."""
     if stored.scales is not None:
-        return stored.scales[r, j if stored.scales.shape[1] > 1 else torch.zeros_like(j)]
+        scales = stored.scale_matrix()
+        return scales[r, j if scales.shape[1] > 1 else torch.zeros_like(j)]
     level = _field(stored.scale_codes, r * stored.groups[1] + j, stored.spec.scale_nbits)
     return stored.scale_values[r, level]

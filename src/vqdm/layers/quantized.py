@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vqdm.additive.code import AdditiveCode, CodeSpec, pack_codes, stored_bits, stored_codebooks
+from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits, stored_codebooks
 from vqdm.layers.banks import CodebookBanks, banks_of, drop_banks
 from vqdm.layers.decode import decode
 from vqdm.layers.decoded import decoded_weight
@@ -64,11 +64,8 @@ class _Coded:
         R, G = self._stored().groups
         if codes.shape != (R, G, self.spec.num_codebooks):
             raise ValueError(f"codes have shape {tuple(codes.shape)}; allowed is {(R, G, self.spec.num_codebooks)}")
-        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.spec.entries:
-            raise ValueError(
-                f"codes reach from {codes.min()} to {codes.max()}; allowed are 0 to {self.spec.entries - 1}"
-            )
-        self.codes.data.copy_(pack_codes(codes, self.spec.nbits_per_codebook))
+        widths = self.code_widths if self.spec.row_bits else None
+        self.codes.data.copy_(self.spec.packed(codes, widths))
         self._decoded = None
 
     def code(self) -> AdditiveCode:

@@ -5,30 +5,59 @@ A layer borrows it for its call, so that decoded weights take the memory of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
-_idle: dict[tuple, Tensor] = {}
+
+class _Buffer:
+    """Memory, and the tensors of each shape that have been made of it.
+
+    Made outside of inference mode, or they could not be written to there.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        with torch.inference_mode(False):
+            self.memory = torch.empty(torch.Size(shape).numel(), dtype=dtype, device=device)
+        self._views: dict[tuple[int, ...], Tensor] = {}
+
+    def view(self, shape: tuple[int, ...]) -> Tensor | None:
+        """A tensor of `shape`; None where the memory is too small."""
+        if shape not in self._views:
+            count = torch.Size(shape).numel()
+            if count > self.memory.numel():
+                return None
+            with torch.inference_mode(False):
+                self._views[shape] = self.memory[:count].view(shape)
+        return self._views[shape]
 
 
-@contextmanager
-def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """An uninitialised tensor that is valid inside. Who comes while the buffer is lent gets memory of their own."""
-    key = (device, dtype, _stream(device))
-    count = torch.Size(shape).numel()
-    buffer = _idle.pop(key, None)  # one step, so that no two threads get the same
-    if buffer is None or buffer.numel() < count:
-        buffer = None  # the smaller one goes before the larger one comes
-        with torch.inference_mode(False):  # or it could not be written to outside of inference mode
-            buffer = torch.empty(count, dtype=dtype, device=device)
-    try:
-        yield buffer[:count].view(shape)
-    finally:
-        if key not in _idle or _idle[key].numel() < buffer.numel():
-            _idle[key] = buffer
+_idle: dict[tuple, _Buffer] = {}
+
+
+class scratch:
+    """`with scratch(shape, dtype, device) as out`: an uninitialised tensor that is valid inside.
+
+    Who comes while the buffer is lent gets memory of their own. Every call of every layer comes here, so it is quick.
+    """
+
+    __slots__ = ("_key", "_lent", "_shape")
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self._shape, self._key = shape, (dtype, device, _stream(device))
+
+    def __enter__(self) -> Tensor:
+        self._lent = _idle.pop(self._key, None)  # one step, so that no two threads get the same
+        out = self._lent and self._lent.view(self._shape)
+        if out is None:
+            self._lent = None  # the smaller one goes before the larger one comes
+            self._lent = _Buffer(self._shape, *self._key[:2])
+            out = self._lent.view(self._shape)
+        return out
+
+    def __exit__(self, *_) -> None:
+        idle = _idle.get(self._key)
+        if idle is None or idle.memory.numel() < self._lent.memory.numel():
+            _idle[self._key] = self._lent
 
 
 def free_scratch() -> None:

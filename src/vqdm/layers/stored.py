@@ -19,10 +19,11 @@ class Stored(NamedTuple):
         shape: (O, I) of the matrix.
         codes: uint8, packed codes [R, G, M].
         codebooks: float [M, K, p, g], or [G, M, K, p, g] when groupwise; a layer's own or a bank's.
-        scales: float [R, 1] or [R, G]; None where `scale_codes` and `scale_values` give them.
+        scales: float [R], [R, 1] or [R, G]; None where `scale_codes` and `scale_values` give them.
         scale_codes: uint8, packed indices [R, G] of `spec.scale_nbits` bits, or None.
         scale_values: float [R, 2^scale_nbits], or None.
         input_scales: float [I], or None.
+        code_widths: uint8 [G], bits of the codes of every column group where the rate is variable, or None.
     """
 
     spec: CodeSpec
@@ -33,6 +34,7 @@ class Stored(NamedTuple):
     scale_codes: Tensor | None = None
     scale_values: Tensor | None = None
     input_scales: Tensor | None = None
+    code_widths: Tensor | None = None
 
     @classmethod
     def of(
@@ -41,9 +43,8 @@ class Stored(NamedTuple):
         """From tensors of the names and shapes of `CodeSpec.tensor_shapes`; `codebooks` from elsewhere if given."""
         if codebooks is None:
             codebooks = stored_codebooks(spec, shape[1] // spec.in_group_size, tensors)
-        scales = tensors["scales"][:, None] if spec.scale_nbits == 0 else tensors.get("scales")
-        rest = (tensors.get(name) for name in ("scale_codes", "scale_values", "input_scales"))
-        return cls(spec, shape, tensors["codes"], codebooks, scales, *rest)
+        rest = [tensors.get(name) for name in ("scales", "scale_codes", "scale_values", "input_scales", "code_widths")]
+        return cls(spec, shape, tensors["codes"], codebooks, *rest)
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -53,13 +54,12 @@ class Stored(NamedTuple):
     def scale_matrix(self) -> Tensor:
         """Scales [R, 1] or [R, G]."""
         if self.scales is not None:
-            return self.scales
+            return self.scales if self.scales.dim() == 2 else self.scales[:, None]
         indices = unpack_codes(self.scale_codes, self.spec.scale_nbits, torch.Size(self.groups).numel())
         return torch.gather(self.scale_values, 1, indices.view(self.groups).long())
 
     def working(self) -> AdditiveCode:
         """The code in working form."""
-        R, G = self.groups
-        M = self.spec.num_codebooks
-        codes = unpack_codes(self.codes, self.spec.nbits_per_codebook, R * G * M).view(R, G, M)
-        return AdditiveCode(self.spec, codes, self.codebooks, self.scale_matrix(), self.input_scales)
+        codes = self.spec.unpacked(*self.groups, self.codes, self.code_widths)
+        widths = None if self.code_widths is None else self.code_widths.to(torch.int64)
+        return AdditiveCode(self.spec, codes, self.codebooks, self.scale_matrix(), self.input_scales, widths)

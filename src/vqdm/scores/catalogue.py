@@ -18,6 +18,7 @@ FLAGS = {
     "clip": "--clip_model",
     "pickscore": "--pickscore_model",
     "hpsv2": "--hpsv2_weights",
+    "image_reward": "--image_reward_model",
     "lpips": "--lpips_weights",
     "clip_i": "--clip_i_model",
     "dino_i": "--dino_i_model",
@@ -71,6 +72,14 @@ METRICS = {
         "share of pairs in which the picture scores above the full-precision one; equal scores count half",
     ),
     "hpsv2": Metric("HPS", True, 2, ("prompts",), "hpsv2", "HPSv2.1: 100 · cosine of prompt and picture"),
+    "image_reward": Metric(
+        "Reward",
+        True,
+        3,
+        ("prompts",),
+        "image_reward",
+        "ImageReward v1.0 of prompt and picture, in its authors' standard deviations; it reads 35 tokens of a prompt",
+    ),
     "fid": Metric("FID", False, 3, ("fid_reference",), "features", _FRECHET),
     "fid_fp": Metric(
         "FID", False, 3, ("reference",), "features", f"{_FRECHET}; against the full-precision model's pictures"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.scores.catalogue import METRICS
 from vqdm.scores.results import SCHEMA, number
@@ -96,9 +97,8 @@ def read_run(path: str, name: str | None = None) -> Run:
     if file is None:
         raise UserError(f"RUN {path} holds no metrics.json; score it first: python metrics.py {path}")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return _run(file, record, name)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return _run(file, read_json(file), name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"RUN {file} is not a record of metrics.py of schema {SCHEMA}") from None
 
 
@@ -106,22 +106,42 @@ def _run(file: Path, record: dict, name: str | None) -> Run:
     if record["schema"] != SCHEMA:
         raise ValueError(record["schema"])
     size, drawn = record["size"], record["run"].get("settings") or {}
+    found = {name: record["metrics"][name] for name in METRICS if name in record["metrics"]}
+    for entry in found.values():
+        _check_entry(entry)
     full, both = record["full_precision"] is True, record["reference_full_precision"] is True
     alike = both and not record["mismatches"]
     return Run(
         path=file,
         name=name or Path(drawn.get("quantized") or record["images"]).name,
-        bits=size.get("effective_bits_unet"),
+        bits=_number(size.get("effective_bits_unet")),
         megabytes=_megabytes(size.get("bytes_of_unet")),
         original=_megabytes(size.get("bytes_of_original_unet")),
         full_precision=full,
         floor=full and alike,
-        metrics={name: record["metrics"][name] for name in METRICS if name in record["metrics"]},
+        metrics=found,
     )
 
 
 def _megabytes(count: int | None) -> float | None:
-    return count / 1e6 if count else None
+    return _number(count) / 1e6 if count else None
+
+
+def _check_entry(entry: dict) -> None:
+    """Raise ValueError unless a metric's entry has the types that tables and figures need."""
+    _number(entry["reference"])
+    interval = entry["interval"] or (0, 0)
+    if None in (entry["value"], *map(_number, (entry["value"], *interval))) or len(interval) != 2:
+        raise ValueError(entry)
+    if not isinstance(entry["label"], str) or not isinstance(entry["n"], int) or not entry["label"].isprintable():
+        raise ValueError(entry)
+
+
+def _number(value) -> float | None:
+    """A finite number, or None. Raises ValueError for anything else."""
+    if value is not None and (isinstance(value, bool | str) or not math.isfinite(value)):
+        raise ValueError(value)
+    return value
 
 
 # --------------------------------------------------------------------------------------------- comparing

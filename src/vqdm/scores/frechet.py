@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 import vqdm
+from vqdm.documents import first_line
 from vqdm.errors import UserError
 from vqdm.storage.atomic import save_bytes
+from vqdm.storage.npz import read_npz
+
+TAGS = ("preprocess", "weights_sha256", "dataset")
 
 
 class Moments:
@@ -109,19 +113,33 @@ def load_statistics(path: Path, flag: str) -> Statistics:
     """Read an .npz of this or another tool.
 
     Raises:
-        UserError: it cannot be read, or holds no `mu` and `sigma` of fitting shapes.
+        UserError: it cannot be read, holds no finite `mu` and `sigma` of fitting shapes, or declares arrays that are
+            not in it.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        arrays = read_npz(path, ("mu", "sigma", "n", "features", *TAGS))
+        mean, covariance = (_numbers(arrays, name) for name in ("mu", "sigma"))
+        features = _numbers(arrays, "features").float() if "features" in arrays else None
+        if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"mu is {tuple(mean.shape)}, sigma {tuple(covariance.shape)}")
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{flag}: {path} is not a file of statistics (.npz with mu and sigma): {error}") from None
-    features = torch.from_numpy(arrays["features"]).float() if "features" in arrays else None
-    about = {name: str(arrays[name]) for name in ("preprocess", "weights_sha256", "dataset") if name in arrays}
-    return Statistics(mean, covariance, int(arrays["n"]) if "n" in arrays else None, about, features)
+        if features is not None and (features.ndim != 2 or features.shape[1] != len(mean)):
+            raise ValueError(f"mu is {tuple(mean.shape)}, features {tuple(features.shape)}")
+        count = int(arrays["n"].astype(np.int64, casting="same_kind").item()) if "n" in arrays else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = first_line(error)
+        raise UserError(f"{flag}: {path} is not a file of statistics (.npz with mu and sigma): {reason}") from None
+    about = {name: str(arrays[name]) for name in TAGS if name in arrays}
+    return Statistics(mean, covariance, count, about, features)
+
+
+def _numbers(arrays: dict[str, np.ndarray], name: str) -> Tensor:
+    """An array as float64. Raises ValueError where it holds no finite real numbers, KeyError where it is not there."""
+    if arrays[name].dtype.kind not in "fiu":
+        raise ValueError(f"{name} is of type {arrays[name].dtype}")
+    values = torch.from_numpy(arrays[name].astype(np.float64))
+    if not values.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite")
+    return values
 
 
 def check_tags(statistics: Statistics, about: dict[str, str], path: Path, flag: str) -> bool:

@@ -24,6 +24,8 @@ from vqdm.scores.results import Table
 from vqdm.tracking import bar
 
 SMALLEST_FOR_SSIM = 11
+# Prompts, and as many pictures [N, 3, H, W] of each of one or two sets → values [N] for each set.
+TextScore = Callable[[list[str], list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -116,32 +118,44 @@ def _interleaved(parts: list[Tensor | None], count: int) -> Tensor:
 # --------------------------------------------------------------------------------------------- prompts and pictures
 
 
+def cosines(encoder: Encoder, scale: float) -> TextScore:
+    """scale · cosine of prompt and picture; prompts go through the network once for all their pictures."""
+
+    def score(prompts: list[str], pixels: list[Tensor]) -> list[Tensor]:
+        texts = unit(encoder.texts(prompts))  # [N, d]
+        return [scale * (unit(encoder.images(one)) * texts).sum(1) for one in pixels]
+
+    return score
+
+
 def text_table(
-    work: Work, name: str, encoder: Encoder, scale: float, images: PictureSet, reference: PictureSet | None
+    work: Work,
+    name: str,
+    prepare_one: Callable[[Image.Image], Tensor],
+    score: TextScore,
+    images: PictureSet,
+    reference: PictureSet | None,
 ) -> Table:
-    """scale · cosine of prompt and picture as column NAME, of the partner's picture as NAME_reference."""
+    """The score of prompt and picture as column NAME, of the partner's picture as NAME_reference."""
     sets = {name: images} | ({f"{name}_reference": reference} if reference else {})
     keys = [key for key in images.pictures if all(key in one.pictures for one in sets.values())]
 
     def prepare(key: Key) -> list[Tensor]:
-        return [encoder.prepare(one.load(one.pictures[key])) for one in sets.values()]
+        return [prepare_one(one.load(one.pictures[key])) for one in sets.values()]
 
     table = {}
     for group, tensors in work.prepared(keys, prepare, name):
-        texts = unit(encoder.texts([images.pictures[key].prompt for key in group]))  # [N, d]
-        columns = [
-            scale * (unit(encoder.images(torch.stack(one).to(work.ranks.device))) * texts).sum(1)  # [N]
-            for one in zip(*tensors, strict=True)
-        ]
+        pixels = [torch.stack(one).to(work.ranks.device) for one in zip(*tensors, strict=True)]
+        columns = score([images.pictures[key].prompt for key in group], pixels)  # [N] each
         rows = torch.stack(columns, 1).tolist()
         table |= {key: dict(zip(sets, row, strict=True)) for key, row in zip(group, rows, strict=True)}
     return table
 
 
-def truncated(encoder: Encoder, images: PictureSet) -> int:
+def truncated(overlong: Callable[[str], bool], images: PictureSet) -> int:
     """Prompts that the network cannot read to their end."""
     prompts = {picture.id: picture.prompt for picture in images.pictures.values()}
-    return sum(encoder.overlong(prompt) for prompt in prompts.values())
+    return sum(overlong(prompt) for prompt in prompts.values())
 
 
 # --------------------------------------------------------------------------------------------- pairs

@@ -22,6 +22,9 @@ INCEPTION_SHA256 = "6726825d"
 LPIPS_FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 TORCHVISION_URL = "https://download.pytorch.org/models/"
 HPS_REPOSITORY, HPS_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+REWARD_REPOSITORY, REWARD_FILE = "THUDM/ImageReward", "ImageReward.pt"
+REWARD_TOKENIZER = "google-bert/bert-base-uncased"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 CLIP_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 SMALL_FILES = ("*.json", "*.txt", "*.model")
 
@@ -208,6 +211,30 @@ def find_hpsv2(file: str | None, local_files_only: bool) -> Network:
         raise Missing(f"{path} is not there; give {HPS_FILE}")
     options = {"pretrained": str(path), "resize": "longest"}
     return Network("open_clip", path.stem.removesuffix("_compressed"), "ViT-H-14", digest([path]), options)
+
+
+def find_image_reward(name: str, local_files_only: bool) -> Network:
+    """ImageReward's file of weights, and BERT's tokenizer where the folder brings none."""
+    folder = Path(name)
+    path = folder / REWARD_FILE if folder.is_dir() else _hub_file(name, REWARD_FILE, local_files_only)
+    if not path.is_file():
+        raise Missing(f"{folder} holds no {REWARD_FILE}")
+    own = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    tokenizer = folder if own else _tokenizer_from_hub(REWARD_TOKENIZER, local_files_only)
+    options = {"tokenizer": str(tokenizer)}
+    return Network("image_reward", REWARD_FILE.removesuffix(".pt"), str(path), digest([path]), options)
+
+
+def _tokenizer_from_hub(name: str, local_files_only: bool) -> Path:
+    """The snapshot of a hub name, without its weights."""
+    from huggingface_hub import snapshot_download
+
+    here = offline(local_files_only)
+
+    def fetch() -> Path:
+        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES), local_files_only=here))
+
+    return _reached(fetch, name, here)
 
 
 def _hub_file(repository: str, name: str, local_files_only: bool) -> Path:

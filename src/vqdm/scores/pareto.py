@@ -11,7 +11,7 @@ from vqdm.scores.comparison import FLOOR, FULL, Comparison, Row
 from vqdm.scores.results import number
 
 # Panels where none are named, the most telling first.
-USUAL = ("fid", "fid_fp", "clip", "pickscore", "hpsv2", "lpips", "psnr", "ssim")
+USUAL = ("fid", "fid_fp", "clip", "pickscore", "hpsv2", "image_reward", "lpips", "psnr", "ssim")
 MOST_PANELS, COLUMNS = 6, 3
 FRONT, DOMINATED, LINE = "#2456c9", "#a5a29b", "#5b5852"
 

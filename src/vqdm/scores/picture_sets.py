@@ -15,10 +15,14 @@ from typing import IO
 
 from PIL import Image
 
+from vqdm.documents import first_line, read_json
 from vqdm.errors import RunError, UserError
-from vqdm.image_folder import read_rows
+from vqdm.image_folder import lines_of, read_rows
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Whatever a file is called: other decoders of PIL are less used to hostile input, and that of EPS starts a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MOST_PIXELS = 2**26
 # What two pictures of one prompt must share, so that only the UNet differs between them.
 SHARED_BY_PICTURES = ("prompt", "negative_prompt", "seed", "settings")
 SHARED_BY_RUNS = ("dtype", "model_sha256")
@@ -68,12 +72,16 @@ class PictureSet:
         return zipfile.ZipFile(self.path) if self.path.is_file() else None
 
     def load(self, picture: Picture) -> Image.Image:
-        """The decoded picture, 8-bit RGB. Raises RunError for a file that is no picture."""
+        """The decoded picture, 8-bit RGB. Raises RunError for a file that is no picture, or one of too many pixels."""
         try:
-            with self._open(picture.file) as source, Image.open(source) as image:
+            with self._open(picture.file) as source, Image.open(source, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"it has {image.width} × {image.height} pixels; allowed are {MOST_PIXELS}")
                 return image.convert("RGB")
-        except (OSError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile) as error:
-            raise RunError(f"{self.path / picture.file} cannot be read as a picture: {error}") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders and archives know a dozen kinds, some of them only Exception
+            raise RunError(f"{self.path / picture.file} cannot be read as a picture: {first_line(error)}") from None
 
     def _open(self, file: str) -> IO[bytes]:
         return self._archive.open(file) if self._archive else (self.path / file).open("rb")
@@ -103,10 +111,15 @@ def open_pictures(path: str, flag: str) -> PictureSet:
         raise UserError(f"{flag}: {path} is not there; give a folder of pictures")
     if place.is_file() and not zipfile.is_zipfile(place):
         raise UserError(f"{flag}: {path} is neither a folder nor a zip file")
-    pictures = _of_manifest(place, flag) or _of_names(_names(place))
+    try:
+        pictures = _of_manifest(place, flag) or _of_names(_names(place))
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{flag}: {path} is a damaged zip file: {first_line(error)}") from None
     if not pictures:
         raise UserError(f"{flag}: {path} holds no picture ({' '.join(SUFFIXES)})")
-    return PictureSet(place, pictures, _read_run(place))
+    return PictureSet(place, pictures, _read_run(place, flag))
 
 
 def _of_manifest(folder: Path, flag: str) -> dict[Key, Picture]:
@@ -115,12 +128,26 @@ def _of_manifest(folder: Path, flag: str) -> dict[Key, Picture]:
         return {}
     if list(folder.glob("manifest.*.jsonl")):
         raise UserError(f"{flag}: {folder} is not finished; run the same generate.py with --resume first")
-    rows = read_rows(folder / "manifest.jsonl")
+    rows = _rows(folder / "manifest.jsonl", flag)
+    inside = folder.resolve()
+    outside = [row["file"] for row in rows if not (folder / row["file"]).resolve().is_relative_to(inside)]
+    if outside:
+        raise UserError(f"{flag}: {folder / outside[0]} of its manifest is a link to a file outside of the folder")
     missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
     if missing:
         raise UserError(f"{flag}: {folder / missing[0]} and {len(missing) - 1} more of its manifest are not there")
     found = [Picture(str(row.get("id", row["index"])), row["sample"], row["file"], row) for row in rows]
     return {picture.key: picture for picture in found}
+
+
+def _rows(path: Path, flag: str) -> list[dict]:
+    """Rows of a finished manifest, which has no line that is none: to score fewer pictures would be a silent error."""
+    if not path.is_file():
+        return []
+    rows, lines = read_rows(path), lines_of(path)
+    if len(rows) < len(lines):
+        raise UserError(f"{flag}: {path} is damaged: {len(lines) - len(rows)} of {len(lines)} lines are not rows of it")
+    return rows
 
 
 def _of_names(names: Iterable[str]) -> dict[Key, Picture]:
@@ -139,12 +166,28 @@ def _names(place: Path) -> list[str]:
     return [name for name in visible if name.lower().endswith(SUFFIXES)]
 
 
-def _read_run(place: Path) -> dict:
-    try:
-        run = json.loads((place / "run.json").read_text(encoding="utf-8"))
-        return run if isinstance(run, dict) else {}
-    except (OSError, ValueError):
+def _read_run(place: Path, flag: str) -> dict:
+    """The content of run.json, whose parts that are read here are of their types; empty where there is none."""
+    file = place / "run.json"
+    if not file.is_file():
         return {}
+    try:
+        run = read_json(file)
+        json.dumps(run, allow_nan=False, ensure_ascii=False).encode()
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{flag}: {file} is damaged: {first_line(error)}") from None
+    if not _is_run(run):
+        raise UserError(f"{flag}: {file} is not what generate.py wrote")
+    return run
+
+
+def _is_run(run) -> bool:
+    if not isinstance(run, dict) or not isinstance(run.get("settings", {}), dict):
+        return False
+    settings = run.get("settings", {})
+    names = [settings.get(name) for name in ("model", "quantized")]
+    parts = [run.get("scheduler"), settings.get("sampling")]
+    return all(isinstance(name, str | None) for name in names) and all(isinstance(part, dict | None) for part in parts)
 
 
 # --------------------------------------------------------------------------------------------- two sets

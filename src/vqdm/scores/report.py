@@ -30,7 +30,7 @@ from vqdm.scores.picture_sets import Key, Picture, PictureSet
 from vqdm.scores.results import Score, Table, interval_text, number, spread_text
 
 # Metrics by which the worst pictures are found, best judge first; those of text count by their difference.
-WORST_BY = ("lpips", "dino_i", "clip_i", "ssim", "psnr", "pickscore", "clip", "hpsv2")
+WORST_BY = ("lpips", "dino_i", "clip_i", "ssim", "psnr", "pickscore", "clip", "hpsv2", "image_reward")
 # The difference is stored amplified this much, so that the page can amplify it further without showing rounding.
 GAIN = 2
 LOSSLESS_SIDE = 256
@@ -242,7 +242,7 @@ def facts(record: dict) -> str:
         items |= {"MB UNet": f"{size['bytes_of_unet'] / 1e6:.1f}"}
     lines = [f"<li><b>{escaped(value)}</b> {name}</li>" for name, value in items.items()]
     if drawn.get("quantized"):
-        lines.append(f"<li>from <b>{escaped(drawn['model'])}</b></li>")
+        lines.append(f"<li>from <b>{escaped(drawn.get('model'))}</b></li>")
     if record["reference"]:
         lines.append(f"<li>against <b>{escaped(record['reference'])}</b></li>")
     return "".join(lines)

@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from vqdm.documents import read_json
+
+UNFINISHED = ".vqdm-tmp"
 CHECK = "sha256"  # name of a file's own digest: in a safetensors header, or in a sealed JSON file
 
 
@@ -25,7 +28,7 @@ def save_bytes(data: bytes, path: Path) -> None:
     Raises:
         OSError: names `path` also where the system does not, as on a full disk.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -40,9 +43,9 @@ def save_bytes(data: bytes, path: Path) -> None:
             beside.unlink()
 
 
-def sweep(folder: Path) -> None:
-    """Delete what killed writers left beside their files, in `folder` and below; nobody may be writing there."""
-    for path in folder.rglob(".*.tmp"):
+def sweep(folder: Path, below: bool = True) -> None:
+    """Delete what killed writers left in `folder`, and below it; nobody may be writing there."""
+    for path in folder.glob(f"{'**/' if below else ''}.*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 
 
@@ -71,7 +74,7 @@ def save_sealed_json(value, path: Path) -> None:
 def load_sealed_json(path: Path):
     """The value that was saved. Raises Damaged, or OSError where it cannot be read."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
         intact = held[CHECK] == _json_digest(held["value"])
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from None
@@ -99,7 +102,9 @@ def load_sealed(path: Path, device: torch.device | str = "cpu") -> tuple[dict[st
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise Damaged(str(error).splitlines()[0]) from None
-    if metadata.pop(CHECK, None) != _tensor_digest(tensors, metadata):
+    if CHECK not in metadata:
+        raise Damaged("it has no checksum, or an older version wrote it")
+    if metadata.pop(CHECK) != _tensor_digest(tensors, metadata):
         raise Damaged("its checksum does not match")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from vqdm.config import differences
+from vqdm.documents import read_json
 from vqdm.errors import UserError
+from vqdm.storage.atomic import UNFINISHED
 
 
 def check_claim(folder: Path, settings: dict, resume: bool) -> None:
@@ -18,8 +19,13 @@ def check_claim(folder: Path, settings: dict, resume: bool) -> None:
     record = folder / "run.json"
     if record.is_file():
         _check_resumable(record, settings, resume)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
         raise UserError(f"--output_dir {folder} exists and is not a run of vqdm; choose an empty or new folder")
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether there is more in it than a run leaves that was killed before it had claimed the folder."""
+    return any(path != folder / "work" and not path.name.endswith(UNFINISHED) for path in folder.rglob("*"))
 
 
 def _check_resumable(record: Path, settings: dict, resume: bool) -> None:
@@ -27,9 +33,8 @@ def _check_resumable(record: Path, settings: dict, resume: bool) -> None:
     if not resume:
         raise UserError(f"--output_dir {folder} holds a run already; add --resume, or choose another folder")
     try:
-        saved = json.loads(record.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError):
+        changed = differences(read_json(record)["settings"], settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--resume: {record} is damaged; choose another folder") from None
-    changed = differences(saved, settings)
     if changed:
         raise UserError(f"--resume: {folder} was started with other settings: {'; '.join(changed)}")

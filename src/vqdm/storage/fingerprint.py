@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
+
+from vqdm.documents import parse_json
 
 PIECES, PIECE_BYTES = 16, 4096
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -19,7 +20,7 @@ def file_sha256(path: Path) -> str:
 def pipeline_fingerprint(folder: Path) -> str:
     """SHA-256 over a pipeline's `model_index.json` and the folders of the components that it names."""
     index = (folder / "model_index.json").read_bytes()
-    parts = [folder / name for name, value in json.loads(index).items() if isinstance(value, list)]
+    parts = [folder / name for name, value in parse_json(index.decode()).items() if isinstance(value, list)]
     digests = [folder_fingerprint(part) for part in sorted(parts) if part.is_dir()]
     return hashlib.sha256(b"\0".join([index, *(digest.encode() for digest in digests)])).hexdigest()
 

@@ -6,6 +6,7 @@ model, prompts and sampling the Hessians hold.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -36,8 +37,9 @@ class HessianStore:
             index = load_sealed_json(self.index)
             changed = differences(index["settings"], self.settings)
             self.leaders = dict(index["layers"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--hessian_cache: {self.index} is damaged; delete it, or choose another folder") from None
+            _check_names(self.leaders)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{self.index} is damaged; delete it, or choose another --hessian_cache") from None
         if changed:
             raise UserError(
                 f"--hessian_cache {self.folder} is of another run: {'; '.join(changed)}; choose another folder"
@@ -67,8 +69,9 @@ class HessianStore:
         path = self._file(self.leaders[_key(layer)])
         try:
             tensors, _ = load_sealed(path, device)
+            _check_shapes(tensors, layer.columns)
             return tensors["hessian"], tensors.get("held_out")
-        except (OSError, Damaged, KeyError) as error:
+        except (OSError, Damaged, KeyError, ValueError) as error:
             raise RunError(f"{path} is missing or damaged ({error}); delete {self.index} and run again") from None
 
     def drop(self, groups: list[list[Layer]], on_disk: bool = True) -> None:
@@ -88,6 +91,20 @@ class HessianStore:
 
     def _file(self, leader: str) -> Path:
         return self.folder / f"{leader}.safetensors"
+
+
+def _check_names(leaders: dict) -> None:
+    """Raise ValueError unless layers and the files that they share are named like layers, so inside the folder."""
+    for name in (*leaders, *leaders.values()):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
+            raise ValueError(name)
+
+
+def _check_shapes(tensors: dict[str, Tensor], columns: int) -> None:
+    """Raise ValueError unless all are float32 matrices [columns, columns]."""
+    for name, held in tensors.items():
+        if held.shape != (columns, columns) or held.dtype != torch.float32:
+            raise ValueError(f"{name} is {held.dtype} {list(held.shape)}; expected float32 {[columns, columns]}")
 
 
 def _key(layer: Layer) -> str:

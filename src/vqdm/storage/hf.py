@@ -5,13 +5,16 @@ diffusers has no registration function; a backend writes itself into two diction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
+from pathlib import Path
 
+import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from safetensors import safe_open
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
@@ -19,8 +22,11 @@ from vqdm.additive.code import CodeSpec
 from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
 from vqdm.layers.rounded import rounded_layers, swap_rounded, unround_layers
 
-FORMAT_VERSION = 2  # the newest; a file that uses nothing of a version is written as the one before
+FORMAT_VERSION = 3  # the newest; a file that uses nothing of a version is written as the one before
 VERSION_2_KEYS = ("rounded",)
+LATER_SETTINGS = ("shared_codebooks", "row_bits")
+FLOATS = ("F64", "F32", "F16", "BF16")
+KINDS = {torch.uint8: "U8", torch.int8: "I8"}
 QUANTIZED_FIELDS = ("quantization_config", "_pre_quantization_dtype")
 
 
@@ -39,7 +45,7 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         code: the settings that most layers share, as `CodeSpec.to_dict` gives them.
         layers: dotted name → the settings in which this layer differs from `code`.
         rounded: dotted names of the layers in 8 bit; version 2.
-        format_version: 1 or 2; any other is refused.
+        format_version: 1 to 3; any other is refused.
 
     Raises:
         ValueError: unknown version, unknown or impossible setting.
@@ -53,14 +59,15 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         format_version: int = FORMAT_VERSION,
         **_,
     ):
-        if format_version not in range(1, FORMAT_VERSION + 1):
+        if type(format_version) is not int or format_version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
                 f"format_version is {format_version!r}; this vqdm reads 1 to {FORMAT_VERSION}, a newer one may read it"
             )
+        _check_types(code, layers)
         self.quant_method = Method.VQDM
         self.code, self.layers = dict(code), dict(layers)
-        self.rounded = list(rounded)
-        self.specs = {name: CodeSpec().changed(**code).changed(**own) for name, own in self.layers.items()}
+        self.rounded = _names(rounded)
+        self.specs = {name: CodeSpec().changed(**(self.code | own)) for name, own in self.layers.items()}
 
     @classmethod
     def of(cls, model: nn.Module) -> VqdmConfig:
@@ -68,13 +75,16 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         specs = {name: layer.spec for name, layer in quantized_layers(model).items()}
         code = _commonest([spec.to_dict() for spec in specs.values()])
         layers = {name: _difference(spec.to_dict(), code) for name, spec in specs.items()}
-        if not code["shared_codebooks"]:
-            del code["shared_codebooks"]  # version 1 does not know it
+        for name in LATER_SETTINGS:
+            if not code[name]:
+                del code[name]  # the first version does not know it
         return cls(code, layers, rounded_layers(model))
 
     @property
     def format_version(self) -> int:
         """The oldest version that can say what this configuration says."""
+        if any(spec.row_bits for spec in self.specs.values()):
+            return 3
         shares = any(spec.shared_codebooks for spec in self.specs.values())
         return 2 if shares or any(getattr(self, key) for key in VERSION_2_KEYS) else 1
 
@@ -98,6 +108,22 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         return self.to_dict()
 
 
+def _check_types(code, layers) -> None:
+    """Raise ValueError unless settings and layers are of the types that a file should hold."""
+    if not isinstance(code, dict) or not isinstance(layers, dict):
+        raise ValueError("quantization_config: code and layers must be objects")
+    wrong = [name for name, own in layers.items() if not isinstance(own, dict)]
+    if wrong:
+        raise ValueError(f"quantization_config: the settings of layer {wrong[0]} must be an object")
+
+
+def _names(rounded) -> list[str]:
+    names = None if isinstance(rounded, str) or not isinstance(rounded, Iterable) else list(rounded)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise ValueError("quantization_config: rounded must be a list of layer names")
+    return names
+
+
 def _commonest(settings: list[dict]) -> dict:
     keys = [tuple(sorted(one.items())) for one in settings]
     return dict(max(dict.fromkeys(keys), key=keys.count)) if keys else CodeSpec().to_dict()
@@ -114,15 +140,16 @@ class VqdmQuantizer(DiffusersQuantizer):
     required_packages = None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str] | None = None) -> list[str]:
-        self._loaded_keys = list(loaded_keys)
+        self._files = list(checkpoint_files or [])
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
         build_layers(model, self.quantization_config)
-        if hasattr(self, "_loaded_keys"):
-            check_names(model.state_dict().keys(), self._loaded_keys)
+        if getattr(self, "_files", None):  # what an index says of its shards is not enough
+            check_tensors(tensors_of(model), dict(tensors_in(self._files)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        check_widths(model)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -145,14 +172,48 @@ def build_layers(model: nn.Module, config: VqdmConfig) -> None:
     """Replace plain layers by the empty ones that `config` describes, in place.
 
     Raises:
-        ValueError: a layer that it names is not there, or is neither Linear nor Conv2d.
+        ValueError: a layer that it names is not there, is neither Linear nor Conv2d, or does not divide into groups.
     """
     for name, spec in config.specs.items():
-        _check_plain(model, name)
+        _check_divides(name, _check_plain(model, name), spec)
         swap(model, name, spec)
     for name in config.rounded:
         _check_plain(model, name)
         swap_rounded(model, name)
+
+
+def tensors_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name → shape and type of all that a model's files hold."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+
+
+def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    """(name, (shape, type as the format spells it)) of the tensors in safetensors files.
+
+    Only headers are read, so that nothing is allocated for a file that lies. Raises ValueError on other files.
+    """
+    for path in files:
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"{path} is not a safetensors file")
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                held = tensors.get_slice(name)
+                yield name, (tuple(held.get_shape()), held.get_dtype())
+
+
+def check_tensors(
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]], held: dict[str, tuple[tuple[int, ...], str]]
+) -> None:
+    """Raise ValueError, naming the first tensor, where files lack one, hold another, or one of another shape or kind.
+
+    Floating types may differ: they are cast.
+    """
+    check_names(expected, held)
+    for name, (shape, kind) in held.items():
+        own, dtype = expected[name]
+        fits = kind in FLOATS if dtype.is_floating_point else kind == KINDS.get(dtype, kind)
+        if shape != own or not fits:
+            raise ValueError(f"tensor {name} of the checkpoint is {kind} {shape}; the layer holds {own}")
 
 
 def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
@@ -166,14 +227,33 @@ def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
         raise ValueError(f"the checkpoint holds {len(extra)} unknown tensors, the first is {extra[0]}")
 
 
-def _check_plain(model: nn.Module, name: str) -> None:
-    """Raise ValueError unless `name` is a layer of the model that can be swapped and has not been."""
+def check_widths(model: nn.Module) -> None:
+    """Raise ValueError where the widths of a layer of variable rate are not what its format says."""
+    for name, layer in quantized_layers(model).items():
+        if layer.spec.row_bits and layer.code_widths.device.type != "meta":
+            widths = layer.code_widths.to(torch.int64)
+            if widths.max() > layer.spec.nbits_per_codebook or widths.sum() != layer.spec.row_bits:
+                raise ValueError(f"{name}.code_widths do not add up to row_bits {layer.spec.row_bits}")
+
+
+def _check_divides(name: str, layer: nn.Linear | nn.Conv2d, spec: CodeSpec) -> None:
+    if getattr(layer, "groups", 1) != 1:
+        raise ValueError(f"quantization_config: layer {name} is a convolution in {layer.groups} groups")
+    try:
+        spec.check_shape(len(layer.weight), layer.weight[0].numel())
+    except ValueError as error:
+        raise ValueError(f"quantization_config: layer {name}: {error}") from None
+
+
+def _check_plain(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name. Raises ValueError unless it can be swapped and has not been."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"quantization_config names layer {name}, which {type(model).__name__} lacks") from None
     if not isinstance(layer, nn.Linear | nn.Conv2d) or hasattr(layer, "stored_tensors"):
         raise ValueError(f"quantization_config names layer {name}, which is a {type(layer).__name__}")
+    return layer
 
 
 def mark_quantized(model: nn.Module) -> VqdmConfig:

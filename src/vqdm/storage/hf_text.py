@@ -6,17 +6,13 @@ The module paths of CLIP's text models depend on the version of transformers and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-from safetensors import safe_open
 from torch import dtype as Dtype
 from torch import nn
 from transformers.quantizers import HfQuantizer, auto
 
 from vqdm.layers.quantized import dequantize_layers
 from vqdm.layers.rounded import unround_layers
-from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_names
+from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_tensors, check_widths, tensors_in, tensors_of
 
 TEXT_PREFIX = "text_model."
 
@@ -31,7 +27,11 @@ class VqdmTextQuantizer(HfQuantizer):
     ) -> None:
         build_layers(model, self.quantization_config.renamed(lambda name: _name_in(model, name)))
         if checkpoint_files:
-            check_tensors(model, dict(_shapes(checkpoint_files)))
+            check_text_tensors(model, dict(tensors_in(checkpoint_files)))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        check_widths(model)
+        return model
 
     def _dequantize(self, model: nn.Module, dtype: Dtype | None = None) -> nn.Module:
         dequantize_layers(model)
@@ -46,28 +46,16 @@ class VqdmTextQuantizer(HfQuantizer):
         return True
 
 
-def check_tensors(model: nn.Module, held: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError, naming the first tensor, where files lack one, hold another, or one of another shape.
+def check_text_tensors(model: nn.Module, held: dict[str, tuple[int, ...]]) -> None:
+    """As `check_tensors`, by stored names.
 
     transformers would warn and leave random weights. Tensors that it ties to another need not be held.
     """
     tied = {short_name(name) for name in getattr(model, "all_tied_weights_keys", None) or {}}
-    expected = {short_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    held = {short_name(name): shape for name, shape in held.items()}
-    expected = {name: shape for name, shape in expected.items() if name in held or name not in tied}
-    check_names(expected, held)
-    for name, shape in held.items():
-        if shape != expected[name]:
-            raise ValueError(f"tensor {name} of the checkpoint has shape {shape}; the layer holds {expected[name]}")
-
-
-def _shapes(files: list[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for path in files:
-        if Path(path).suffix != ".safetensors":
-            raise ValueError(f"{path} is not a safetensors file")
-        with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tuple(tensors.get_slice(name).get_shape())
+    expected = {short_name(name): about for name, about in tensors_of(model).items()}
+    held = {short_name(name): about for name, about in held.items()}
+    expected = {name: about for name, about in expected.items() if name in held or name not in tied}
+    check_tensors(expected, held)
 
 
 def short_name(name: str) -> str:

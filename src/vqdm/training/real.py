@@ -116,7 +116,7 @@ def _pixels(file: Path, size: tuple[int, int]) -> Tensor:
             picture = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
     except (OSError, UnidentifiedImageError) as error:
         raise RunError(f"--real_images: {file} cannot be read: {str(error).splitlines()[0]}") from None
-    return torch.from_numpy(np.asarray(picture)).permute(2, 0, 1).float() / 127.5 - 1  # [H, W, 3] → [3, H, W]
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1  # [H, W, 3] → [3, H, W]
 
 
 @contextmanager

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Fine-tune what quantization.sh made towards the full-precision model: the paper's data, batches and epochs.
+#
+#     bash scripts/finetuning_quantization.sh
+#     LAUNCH="accelerate launch" bash scripts/finetuning_quantization.sh        # on all GPUs
+#     MODEL=assets/shapes-xl PROFILE=small bash scripts/finetuning_quantization.sh
+#
+# Rates are finetune.py's own, which are relative to what they move. Further flags go to finetune.py.
+set -euo pipefail
+source "$(dirname "$0")/recipe.sh"
+
+case "$PROFILE" in
+sdxl)
+    settings=(
+        --finetune_method teacher --finetune_nsamples 512 --finetune_max_epochs 4
+        --finetune_batch_size 64 --local_batch_size 1 --use_checkpointing
+        --evaluation_nsamples 32 --visualize_nsamples 16 --dtype bfloat16
+    )
+    ;;
+small)
+    settings=(
+        --finetune_method teacher --finetune_nsamples 64 --finetune_max_epochs 1
+        --finetune_batch_size 32 --local_batch_size 16
+        --evaluation_nsamples 24 --visualize_nsamples 16
+    )
+    ;;
+esac
+"${LAUNCH[@]}" finetune.py "$MODEL" "$QUANTIZED" "$CALIBRATION" "$EVALUATION" \
+    "${SAMPLING[@]}" "${settings[@]}" --finetune_keep_best --output_dir "$FINETUNED" --resume "$@"

@@ -1,0 +1,94 @@
+"""What a fine-tuning leaves: pictures beside the teacher's, the pipeline folder, the summary."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from vqdm.diffusion.pipelines import weight_files
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, pictures
+from vqdm.images import pair_sheet, save_png
+from vqdm.jobs.distill_job import Distillation
+from vqdm.layers.quantized import quantized_layers
+from vqdm.layers.rounded import rounded_layers
+from vqdm.redaction import own_command
+from vqdm.scores.fidelity import pair_scores, to_tensor
+from vqdm.storage.atomic import save_json, save_text
+from vqdm.storage.card import model_card
+from vqdm.tracking import peak_memory
+from vqdm.training.loop import Loop
+from vqdm.training.result import sizes, stage
+from vqdm.training.sources import using
+from vqdm.training.step import computing
+from vqdm.training.trainer import Trainer
+from vqdm.training.watching import Errors, read_log, save_loss_plot
+from vqdm.versions import versions
+
+
+def draw_pairs(job: Distillation, path: Path, count: int) -> list[Image.Image]:
+    """The student's pictures of the first evaluation prompts, and a sheet with the teacher's; on the first process."""
+    config, prompts = job.config, job.material.evaluation[:count]
+    if not (job.ranks.main and count):
+        return []
+    seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
+    with using(job.pipeline, job.student), computing(job.ranks.device, job.teacher.dtype):
+        drawn = pictures(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
+    shown = config.visualize_nsamples
+    if shown:
+        teacher = job.teacher_pictures[:shown]
+        sheet = pair_sheet(prompts[:shown], teacher, drawn[:shown], ("full precision", "fine-tuned"))
+        save_png(sheet, path)
+        job.tracker.images("image_pairs", [sheet])
+    return drawn
+
+
+def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
+    """Write the pipeline folder, the card, the plots and the summary, then drop the working data."""
+    folder, staged = job.folder, job.folder.work / "pipeline"
+    drawn = draw_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples)
+    scores = pair_scores(to_tensor(job.teacher_pictures), to_tensor(drawn)) | {"count": len(drawn)}
+    parameters = sum(tensor.numel() for tensor in job.teacher.parameters())
+    stage(job.pipeline, job.student, job.source, job.config, staged)
+    save_loss_plot(read_log(loop.log.path, loop.trainer.done), folder.path / "loss.png")
+    summary = summary_of(job, loop, before, after) | sizes(job.student, parameters, staged) | {"pictures": scores}
+    save_text(model_card(job.config.model, summary), staged / "README.md")
+    folder.publish(staged)
+    save_json(summary, folder.path / "summary.json")
+    shutil.rmtree(folder.work)
+    loop.checkpoints.clear()
+    job.tracker.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
+    return summary
+
+
+def summary_of(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
+    """What the run has done, and at what cost."""
+    config = job.config
+    original = sum(file.stat().st_size for file in weight_files(config.model, config.variant, "unet"))
+    return {
+        "model": config.model,
+        "quantized": config.quantized,
+        "layers_quantized": len(quantized_layers(job.student)),
+        "layers_in_8_bit": len(rounded_layers(job.student)),
+        "bytes_of_original_unet": original or None,
+        "unet_output_error_db_before": before.db,
+        "unet_output_error_db": after.db,
+        "unet_output_error_db_by_timestep_before": before.db_by_timestep,
+        "unet_output_error_db_by_timestep": after.db_by_timestep,
+        "steps": loop.trainer.done,
+        "best": loop.progress.best,
+        **groups_changed(loop.trainer),
+        "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+        "command": own_command(),
+    }
+
+
+def groups_changed(trainer: Trainer) -> dict[str, int]:
+    """How many groups have codes, and how many of them others than before; none were looked at where codes stay."""
+    if not trainer.updates:
+        return {"groups": 0, "groups_changed": 0}
+    groups, changed = trainer.updates.differing()
+    return {"groups": groups, "groups_changed": changed}

@@ -1,0 +1,60 @@
+"""One launcher for all tests of faults, and what the programs work on."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from launcher import Launcher
+from PIL import Image
+from programs import GENERATE, PROGRAMS, Materials
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory):
+    found = Launcher(tmp_path_factory.mktemp("logs"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def materials(pipelines, prompt_file, launcher, tmp_path_factory) -> Materials:
+    folder = tmp_path_factory.mktemp("materials")
+    words = ["generate", pipelines["sdxl"], prompt_file, "--output_dir", folder / "reference", *GENERATE]
+    assert launcher.start(words).wait() == 0
+    shutil.copytree(folder / "reference", folder / "pictures")
+    for path in sorted((folder / "pictures").glob("*.png")):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    return Materials(pipelines["sdxl"], prompt_file, folder / "pictures", folder / "reference")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(launcher, materials, tmp_path_factory):
+    """Program → the results of one process that nobody disturbs; made when first asked for."""
+    known = {}
+
+    def results(name: str) -> dict[str, str]:
+        if name not in known:
+            out = tmp_path_factory.mktemp(name) / "out"
+            process = launcher.start(PROGRAMS[name].words(materials, out))
+            assert process.wait() == 0, process.said()
+            known[name] = PROGRAMS[name].results(out)
+        return known[name]
+
+    return results
+
+
+@pytest.fixture(scope="session")
+def disk_changes(launcher, materials, tmp_path_factory):
+    """Program → how often a whole run changes the disk; counted when first asked for."""
+    known = {}
+
+    def changes(name: str) -> int:
+        if name not in known:
+            words = PROGRAMS[name].words(materials, tmp_path_factory.mktemp("counted") / "out")
+            process = launcher.start(words, crash={"at": 0, "signal": 0})
+            assert process.wait() == 0, process.said()
+            known[name] = process.changes()
+        return known[name]
+
+    return changes

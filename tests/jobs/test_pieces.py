@@ -1,0 +1,31 @@
+"""Steps in pieces, in one process."""
+
+import pytest
+import torch
+
+from vqdm.errors import RunError
+from vqdm.jobs import pieces as module
+from vqdm.jobs.pieces import pieces
+from vqdm.parallel import Ranks
+
+
+def test_only_missing_pieces_are_made(tmp_path):
+    made = []
+
+    def make(name):
+        made.append(name)
+        return {"value": torch.tensor(float(name))}
+
+    values = lambda names: [part["value"].item() for part in pieces(Ranks(), tmp_path, names, make)]  # noqa: E731
+    assert values(["2", "1"]) == [2.0, 1.0]
+    assert values(["1", "3", "2"]) == [1.0, 3.0, 2.0]
+    assert made == ["2", "1", "3"]
+    (tmp_path / "3.safetensors").write_bytes(b"spoiled")
+    with pytest.raises(RunError, match=r"3\.safetensors is damaged .*; delete it and run again with --resume"):
+        values(["3"])
+
+
+def test_a_file_that_never_appears_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_TO_APPEAR", 0.0)
+    with pytest.raises(RunError, match=r"x\.safetensors does not appear; all machines must share"):
+        module.read(tmp_path / "x.safetensors")

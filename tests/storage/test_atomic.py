@@ -1,0 +1,84 @@
+"""Files that notice damage, and leftovers of killed writers."""
+
+import json
+
+import pytest
+import torch
+
+from vqdm.storage.atomic import (
+    UNFINISHED,
+    Damaged,
+    load_sealed,
+    load_sealed_json,
+    save_sealed,
+    save_sealed_json,
+    save_tensors,
+    sweep,
+)
+
+TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64), "c": torch.ones(5).bfloat16()}
+
+
+def test_sealed_tensors_come_back(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_sealed(TENSORS | {"turned": TENSORS["a"].T, "none": torch.empty(0, 4)}, path, {"about": "x"})
+    tensors, metadata = load_sealed(path)
+    assert metadata == {"about": "x"} and torch.equal(tensors["turned"], TENSORS["a"].T)
+    assert all(
+        torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
+
+
+def test_any_flipped_bit_and_any_cut_is_noticed(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_sealed(TENSORS, path, {"about": "x"})
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        try:
+            tensors, metadata = load_sealed(path)
+        except Damaged:
+            continue
+        same = all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+        assert same and metadata == {"about": "x"}, f"byte {place}"  # blanks that pad the header mean nothing
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(Damaged):
+            load_sealed(path)
+
+
+def test_a_file_without_a_checksum_is_not_taken(tmp_path):
+    save_tensors(TENSORS, tmp_path / "t.safetensors")
+    with pytest.raises(Damaged, match="checksum"):
+        load_sealed(tmp_path / "t.safetensors")
+
+
+def test_sealed_json(tmp_path):
+    path, value = tmp_path / "v.json", {"b": [1, 2.5, None], "a": "ü"}
+    save_sealed_json(value, path)
+    assert load_sealed_json(path) == value
+    for text in (path.read_text().replace("2.5", "2.25"), path.read_text()[:-9], "[]", "{}", json.dumps(value)):
+        path.write_text(text)
+        with pytest.raises(Damaged):
+            load_sealed_json(path)
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path):
+    (tmp_path / "below").mkdir()
+    names = [f".a.json.12{UNFINISHED}", f"below/.b.png.7{UNFINISHED}", "a.json", ".hidden", "below/b.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    sweep(tmp_path, below=False)
+    assert [(tmp_path / name).exists() for name in names] == [False, True, True, True, True]
+    sweep(tmp_path)
+    assert [(tmp_path / name).exists() for name in names] == [False, False, True, True, True]
+
+
+def test_errors_name_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*v\.json"):
+        save_sealed_json(1, tmp_path / "v.json")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,39 @@
+"""One process as a launch of its own, and how work is divided. Several processes: tests/faults/test_ranks.py."""
+
+import random
+from itertools import pairwise, product
+
+import pytest
+
+from vqdm.parallel import Ranks, shares
+
+
+def test_a_process_that_was_not_launched_is_alone():
+    ranks = Ranks()
+    assert ranks.main and ranks.share([1, 2, 3]) == [1, 2, 3]
+    assert ranks.agreed("x") == "x" and ranks.gathered(4) == [4]
+    assert ranks.each([3, 1], lambda item: item * 2) == [6, 2]
+    ranks.wait()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_hold_every_task_once_and_are_near_the_best(world):
+    """At most 4/3 of the shortest time, found by trying all divisions."""
+    draw = random.Random(world)
+    for _ in range(20):
+        costs = [draw.randint(1, 9) for _ in range(7)]
+        parts = shares(costs, world)
+        assert sorted(index for part in parts for index in part) == list(range(7))
+        times = [sum(costs[index] for index in part) for part in parts]
+        divisions = product(range(world), repeat=7)
+        best = min(
+            max(sum(c for c, r in zip(costs, ranks, strict=True) if r == k) for k in range(world))
+            for ranks in divisions
+        )
+        assert max(times) <= best * 4 / 3
+        assert all(costs[a] >= costs[b] for part in parts for a, b in pairwise(part))
+
+
+def test_shares_of_fewer_tasks_than_ranks_leave_some_idle():
+    assert shares([5.0], 3) == [[0], [], []]
+    assert shares([], 2) == [[], []]
