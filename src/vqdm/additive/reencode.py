@@ -9,7 +9,7 @@ are to move; B hypotheses (beam).
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,50 +40,40 @@ def nearest_moves(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Tenso
 
     `metrics` A [N, g, g] are symmetric and positive. A group keeps its present codes where no others are nearer.
     """
+    present, unit = code.codes.flatten(0, 1)[at].long(), _units(code, at)  # [N, M], [N, 1, g]
+    move = Move(present.clone(), torch.zeros_like(wishes), torch.zeros_like(wishes[:, 0, 0]))
+    for some, codebooks, first in _shares(code, at):
+        found = _nearest(codebooks, present[some] - first, unit[some], wishes[some], metrics[some], beam_size)
+        for whole, part in zip(move, found._replace(codes=found.codes + first), strict=True):
+            whole[some] = part
+    return move
+
+
+def _shares(code: AdditiveCode, at: Tensor) -> Iterator[tuple[slice | Tensor, Tensor, int]]:
+    """Which of the groups `at` [N] share entries, these as codebooks [M, K', p, g], and the first one's number."""
+    columns = at % code.codes.shape[1]
     if code.spec.groupwise_codebooks:
-        return _by_column_group(code, at, wishes, metrics, beam_size)
-    if code.widths is not None:
-        return _by_width(code, at, wishes, metrics, beam_size)
-    books = code.codebooks.float()
-    present = code.codes.view(-1, len(books))[at].long()  # [N, M]
-    unit = _units(code, at)  # [N, 1, g]
-    now = _sums(books, present)  # [N, p, g]
-    safe = torch.where(unit == 0, 1.0, unit)
-    found = encode_under(now + wishes / safe, metrics * unit * unit.transpose(1, 2), books, beam_size)
-    moved = (_sums(books, found) - now) * unit
+        for j in columns.unique().tolist():
+            yield columns == j, code.codebooks[j].float(), 0
+    elif code.widths is not None:
+        widths = code.widths.to(at.device)[columns]
+        for width in widths.unique().tolist():
+            entries = width_slice(width)
+            yield widths == width, code.codebooks[:, entries].float(), entries.start
+    else:
+        yield slice(None), code.codebooks.float(), 0
+
+
+def _nearest(codebooks: Tensor, present: Tensor, unit: Tensor, wishes: Tensor, metrics: Tensor, beam_size: int) -> Move:
+    """`nearest_moves` of groups that have the same codebooks."""
+    now = _sums(codebooks, present)  # [N, p, g]
+    target = now + wishes / torch.where(unit == 0, 1.0, unit)
+    found = encode_under(target, metrics * unit * unit.transpose(1, 2), codebooks, beam_size)
+    moved = (_sums(codebooks, found) - now) * unit
     gain = _squares(wishes, metrics) - _squares(wishes - moved, metrics)
     nearer = gain > 0
     codes = torch.where(nearer[:, None], found, present)
     return Move(codes, moved * nearer[:, None, None], torch.where(nearer, gain, 0.0))
-
-
-def _by_column_group(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Tensor, beam_size: int) -> Move:
-    """The same where every column group has codebooks of its own."""
-    G, M = code.codes.shape[1:]
-    columns = at % G
-    move = Move(at.new_empty(len(at), M), torch.empty_like(wishes), wishes.new_empty(len(at)))
-    for j in columns.unique().tolist():
-        own = (columns == j).nonzero()[:, 0]
-        part = code.with_groups(columns.new_tensor([j]))
-        plain = replace(part, spec=code.spec.changed(groupwise_codebooks=False), codebooks=part.codebooks[0])
-        found = nearest_moves(plain, at[own] // G, wishes[own], metrics[own], beam_size)
-        for whole, some in zip(move, found, strict=True):
-            whole[own] = some
-    return move
-
-
-def _by_width(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Tensor, beam_size: int) -> Move:
-    """The same at variable rate: for each width, its part of the codebook."""
-    widths = code.widths[at % code.codes.shape[1]]  # [N]
-    move = Move(at.new_empty(len(at), 1), torch.empty_like(wishes), wishes.new_empty(len(at)))
-    for width in widths.unique().tolist():
-        own, entries = (widths == width).nonzero()[:, 0], width_slice(width)
-        books, codes = code.codebooks[:, entries], code.codes - entries.start
-        plain = replace(code, spec=code.spec.changed(row_bits=0), codes=codes, codebooks=books, widths=None)
-        found = nearest_moves(plain, at[own], wishes[own], metrics[own], beam_size)
-        for whole, some in zip(move, found._replace(codes=found.codes + entries.start), strict=True):
-            whole[own] = some
-    return move
 
 
 def _units(code: AdditiveCode, at: Tensor) -> Tensor:

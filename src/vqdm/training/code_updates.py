@@ -2,8 +2,8 @@
 
 The idea is PV-Tuning's (arXiv 2405.14852): the loss has a gradient E with respect to the decoded weight W, and codes
 follow it in small parts of the matrix at a time. Here every weight has a drift u, a fading sum of preconditioned steps.
-The groups that have drifted farthest are encoded anew towards W + u under the metric of the gradients, and what their
-codes move is taken off the drift.
+Groups that have drifted far are encoded anew towards W + u under the metric of the gradients, and what their codes move
+is taken off the drift.
 
 Letters: O rows, I columns; p, g = out and in group size; R row groups, G column groups; N groups that are tried; E
 gradient [O, I].
@@ -24,7 +24,8 @@ from vqdm.layers.quantized import QuantizedLayer, quantized_layers
 
 SMALLEST = 1e-3  # of second moments, against their mean: what is divided by is no smaller
 DAMPING = 0.01  # of a metric, against its mean diagonal
-BACK = 0.5  # what is left of the drift of a group that was tried and stays
+FIRST_TRY = 0.25  # root mean square drift of a group, in units of the grid, at which it is first tried
+NEXT_TRY = 1.25  # how much farther than at its last try a group must have drifted to be tried again
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class CodeUpdateSettings:
         code_memory: what a step leaves of the drift before it adds its own. 1 adds up everything, as straight-through
             latents do; 0 knows the newest step alone, as PV-Tuning's own rule.
         code_beta: of the averages of squared gradients.
-        code_fraction: of a layer's groups, those that are encoded anew each step: the ones that drifted farthest.
+        code_fraction: of a layer's groups, those that are encoded anew each step, at most.
         code_beam_size: hypotheses of the encoding.
         code_trust_ratio: ‖change of W‖ / ‖W‖ of a layer in a step, at most.
     """
 
-    code_lr: float = 0.06
+    code_lr: float = 0.15
     code_memory: float = 0.98
     code_beta: float = 0.95
-    code_fraction: float = 0.01
+    code_fraction: float = 0.02
     code_beam_size: int = 4
     code_trust_ratio: float = 0.05
 
@@ -77,23 +78,30 @@ class Drift:
         u: where the weights are to go from where they are, [O, I].
         rows: average squared gradient of each row, [O].
         blocks: average of E_jᵀ E_j over the rows, [G, g, g].
-        grid: the unit of steps, [O].
+        sizes: root mean square of each row's weights at the beginning, [O].
+        cells: 2^(−bits a weight) of the column groups, [G]; with `sizes` the units of steps, the grid.
         norm: ‖W‖ at the beginning, [].
+        due: how far a group must drift to be tried, as `lengths` has it, [R, G].
     """
 
     u: Tensor
     rows: Tensor
     blocks: Tensor
-    grid: Tensor
+    sizes: Tensor
+    cells: Tensor
     norm: Tensor
+    due: Tensor
 
     @classmethod
     def of(cls, layer: QuantizedLayer) -> Drift:
         W, spec = layer.decoded_matrix().detach(), layer.spec
-        g = spec.in_group_size
-        bits = spec.code_bits_per_weight(W.shape[1])
-        blocks = W.new_zeros(W.shape[1] // g, g, g)
-        return cls(torch.zeros_like(W), W.new_zeros(len(W)), blocks, W.square().mean(1).sqrt() * 2**-bits, W.norm())
+        p, g = spec.out_group_size, spec.in_group_size
+        R, G = len(W) // p, W.shape[1] // g
+        due = W.new_full((R, G), FIRST_TRY * (p * g) ** 0.5)
+        blocks = W.new_zeros(G, g, g)
+        return cls(
+            torch.zeros_like(W), W.new_zeros(len(W)), blocks, W.square().mean(1).sqrt(), _cells(layer), W.norm(), due
+        )
 
     def observe(self, E: Tensor, beta: float) -> None:
         """Take the gradient into the averages."""
@@ -106,23 +114,36 @@ class Drift:
 
         `corrected`: 1 − βᵗ, by which the averages are too small.
         """
+        g = self.blocks.shape[1]
         columns = self.blocks.diagonal(dim1=1, dim2=2).flatten()  # [I]
         mean = columns.mean()
         self.u.mul_(memory)
         if mean > 0:
-            by_row = (self.rows / mean).clamp(min=SMALLEST).rsqrt() * self.grid  # [O]
-            by_column = (columns / mean).clamp(min=SMALLEST).rsqrt()  # [I]
+            by_row = (self.rows / mean).clamp(min=SMALLEST).rsqrt() * self.sizes  # [O]
+            by_column = (columns / mean).clamp(min=SMALLEST).rsqrt() * self.cells.repeat_interleave(g)  # [I]
             self.u.sub_(E * by_row[:, None] * by_column, alpha=rate * (corrected / mean.item()) ** 0.5)
 
     def by_group(self, p: int) -> Tensor:
         """A view of u: [O, I] → [R, p, G, g]."""
         return self.u.view(-1, p, *self.blocks.shape[:2])
 
-    def farthest(self, p: int, count: int) -> Tensor:
-        """The `count` groups (r·G + j) [N] that have drifted farthest in units of the grid, ascending."""
-        unit = self.grid.clamp(min=torch.finfo(self.grid.dtype).tiny)
+    def lengths(self, p: int) -> Tensor:
+        """How far groups have drifted, in units of the grid: [R, G]."""
+        unit = self.sizes.clamp(min=torch.finfo(self.sizes.dtype).tiny)
         length = torch.linalg.vector_norm(self.by_group(p), dim=3) / unit.view(-1, p, 1)  # [R, p, G]
-        return torch.linalg.vector_norm(length, dim=1).flatten().topk(count).indices.sort().values
+        return torch.linalg.vector_norm(length, dim=1) / self.cells
+
+    def pick(self, p: int, count: int) -> Tensor:
+        """At most `count` groups (r·G + j) [N] to be tried, the most overdue, ascending; they become due later."""
+        lengths = self.lengths(p).flatten()
+        overdue, at = (lengths / self.due.flatten()).topk(count)
+        at = at[overdue > 1].sort().values
+        self.due.view(-1)[at] = NEXT_TRY * lengths[at]
+        return at
+
+    def settle(self, at: Tensor, p: int) -> None:
+        """Groups that have changed are due as in the beginning."""
+        self.due.view(-1)[at] = FIRST_TRY * (p * self.blocks.shape[1]) ** 0.5
 
     def metrics(self, at: Tensor, p: int) -> Tensor:
         """Metrics [N, g, g] of the groups `at` [N]: the column group's damped block times the rows' mean square."""
@@ -180,8 +201,8 @@ class CodeUpdates:
         drift.observe(E, settings.code_beta)
         drift.advance(E, lr * settings.code_lr, settings.code_memory, 1 - settings.code_beta**self.steps)
         p = layer.spec.out_group_size
-        groups = len(drift.u) // p * len(drift.blocks)  # R·G
-        return self._encode(layer, drift, drift.farthest(p, math.ceil(settings.code_fraction * groups)))
+        at = drift.pick(p, math.ceil(settings.code_fraction * drift.due.numel()))
+        return self._encode(layer, drift, at) if len(at) else CodeStep(0, 0)
 
     def _encode(self, layer: QuantizedLayer, drift: Drift, at: Tensor) -> CodeStep:
         """Encode the groups `at` [N] anew towards where they drift."""
@@ -189,9 +210,8 @@ class CodeUpdates:
         wishes = drift.by_group(p)[at // G, :, at % G]  # [N, p, g]
         move = nearest_moves(code, at, wishes, drift.metrics(at, p), self.settings.code_beam_size)
         made = within((self.settings.code_trust_ratio * drift.norm).square(), move)
-        left = torch.where(made[:, None, None], wishes - move.moved, wishes)
-        left[move.gain <= 0] *= BACK  # nothing is nearer, perhaps for good: let others come first
-        drift.by_group(p)[at // G, :, at % G] = left
+        drift.by_group(p)[at // G, :, at % G] = torch.where(made[:, None, None], wishes - move.moved, wishes)
+        drift.settle(at[made], p)
         codes = code.codes.clone()  # [R, G, M]
         codes[at[made] // G, at[made] % G] = move.codes[made].to(codes.dtype)
         layer.set_codes(codes)
@@ -220,6 +240,16 @@ class CodeUpdates:
         """Take the latents off the layers."""
         for layer in self.layers.values():
             layer.latent = None
+
+
+def _cells(layer: QuantizedLayer) -> Tensor:
+    """2^(−bits a weight) of the column groups of a layer: [G]."""
+    code, spec = layer.code(), layer.spec
+    G = code.codes.shape[1]
+    bits = (
+        code.codes.new_full((G,), spec.num_codebooks * spec.nbits_per_codebook) if code.widths is None else code.widths
+    )
+    return 2 ** (-bits.float() / (spec.out_group_size * spec.in_group_size))
 
 
 def _unpacked(layer: QuantizedLayer, packed: Tensor) -> Tensor:
