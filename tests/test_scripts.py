@@ -68,8 +68,6 @@ SMALL = {"MODEL": "assets/shapes-xl", "PROFILE": "small"}
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_pass_flags_that_exist(calls_of, name, variables):
     """As they stand for SDXL, and for the small pipeline by two variables."""
-    if name.startswith("finetuning"):
-        pytest.importorskip("finetune")
     for program, words in calls_of(Path(f"scripts/{name}.sh"), **variables):
         options = parse(program, words)
         files = [value for key, value in vars(options).items() if key.endswith("prompts") and value]
@@ -130,8 +128,7 @@ def test_an_unknown_profile_is_an_error(calls_of):
 def test_commands_of_the_guides_have_flags_that_exist(path):
     calls = [call for call in written_calls(path.read_text()) if not {"...", "…"} & set(call[1])]
     for program, words in calls:
-        if program != "finetune.py" or Path(program).exists():
-            parse(program, words)
+        parse(program, words)
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *sorted(Path("benchmarks").glob("*.sh"))], ids=str)
