@@ -83,6 +83,7 @@ def test_signed_codes_come_back_modulo_their_range(nbits):
     ("spec", "words"),
     [
         (CodeSpec(2, 4, 4, scale_nbits=4), "layer 0 has scale_nbits 4; aqlm holds 0 only"),
+        (CodeSpec(1, 4, 4, shared_codebooks="bank", row_bits=5), "layer 0 has row_bits 5; aqlm holds 0 only"),
         (CodeSpec(2, 4, 4, groupwise_codebooks=True), "layer 0 has groupwise_codebooks True"),
         (CodeSpec(2, 4, 4, input_channel_scales=True), "layer 0 has input_channel_scales True"),
         (CodeSpec(3, 4, 4), "layer 1 has num_codebooks 2, 0 has 3; aqlm holds one for all layers"),
@@ -91,7 +92,7 @@ def test_signed_codes_come_back_modulo_their_range(nbits):
 def test_what_the_format_cannot_hold_is_named(spec, words):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv2d(4, 4, 1))
     for name, own in (("0", spec), ("1", CodeSpec(2, 4, 4))):
-        swap(model, name, own).set_code(random_code(own, 8, 8))
+        swap(model, name, own)  # what is refused is seen without a code
     with pytest.raises(UserError, match=words):
         common_spec(quantized_layers(model))
 

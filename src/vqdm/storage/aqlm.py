@@ -22,7 +22,7 @@ from vqdm.storage.hf_text import short_name
 
 SAME = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")
 # What the format has no place for, and the only value that it can hold.
-NEUTRAL = {"scale_nbits": 0, "groupwise_codebooks": False, "input_channel_scales": False}
+NEUTRAL = {"scale_nbits": 0, "groupwise_codebooks": False, "input_channel_scales": False, "row_bits": 0}
 
 
 def export_aqlm(model: PreTrainedModel, folder: Path) -> AqlmConfig:
