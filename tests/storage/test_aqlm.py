@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_hf_text import KINDS, quantized_text_encoder
-from test_quantized import random_code
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
