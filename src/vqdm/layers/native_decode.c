@@ -10,13 +10,13 @@ typedef struct {
     const uint8_t *codes, *end; /* packed codes [R, G, M] */
     const void *codebooks;      /* [M, K, p, g], or [G, M, K, p, g] */
     const void *scales;         /* [R] or [R, G] */
-    const void *input_scales;   /* [G, g], or NULL */
+    const float *input_scales;  /* [G, g], or NULL */
     void *out;                  /* [R, p, G, g] */
     const uint8_t *widths;      /* [G] bits of a code where the rate is variable, or NULL */
     const float *books;         /* the codebooks in float32 */
     int64_t R, G, rows, next;   /* `rows` row groups are taken at once, by any thread, from `next` on */
     int32_t M, bits, p, g, groupwise, group_scales, row_bits;
-    int32_t codebooks_type, scales_type, input_scales_type, out_type;
+    int32_t codebooks_type, scales_type, out_type;
 } Layer;
 
 /* Of a row, what is decoded at once: its codes and its values stay in the first-level cache. */
@@ -57,12 +57,17 @@ static const uint64_t *unpack(const Layer *layer, int64_t first, int64_t n, uint
 /* Variable rate: codes of groups j..j + n of a row, whose first bit is `bit`; moves that on. The codebook holds those of
    all widths, that of width w from entry 2^w - 1 on. */
 static const uint64_t *unpack_variable(const Layer *layer, int64_t *bit, int64_t j, int64_t n, uint64_t *codes) {
+    const int64_t together = 57 / layer->bits; /* codes that lie in one word, whatever their widths and its first bit */
+    const uint8_t *width = layer->widths + j;
     int64_t at = *bit;
-    for (int64_t i = 0; i < n; i++) {
-        const int width = layer->widths[j + i];
-        const uint64_t mask = ((uint64_t)1 << width) - 1;
-        codes[i] = mask + (word_at(layer->codes + (at >> 3), layer->end) >> (at & 7) & mask);
-        at += width;
+    for (int64_t i = 0; i < n;) {
+        uint64_t word = word_at(layer->codes + (at >> 3), layer->end) >> (at & 7);
+        for (const int64_t last = i + together < n ? i + together : n; i < last; i++) {
+            const uint64_t mask = ((uint64_t)1 << width[i]) - 1;
+            codes[i] = mask + (word & mask);
+            word >>= width[i];
+            at += width[i];
+        }
     }
     *bit = at;
     return codes;
@@ -182,13 +187,24 @@ static void put(const Layer *layer, int64_t r, int64_t j, int64_t n, const float
             write(layer->out, layer->out_type, (r * p + a) * I + (j + i) * g, g, values + (i * p + a) * g);
 }
 
+/* `values` [n, p, g] times `factors` [n, g]. */
+static void multiply(float *restrict values, const float *restrict factors, int64_t n, int64_t p, int64_t g) {
+    if (p == 1) {
+        for (int64_t i = 0; i < n * g; i++) values[i] *= factors[i];
+        return;
+    }
+    for (int64_t i = 0; i < n; i++, factors += g)
+        for (int64_t a = 0; a < p; a++, values += g)
+            for (int64_t c = 0; c < g; c++) values[c] *= factors[c];
+}
+
 static void decode_row(const Layer *layer, int64_t r) {
     const int64_t M = layer->M, G = layer->G, p = layer->p, g = layer->g, d = p * g;
     const int64_t most = CODES / M < VALUES / d ? CODES / M : VALUES / d;
     const int direct = p == 1 && layer->out_type == FLOAT32;
     int64_t bit = r * layer->row_bits;
     uint64_t codes[CODES + 16];
-    float values[VALUES], scale[CODES], factor[VALUES];
+    float values[VALUES], scale[CODES];
     for (int64_t j = 0; j < G; j += most) {
         const int64_t n = G - j < most ? G - j : most;
         float *to = direct ? (float *)layer->out + (r * G + j) * g : values;
@@ -196,10 +212,7 @@ static void decode_row(const Layer *layer, int64_t r) {
         const uint64_t *code = layer->widths ? unpack_variable(layer, &bit, j, n, codes)
                                              : unpack(layer, (r * G + j) * M, n * M, codes);
         decode_groups(layer, code, j, n, scale, to, d);
-        if (layer->input_scales) {
-            read(layer->input_scales, layer->input_scales_type, j * g, n * g, factor);
-            for (int64_t i = 0; i < n * d; i++) to[i] *= factor[i / d * g + i % g];
-        }
+        if (layer->input_scales) multiply(to, layer->input_scales + j * g, n, p, g);
         if (!direct) put(layer, r, j, n, to);
     }
 }

@@ -29,7 +29,7 @@ class _Layer(ctypes.Structure):
         ("books", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("R", "G", "rows", "next")),
         *((name, ctypes.c_int32) for name in ("M", "bits", "p", "g", "groupwise", "group_scales", "row_bits")),
-        *((f"{name}_type", ctypes.c_int32) for name in ("codebooks", "scales", "input_scales", "out")),
+        *((f"{name}_type", ctypes.c_int32) for name in ("codebooks", "scales", "out")),
     )
 
 
@@ -46,15 +46,16 @@ def native(stored: Stored, out: Tensor) -> None:
         out.copy_(whole)
         return
     scales = stored.scale_matrix() if stored.scales is None else stored.scales
-    held = _readable(stored.codebooks), _readable(scales), _readable(stored.input_scales)  # until the call is over
+    factors = None if stored.input_scales is None else stored.input_scales.float().contiguous()
+    held = _readable(stored.codebooks), _readable(scales), factors  # until the call is over
     layer = _layer(stored, *held, out)
     if library().vqdm_decode(ctypes.byref(layer), _team(), min(torch.get_num_threads(), -(-layer.R // layer.rows))):
         raise MemoryError(f"no memory for codebooks {list(stored.codebooks.shape)} in float32")
 
 
-def _readable(values: Tensor | None) -> Tensor | None:
+def _readable(values: Tensor) -> Tensor:
     """`values` in a type and a layout that the C code reads."""
-    if values is None or (values.dtype in TYPES and values.is_contiguous()):
+    if values.dtype in TYPES and values.is_contiguous():
         return values
     return (values if values.dtype in TYPES else values.float()).contiguous()
 
@@ -83,7 +84,6 @@ def _layer(stored: Stored, books: Tensor, scales: Tensor, input_scales: Tensor |
         spec.row_bits,
         TYPES[books.dtype],
         TYPES[scales.dtype],
-        0 if input_scales is None else TYPES[input_scales.dtype],
         TYPES[out.dtype],
     )
 
