@@ -43,12 +43,12 @@ class CodeUpdateSettings:
         code_trust_ratio: ‖change of W‖ / ‖W‖ of a layer in a step, at most.
     """
 
-    code_lr: float = 0.15
+    code_lr: float = 0.03
     code_memory: float = 0.98
     code_beta: float = 0.95
     code_fraction: float = 0.02
     code_beam_size: int = 4
-    code_trust_ratio: float = 0.05
+    code_trust_ratio: float = 0.01
 
     def __post_init__(self) -> None:
         self._check("code_lr", self.code_lr > 0, "numbers above 0")
