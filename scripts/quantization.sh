@@ -22,7 +22,8 @@ sdxl)
 small)
     settings=(
         --target_bits "$BITS"
-        --calibration_nsamples 128 --calibration_nsteps 5 --evaluation_nsamples 24 --visualize_nsamples 16
+        --calibration_nsamples 128 --calibration_nsteps 5 --hessian_samples_per_input 12
+        --evaluation_nsamples 24 --visualize_nsamples 16
     )
     ;;
 esac
