@@ -123,7 +123,8 @@ def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionP
 
 def plan(config: FinetuneConfig, ranks: Ranks, trained: Trained) -> str:
     """One line: what is trained, on what, by how many."""
-    kinds = [f"{sum(one == kind for one in trained.kinds.values())} of {kind}s" for kind in KINDS]
+    plural = {kind: f"{kind}es" if kind.endswith("s") else f"{kind}s" for kind in KINDS}
+    kinds = [f"{sum(one == kind for one in trained.kinds.values())} of {plural[kind]}" for kind in KINDS]
     values = sum(tensor.numel() for tensor in trained)
     return (
         f"{values / 1e6:.2f} M values are trained, in {len(trained.kinds)} tensors ({', '.join(kinds)}), "
