@@ -19,7 +19,7 @@ sdxl)
     ;;
 small)
     settings=(
-        --finetune_method teacher --finetune_nsamples 64 --finetune_max_epochs 1
+        --finetune_method teacher --finetune_nsamples 192 --finetune_max_epochs 4
         --finetune_batch_size 32 --local_batch_size 16
         --evaluation_nsamples 24 --visualize_nsamples 16
     )

@@ -1,6 +1,6 @@
 """Load a quantized pipeline with stock diffusers, draw a picture with it, and print the figures of its summary.
 
-python scripts/show_result.py out/demo/finetuned [--prompt "a big red circle above a small blue star"]
+python scripts/show_result.py out/demo/quantized [--prompt "a big red circle above a small blue star"]
 """
 
 from __future__ import annotations

@@ -66,3 +66,15 @@ def test_rates_warm_up_and_fall():
     cosine = OptimizerConfig(lr_warmup_steps=0)
     assert [rate_factor(k, 2, cosine) for k in (0, 1, 2)] == pytest.approx([1.0, 0.5, 0.0])
     assert rate_factor(9, 10, OptimizerConfig(lr_scheduler="constant", lr_warmup_steps=0)) == 1.0
+
+
+def test_stored_values_can_be_measured_in_the_type_that_is_computed_in():
+    """A model that is stored in 16 bit still runs in float32 afterwards, with the values that will be read back."""
+    unet = classroom.student(classroom.FORMATS["own"])
+    types = {name: torch.float16 for name in stored_types(unet)}
+    wanted = {name: tensor.half().float() for name, tensor in unet.named_parameters() if name in types}
+    write_back(unet, types, torch.float32)
+    held = dict(unet.named_parameters())
+    assert all(held[name].dtype == torch.float32 and torch.equal(held[name], wanted[name]) for name in types)
+    write_back(unet, types)
+    assert all(held[name].dtype == torch.float16 for name in types)

@@ -175,14 +175,14 @@ def run(job: Distillation, trained: Trained) -> dict | None:
 
 
 def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> None:
-    """Leave in the student what is to be saved, in the types that it is stored in."""
+    """Leave in the student what is to be saved: the values that are stored, in the type that is computed in."""
     job.ranks.wait()  # the first process has written the best
     if fault or job.config.finetune_keep_best:
         loop.trainer.restore(loop.checkpoints.load_best(loop.progress.best["step"]))
         say(f"kept: {kept_words(loop)}")
     else:
         loop.trainer.average.adopt()
-    write_back(job.student, job.types)
+    write_back(job.student, job.types, torch.float32)
     if loop.trainer.updates:
         loop.trainer.updates.close()
 

@@ -19,6 +19,7 @@ from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.tracking import peak_memory
 from vqdm.training.loop import Loop
+from vqdm.training.parameters import write_back
 from vqdm.training.result import sizes, stage
 from vqdm.training.sources import using
 from vqdm.training.step import computing
@@ -50,6 +51,7 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
     drawn = draw_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples)
     scores = pair_scores(to_tensor(job.teacher_pictures), to_tensor(drawn)) | {"count": len(drawn)}
     parameters = sum(tensor.numel() for tensor in job.teacher.parameters())
+    write_back(job.student, job.types)
     stage(job.pipeline, job.student, job.source, job.config, staged)
     save_loss_plot(read_log(loop.log.path, loop.trainer.done), folder.path / "loss.png")
     summary = summary_of(job, loop, before, after) | sizes(job.student, parameters, staged) | {"pictures": scores}

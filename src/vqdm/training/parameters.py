@@ -116,8 +116,8 @@ def stored_types(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: held[name].dtype for name in kinds_of(model)}
 
 
-def write_back(model: nn.Module, types: dict[str, torch.dtype]) -> None:
-    """Freeze parameters, each in its type of `types`, in place.
+def write_back(model: nn.Module, types: dict[str, torch.dtype], computing: torch.dtype | None = None) -> None:
+    """Freeze parameters, each in its type of `types`, in place; with `computing`, with its values but in that type.
 
     Raises:
         RunError: a value that its type cannot hold; names the parameter.
@@ -129,3 +129,5 @@ def write_back(model: nn.Module, types: dict[str, torch.dtype]) -> None:
         held[name].data = held[name].data.to(dtype)
         if not held[name].isfinite().all():
             raise RunError(f"{name} has grown beyond what {dtype} holds; use a lower --finetune_lr")
+        if computing:
+            held[name].data = held[name].data.to(computing)
