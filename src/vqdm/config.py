@@ -120,13 +120,7 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if self.min_timestep > self.max_timestep:
             raise UserError(f"--min_timestep {self.min_timestep} is above --max_timestep {self.max_timestep}")
-        if self.visualize_nsamples > self.evaluation_nsamples:
-            raise UserError(
-                f"--visualize_nsamples {self.visualize_nsamples} is more than --evaluation_nsamples "
-                f"{self.evaluation_nsamples}, of which they are the first"
-            )
-        if (self.sampling.height is None) != (self.sampling.width is None):
-            raise UserError("--height and --width are given together, or neither")
+        check_pictures(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
         if self.on_save is not None:
             _split_command(self.on_save)
         self._check_sharing()
@@ -153,6 +147,16 @@ class QuantizeConfig:
     @property
     def spec(self) -> CodeSpec:
         return self.solver.spec
+
+
+def check_pictures(evaluated: int, shown: int, sampling: SamplingConfig) -> None:
+    """Raise UserError, naming the flags, where the pictures of an evaluation cannot be as they say."""
+    if shown > evaluated:
+        raise UserError(
+            f"--visualize_nsamples {shown} is more than --evaluation_nsamples {evaluated}, of which they are the first"
+        )
+    if (sampling.height is None) != (sampling.width is None):
+        raise UserError("--height and --width are given together, or neither")
 
 
 def _split_command(command: str) -> list[str]:

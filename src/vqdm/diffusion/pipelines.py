@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -84,6 +85,22 @@ def load_pipeline(
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipeline.to(device)
+
+
+class ModelSettings(Protocol):
+    """The flags that say which model a program works on; `sampling.scheduler` among them."""
+
+    model: str
+    sampling: Any
+    variant: str | None
+    revision: str | None
+    local_files_only: bool
+
+
+def configured_pipeline(config: ModelSettings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """`load_pipeline` as a program's flags say. Raises UserError as that."""
+    scheduler, where = config.sampling.scheduler, (config.variant, config.revision, config.local_files_only)
+    return load_pipeline(config.model, device, dtype, scheduler, *where)
 
 
 def check_model(model: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype
+from vqdm.diffusion.pipelines import check_model, configured_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.errors import RunError, UserError
 from vqdm.jobs.distill_job import Distillation
@@ -100,15 +100,7 @@ def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionP
         UserError: either cannot be loaded, they do not fit, MODEL is quantized itself, or the settings do not fit it.
     """
     student = load_quantized_unet(source, torch.float32)
-    pipeline = load_pipeline(
-        config.model,
-        ranks.device,
-        pick_dtype(config.dtype, ranks.device),
-        config.sampling.scheduler,
-        config.variant,
-        config.revision,
-        config.local_files_only,
-    )
+    pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
     check_fits(student, pipeline.unet, config.quantized, config.model)
     if quantized_layers(pipeline.unet):
         raise UserError(f"MODEL {config.model} is quantized itself; give the original model, which is the teacher")

@@ -21,7 +21,14 @@ from safetensors import SafetensorError
 from vqdm.additive.code import AdditiveCode
 from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
-from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype, stored_dtypes, weight_files
+from vqdm.diffusion.pipelines import (
+    check_model,
+    configured_pipeline,
+    load_pipeline,
+    pick_dtype,
+    stored_dtypes,
+    weight_files,
+)
 from vqdm.diffusion.sampling import check_timestep_range, error_spread, output_error, point_errors
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import RunError
@@ -69,15 +76,7 @@ def quantize(config: QuantizeConfig) -> dict | None:
 
 def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], evaluation: list[str]) -> dict | None:
     """The whole job of one of several processes; the summary on the first, None on the others."""
-    pipeline = load_pipeline(
-        config.model,
-        ranks.device,
-        pick_dtype(config.dtype, ranks.device),
-        config.sampling.scheduler,
-        config.variant,
-        config.revision,
-        config.local_files_only,
-    )
+    pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
     layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
     layers = [shared(layer, config.share_codebooks) for layer in layers]
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import vqdm
 from vqdm.config import SamplingConfig
 from vqdm.diffusion.drawing import NAN, Picture, alike, draw, drawn_in_batches, settings_used
-from vqdm.diffusion.pipelines import check_model, load_pipeline, pick_dtype
+from vqdm.diffusion.pipelines import check_model, configured_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.requests import Request, check_size, make_requests
 from vqdm.errors import RunError, UserError
@@ -247,15 +247,7 @@ def load(config: SampleConfig, ranks: Ranks, unet_folder: Path | None) -> Diffus
     """
     dtype = pick_dtype(config.dtype, ranks.device)
     unet = load_quantized_unet(unet_folder, dtype) if unet_folder else None
-    pipeline = load_pipeline(
-        config.model,
-        torch.device("cpu"),
-        dtype,
-        config.sampling.scheduler,
-        config.variant,
-        config.revision,
-        config.local_files_only,
-    )
+    pipeline = configured_pipeline(config, torch.device("cpu"), dtype)
     if unet is not None:
         check_fits(unet, pipeline.unet, config.quantized, config.model)
         pipeline.register_modules(unet=unet)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from vqdm.config import SamplingConfig
+from vqdm.config import SamplingConfig, check_pictures
 from vqdm.errors import UserError
 from vqdm.training.code_updates import CodeUpdateSettings
 
@@ -99,13 +99,7 @@ class FinetuneConfig:
         sources(self.finetune_method)
         if ("real" in sources(self.finetune_method)) != (self.real_images is not None):
             raise UserError("--finetune_method real and --real_images FOLDER are given together, or neither")
-        if self.visualize_nsamples > self.evaluation_nsamples:
-            raise UserError(
-                f"--visualize_nsamples {self.visualize_nsamples} is more than --evaluation_nsamples "
-                f"{self.evaluation_nsamples}, of which they are the first"
-            )
-        if (self.sampling.height is None) != (self.sampling.width is None):
-            raise UserError("--height and --width are given together, or neither")
+        check_pictures(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
 
     def to_dict(self) -> dict:
         """Plain JSON types, nested as the dataclasses are."""
