@@ -89,14 +89,16 @@ def test_a_goodbye_is_no_failure(processes):
     assert statuses(pids[:1]) == [-9]
 
 
-def test_a_stranger_is_sent_away(tmp_path, monkeypatch):
-    """Who connects without the word is not taken for a process of the launch."""
+@pytest.mark.parametrize("said", [b"guess 1\n", b"\xff\xfe\x00\n", b""])
+def test_a_stranger_is_sent_away(tmp_path, monkeypatch, said):
+    """Who connects without the word is not taken for a process of the launch, nor who says nothing."""
+    monkeypatch.setattr("vqdm.peers.SECONDS_TO_SPEAK", 0.2)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     exchange = Exchange(tmp_path / "address")
     first = forked(lambda: Peers.join(0, 2, 0, exchange).leave(), tmp_path / "0.log")
     port, _ = exchange(None)
     with socket.create_connection(("127.0.0.1", port)) as stranger:
-        stranger.sendall(b"guess 1\n")
+        stranger.sendall(said)
         assert stranger.recv(1) == b""
     second = forked(lambda: Peers.join(1, 2, 1, exchange).leave(), tmp_path / "1.log")
     assert statuses([first, second]) == [0, 0]

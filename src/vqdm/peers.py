@@ -23,6 +23,7 @@ from vqdm.errors import RunError
 # lost power or its network is noticed after half a minute.
 PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 SECONDS_TO_JOIN = 120
+SECONDS_TO_SPEAK = 5  # for a caller to say who it is
 GOODBYE = b"."
 
 
@@ -96,13 +97,21 @@ def _accepted(world: int, agreed: Callable[[Any], Any]) -> dict[int, socket.sock
         links: dict[int, socket.socket] = {}
         while len(links) < world - 1:
             link, _ = server.accept()
-            link.settimeout(SECONDS_TO_JOIN)
-            said = link.makefile("r").readline(100).split()
-            if said[:1] == [word]:
+            said = _introduction(link)
+            if said[:1] == [word.encode()]:
                 links[int(said[1])] = link
             else:
                 link.close()
     return links
+
+
+def _introduction(link: socket.socket) -> list[bytes]:
+    """The word and the rank that a caller gives; nothing of one that stays silent, such as a scan of ports."""
+    try:
+        link.settimeout(SECONDS_TO_SPEAK)
+        return link.makefile("rb").readline(100).split()
+    except OSError:
+        return []
 
 
 def _connected(host: str, rank: int, port: int, word: str) -> socket.socket:
