@@ -36,7 +36,7 @@ from vqdm.prompts import draw, load_prompts
 from vqdm.tracking import peak_memory
 from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.training.config import OptimizerConfig
-from vqdm.training.parameters import trainable
+from vqdm.training.parameters import trainable, types_on_disk, write_back
 from vqdm.training.points import Points, shuffled
 from vqdm.training.step import Lesson
 from vqdm.training.trainer import Trainer
@@ -70,6 +70,8 @@ def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, f
             changed += trainer.step(learned, chosen).codes.get("groups_changed", 0)
         seconds = time.perf_counter() - began
         after = measure(lesson, unseen, unseen.all()).db
+    if arguments.keep and way != "unquantized":
+        keep(unet, quantized, Path(arguments.keep) / f"{Path(quantized).name}-{way}")
     row = {"quantized": quantized, "way": way, "steps": steps, "before_db": before, "after_db": after}
     return row | {"seconds": seconds, "step_seconds": seconds / steps, "changed": changed, "peak": peak_memory()}
 
@@ -78,6 +80,12 @@ def starting_unet(way: str, quantized: str, arguments: argparse.Namespace) -> nn
     if way == "unquantized":
         return load_pipeline(arguments.model, torch.device("cpu"), torch.float32).unet
     return load_quantized_unet(find_quantized_unet(quantized), torch.float32)
+
+
+def keep(unet: nn.Module, quantized: str, folder: Path) -> None:
+    """The UNet in the types it is stored in, as `generate.py MODEL FOLDER` takes it."""
+    write_back(unet, types_on_disk(find_quantized_unet(quantized)))
+    unet.save_pretrained(folder)
 
 
 def make_trainer(lesson: Lesson, steps: int, change_codes: bool, arguments: argparse.Namespace) -> Trainer:
@@ -121,6 +129,7 @@ def main() -> None:
     parser.add_argument("--code_lr", type=float)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--points", metavar="FOLDER", help="keep what the teacher says here, or find it here")
+    parser.add_argument("--keep", metavar="FOLDER", help="save the trained UNets below it")
     arguments = parser.parse_args()
     missing = {"codes", "codebooks"} - set(arguments.ways)
     if "codebooks_as_long" in arguments.ways and missing:
