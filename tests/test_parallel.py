@@ -1,11 +1,15 @@
 """One process as a launch of its own, and how work is divided. Several processes: tests/faults/test_ranks.py."""
 
+import os
 import random
+import socket
+import sys
 from itertools import pairwise, product
 
 import pytest
+from accelerate import PartialState
 
-from vqdm.parallel import Ranks, shares
+from vqdm.parallel import Ranks, launched, shares
 
 
 def test_a_process_that_was_not_launched_is_alone():
@@ -37,3 +41,20 @@ def test_shares_hold_every_task_once_and_are_near_the_best(world):
 def test_shares_of_fewer_tasks_than_ranks_leave_some_idle():
     assert shares([5.0], 3) == [[0], [], []]
     assert shares([], 2) == [[], []]
+
+
+def test_a_process_whose_peers_do_not_start_ends_with_a_line(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    where = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("vqdm.parallel.SECONDS_TO_START", 0.5)
+    if (child := os.fork()) == 0:
+        PartialState._reset_state()
+        with open(tmp_path / "said", "w") as sys.stderr, launched("cpu"):
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    said = (tmp_path / "said").read_text()
+    assert said.count("\n") == 1
+    assert "error: the 2 processes of this launch have not all started in 0.5 s, says process 0" in said

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from vqdm.peers import Peers
 # Ranks wait for the slowest of them, which may be loading or verifying for longer than the backends' minutes. Those
 # that ended are noticed at once, by `peers`.
 PATIENCE = timedelta(days=2)
+SECONDS_TO_START = 600.0  # for all processes of a launch to have started; launchers end the others of one that failed
 NOTICE = 5.0  # seconds that `peers` has to end this process after its backend lost a connection
 
 
@@ -104,15 +108,37 @@ def _collective() -> Iterator[None]:
 
 
 @contextmanager
+def _started() -> Iterator[None]:
+    """End this process with a line where the others do not start: the backend would wait as long as for results."""
+    alarm = threading.Timer(SECONDS_TO_START, _left_alone)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+
+
+def _left_alone() -> None:
+    rank, world = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
+    waited = f"the {world} processes of this launch have not all started in {SECONDS_TO_START:g} s"
+    print(f"error: {waited}, says process {rank}; start the same command again", file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread waits inside the backend and cannot be woken
+
+
+@contextmanager
 def launched(device: str) -> Iterator[Ranks]:
     """Join the launch, if there is one; the log of all ranks but the first is kept to warnings.
 
     Raises:
         UserError: `--device` is not there, or names one GPU for several processes.
         RunError: the processes cannot reach each other.
+
+    A process that waits in vain for the others to start ends at once, with a line.
     """
     chosen = pick_device(device)
-    state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
+    with _started():
+        state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
     world = state.num_processes
     if world > 1 and chosen.index is not None:
         raise UserError(f"--device {device} is one device for {world} processes; allowed are auto, cpu and cuda")

@@ -72,8 +72,10 @@ def program(order: dict) -> int:
     if order.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"],) * 2)
     crash = order.get("crash") or {}
+    from vqdm import parallel
     from vqdm.cli import run_script
 
+    parallel.SECONDS_TO_START = 40.0  # a launcher would end at once what waits for a rank that was killed early
     changes = Changes(crash["at"], crash["signal"]) if crash else None
     status = run_script(sys.modules[script].main, words)
     if changes:
