@@ -91,8 +91,21 @@ RIVALS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, also of those made of several tensors."""
-    tensors = [tensor for whole in (*model.parameters(), *model.buffers()) for tensor in _parts(whole)]
+    tensors = _stored_tensors(model)
     return sum({tensor.untyped_storage(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def bits_on_disk(model: nn.Module) -> int:
+    """Bits that a model's parameters and buffers take on disk; float32 numbers count as 16."""
+    widths = [
+        (tensor.numel(), min(2, tensor.element_size()) if tensor.is_floating_point() else tensor.element_size())
+        for tensor in _stored_tensors(model)
+    ]
+    return sum(8 * count * size for count, size in widths)
+
+
+def _stored_tensors(model: nn.Module) -> list[Tensor]:
+    return [tensor for whole in (*model.parameters(), *model.buffers()) for tensor in _parts(whole)]
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

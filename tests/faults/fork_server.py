@@ -75,7 +75,7 @@ def program(order: dict) -> int:
     from vqdm import parallel
     from vqdm.cli import run_script
 
-    parallel.SECONDS_TO_START = 40.0  # a launcher would end at once what waits for a rank that was killed early
+    parallel.SECONDS_TO_START = 20.0  # a launcher would end at once what waits for a rank that was killed early
     changes = Changes(crash["at"], crash["signal"]) if crash else None
     status = run_script(sys.modules[script].main, words)
     if changes:

@@ -107,10 +107,11 @@ def watch(process: Process, out: Path, moment: int) -> None:
 
 
 def check_whole(path: Path) -> None:
-    """Raise where a file is damaged; files of a name that begins with a dot are nobody's result."""
-    if path.name.startswith(".") or not path.is_file():
+    """Raise where a file is damaged; those that begin with a dot or are still being staged are nobody's result."""
+    staged = "work" in path.parts and "pipeline" in path.parts
+    if path.name.startswith(".") or staged or not path.is_file():
         return
-    if path.suffix == ".safetensors" and "work" in path.parts and "pipeline" not in path.parts:
+    if path.suffix == ".safetensors" and "work" in path.parts:
         load_sealed(path)
     elif path.suffix == ".json":
         json.loads(path.read_text())
