@@ -242,6 +242,14 @@ def test_plain_pictures_give_statistics_from_folder_and_zip(folders, tmp_path, c
     assert result(tmp_path / "c")["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-4)
 
 
+def test_a_zip_file_needs_a_place_for_the_result(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png_bytes(Image.fromarray(pixels(0, 0, 0)), {}))
+    for more in ([], ["--dry_run"]):
+        assert run_script(main, [str(tmp_path / "a.zip"), *SHAPES, *more]) == 2
+        assert "a.zip is a zip file, which takes no result; give --output_dir" in capsys.readouterr().err
+
+
 def test_a_single_picture_is_scored_by_what_needs_no_set(tmp_path, capsys):
     for name, noise in (("one", 9), ("full", 0)):
         (tmp_path / name).mkdir()

@@ -67,6 +67,7 @@ def score_images(config: ScoreConfig) -> Scored | None:
         RunError: a picture cannot be read.
     """
     images = open_pictures(config.images, "IMAGES")
+    check_place(config, images)
     reference = open_pictures(config.reference, "--reference") if config.reference else None
     target = open_target(config.fid_reference) if config.fid_reference else None
     differing = check_pairs(images, reference, config.force) if reference else []
@@ -109,6 +110,12 @@ def check_pairs(images: PictureSet, reference: PictureSet, force: bool) -> list[
             f"--reference {reference.path} does not match: {'; '.join(found)}; --force scores it all the same"
         )
     return found
+
+
+def check_place(config: ScoreConfig, images: PictureSet) -> None:
+    """Raise UserError where the result would go into IMAGES, which is a file."""
+    if images.path.is_file() and not config.output_dir:
+        raise UserError(f"IMAGES {config.images} is a zip file, which takes no result; give --output_dir")
 
 
 def check_writable(folder: Path) -> None:
