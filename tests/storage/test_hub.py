@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from test_hf import picture, quantized_unet
 
@@ -80,6 +81,19 @@ def test_what_is_pushed_loads_and_has_its_card_and_no_data_of_the_run(remote, tm
 def test_a_card_for_a_folder_names_no_model_of_the_hub(tmp_path):
     card = model_card(str(tmp_path), SUMMARY)
     assert "base_model" not in card and tmp_path.name in card and str(tmp_path) not in card
+
+
+def test_the_hub_reads_the_header_of_cards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    about = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["vqdm", "quantized", "text-to-image"],
+    }
+    assert ModelCard(model_card(".", SUMMARY)).data.to_dict() == about
+    assert f"# {tmp_path.name}, its UNet at 3.00 bits" in model_card(".", SUMMARY)
+    of_hub = about | {"base_model": "some/model", "base_model_relation": "quantized"}
+    assert ModelCard(model_card("some/model", SUMMARY)).data.to_dict() == of_hub
 
 
 def test_what_stands_in_the_way_is_said_before_the_work(remote, monkeypatch):
