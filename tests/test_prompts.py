@@ -33,6 +33,14 @@ def test_every_kind_reads_the_same(tmp_path, kind):
     assert load_prompts(write(tmp_path, kind), "PROMPTS") == PROMPTS
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_prompt_of_a_text_file_ends_with_its_line_only(tmp_path, end):
+    """Other separators, which str.splitlines knows, stand inside prompts that were copied from elsewhere."""
+    prompts = ["a red\u2028circle", "a\x0bblue\x85star", "a heart"]
+    (tmp_path / "p.txt").write_bytes(end.join(["\ufeff" + prompts[0], "", *prompts[1:], ""]).encode())
+    assert load_prompts(str(tmp_path / "p.txt"), "PROMPTS") == prompts
+
+
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
 def test_rows_keep_the_other_columns(tmp_path, kind):
     rows = load_rows(write(tmp_path, kind), "PROMPTS")

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from convert import main as convert
+from finetune import main as finetune
 from generate import main as generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -327,18 +329,23 @@ def test_values_of_the_environment_are_masked(monkeypatch):
 
 
 def test_no_output_holds_a_token(tmp_path, pipelines, prompt_file, monkeypatch, capfd):
-    """All three programs, with tokens in the environment and on the command line; every file they write is searched."""
+    """All programs, with tokens in the environment and on the command line; every file they write is searched."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     fast = (
         "--calibration_nsamples 2 --evaluation_nsamples 2 --visualize_nsamples 1 --num_inference_steps 1 --max_epochs 1"
     )
     fast += " --layer_filter mid_block.*to_q --nbits_per_codebook 4 --init_max_iter 1 --dtype float32"
+    little = "--finetune_nsamples 2 --held_out_nsamples 2 --held_out_points 2 --evaluation_nsamples 2"
+    little += " --visualize_nsamples 1 --num_inference_steps 1 --finetune_batch_size 2 --local_batch_size 2"
+    little += " --finetune_max_epochs 1 --finetune_lr 1e-6 --dtype float32"
     fails = shlex.join(["sh", "-c", "exit 3", "Authorization: Bearer other-secret-value", TOKEN, KEY])
     runs = [
         (quantize, [str(pipelines["sd15"]), *[str(prompt_file)] * 2, *fast.split(), "--on_save", fails]),
         (generate, [str(pipelines["sd15"]), str(prompt_file), "--limit", "2", "--num_inference_steps", "1"]),
         (metrics, [str(tmp_path / "1"), "--reference", str(tmp_path / "1"), "--metrics", "psnr"]),
+        (finetune, [str(pipelines["sd15"]), str(tmp_path / "0"), *[str(prompt_file)] * 2, *little.split()]),
+        (convert, ["dequantize", str(tmp_path / "0")]),
     ]
     for number, (program, words) in enumerate(runs):
         line = [*words, "--output_dir", str(tmp_path / str(number))]
@@ -350,4 +357,16 @@ def test_no_output_holds_a_token(tmp_path, pipelines, prompt_file, monkeypatch, 
     for secret in (TOKEN, KEY, "other-secret-value"):
         assert secret not in out + err
         assert not [path for path, data in written.items() if secret.encode() in data]
-    assert MASK in json.loads((tmp_path / "0" / "summary.json").read_text())["command"]
+    for folder in ("0", "3"):
+        assert MASK in json.loads((tmp_path / folder / "summary.json").read_text())["command"]
+    assert (tmp_path / "4" / "unet" / "config.json").is_file()
+
+
+def test_a_pickle_is_read_without_tokens_and_its_complaint_holds_none(tmp_path, pipelines, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    torch.save({"a": Payload(tmp_path / "mark")}, tmp_path / f"{KEY}-token={TOKEN}.pickle")
+    words = ["pickle", str(tmp_path / f"{KEY}-token={TOKEN}.pickle"), "--model", str(pipelines["sd15"])]
+    assert run_script(convert, [*words, "--trust_pickle", "--output_dir", str(tmp_path / "out")]) == 2
+    out, err = capfd.readouterr()
+    assert "which no UNet of the original needs" in err and TOKEN not in out + err
+    assert not (tmp_path / "mark").exists() and not (tmp_path / "out").exists()

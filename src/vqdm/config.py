@@ -16,6 +16,7 @@ from vqdm.redaction import redacted
 
 # Fields that may change between a run and its resumption, because the result does not depend on them.
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
+FREE_FIELDS += ("local_files_only",)
 
 # Fields of the format that --target_bits decides, or that do not go with the shared codebooks that it needs.
 CHOSEN_BY_TARGET = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,12 +116,9 @@ def _from_rows(rows: list) -> list[dict]:
     return [_row(row, column) for row in rows if isinstance(row, dict)]
 
 
-def _lines(path: Path) -> list[str]:
-    return read_text(path).splitlines()
-
-
 def _read_lines(path: Path) -> list[dict]:
-    return [{"prompt": line} for line in _lines(path)]
+    # A prompt may hold other separators of lines, such as U+2028.
+    return [{"prompt": line} for line in re.split(r"\r\n?|\n", read_text(path))]
 
 
 def _read_table(delimiter: str) -> Callable[[Path], list[dict]]:

@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_pipeline
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from vqdm.diffusion.drawing import Picture, alike, draw, drawn_in_batches, to_picture
+from vqdm.config import SamplingConfig
+from vqdm.diffusion.drawing import Picture, alike, call_settings, draw, drawn_in_batches, to_picture
 from vqdm.diffusion.requests import SETTINGS, Request
-from vqdm.errors import RunError
+from vqdm.errors import RunError, UserError
+from vqdm.jobs.plan import predicted_bytes
 
 NONE = dict.fromkeys(SETTINGS)
 
@@ -54,6 +57,36 @@ def test_one_picture_too_many_is_an_error_and_others_pass_through():
         list(drawn_in_batches(fail(torch.OutOfMemoryError("x")), [[request(0), request(1)]], 2))
     with pytest.raises(RuntimeError, match="shapes"):
         list(drawn_in_batches(fail(RuntimeError("shapes do not match")), [[request(0)]], 2))
+
+
+SIZES = [
+    (8, {}, {}),
+    (8, {"height": 24}, {"height": 24, "width": 16}),
+    ([8, 12], {"width": 8}, {"height": 16, "width": 8}),
+    (None, {"height": 24, "width": 8}, {"height": 24, "width": 8}),
+]
+
+
+@pytest.mark.parametrize(("own", "given", "expected"), SIZES)
+def test_one_side_alone_gets_the_other_from_the_unet(own, given, expected):
+    """Its sample_size may be a number, two, or nothing, in which case both sides are given."""
+    pipeline = tiny_pipeline("sdxl")
+    pipeline.unet.register_to_config(sample_size=own)
+    assert call_settings(pipeline, NONE | given) == expected
+    sampling = SamplingConfig(height=expected.get("height"), width=expected.get("width"), num_inference_steps=2)
+    height, width = expected.get("height", 16), expected.get("width", 16)
+    points = [predicted_bytes(pipeline, sampling, count, 0) for count in (0, 1)]
+    assert points[1] - points[0] == 4 * 4 * 2 * height * width // 4  # float32, 4 channels, 2 steps, 2×2 pixels a latent
+
+
+def test_a_size_that_nobody_names_is_asked_for():
+    pipeline = tiny_pipeline("sdxl")
+    pipeline.unet.register_to_config(sample_size=None)
+    for given in ({}, {"height": 16}):
+        with pytest.raises(UserError, match="names no size of its pictures; give --height and --width"):
+            call_settings(pipeline, NONE | given)
+    with pytest.raises(UserError, match="give --height and --width"):
+        predicted_bytes(pipeline, SamplingConfig(), 1, 1)
 
 
 def test_pixels_are_those_of_diffusers():

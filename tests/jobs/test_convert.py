@@ -1,4 +1,5 @@
 import json
+import runpy
 import sys
 
 import pytest
@@ -134,3 +135,14 @@ def test_a_text_encoder_alone_keeps_its_class(quantized, tmp_path):
     out = tmp_path / "plain"
     assert run_script(main, ["dequantize", str(quantized / "text_encoder"), "--output_dir", str(out)]) == 0
     assert type(CLIPTextModel.from_pretrained(out)) is CLIPTextModel
+
+
+def test_an_interrupted_conversion_promises_no_resumption(monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqdm.jobs.convert.convert", interrupted)
+    monkeypatch.setattr(sys, "argv", ["convert.py", "dequantize", "somewhere"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("convert.py", run_name="__main__")
+    assert ended.value.code == 130 and capsys.readouterr().err == "error: interrupted; nothing was written\n"

@@ -242,6 +242,28 @@ def test_plain_pictures_give_statistics_from_folder_and_zip(folders, tmp_path, c
     assert result(tmp_path / "c")["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-4)
 
 
+def test_a_zip_file_needs_a_place_for_the_result(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png_bytes(Image.fromarray(pixels(0, 0, 0)), {}))
+    for more in ([], ["--dry_run"]):
+        assert run_script(main, [str(tmp_path / "a.zip"), *SHAPES, *more]) == 2
+        assert "a.zip is a zip file, which takes no result; give --output_dir" in capsys.readouterr().err
+
+
+def test_a_single_picture_is_scored_by_what_needs_no_set(tmp_path, capsys):
+    for name, noise in (("one", 9), ("full", 0)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels(0, 0, noise)).save(tmp_path / name / "a.png")
+    words = [tmp_path / "one", "--reference", tmp_path / "full", "--fid_reference", tmp_path / "full", *SHAPES]
+    assert score(*words, out=tmp_path / "out") == 0
+    found = result(tmp_path / "out")
+    assert set(found["metrics"]) == {"psnr", "psnr_global", "ssim"}
+    for name in ("fid", "fid_fp", "mind"):
+        assert found["skipped"][name] == "needs two pictures of each set at least"
+    assert score(*words, "--metrics", "fid_fp", out=tmp_path / "no") == 2
+    assert "--metrics fid_fp cannot be had: needs two pictures" in capsys.readouterr().err
+
+
 def test_long_prompts_are_counted(tmp_path, capsys):
     folder = write_folder(tmp_path / "long", 0, True, prompt="a big red circle " * 20)
     assert score(folder, *SHAPES, "--metrics", "clip", out=tmp_path / "out") == 0

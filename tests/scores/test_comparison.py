@@ -54,6 +54,22 @@ def comparison(runs):
     return compare([read_run(str(path)) for path in runs.values()])
 
 
+def test_results_that_the_scripts_call_alike_are_told_apart(tmp_path, runs):
+    for bits in (3, 2):
+        one = record({"psnr": 10.0 * bits}, bits) | {
+            "run": {"settings": {"quantized": f"out/sdxl-{bits}bit/quantized"}}
+        }
+        (tmp_path / f"{bits}.json").write_text(json.dumps(one))
+    places = [str(tmp_path / "3.json"), str(tmp_path / "2.json"), str(runs["four"])]
+    words = ["compare", *places, "--force", "--output_dir", str(tmp_path / "out")]
+    assert run_script(main, words) == 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "comparison.csv").read_text())))
+    names = [row["name"] for row in rows if row["kind"] == "quantized"]
+    assert names == ["model_4.0", "sdxl-3bit/quantized", "sdxl-2bit/quantized"]
+    assert run_script(main, [*words, "--names", "a", "a", "b"]) == 0
+    assert "sdxl" not in (tmp_path / "out" / "comparison.csv").read_text()
+
+
 def test_runs_are_found_by_any_of_their_paths(runs):
     places = runs["four"], runs["four"] / "metrics", runs["four"] / "metrics" / "metrics.json"
     assert len({read_run(str(place)).bits for place in places}) == 1

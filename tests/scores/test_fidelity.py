@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from vqdm.errors import UserError
+from vqdm.parallel import Ranks
 from vqdm.scores.fidelity import (
+    LPIPS_BACKBONE,
+    SMALLEST_FOR_LPIPS,
     decibels,
     load_lpips,
     lpips,
@@ -20,6 +24,8 @@ from vqdm.scores.fidelity import (
     ssim,
     to_tensor,
 )
+from vqdm.scores.measuring import Work, pixel_table
+from vqdm.scores.picture_sets import open_pictures
 
 
 def test_pair_scores_equal_numpy():
@@ -46,7 +52,29 @@ def test_to_tensor_keeps_pixels():
 
 def test_lpips_is_left_out_where_its_weights_are_not(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert lpips(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8)) is None
+    assert lpips(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)) is None
+
+
+def test_lpips_leaves_out_pictures_that_its_backbone_reduces_to_nothing(tmp_path, monkeypatch):
+    """An evaluation on the smallest pictures must not fail on machines that have the weights."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / LPIPS_BACKBONE).touch()
+    assert lpips(torch.rand(1, 3, 40, 30), torch.rand(1, 3, 40, 30)) is None
+    for net, smallest in SMALLEST_FOR_LPIPS.items():
+        model = torchmetrics.functional.image.lpips._LPIPS(net=net, pnet_rand=True).eval()
+        assert model(torch.rand(1, 3, smallest, smallest), torch.rand(1, 3, smallest, smallest)).isfinite().all()
+        with pytest.raises(RuntimeError, match="too small"):
+            model(torch.rand(1, 3, smallest, smallest - 1), torch.rand(1, 3, smallest, smallest - 1))
+
+
+def test_lpips_of_a_folder_leaves_out_its_small_pictures(tmp_path):
+    for name, side in (("large", 40), ("small", 30)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    found = open_pictures(str(tmp_path), "IMAGES")
+    lpips_of_all = partial(pixel_table, Work(Ranks(), 2, 1), found, found, list(found.pictures))
+    table = lpips_of_all(lambda first, second: torch.full((1,), 0.5), SMALLEST_FOR_LPIPS["alex"])
+    assert table == {("large", 0): {"lpips": 0.5}, ("small", 0): {}}
 
 
 def test_decibels():

@@ -69,6 +69,17 @@ def test_vqdm_mode_takes_the_middle():
     assert (PREPARE["vqdm"](image)[:, :, 8:-8] > 0.99).all()
 
 
+@pytest.mark.parametrize("size", [(640, 427), (427, 640), (640, 480), (300, 257), (64, 90)])
+def test_vqdm_mode_rounds_sizes_as_the_paper_s_code(size):
+    """It is torchvision's Resize and CenterCrop; most pictures of COCO are not square."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    width, height = (256 if side == min(size) else int(256 * side / min(size)) for side in size)
+    left, top = (round((side - 256) / 2) for side in (width, height))
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    expected = PREPARE["pytorch"](resized.crop((left, top, left + 256, top + 256)))
+    assert torch.equal(PREPARE["vqdm"](image), expected)
+
+
 def test_modes_differ():
     image = picture(640, 640)
     outs = [prepare(image) for prepare in PREPARE.values()]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from test_hf import picture, quantized_unet
 
@@ -60,15 +61,17 @@ def test_what_is_pushed_loads_and_has_its_card_and_no_data_of_the_run(remote, tm
     pipeline.register_modules(unet=quantized_unet())
     pipeline.save_pretrained(out)
     (out / "README.md").write_text(model_card("some/model", SUMMARY))
-    (out / "work").mkdir()
-    for local in ("run.json", "summary.json", "work/points.safetensors"):
-        (out / local).write_text(str(tmp_path))
+    local = ["run.json", "summary.json", "training.jsonl", "work/points.safetensors", "pictures/step-000001.png"]
+    local += ["snapshots/01_mid_block/unet/config.json", "vqdm-quantize/events.out.tfevents.1", "wandb/run-1/logs/a"]
+    for name in local:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(str(tmp_path))
     name = hub.open_repository("small", private=True)
     assert name == "someone/small" and (remote / "someone/small.private").read_text() == "True"
     assert hub.push_folder(out, name).endswith("/someone/small")
     pushed = {str(path.relative_to(remote / name)) for path in (remote / name).rglob("*") if path.is_file()}
     assert {"model_index.json", "unet/config.json", "README.md"} <= pushed
-    assert not {"run.json", "summary.json", "work/points.safetensors"} & pushed
+    assert not set(local) & pushed
     card = (remote / name / "README.md").read_text()
     assert "base_model: some/model\nbase_model_relation: quantized\n" in card and "import vqdm" in card
     again = StableDiffusionXLPipeline.from_pretrained(remote / name)
@@ -78,6 +81,19 @@ def test_what_is_pushed_loads_and_has_its_card_and_no_data_of_the_run(remote, tm
 def test_a_card_for_a_folder_names_no_model_of_the_hub(tmp_path):
     card = model_card(str(tmp_path), SUMMARY)
     assert "base_model" not in card and tmp_path.name in card and str(tmp_path) not in card
+
+
+def test_the_hub_reads_the_header_of_cards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    about = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["vqdm", "quantized", "text-to-image"],
+    }
+    assert ModelCard(model_card(".", SUMMARY)).data.to_dict() == about
+    assert f"# {tmp_path.name}, its UNet at 3.00 bits" in model_card(".", SUMMARY)
+    of_hub = about | {"base_model": "some/model", "base_model_relation": "quantized"}
+    assert ModelCard(model_card("some/model", SUMMARY)).data.to_dict() == of_hub
 
 
 def test_what_stands_in_the_way_is_said_before_the_work(remote, monkeypatch):

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from vqdm.diffusion.pipelines import generators
+from vqdm.diffusion.pipelines import generators, picture_size
 from vqdm.diffusion.requests import Request
 from vqdm.errors import RunError
 from vqdm.tracking import say
@@ -105,15 +105,11 @@ def draw(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
 
 
 def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:
-    """The settings that are given, as keyword arguments of the pipeline call."""
+    """The settings that are given, as keyword arguments of the pipeline call. Raises UserError as `picture_size`."""
     given = {name: value for name, value in settings.items() if value is not None}
+    height, width = picture_size(pipeline, given.get("height"), given.get("width"))
     # Some pipelines fall back to their own size unless both sides are given.
-    if given.keys() & {"height", "width"}:
-        side = pipeline.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        own = {"height": height * pipeline.vae_scale_factor, "width": width * pipeline.vae_scale_factor}
-        given = own | given
-    return given
+    return given | {"height": height, "width": width} if given.keys() & {"height", "width"} else given
 
 
 def to_picture(values: Tensor, replaced: bool = False) -> Picture:

@@ -179,6 +179,19 @@ def stored_dtypes(model: str, variant: str | None) -> dict[str, torch.dtype]:
     return found
 
 
+def picture_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels, the pipeline's own where None.
+
+    Raises:
+        UserError: one is None, and the UNet's configuration names no size.
+    """
+    side, scale = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+    if side is None and None in (height, width):
+        raise UserError("MODEL's UNet names no size of its pictures; give --height and --width")
+    own = (side, side) if isinstance(side, int) else side or (0, 0)
+    return height or own[0] * scale, width or own[1] * scale
+
+
 def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
     """One CPU generator a picture, so that its noise depends on neither batch size nor device."""
     return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqdm.errors import UserError
-from vqdm.scores.comparison import Comparison, compare, incomparable, latex, markdown, read_run, table_csv
+from vqdm.scores.comparison import (
+    Comparison,
+    compare,
+    incomparable,
+    latex,
+    markdown,
+    read_run,
+    table_csv,
+    told_apart,
+)
 from vqdm.scores.pareto import draw_pareto, panels
 from vqdm.storage.atomic import save_bytes, save_text
 
@@ -52,6 +61,7 @@ def compare_runs(config: CompareConfig) -> Compared:
     """
     names = config.names or (None,) * len(config.runs)
     runs = [read_run(path, name) for path, name in zip(config.runs, names, strict=True)]
+    runs = runs if config.names else told_apart(runs)
     differing = incomparable(runs)
     if differing and not config.force:
         raise UserError(f"the runs cannot be compared: {'; '.join(differing)}; --force does it all the same")

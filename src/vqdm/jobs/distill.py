@@ -129,7 +129,7 @@ def plan(config: FinetuneConfig, ranks: Ranks, trained: Trained) -> str:
 def needed_bytes(config: FinetuneConfig, pipeline: DiffusionPipeline) -> int:
     """Disk that a run needs, the teacher's outputs aside."""
     measured = config.evaluation_nsamples + config.held_out_nsamples
-    return predicted_bytes(pipeline, config.sampling.num_inference_steps, 2 * config.finetune_nsamples, measured)
+    return predicted_bytes(pipeline, config.sampling, 2 * config.finetune_nsamples, measured)
 
 
 def settings_of(config: FinetuneConfig, material: Material, source: Path) -> dict:

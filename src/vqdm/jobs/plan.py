@@ -8,7 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from vqdm.config import SamplingConfig
 from vqdm.diffusion.blocks import Layer
+from vqdm.diffusion.pipelines import picture_size
 
 
 def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
@@ -87,12 +89,17 @@ def layer_line(row: dict) -> str:
     return f"{row['name']}: relative error {row['error']:.5f}{unseen}, {bits:.3f} bits{gap}, {seconds:.1f} s"
 
 
-def predicted_bytes(pipeline: DiffusionPipeline, steps: int | None, calibration: int, evaluation: int) -> int:
-    """Disk that a run on so many prompts needs: recorded points, and the pipeline twice."""
+def predicted_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calibration: int, evaluation: int) -> int:
+    """Disk that a run on so many prompts needs: recorded points, and the pipeline twice.
+
+    Raises:
+        UserError: nobody says how large pictures are.
+    """
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
-    latents = pipeline.unet.config.in_channels * pipeline.unet.config.sample_size**2 * 4
-    return 2 * pipeline_bytes + latents * (steps or 50) * (calibration + 3 * evaluation)
+    height, width = picture_size(pipeline, sampling.height, sampling.width)
+    latents = pipeline.unet.config.in_channels * (height * width // pipeline.vae_scale_factor**2) * 4
+    return 2 * pipeline_bytes + latents * (sampling.num_inference_steps or 50) * (calibration + 3 * evaluation)
 
 
 def hessian_bytes(layers: list[Layer], memory_gb: float) -> int:

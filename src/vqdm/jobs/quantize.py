@@ -95,7 +95,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     folder = RunFolder(config.output_dir)
     settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
     if ranks.main:
-        need = predicted_bytes(pipeline, config.sampling.num_inference_steps, len(calibration), len(evaluation))
+        need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
         need += hessian_bytes(layers, config.hessian_memory_gb)
         folder.open(settings, versions(), config.resume, need)
     if ranks.agreed(folder.finished):

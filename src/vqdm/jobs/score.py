@@ -23,7 +23,7 @@ from vqdm.parallel import Ranks, launched
 from vqdm.redaction import own_command
 from vqdm.scores.catalogue import METRICS
 from vqdm.scores.encoders import exact, load_encoder
-from vqdm.scores.fidelity import load_lpips
+from vqdm.scores.fidelity import SMALLEST_FOR_LPIPS, load_lpips
 from vqdm.scores.frechet import Statistics, load_statistics
 from vqdm.scores.image_reward import load_image_reward
 from vqdm.scores.measuring import (
@@ -67,6 +67,7 @@ def score_images(config: ScoreConfig) -> Scored | None:
         RunError: a picture cannot be read.
     """
     images = open_pictures(config.images, "IMAGES")
+    check_place(config, images)
     reference = open_pictures(config.reference, "--reference") if config.reference else None
     target = open_target(config.fid_reference) if config.fid_reference else None
     differing = check_pairs(images, reference, config.force) if reference else []
@@ -109,6 +110,12 @@ def check_pairs(images: PictureSet, reference: PictureSet, force: bool) -> list[
             f"--reference {reference.path} does not match: {'; '.join(found)}; --force scores it all the same"
         )
     return found
+
+
+def check_place(config: ScoreConfig, images: PictureSet) -> None:
+    """Raise UserError where the result would go into IMAGES, which is a file."""
+    if images.path.is_file() and not config.output_dir:
+        raise UserError(f"IMAGES {config.images} is a zip file, which takes no result; give --output_dir")
 
 
 def check_writable(folder: Path) -> None:
@@ -155,8 +162,9 @@ def picture_pass(job: Job, name: str) -> Iterator[Table]:
         if name == "psnr" or "psnr" not in job.plan.networks:
             yield pixel_table(job.work, job.images, job.reference, job.pairs, None)
     elif name == "lpips":
-        lpips = load_lpips(network.options["net"], Path(network.source), job.work.ranks.device)
-        yield pixel_table(job.work, job.images, job.reference, job.pairs, lpips)
+        net = network.options["net"]
+        lpips = load_lpips(net, Path(network.source), job.work.ranks.device)
+        yield pixel_table(job.work, job.images, job.reference, job.pairs, lpips, SMALLEST_FOR_LPIPS[net])
     elif name in ("clip_i", "dino_i"):
         encoder = load_encoder(network, job.work.ranks.device)
         yield similarity_table(job.work, name, encoder, job.images, job.reference, job.pairs)
@@ -191,8 +199,9 @@ def collect(job: Job) -> None:
     if "pickscore" in chosen and job.reference:
         job.scores["pickscore_winrate"] = winrate(table, chosen["pickscore"], seed)
     job.scores = {name: job.scores[name] for name in METRICS if name in job.scores}
-    if "ssim" in chosen and "ssim" not in job.scores:
-        job.warnings.append(f"ssim: pictures of less than {SMALLEST_FOR_SSIM} pixels have none")
+    for name, smallest in (("ssim", SMALLEST_FOR_SSIM), ("lpips", SMALLEST_FOR_LPIPS[job.config.lpips_net])):
+        if name in chosen and name not in job.scores:
+            job.warnings.append(f"{name}: pictures of less than {smallest} pixels have none")
     problems = job.images.problems()
     if problems:
         words = ", ".join(f"{count} {problem}" for problem, count in problems.items())

@@ -6,11 +6,12 @@ from functools import partial
 
 from vqdm.errors import UserError
 from vqdm.jobs.score_job import Plan, ScoreConfig
+from vqdm.jobs.score_sets import SET_METRICS
 from vqdm.scores import networks
 from vqdm.scores.catalogue import FLAGS, METRICS, NAMES, NEEDS
 from vqdm.scores.frechet import Statistics
 from vqdm.scores.networks import Missing, Network
-from vqdm.scores.picture_sets import PictureSet
+from vqdm.scores.picture_sets import PictureSet, shared_keys
 
 
 def make_plan(
@@ -26,6 +27,7 @@ def make_plan(
     for name in config.metrics or NAMES:
         try:
             check_needs(name, given, target)
+            check_enough(name, images, reference, target)
             slot = METRICS[name].network
             if slot and slot not in found:
                 found[slot] = find_network(config, slot, download=config.metrics is not None)
@@ -51,6 +53,18 @@ def check_needs(name: str, given: dict[str, bool], target: PictureSet | Statisti
             raise Missing("needs pictures as --fid_reference, not statistics")
         if name in ("kid", "mind") and target.features is None:
             raise Missing("needs features, which this --fid_reference .npz does not hold")
+
+
+def check_enough(
+    name: str, images: PictureSet, reference: PictureSet | None, target: PictureSet | Statistics | None
+) -> None:
+    """Raise Missing for a distance of sets of which one holds a single picture, and so has no covariance."""
+    if name not in SET_METRICS:
+        return
+    sides = [shared_keys(images, reference)] if name == "fid_fp" else [images.pictures]
+    sides += [target.pictures] if name != "fid_fp" and isinstance(target, PictureSet) else []
+    if min(map(len, sides)) < 2:
+        raise Missing("needs two pictures of each set at least")
 
 
 def check_kernel(name: str, network: Network | None) -> None:

@@ -6,8 +6,9 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vqdm.documents import read_json
@@ -26,6 +27,7 @@ class Run:
 
     Attributes:
         path: where it was read from.
+        drawn: the quantized folder that drew, or where that is not known the folder of pictures.
         bits: stored bits a parameter of the whole UNet; None where unknown.
         megabytes: of the UNet's files.
         original: megabytes of the UNet before.
@@ -35,6 +37,7 @@ class Run:
     """
 
     path: Path
+    drawn: Path
     name: str
     bits: float | None
     megabytes: float | None
@@ -105,7 +108,8 @@ def read_run(path: str, name: str | None = None) -> Run:
 def _run(file: Path, record: dict, name: str | None) -> Run:
     if record["schema"] != SCHEMA:
         raise ValueError(record["schema"])
-    size, drawn = record["size"], record["run"].get("settings") or {}
+    size, settings = record["size"], record["run"].get("settings") or {}
+    drawn = Path(settings.get("quantized") or record["images"])
     found = {name: record["metrics"][name] for name in METRICS if name in record["metrics"]}
     for entry in found.values():
         _check_entry(entry)
@@ -113,7 +117,8 @@ def _run(file: Path, record: dict, name: str | None) -> Run:
     alike = both and not record["mismatches"]
     return Run(
         path=file,
-        name=name or Path(drawn.get("quantized") or record["images"]).name,
+        drawn=drawn,
+        name=name or drawn.name,
         bits=_number(size.get("effective_bits_unet")),
         megabytes=_megabytes(size.get("bytes_of_unet")),
         original=_megabytes(size.get("bytes_of_original_unet")),
@@ -145,6 +150,12 @@ def _number(value) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------- comparing
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of one name with the folder above in it: scripts/quantization.sh has one name for all results."""
+    seen = Counter(run.name for run in runs)
+    return [replace(run, name="/".join(run.drawn.parts[-2:])) if seen[run.name] > 1 else run for run in runs]
 
 
 def incomparable(runs: Sequence[Run]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqdm.errors import UserError
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
+SMALLEST_FOR_LPIPS = {"alex": 31, "vgg": 16}  # pixels of the shorter side that leave each layer of the backbone one
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
@@ -86,7 +87,12 @@ def _fill(slices: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def lpips(reference: Tensor, images: Tensor) -> float | None:
-    """LPIPS (AlexNet, arXiv 1801.03924) by torchmetrics, or None where the backbone is not on this machine."""
+    """LPIPS (AlexNet, arXiv 1801.03924) by torchmetrics, or None where the backbone is not on this machine.
+
+    None as well for pictures that are too small for it.
+    """
+    if min(images.shape[2:]) < SMALLEST_FOR_LPIPS["alex"]:
+        return None
     if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).exists():
         return None
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity

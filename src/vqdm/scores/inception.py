@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import inception_v3
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from vqdm.errors import UserError
 
@@ -96,12 +98,8 @@ def pytorch(image: Image.Image) -> Tensor:
 
 
 def vqdm(image: Image.Image) -> Tensor:
-    """Lanczos to a shorter side of 256, the middle 256×256 of it, then as `pytorch`."""
-    scale = 256 / min(image.size)
-    width, height = (max(256, round(side * scale)) for side in image.size)
-    left, top = (width - 256) // 2, (height - 256) // 2
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    return pytorch(resized.crop((left, top, left + 256, top + 256)))
+    """Lanczos to a shorter side of 256, the middle 256×256 of it, then as `pytorch`; sizes as torchvision rounds."""
+    return pytorch(center_crop(resize(image, [256], InterpolationMode.LANCZOS), [256]))
 
 
 def _channels_first(image: Image.Image) -> Tensor:

@@ -181,9 +181,18 @@ def similarity_table(
 
 
 def pixel_table(
-    work: Work, images: PictureSet, reference: PictureSet, keys: Sequence[Key], lpips: Callable | None
+    work: Work,
+    images: PictureSet,
+    reference: PictureSet,
+    keys: Sequence[Key],
+    lpips: Callable | None,
+    smallest: int = 1,
 ) -> Table:
-    """Columns mse, psnr, ssim, or lpips where its network is given; pairs one at a time, since sizes may differ."""
+    """Columns mse, psnr, ssim, or lpips where its network is given; pairs one at a time, since sizes may differ.
+
+    Args:
+        smallest: pixels of the shorter side, below which a picture has no lpips.
+    """
 
     def prepare(key: Key) -> tuple[Tensor, Tensor]:
         ours = images.load(images.pictures[key])
@@ -193,8 +202,12 @@ def pixel_table(
     for group, pairs in work.prepared(keys, prepare, "lpips" if lpips else "pixels"):
         for key, pair in zip(group, pairs, strict=True):
             ours, theirs = (one.to(work.ranks.device) for one in pair)
-            table[key] = {"lpips": lpips(theirs, ours).item()} if lpips else _pixel_row(theirs, ours)
+            table[key] = _lpips_row(lpips, smallest, theirs, ours) if lpips else _pixel_row(theirs, ours)
     return table
+
+
+def _lpips_row(lpips: Callable, smallest: int, reference: Tensor, image: Tensor) -> dict[str, float]:
+    return {"lpips": lpips(reference, image).item()} if min(image.shape[2:]) >= smallest else {}
 
 
 def _pixel_row(reference: Tensor, image: Tensor) -> dict[str, float]:

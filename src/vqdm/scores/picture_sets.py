@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +16,9 @@ from typing import IO
 
 from PIL import Image
 
-from vqdm.documents import first_line, read_json
+from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
-from vqdm.image_folder import lines_of, read_rows
+from vqdm.image_folder import is_encodable, lines_of, read_rows
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Whatever a file is called: other decoders of PIL are less used to hostile input, and that of EPS starts a program.
@@ -77,7 +78,7 @@ class PictureSet:
             with self._open(picture.file) as source, Image.open(source, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"it has {image.width} × {image.height} pixels; allowed are {MOST_PIXELS}")
-                return image.convert("RGB")
+                return _eight_bit(image).convert("RGB")
         except MemoryError:
             raise
         except Exception as error:  # decoders and archives know a dozen kinds, some of them only Exception
@@ -100,6 +101,11 @@ class PictureSet:
         return {problem: found.count(problem) for problem in sorted({one for one in found if one})}
 
 
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey by its high byte, as PIL reads 16-bit colours; converted as it is, nearly all of it were white."""
+    return image.point(lambda level: level / 256).convert("L") if image.mode.startswith("I;16") else image
+
+
 def open_pictures(path: str, flag: str) -> PictureSet:
     """The set of a folder or zip file.
 
@@ -119,6 +125,9 @@ def open_pictures(path: str, flag: str) -> PictureSet:
         raise UserError(f"{flag}: {path} is a damaged zip file: {first_line(error)}") from None
     if not pictures:
         raise UserError(f"{flag}: {path} holds no picture ({' '.join(SUFFIXES)})")
+    unfit = [name for one in pictures.values() for name in (one.id, one.file) if not is_encodable(name)]
+    if unfit:
+        raise UserError(f"{flag}: {path} holds {shortened(unfit[0])}, whose name is not UTF-8; rename it")
     return PictureSet(place, pictures, _read_run(place, flag))
 
 
@@ -151,7 +160,10 @@ def _rows(path: Path, flag: str) -> list[dict]:
 
 
 def _of_names(names: Iterable[str]) -> dict[Key, Picture]:
-    found = [Picture(str(PurePosixPath(name).with_suffix("")), 0, name, {}) for name in sorted(names)]
+    """Pictures called by their names without the ending, but where several share that: `a.png` and `a.jpg` are two."""
+    stems = {name: str(PurePosixPath(name).with_suffix("")) for name in sorted(names)}
+    alike = Counter(stems.values())
+    found = [Picture(stem if alike[stem] == 1 else name, 0, name, {}) for name, stem in stems.items()]
     return {picture.key: picture for picture in found}
 
 

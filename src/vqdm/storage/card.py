@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def model_card(model: str, summary: dict) -> str:
-    """Markdown with the hub's YAML header."""
+    """Markdown with the hub's YAML header; it names no base model for a folder, which the hub cannot know."""
     hub_name = "" if Path(model).exists() else f"base_model: {model}\nbase_model_relation: quantized\n"
-    base = Path(model).name if Path(model).exists() else model
+    base = Path(model).absolute().name if Path(model).exists() else model
     pictures = summary["pictures"]
     others = f"; {summary['layers_in_8_bit']} others are in 8 bit" if summary["layers_in_8_bit"] else ""
     before = summary.get("unet_output_error_db_before")

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from vqdm.diffusion.pipelines import sample
+from vqdm.diffusion.pipelines import picture_size, sample
 from vqdm.diffusion.trajectories import Recorder, Trajectories
 from vqdm.errors import RunError, UserError
 from vqdm.prompts import load_rows
@@ -97,9 +97,8 @@ def noised_pictures(pipeline: DiffusionPipeline, pictures: list[Captioned], seed
 
 def encoded(pipeline: DiffusionPipeline, files: list[Path], settings: dict) -> Tensor:
     """Pictures as the UNet sees them without noise: float32 [N, C, h, w] on the CPU, cut to the size of sampling."""
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    size = (settings.get("width") or side, settings.get("height") or side)
-    pixels = torch.stack([_pixels(file, size) for file in files])  # [N, 3, H, W]
+    height, width = picture_size(pipeline, settings.get("height"), settings.get("width"))
+    pixels = torch.stack([_pixels(file, (width, height)) for file in files])  # [N, 3, H, W]
     with in_float32(pipeline.vae) as vae:
         latents = vae.encode(pixels.to(vae.device)).latent_dist.mode().cpu()
     config = vae.config

@@ -1,0 +1,18 @@
+"""Resuming a run asks for equal settings, of those that its result depends on."""
+
+from dataclasses import replace
+
+import pytest
+
+from vqdm.config import QuantizeConfig
+from vqdm.errors import UserError
+from vqdm.storage.atomic import save_json
+from vqdm.storage.claims import check_claim
+
+
+def test_a_run_goes_on_without_the_hub_but_not_with_another_seed(tmp_path):
+    config = QuantizeConfig("owner/model", "c.txt", "e.txt", str(tmp_path))
+    save_json({"settings": config.to_dict()}, tmp_path / "run.json")
+    check_claim(tmp_path, replace(config, local_files_only=True, device="cpu").to_dict(), resume=True)
+    with pytest.raises(UserError, match=r"was started with other settings: seed was 0, now 1$"):
+        check_claim(tmp_path, replace(config, local_files_only=True, seed=1).to_dict(), resume=True)
