@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from vqdm.diffusion.pipelines import pick_device
+from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.peers import Peers
 
@@ -104,7 +105,7 @@ def _collective() -> Iterator[None]:
         yield
     except RuntimeError as error:
         time.sleep(NOTICE)
-        raise RunError(f"the processes lost each other: {str(error).splitlines()[0]}") from None
+        raise RunError(f"the processes lost each other: {first_line(error)}") from None
 
 
 @contextmanager

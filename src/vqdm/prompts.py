@@ -204,7 +204,7 @@ def _from_data_set(source: str, flag: str) -> list[dict]:
     try:
         rows = datasets.load_dataset(source, split="train")
     except Exception as error:
-        raise UserError(f"{flag}: {source} is neither a file nor a data set: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{flag}: {source} is neither a file nor a data set: {first_line(error)}") from None
     column = _pick_column(rows.column_names)
     plain = [name for name, kind in rows.features.items() if _is_plain(str(getattr(kind, "dtype", "")))]
     return [_row(row, column) for row in rows.select_columns(plain)]

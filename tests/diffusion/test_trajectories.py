@@ -1,7 +1,8 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from vqdm.diffusion.pipelines import load_pipeline, sample, weight_files
+from vqdm.diffusion.pipelines import load_pipeline, sample, stored_dtypes, weight_files
 from vqdm.diffusion.sampling import (
     check_timestep_range,
     error_spread,
@@ -72,6 +73,23 @@ def test_files_of_a_variant(tmp_path):
         (tmp_path / "unet" / name).touch()
     found = {variant: [file.name for file in weight_files(str(tmp_path), variant)] for variant in (None, "fp16")}
     assert found == {None: sorted(names[::2]), "fp16": sorted(names[1::2])}
+
+
+def test_files_of_a_hub_name_are_those_of_the_cache(tmp_path, monkeypatch):
+    """A pipeline of the hub is saved in the types it was stored in there, like one of a folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "models--you--name"
+    for branch, dtype in (("main", torch.float16), ("other", torch.bfloat16)):
+        snapshot = repository / "snapshots" / f"commit-{branch}"
+        (snapshot / "vae").mkdir(parents=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(f"commit-{branch}")
+        (snapshot / "model_index.json").write_text("{}")
+        save_file({"weight": torch.zeros(2, dtype=dtype)}, snapshot / "vae" / "model.safetensors")
+    assert stored_dtypes("you/name", None) == {"vae": torch.float16}
+    assert stored_dtypes("you/name", None, "other") == {"vae": torch.bfloat16}
+    assert stored_dtypes("you/unknown", None) == {}
 
 
 def random_trajectories() -> Trajectories:

@@ -67,11 +67,12 @@ def read_only(tmp_path, small_disk):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_read_only_folder_is_named(launcher, materials, read_only, name):
-    process = launcher.start(PROGRAMS[name].words(materials, read_only / "out"))
+@pytest.mark.parametrize("inside", ["out", ""])
+def test_a_read_only_folder_is_named(launcher, materials, read_only, name, inside):
+    process = launcher.start(PROGRAMS[name].words(materials, read_only / inside))
     assert process.wait() == 2, process.said()
     (line,) = process.errors()
-    assert f"--output_dir {read_only / 'out'} cannot be written: " in line
+    assert f"--output_dir {read_only / inside} cannot be written: " in line
 
 
 def test_a_disk_with_too_little_room_is_refused_first(launcher, materials, small_disk):

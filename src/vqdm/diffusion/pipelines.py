@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
@@ -40,7 +41,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from None
     return torch.device(name)
 
 
@@ -158,18 +159,24 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
 
 
-def weight_files(model: str, variant: str | None, component: str = "*") -> list[Path]:
-    """Safetensors files of one variant, sorted, for a local folder; empty for a hub name."""
-    files = sorted(Path(model).glob(f"{component}/*.safetensors"))
+def local_folder(model: str, revision: str | None) -> Path:
+    """Where a pipeline's files are: MODEL itself, or for a hub name its folder in the hub's cache, once loaded."""
+    cached = None if Path(model).is_dir() else try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else Path(model)
+
+
+def weight_files(model: str, variant: str | None, component: str = "*", revision: str | None = None) -> list[Path]:
+    """Safetensors files of one variant of a pipeline that has been loaded, sorted."""
+    files = sorted(local_folder(model, revision).glob(f"{component}/*.safetensors"))
     if variant:
         return [file for file in files if file.name.partition(".")[2].startswith((f"{variant}.", f"{variant}-"))]
     return [file for file in files if file.name.count(".") == 1]
 
 
-def stored_dtypes(model: str, variant: str | None) -> dict[str, torch.dtype]:
-    """Component name → floating-point type of its files, for a local folder; empty for a hub name."""
+def stored_dtypes(model: str, variant: str | None, revision: str | None = None) -> dict[str, torch.dtype]:
+    """Component name → floating-point type of its files, of a pipeline that has been loaded."""
     found = {}
-    for file in weight_files(model, variant):
+    for file in weight_files(model, variant, revision=revision):
         with safe_open(file, "pt") as tensors:
             kinds = {tensors.get_slice(name).get_dtype() for name in list(tensors.keys())[:50]}
         known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

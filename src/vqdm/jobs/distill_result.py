@@ -67,7 +67,8 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
 def summary_of(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
     """What the run has done, and at what cost."""
     config = job.config
-    original = sum(file.stat().st_size for file in weight_files(config.model, config.variant, "unet"))
+    files = weight_files(config.model, config.variant, "unet", config.revision)
+    original = sum(file.stat().st_size for file in files)
     return {
         "model": config.model,
         "quantized": config.quantized,

@@ -31,6 +31,7 @@ from vqdm.diffusion.pipelines import (
 )
 from vqdm.diffusion.sampling import check_timestep_range, error_spread, output_error, point_errors
 from vqdm.diffusion.trajectories import Trajectories
+from vqdm.documents import first_line
 from vqdm.errors import RunError
 from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.allocation import allocated
@@ -263,7 +264,8 @@ def compare_pictures(job: Job, teacher: list[Image.Image], drawn: list[Image.Ima
 
 def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], scores: dict) -> dict:
     """Write the pipeline folder, the card and the summary, then drop the working data."""
-    original = sum(file.stat().st_size for file in weight_files(job.config.model, job.config.variant, "unet"))
+    config = job.config
+    files = weight_files(config.model, config.variant, "unet", config.revision)
     staged = job.folder.work / "pipeline"
     save_pipeline(job, staged)
     sizes = stored_sizes(job, staged)
@@ -272,7 +274,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
         "layers_quantized": len(job.layers),
         "layers_in_8_bit": len(rounded_layers(job.unet)),
         **sizes,
-        "bytes_of_original_unet": original or None,
+        "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
         "unet_output_error_db": decibels(*map(sum, errors)),
         "unet_output_error_db_by_point": error_spread(*errors),
         "pictures": scores | {"count": len(job.evaluation)},
@@ -295,7 +297,7 @@ def save_pipeline(job: Job, staged: Path) -> None:
     """The whole pipeline as diffusers saves it, every component in the type it was stored in."""
     shutil.rmtree(staged, ignore_errors=True)
     mark_quantized(job.unet)
-    for name, dtype in stored_dtypes(job.config.model, job.config.variant).items():
+    for name, dtype in stored_dtypes(job.config.model, job.config.variant, job.config.revision).items():
         part = getattr(job.pipeline, name, None)
         if isinstance(part, torch.nn.Module):
             cast_plain(part, dtype)
@@ -303,7 +305,7 @@ def save_pipeline(job: Job, staged: Path) -> None:
     try:
         job.pipeline.save_pretrained(staged)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{staged} cannot be written: {str(error).splitlines()[0]}; --resume goes on here") from None
+        raise RunError(f"{staged} cannot be written: {first_line(error)}; --resume goes on here") from None
 
 
 def forget_calls(pipeline: DiffusionPipeline) -> None:

@@ -38,7 +38,7 @@ from vqdm.scores.measuring import (
 from vqdm.scores.picture_sets import PictureSet, mismatches, open_pictures, shared_keys
 from vqdm.scores.report import Material, write_page
 from vqdm.scores.results import SCHEMA, Score, Table, global_psnr, mean_score, per_image_csv, winrate
-from vqdm.storage.atomic import save_json, save_text, sweep
+from vqdm.storage.atomic import probe, save_json, save_text, sweep
 from vqdm.tracking import Tracker, say
 from vqdm.versions import versions
 
@@ -121,7 +121,7 @@ def check_place(config: ScoreConfig, images: PictureSet) -> None:
 def check_writable(folder: Path) -> None:
     """Raise UserError where results cannot be written, before the work rather than after it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        probe(folder)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vqdm.documents import first_line
 from vqdm.errors import UserError
 from vqdm.scores.inception import PREPARE, load_inception
 from vqdm.scores.networks import Network
@@ -63,7 +64,7 @@ def load_encoder(network: Network, device: torch.device) -> Encoder:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
-        raise UserError(f"{network.source} cannot be loaded as {network.kind}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{network.source} cannot be loaded as {network.kind}: {first_line(error)}") from None
 
 
 def _inception(network: Network, device: torch.device) -> Encoder:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vqdm.documents import first_line
 from vqdm.errors import UserError
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
@@ -73,7 +74,7 @@ def load_lpips(net: str, backbone: Path, device: torch.device) -> Callable[[Tens
     try:
         _fill(model.net, torch.load(backbone, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise UserError(f"--lpips_weights {backbone} does not hold {net}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--lpips_weights {backbone} does not hold {net}: {first_line(error)}") from None
     model = model.eval().to(device)
     return lambda first, second: model(first, second, normalize=True).flatten()
 

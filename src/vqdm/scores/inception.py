@@ -19,6 +19,7 @@ from torchvision.models import inception_v3
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
+from vqdm.documents import first_line
 from vqdm.errors import UserError
 
 SIDE, WIDTH, CLASSES = 299, 2048, 1008
@@ -55,9 +56,7 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except Exception as error:
-        raise UserError(
-            f"--fid_features {path} does not hold Inception's weights: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"--fid_features {path} does not hold Inception's weights: {first_line(error)}") from None
     net.fc = nn.Identity()
     return net.requires_grad_(False).to(device)
 

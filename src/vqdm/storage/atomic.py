@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from vqdm.documents import read_json
+from vqdm.documents import first_line, read_json
 
 UNFINISHED = ".vqdm-tmp"
 CHECK = "sha256"  # name of a file's own digest: in a safetensors header, or in a sealed JSON file
@@ -41,6 +41,14 @@ def save_bytes(data: bytes, path: Path) -> None:
     finally:
         if beside.exists():
             beside.unlink()
+
+
+def probe(folder: Path) -> None:
+    """Raise OSError unless files can be made in `folder`, which is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".probe.{os.getpid()}{UNFINISHED}"
+    path.touch()
+    path.unlink()
 
 
 def sweep(folder: Path, below: bool = True) -> None:
@@ -101,7 +109,7 @@ def load_sealed(path: Path, device: torch.device | str = "cpu") -> tuple[dict[st
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
-        raise Damaged(str(error).splitlines()[0]) from None
+        raise Damaged(first_line(error)) from None
     if CHECK not in metadata:
         raise Damaged("it has no checksum, or an older version wrote it")
     if metadata.pop(CHECK) != _tensor_digest(tensors, metadata):

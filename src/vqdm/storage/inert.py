@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vqdm.documents import first_line
 from vqdm.errors import UserError
 from vqdm.storage.atomic import save_tensors
 from vqdm.storage.original import PREFIX, is_coded, stored_layer
@@ -83,7 +84,7 @@ def load_inert(path: Path):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from None
 
 
 def walk(module: Inert, name: str = "") -> Iterator[tuple[str, Inert]]:

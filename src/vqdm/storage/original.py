@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
+from vqdm.documents import first_line
 from vqdm.errors import UserError
 
 PREFIX = "src.aq"
@@ -37,7 +38,7 @@ def stored_layer(name: str, layer) -> tuple[CodeSpec, dict[str, Tensor]]:
         weight = layer._modules["quantized_weight"]
         code = additive_code(weight, getattr(layer, "group_channels", True))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"layer {name} is not one of the original: {str(error).splitlines()[0]}") from None
+        raise UserError(f"layer {name} is not one of the original: {first_line(error)}") from None
     tensors = code.pack()
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

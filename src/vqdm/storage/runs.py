@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.diffusion.blocks import Layer
 from vqdm.documents import parse_json
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import UNFINISHED, load_sealed, save_json, save_sealed, save_text, sweep
+from vqdm.storage.atomic import load_sealed, probe, save_json, save_sealed, save_text, sweep
 from vqdm.storage.claims import check_claim
 
 
@@ -65,10 +64,7 @@ class RunFolder:
 
     def _check_writable(self, need_bytes: int) -> None:
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            probe = self.work / f".probe.{os.getpid()}{UNFINISHED}"
-            probe.touch()
-            probe.unlink()
+            probe(self.work)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
         free = shutil.disk_usage(self.path).free

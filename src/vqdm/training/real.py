@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vqdm.diffusion.pipelines import picture_size, sample
 from vqdm.diffusion.trajectories import Recorder, Trajectories
+from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.prompts import load_rows
 
@@ -114,7 +115,7 @@ def _pixels(file: Path, size: tuple[int, int]) -> Tensor:
         with Image.open(file) as image:
             picture = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
     except (OSError, UnidentifiedImageError) as error:
-        raise RunError(f"--real_images: {file} cannot be read: {str(error).splitlines()[0]}") from None
+        raise RunError(f"--real_images: {file} cannot be read: {first_line(error)}") from None
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1  # [H, W, 3] → [3, H, W]
 
 

@@ -32,7 +32,7 @@ def stage(
             shutil.copytree(quantized.parent / name, staged / name)
         student.save_pretrained(staged / "unet")
     else:
-        for name, dtype in stored_dtypes(config.model, config.variant).items():
+        for name, dtype in stored_dtypes(config.model, config.variant, config.revision).items():
             part = getattr(pipeline, name, None)
             if isinstance(part, nn.Module) and name != "unet":
                 cast_plain(part, dtype)
