@@ -134,9 +134,12 @@ def solve_layers(tasks: Sequence[Task]) -> list[tuple[AdditiveCode, LayerReport]
     """`solve_layer` of each of the tasks, which have their shape, device, config and bank in common.
 
     Searches for codes go through all layers at once, so that a launch on a GPU does the work of all. A layer's result
-    is the one it has alone up to rounding: random draws are its own, and so is the best that is kept.
+    is the one it has alone up to rounding: random draws are its own, and so is the best that is kept. Raises ValueError
+    on tasks that differ in what they must have in common.
     """
     started = time.perf_counter()
+    if len({(task.W.shape, task.config, id(task.bank)) for task in tasks}) != 1:
+        raise ValueError("layers that are solved together must have one shape, one config and one bank")
     config, spec = tasks[0].config, tasks[0].config.spec
     problems = [Problem.of(task.W, task.H, spec) for task in tasks]
     inner = config.with_spec(spec.changed(input_channel_scales=False))
