@@ -14,8 +14,8 @@ Hessians of its own sampling, which stay in --hessian_cache.
 The encoder `plain` is the published procedure as it is written down, `beam` the same codes in a shorter way. A whole
 run of `plain` takes hours: one layer of every shape is timed for an epoch, and `beam` says how many epochs it takes.
 
-With --batch L: L layers of every shape, of the seeds from --seed on, first one by one and then all at once; a row has
-the mean over the layers of seconds, errors and epochs. Both ways are run for an epoch before they are timed.
+With --batch L: L synthetic layers of every shape, of the seeds from --seed on, first one by one and then all at once;
+a row has the mean over the layers of seconds, errors and epochs. Both ways are run for an epoch before they are timed.
 """
 
 from __future__ import annotations

@@ -86,13 +86,13 @@ def test_a_stack_decodes_to_all_matrices_and_comes_apart(spec):
             assert one is other is None or torch.equal(one, other)
 
 
-def tasks(spec, layers=3, bank=None, rows=24, **settings):
+def tasks(spec, bank=None, rows=24, device="cpu", **settings):
     """Layers to solve: one has dead inputs, one no weights."""
-    W, H = list(randn(layers, rows, 32)), [second_moment(32, seed=10 * index) for index in range(layers)]
+    W, H = list(randn(3, rows, 32).to(device)), [second_moment(32, seed=10 * index).to(device) for index in range(3)]
     H[1][4:17], H[1][:, 4:17] = 0, 0
-    W[2] = torch.zeros(rows, 32)
+    W[2] = torch.zeros_like(W[2])
     config = SolverConfig(spec, **{"max_epochs": 4, "relative_mse_tolerance": 0.0, **settings})
-    generators = [torch.Generator().manual_seed(index) for index in range(layers)]
+    generators = [torch.Generator().manual_seed(index) for index in range(3)]
     return [Task(w, h, config, own, H[0], bank) for w, h, own in zip(W, H, generators, strict=True)]
 
 
@@ -125,6 +125,15 @@ def test_also_where_codebooks_are_fitted_to_some_rows(monkeypatch):
 
 def test_also_with_the_search_over_rows():
     check_same(tasks(CodeSpec(2, 3, 4), encoder="beam", max_epochs=3, steps_per_epoch=5, lr=1e-3))
+
+
+@pytest.mark.parametrize("row_bits", [0, 9])
+def test_also_by_the_kernel(row_bits, triton_device, scored_by):
+    scored_by("triton")
+    small = dict(rows=6, device=triton_device, max_epochs=2, init_max_iter=1, beam_size=2)
+    own, shared = CodeSpec(2, 2, 8), CodeSpec(1, 3, 8, shared_codebooks="bank", row_bits=row_bits)
+    bank = Bank(randn(*shared.codebooks_shape).half().float().to(triton_device), 10_000)
+    check_same(tasks(shared, bank, **small) if row_bits else tasks(own, **small))
 
 
 @pytest.mark.parametrize("row_bits", [0, 25])
