@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --shapes 256x256 --codes 2x8g8 3x8g8 --encoders ldl beam
     OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --model assets/shapes-xl --codes 3x8g8 --encoders ldl beam plain
     python benchmarks/bench_solver.py --shapes 1280x1280 10240x1280 1280x5120 1280x11520 --codes 1x8g4s --extrapolate
+    python benchmarks/bench_solver.py --device cuda --shapes 1280x1280 --codes 1x12g4s 3x8g8 --batch 16
 
 Without --model: the synthetic problem, from a CPU generator seeded `--seed`, for O rows and I columns:
 W = randn(O, I) · 0.02, its columns times 0.5 + rand(1, I); A = randn(I, I) / √I; N = 8192 inputs
@@ -12,6 +13,9 @@ Hessians of its own sampling, which stay in --hessian_cache.
 
 The encoder `plain` is the published procedure as it is written down, `beam` the same codes in a shorter way. A whole
 run of `plain` takes hours: one layer of every shape is timed for an epoch, and `beam` says how many epochs it takes.
+
+With --batch L: L synthetic layers of every shape, of the seeds from --seed on, first one by one and then all at once;
+a row has the mean over the layers of seconds, errors and epochs. Both ways are run for an epoch before they are timed.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
+from statistics import fmean
 
 import plain
 import torch
@@ -31,7 +37,7 @@ from torch import Tensor
 from vqdm.additive.code import Bank, CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
 from vqdm.additive.shared import sample_layer, train_bank
-from vqdm.additive.solve import Problem, initial_code, solve_layer, without_feedback
+from vqdm.additive.solve import LayerReport, Problem, Task, initial_code, solve_layer, solve_layers, without_feedback
 from vqdm.tracking import peak_memory
 
 BANK_GROUPS = 2**15  # column groups that a bank is trained on here
@@ -46,13 +52,51 @@ def solver_config(code: str, encoder: str, arguments: argparse.Namespace) -> Sol
 
 
 def solved(W: Tensor, H: Tensor, held_out: Tensor | None, config: SolverConfig, seed: int) -> dict:
-    """One solved layer, as it is printed. A bank is trained on the layer itself, and stands for one that exists."""
-    generator, bank = torch.Generator().manual_seed(seed), None
-    if config.spec.shared_codebooks:
-        rows = max(8, BANK_GROUPS * config.spec.in_group_size // W.shape[1])
-        bank = Bank(train_bank([sample_layer(W, H, rows, config, generator)], config, generator), SDXL_WEIGHTS)
-    _, report = solve_layer(W, H, config, generator, held_out, bank)
+    """One solved layer, as it is printed."""
+    generator = torch.Generator().manual_seed(seed)
+    _, report = solve_layer(W, H, config, generator, held_out, bank_of(W, H, config, generator))
     return report.to_dict()
+
+
+def bank_of(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Bank | None:
+    """A bank that is trained on the layer itself, and stands for one that exists; None where none is shared."""
+    if not config.spec.shared_codebooks:
+        return None
+    rows = max(8, BANK_GROUPS * config.spec.in_group_size // W.shape[1])
+    return Bank(train_bank([sample_layer(W, H, rows, config, generator)], config, generator), SDXL_WEIGHTS)
+
+
+def batch_rows(arguments: argparse.Namespace) -> Iterator[dict]:
+    """Layers of one shape, solved one by one and all at once."""
+    for code, shape in product(arguments.codes, arguments.shapes):
+        config, layers = solver_config(code, "ldl", arguments), alike(shape, arguments)
+        bank = bank_of(*layers[0][:2], config, torch.Generator().manual_seed(arguments.seed))
+        about = {"code": code, "beam": config.beam_size, "problem": shape, "layers": len(layers)}
+        for at_once in (1, len(layers)):
+            solved_at_once(layers[:at_once], replace(config, max_epochs=1), bank, at_once)
+            reports = solved_at_once(layers, config, bank, at_once)
+            names = ("error", "held_out_error", "epochs", "seconds")
+            means = {name: fmean(getattr(report, name) for report in reports) for name in names}
+            yield about | {"at_once": at_once} | means | {"peak_memory_bytes": peak_memory()}
+
+
+def alike(shape: str, arguments: argparse.Namespace) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """As many synthetic layers of a shape as --batch says."""
+    rows, columns = map(int, shape.split("x"))
+    made = [synthetic_layer(rows, columns, arguments.seed + k) for k in range(arguments.batch)]
+    return [tuple(tensor.to(arguments.device) for tensor in layer) for layer in made]
+
+
+def solved_at_once(
+    layers: list[tuple[Tensor, Tensor, Tensor]], config: SolverConfig, bank: Bank | None, at_once: int
+) -> list[LayerReport]:
+    """Reports of the layers, so many of which are solved at a time."""
+    tasks = [
+        Task(W, H, config, torch.Generator().manual_seed(k), held_out, bank)
+        for k, (W, H, held_out) in enumerate(layers)
+    ]
+    runs = [tasks[start : start + at_once] for start in range(0, len(tasks), at_once)]
+    return [report for run in runs for _, report in solve_layers(run)]
 
 
 def plain_epoch(W: Tensor, H: Tensor, config: SolverConfig, seed: int) -> float:
@@ -100,12 +144,13 @@ def main() -> None:
     parser.add_argument("--encoders", nargs="+", default=["ldl"], choices=[*ENCODERS, "plain"])
     parser.add_argument("--beam_size", type=int, default=SolverConfig.beam_size)
     parser.add_argument("--max_epochs", type=int, default=SolverConfig.max_epochs)
+    parser.add_argument("--batch", type=int, default=0, metavar="L", help="time L layers one by one and all at once")
     parser.add_argument("--extrapolate", action="store_true", help="from the solved shapes to all layers of SDXL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     found = []
-    for row in rows(arguments):
+    for row in batch_rows(arguments) if arguments.batch else rows(arguments):
         found.append(row)
         print(json.dumps(row), flush=True)
     if arguments.extrapolate:

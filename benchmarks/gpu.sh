@@ -18,7 +18,7 @@ part() {
     "$@" 2>"$out/$name.err" | tee "$out/$name.jsonl" || failed+=" $name"
 }
 
-kernels=(tests/layers/test_decode_kernel.py tests/additive/test_kernels.py tests/test_triton.py)
+kernels=(tests/layers/test_decode_kernel.py tests/additive/test_kernels.py tests/additive/test_stacks.py tests/test_triton.py)
 part kernels "$python" -m pytest -q -p no:cacheprovider "${kernels[@]}"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
@@ -30,10 +30,12 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     part unet-compiled "${sdxl[@]}" --compile --backends
     shapes=(1280x1280 10240x1280 1280x5120 1280x11520)
     part solver "$python" benchmarks/bench_solver.py --device cuda --shapes "${shapes[@]}" --codes 1x12g4s --extrapolate
+    part solver-batch "$python" benchmarks/bench_solver.py --device cuda --shapes 1280x1280 --codes 1x12g4s 3x8g8 --batch 16
 else
     part decode "$python" benchmarks/bench_decode.py --shapes 64x64 64x64x3x3 --codes 1x6g4 --tokens 64 --repeats 2
     part unet "$python" benchmarks/bench_unet.py --model assets/shapes-xl --code 1x6g4 --steps 1 --plot "$out/unet.png"
     part solver "$python" benchmarks/bench_solver.py --shapes 32x32 --codes 1x4g4s --max_epochs 1
+    part solver-batch "$python" benchmarks/bench_solver.py --shapes 32x32 --codes 1x4g4s --max_epochs 2 --batch 2
 fi
 echo "results in $out${failed:+; failed:$failed}"
 [ -z "$failed" ]

@@ -48,6 +48,13 @@ def test_the_kernel_finds_what_sorting_finds(N, B, K, d, count, triton_device):
     assert torch.equal(found_picks, picks)
 
 
+def test_every_problem_of_several_has_its_own_codebook(triton_device):
+    residuals, codebooks = randn(3, 21, 4, 8).to(triton_device), randn(3, 64, 8, seed=1).to(triton_device)
+    found = kernels.best_entries(residuals, codebooks, 5)
+    for layer, alone in enumerate(map(kernels.best_entries, residuals, codebooks, [5] * 3)):
+        assert all(torch.equal(some[layer], one) for some, one in zip(found, alone, strict=True))
+
+
 def test_of_equal_distances_the_first_are_taken(triton_device):
     residuals = torch.randint(-1, 2, (9, 4, 2), generator=torch.Generator().manual_seed(0)).float()
     codebook = torch.randint(-1, 2, (64, 2), generator=torch.Generator().manual_seed(1)).float()

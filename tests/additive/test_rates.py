@@ -9,7 +9,16 @@ from test_encode import randn, second_moment
 from vqdm.additive.code import AdditiveCode, Bank, CodeSpec, stored_bits
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import feedback_factors
-from vqdm.additive.rates import divided_bits, entry_slices, group_demands, offsets, pack_rows, row_bytes, unpack_rows
+from vqdm.additive.rates import (
+    divided_bits,
+    entry_slices,
+    group_demands,
+    offsets,
+    pack_rows,
+    padded_entries,
+    row_bytes,
+    unpack_rows,
+)
 from vqdm.additive.shared import sample_layer, train_bank
 from vqdm.additive.solve import solve_layer, zero_code
 
@@ -23,6 +32,11 @@ def generator(seed=0):
 def in_range(widths, rows, seed=0):
     widths = torch.tensor(widths)
     return torch.randint(2**16, (rows, len(widths)), generator=generator(seed)) % 2**widths + 2**widths - 1, widths
+
+
+def test_entries_of_several_layers_are_padded_with_their_last():
+    found = padded_entries(torch.tensor([0, 3, 2]), 3)
+    assert found.tolist() == [[0] * 8, [7, 8, 9, 10, 11, 12, 13, 14], [3, 4, 5, 6, 6, 6, 6, 6]]
 
 
 @pytest.mark.parametrize("total", [0, 1, 7, 20, 39, 40])

@@ -282,19 +282,26 @@ def group_columns(order: Tensor, g: int) -> Tensor:
 
 
 def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, input_scales: Tensor | None) -> Tensor:
-    """The matrix [O, I] of unpacked codes [R, G, M]; see the module's formula. In float32 at least."""
-    R, G, M = codes.shape
-    K, p, g = codebooks.shape[-3:]
+    """The matrix [O, I] of unpacked codes [R, G, M]; see the module's formula. In float32 at least.
+
+    Of L layers, with a leading axis on everything: the matrices [L, O, I].
+    """
+    *layers, R, G, _ = codes.shape
+    p, g = codebooks.shape[-2:]
     dtype = torch.promote_types(codebooks.dtype, torch.float32)
-    flat = codebooks.reshape(-1, p * g).to(dtype)  # [(G,) M·K, p·g]
-    offset = torch.arange(M, device=codes.device) * K  # [M]
-    if codebooks.dim() == 5:
-        offset = offset + torch.arange(G, device=codes.device)[:, None] * (M * K)  # [G, M]
-    bags = (codes.long() + offset).view(R * G, M)
-    groups = torch.nn.functional.embedding_bag(bags, flat, mode="sum")  # [R·G, p·g]
-    groups = groups.view(R, G, p, g) * scales.to(dtype)[:, :, None, None]
-    matrix = groups.permute(0, 2, 1, 3).reshape(R * p, G * g)  # [R, p, G, g] → [O, I]
+    flat = codebooks.reshape(-1, p * g).to(dtype)  # [(L,) (G,) M·K, p·g]
+    groups = torch.nn.functional.embedding_bag(entry_bags(codes, codebooks), flat, mode="sum")
+    groups = groups.view(*layers, R, G, p, g) * scales.to(dtype)[..., None, None]
+    matrix = groups.transpose(-3, -2).reshape(*layers, R * p, G * g)  # [R, p, G, g] → [O, I]
     return matrix if input_scales is None else matrix * input_scales.to(dtype)
+
+
+def entry_bags(codes: Tensor, codebooks: Tensor) -> Tensor:
+    """Codes [(L,) R, G, M] as rows of all entries of `codebooks` [(L,) (G,) M, K, p, g] in turn: int64 [(L·)R·G, M]."""
+    *layers, _, G, M = codes.shape
+    K, groups = codebooks.shape[-3], G if codebooks.dim() == codes.dim() + 2 else 1
+    first = torch.arange(codebooks.shape[:-3].numel(), device=codes.device) * K
+    return (codes.long() + first.view(*layers, 1, groups, M)).view(-1, M)
 
 
 def stored_codebooks(spec: CodeSpec, groups: int, tensors: dict[str, Tensor]) -> Tensor:

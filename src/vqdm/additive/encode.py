@@ -4,7 +4,8 @@ Error feedback is GPTQ (arXiv 2210.17323) in the form of QuIP#'s block LDLQ (arX
 are coded, the columns after them may still move, so a group is judged by the Schur complement of the columns after it.
 
 Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g;
-M codebooks of K entries; B hypotheses (beam); N vectors.
+M codebooks of K entries; B hypotheses (beam); N vectors. A leading … in a shape is nothing, or L for L layers of one
+shape that are coded at once: on a GPU a step for one of them is too small to be worth its launch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from vqdm.additive import native
 from vqdm.additive.code import AdditiveCode
 from vqdm.additive.kmeans import rows_at_once
-from vqdm.additive.rates import entry_slices
+from vqdm.additive.rates import entry_slices, padded_entries
 from vqdm.additive.scoring import BestEntries, fused_scoring, native_scoring
 from vqdm.additive.topk import smallest
 
@@ -27,52 +28,71 @@ MINIMAL_DAMPING = 1e-6  # the least that helps a float32 factorization
 COLUMNS_AT_ONCE = 128  # columns between two products with the rest of the matrix
 
 Picks = Callable[[int, Tensor, int, int], tuple[Tensor, Tensor]]
+Entries = slice | Tensor
 
 
 def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
-    """Codes [N, M] whose entries of `codebooks` [M, K, d] sum up to about `targets` [N, d].
+    """Codes [..., N, M] whose entries of `codebooks` [..., M, K, d] sum up to about `targets` [..., N, d].
 
     A beam over the codebooks in their order: the `beam_size` best partial sums go on to the next codebook.
     """
     if native_scoring(targets):
-        return native.encode(targets, codebooks, beam_size)
+        return _native_codes(targets, codebooks, beam_size)
+    books = codebooks.movedim(-3, 0).contiguous()  # [M, ..., K, d]
     if best_entries := fused_scoring(targets):
-        return _encode_vectors(targets, codebooks, partial(_fused_picks, best_entries, codebooks), beam_size)
-    norms = codebooks.square().sum(2, keepdim=True)  # [M, K, 1]
+        return _encode_vectors(targets, books, partial(_fused_picks, best_entries, books), beam_size)
+    norms = books.square().sum(-1, keepdim=True)  # [M, ..., K, 1]
     # ‖r − c‖² = [r, 1, ‖r‖²] · [−2c, ‖c‖², 1]: one product scores every entry for every hypothesis.
-    factors = torch.cat([-2 * codebooks, norms, torch.ones_like(norms)], dim=2).transpose(1, 2).contiguous()
-    parts = targets.split(rows_at_once(targets, beam_size * codebooks.shape[1]))
-    return torch.cat([_encode_vectors(part, codebooks, partial(_scored_picks, factors), beam_size) for part in parts])
+    factors = torch.cat([-2 * books, norms, torch.ones_like(norms)], dim=-1).mT.contiguous()
+    scores = targets.shape[:-2].numel() * beam_size * books.shape[-2]  # of a row of every layer
+    parts = targets.split(rows_at_once(targets, scores), dim=-2)
+    found = [_encode_vectors(part, books, partial(_scored_picks, factors), beam_size) for part in parts]
+    return torch.cat(found, dim=-2)
 
 
-def _encode_vectors(targets: Tensor, codebooks: Tensor, pick: Picks, beam_size: int) -> Tensor:
-    M, N = len(codebooks), len(targets)
-    residual = targets  # [N·B, d]
-    codes = torch.empty(N, 0, dtype=torch.int64, device=targets.device)  # [N·B, m]
+def _native_codes(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
+    if targets.dim() == 2:
+        return native.encode(targets, codebooks, beam_size)
+    return torch.stack([native.encode(*layer, beam_size) for layer in zip(targets, codebooks, strict=True)])
+
+
+def _encode_vectors(targets: Tensor, books: Tensor, pick: Picks, beam_size: int) -> Tensor:
+    M, N = len(books), targets.shape[-2]
+    residual = targets  # [..., N·B, d]
+    codes = torch.empty(*targets.shape[:-1], 0, dtype=torch.int64, device=targets.device)  # [..., N·B, m]
     rows = torch.arange(N, device=targets.device)[:, None]
     B = 1
     for m in range(M):
-        parents, entries = pick(m, residual, B, beam_size if m < M - 1 else 1)  # [N, B']
-        B, above = parents.shape[1], (parents + rows * B).view(-1)  # [N·B']
-        residual = residual[above] - codebooks[m][entries.view(-1)]
-        codes = torch.cat([codes[above], entries.view(-1, 1)], dim=1)
+        parents, entries = pick(m, residual, B, beam_size if m < M - 1 else 1)  # [..., N, B']
+        above, entries = (picks.flatten(-2)[..., None] for picks in (parents + rows * B, entries))  # [..., N·B', 1]
+        B = parents.shape[-1]
+        residual = take_rows(residual, above) - take_rows(books[m], entries)
+        codes = torch.cat([take_rows(codes, above), entries], dim=-1)
     return codes
 
 
+def take_rows(values: Tensor, picks: Tensor) -> Tensor:
+    """The rows `picks` [..., n, 1] of `values` [..., N, d]: [..., n, d]."""
+    if values.dim() == 2:
+        return values[picks[:, 0]]  # several times as fast on a CPU
+    return torch.take_along_dim(values, picks, dim=-2)
+
+
 def _scored_picks(factors: Tensor, m: int, residual: Tensor, B: int, count: int) -> tuple[Tensor, Tensor]:
-    """Hypotheses and entries [N, B'] of codebook m that leave the least of `residual` [N·B, d]."""
-    K = factors.shape[2]
-    norm = residual.square().sum(1, keepdim=True)
-    scores = torch.cat([residual, torch.ones_like(norm), norm], dim=1) @ factors[m]  # [N·B, K]
-    picks = smallest(scores.view(-1, B * K), count)  # [N, B']
+    """Hypotheses and entries [..., N, B'] of codebook m that leave the least of `residual` [..., N·B, d]."""
+    K = factors.shape[-1]
+    norm = residual.square().sum(-1, keepdim=True)
+    scores = torch.cat([residual, torch.ones_like(norm), norm], dim=-1) @ factors[m]  # [..., N·B, K]
+    picks = smallest(scores.view(-1, B * K), count)  # [(L·)N, B']
+    picks = picks.view(*residual.shape[:-2], -1, picks.shape[1])
     return picks // K, picks % K
 
 
 def _fused_picks(
-    best_entries: BestEntries, codebooks: Tensor, m: int, residual: Tensor, B: int, count: int
+    best_entries: BestEntries, books: Tensor, m: int, residual: Tensor, B: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """The same from one kernel, which keeps no scores."""
-    _, parents, entries = best_entries(residual.view(-1, B, residual.shape[1]), codebooks[m], count)
+    _, parents, entries = best_entries(residual.unflatten(-2, (-1, B)), books[m], count)
     return parents, entries
 
 
@@ -81,34 +101,42 @@ def encode_group(
 ) -> tuple[Tensor, Tensor]:
     """Code one column group under the metric F Fᵀ.
 
-    Args: `targets` [O, g]; `scales` [R]; `codebooks` [M, K, p, g]; `factor` F [g, g].
-    Returns codes [R, M] and the coded columns [O, g].
+    Args: `targets` [..., O, g]; `scales` [..., R]; `codebooks` [..., M, K, p, g]; `factor` F [..., g, g].
+    Returns codes [..., R, M] and the coded columns [..., O, g].
     """
-    M, K, p, g = codebooks.shape
-    divisors = torch.where(scales == 0, 1.0, scales)[:, None]  # [R, 1]
-    rotated = (targets @ factor).view(-1, p * g) / divisors  # [O, g] → [R, d]
-    codes = encode_vectors(rotated, (codebooks @ factor).view(M, K, p * g), beam_size)
-    values = sum(codebooks[m].view(K, p * g)[codes[:, m]] for m in range(M))  # [R, d]
-    return codes, (values * scales[:, None]).view(-1, g)  # [R, d] → [O, g]
+    M, K, p, g = codebooks.shape[-4:]
+    divisors = torch.where(scales == 0, 1.0, scales)[..., None]  # [..., R, 1]
+    rotated = row_groups(targets @ factor, p) / divisors  # [..., R, d]
+    books = (codebooks.flatten(-4, -2) @ factor).unflatten(-2, (M, K, p)).flatten(-2)  # [..., M, K, d]
+    codes = encode_vectors(rotated, books, beam_size)
+    values = codebooks.flatten(-2)  # [..., M, K, d]
+    chosen = sum(take_rows(values[..., m, :, :], codes[..., m, None]) for m in range(M))  # [..., R, d]
+    return codes, (chosen * scales[..., None]).unflatten(-1, (p, g)).flatten(-3, -2)  # [..., R, d] → [..., O, g]
+
+
+def row_groups(columns: Tensor, p: int) -> Tensor:
+    """A column group [..., O, g] as vectors [..., R, p·g]."""
+    return columns.unflatten(-2, (-1, p)).flatten(-2)
 
 
 def feedback_encode(W: Tensor, code: AdditiveCode, factors: Tensor, feedback: Tensor, beam_size: int) -> AdditiveCode:
-    """`code` with new codes for W [O, I], found group by group from the first column to the last.
+    """`code` with new codes for W [..., O, I], found group by group from the first column to the last.
 
-    Args: `factors` V_jj [G, g, g] and `feedback` [I, I] from `feedback_factors`.
+    Args: `factors` V_jj [..., G, g, g] and `feedback` [..., I, I] from `feedback_factors`.
     """
     g = code.spec.in_group_size
     difference = torch.zeros_like(W)  # W − Ŵ where coded
     target = W.clone()
     codes, entries = torch.empty_like(code.codes), usable_entries(code)
-    for block in column_blocks(W.shape[1], g):
+    for block in column_blocks(W.shape[-1], g):
         for j in range(block.start // g, block.stop // g):
             done, columns = slice(block.start, j * g), slice(j * g, (j + 1) * g)
-            wanted = target[:, columns] + difference[:, done] @ feedback[done, columns]
-            found, coded = encode_group(wanted, *group_values(code, j, entries[j]), factors[j], beam_size)
-            codes[:, j] = found + (entries[j].start or 0)
-            difference[:, columns] = W[:, columns] - coded
-        target[:, block.stop :] += difference[:, block] @ feedback[block, block.stop :]
+            wanted = target[..., columns] + difference[..., done] @ feedback[..., done, columns]
+            usable, factor = entries(j), factors[..., j, :, :]
+            found, coded = encode_group(wanted, *group_values(code, j, usable), factor, beam_size)
+            codes[..., j, :] = numbered(found, usable)
+            difference[..., columns] = W[..., columns] - coded
+        target[..., block.stop :] += difference[..., block] @ feedback[..., block, block.stop :]
     return replace(code, codes=codes)
 
 
@@ -143,32 +171,48 @@ def damped_cholesky(H: Tensor, damping: float) -> Tensor:
         damping = max(10 * damping, MINIMAL_DAMPING)
 
 
+def block_factors(H: Tensor, g: int) -> Tensor:
+    """Lower Cholesky factors [..., G, g, g] of the diagonal blocks of H [..., I, I], as of `damped_cholesky`."""
+    blocks = torch.stack([H[..., j : j + g, j : j + g] for j in range(0, H.shape[-1], g)], dim=-3)
+    diagonal = H.diagonal(dim1=-2, dim2=-1).unflatten(-1, (-1, g))  # [..., G, g]
+    damped = blocks.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(MINIMAL_DAMPING * diagonal.mean(-1, keepdim=True))
+    factors, failed = torch.linalg.cholesky_ex(damped)
+    for index in failed.nonzero().tolist():
+        factors[*index] = damped_cholesky(blocks[*index], MINIMAL_DAMPING)
+    return factors
+
+
 def coordinate_descent(W: Tensor, H: Tensor, code: AdditiveCode, beam_size: int) -> AdditiveCode:
     """`code` after every group has moved once to better codes given all others; a row keeps codes that are better.
 
     With P = (W − Ŵ) H, the best values of group j are Ŵ_j + P_j H_jj⁻¹, and H_jj is their metric.
+    Args: `W` [..., O, I] and `H` [..., I, I].
     """
     p, g = code.spec.out_group_size, code.spec.in_group_size
-    codes, entries = code.codes.clone(), usable_entries(code)
+    codes, entries, factors = code.codes.clone(), usable_entries(code), block_factors(H, g)
     coded = code.dequantize()
     P = (W - coded) @ H
     moved = torch.zeros_like(W)
-    for block in column_blocks(W.shape[1], g):
+    for block in column_blocks(W.shape[-1], g):
         for j in range(block.start // g, block.stop // g):
             done, columns = slice(block.start, j * g), slice(j * g, (j + 1) * g)
-            factor = damped_cholesky(H[columns, columns], MINIMAL_DAMPING)
-            pull = P[:, columns] - moved[:, done] @ H[done, columns]
-            wanted = coded[:, columns] + torch.cholesky_solve(pull.T, factor).T
-            found, values = encode_group(wanted, *group_values(code, j, entries[j]), factor, beam_size)
-            found = found + (entries[j].start or 0)
-            before, after = (
-                ((wanted - x) @ factor).square().view(-1, p * g).sum(1) for x in (coded[:, columns], values)
-            )
-            better = after < before  # [R]
-            codes[:, j] = torch.where(better[:, None], found.to(codes.dtype), codes[:, j])
-            moved[:, columns] = (values - coded[:, columns]) * better.repeat_interleave(p)[:, None]
-        P[:, block.stop :] -= moved[:, block] @ H[block, block.stop :]
+            usable, factor, now = entries(j), factors[..., j, :, :], coded[..., columns]
+            pull = P[..., columns] - moved[..., done] @ H[..., done, columns]
+            wanted = now + over_metric(pull, factor)
+            found, values = encode_group(wanted, *group_values(code, j, usable), factor, beam_size)
+            before, after = (row_groups((wanted - x) @ factor, p).square().sum(-1) for x in (now, values))
+            better = after < before  # [..., R]
+            codes[..., j, :] = torch.where(better[..., None], numbered(found, usable).to(codes.dtype), codes[..., j, :])
+            moved[..., columns] = (values - now) * better.repeat_interleave(p, dim=-1)[..., None]
+        P[..., block.stop :] -= moved[..., block] @ H[..., block, block.stop :]
     return replace(code, codes=codes)
+
+
+def over_metric(rows: Tensor, factor: Tensor) -> Tensor:
+    """`rows` [..., O, g] times (F Fᵀ)⁻¹ for a lower triangular F [..., g, g]; `cholesky_solve` has no fast batches."""
+    half = torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
 
 
 def column_blocks(columns: int, g: int) -> list[slice]:
@@ -177,12 +221,26 @@ def column_blocks(columns: int, g: int) -> list[slice]:
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def usable_entries(code: AdditiveCode) -> list[slice]:
-    """For each column group, the entries of its codebooks that its codes may name."""
-    return [slice(None)] * code.codes.shape[1] if code.widths is None else entry_slices(code.widths)
+def usable_entries(code: AdditiveCode) -> Callable[[int], Entries]:
+    """From a column group to the entries of its codebooks that its codes may name; [L, K'] where layers differ."""
+    if code.widths is None:
+        return lambda _: slice(None)
+    if code.widths.dim() == 1:
+        return entry_slices(code.widths).__getitem__
+    most = code.widths.amax(0).tolist()
+    return lambda j: padded_entries(code.widths[:, j], most[j])
 
 
-def group_values(code: AdditiveCode, j: int, entries: slice) -> tuple[Tensor, Tensor]:
-    """Scales [R] and the usable part [M, K', p, g] of the codebooks of column group j."""
-    codebooks = code.codebooks if code.codebooks.dim() == 4 else code.codebooks[j]
-    return code.scales[:, j if code.scales.shape[1] > 1 else 0], codebooks[:, entries]
+def numbered(codes: Tensor, entries: Entries) -> Tensor:
+    """Codes [..., R, M] that count the usable entries as numbers in the whole codebooks."""
+    return codes + (entries.start or 0) if isinstance(entries, slice) else take_rows(entries[..., None], codes)
+
+
+def group_values(code: AdditiveCode, j: int, entries: Entries) -> tuple[Tensor, Tensor]:
+    """Scales [..., R] and the usable part [..., M, K', p, g] of the codebooks of column group j."""
+    codebooks = code.codebooks.select(-5, j) if code.spec.groupwise_codebooks else code.codebooks
+    if isinstance(entries, slice):
+        usable = codebooks[..., entries, :, :]
+    else:
+        usable = torch.take_along_dim(codebooks, entries[:, None, :, None, None], dim=-3)
+    return code.scales[..., j if code.scales.shape[-1] > 1 else 0], usable

@@ -3,7 +3,7 @@
 Imported only where it runs, since it needs Triton; `vqdm.additive.scoring` chooses.
 
 Letters: N vectors of d values; B hypotheses for each; K entries of a codebook; T places of a running selection,
-a power of two.
+a power of two. A leading … in a shape is nothing, or L for L problems, each with a codebook of its own.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def best_entries(
 
     Of equal ones, those with the least b·K + k.
 
-    Args: `residuals` [N, B, d] and `codebook` [K, d], float32 on one device, B·K < 2^31; `count`; `precision` of the
-    products, one of `PRECISIONS`.
-    Returns distances, float32, hypotheses and entries, int64, all [N, min(count, B·K)], in no order.
+    Args: `residuals` [..., N, B, d] and `codebook` [..., K, d], float32 on one device, B·K < 2^31; `count`;
+    `precision` of the products, one of `PRECISIONS`.
+    Returns distances, float32, hypotheses and entries, int64, all [..., N, min(count, B·K)], in no order.
     """
-    N, B, d = residuals.shape
-    K = len(codebook)
+    *layers, N, B, d = residuals.shape
+    K = codebook.shape[-2]
     count = min(count, B * K)
-    distances = torch.empty(N, count, device=residuals.device)
-    picks = torch.empty(N, count, dtype=torch.int64, device=residuals.device)
-    if N:
+    distances = torch.empty(*layers, N, count, device=residuals.device)
+    picks = torch.empty(*layers, N, count, dtype=torch.int64, device=residuals.device)
+    if picks.numel():
         blocks = _blocks(B, K, d, count)
-        grid = (triton.cdiv(N, blocks["BLOCK_N"]),)
+        grid = (triton.cdiv(N, blocks["BLOCK_N"]), *(layers or [1]))
         arguments = residuals.contiguous(), codebook.contiguous(), distances, picks, N, d, K, B
         _best_entries[grid](*arguments, count=count, PRECISION=precision, **blocks)
     return distances, picks // K, picks % K
@@ -78,6 +78,11 @@ def _best_entries(
     PRECISION: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    layer = tl.program_id(1).to(tl.int64)
+    residuals += layer * N * B * d
+    codebook += layer * K * d
+    distances += layer * N * count
+    picks += layer * N * count
     rows = tl.arange(0, BLOCK_N * BLOCK_B)  # vectors × hypotheses
     hypotheses = rows % BLOCK_B
     live = (first + rows // BLOCK_B < N) & (hypotheses < B)

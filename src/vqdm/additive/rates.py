@@ -60,6 +60,15 @@ def width_slice(width: int) -> slice:
     return slice(2**width - 1, 2 ** (width + 1) - 1)
 
 
+def padded_entries(widths: Tensor, most: int) -> Tensor:
+    """The entries of the codebooks of `widths` [L], `most` at most, in rows of one length: int64 [L, 2^most].
+
+    The last entry is repeated, so that of equal ones the first is always inside its codebook.
+    """
+    last = first_entries(widths)[:, None]  # both the first entry of width w, and how far the last is from it
+    return last + torch.arange(2**most, device=widths.device).minimum(last)
+
+
 def offsets(widths: Tensor) -> Tensor:
     """First bit of every column group in a row group: int64 [G]."""
     widths = widths.to(torch.int64)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from vqdm.additive.code import AdditiveCode
+from vqdm.additive.code import AdditiveCode, entry_bags
 
 
 def weighted_error(difference: Tensor, H: Tensor) -> Tensor:
@@ -30,15 +30,10 @@ class Lookup:
     """Codes as a linear map E from codebook entries [C, d] to unscaled groups [R·G, d], and its adjoint."""
 
     def __init__(self, code: AdditiveCode):
-        R, G, M = code.codes.shape
-        K = code.spec.entries
-        offset = torch.arange(M, device=code.codes.device) * K  # [M]
-        if code.codebooks.dim() == 5:
-            offset = offset + torch.arange(G, device=offset.device)[:, None] * (M * K)  # [G, M]
         self.entries = code.codebooks[..., 0, 0].numel()
-        self.bags = (code.codes.long() + offset).view(R * G, M)
+        self.bags = entry_bags(code.codes, code.codebooks)  # [R·G, M]
         users = self.bags.view(-1).argsort(stable=True)
-        self.users = users // M  # the groups that use an entry, entry after entry
+        self.users = users // self.bags.shape[1]  # the groups that use an entry, entry after entry
         self.usage = torch.bincount(self.bags.view(-1), minlength=self.entries)  # [C]
         self.starts = self.usage.cumsum(0) - self.usage
 

@@ -1,16 +1,16 @@
-"""One layer: from a weight matrix and the second moment of its inputs to an additive code.
+"""A layer, or several of one shape at once: from weights and second moments of inputs to additive codes.
 
 Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g;
-M codebooks of K entries; S scales a row group, 1 or G.
+M codebooks of K entries; S scales a row group, 1 or G; L layers.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice
+from itertools import count, islice, repeat
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_f
 from vqdm.additive.kmeans import draw, residual_kmeans
 from vqdm.additive.rates import divided_bits, first_entries, group_demands
 from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, weighted_error
+from vqdm.additive.stacks import together
 
 REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
 RIDGE = 1.0  # how many more uses a codebook entry's present value counts for
@@ -45,7 +46,7 @@ class LayerReport:
         code_bits_per_weight: the codes' share of them, M·b / (p·g) but for padding to whole bytes.
         gap_db: decibels between `error` and the rate–distortion bound at `bits_per_weight`; None where either is zero.
         epochs: searches for codes, each with its refit.
-        seconds: wall-clock time of the whole solution.
+        seconds: wall-clock time of the whole solution; of layers solved together, the same share of it for each.
     """
 
     error: float
@@ -58,6 +59,24 @@ class LayerReport:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `solve_layer` is given.
+
+    Raises ValueError on shapes that do not divide into groups and on values that are not finite.
+    """
+
+    W: Tensor
+    H: Tensor
+    config: SolverConfig
+    generator: torch.Generator
+    held_out: Tensor | None = None
+    bank: Bank | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.W, self.H, self.held_out, self.config.spec, self.bank)
 
 
 @dataclass(frozen=True)
@@ -108,14 +127,27 @@ def solve_layer(
     Returns the code as stored, the best seen by its error on H, and a report. Raises ValueError on shapes that do not
     divide into groups and on values that are not finite.
     """
+    return solve_layers([Task(W, H, config, generator, held_out, bank)])[0]
+
+
+def solve_layers(tasks: Sequence[Task]) -> list[tuple[AdditiveCode, LayerReport]]:
+    """`solve_layer` of each of the tasks, which have their shape, device, config and bank in common.
+
+    Searches for codes go through all layers at once, so that a launch on a GPU does the work of all. A layer's result
+    is the one it has alone up to rounding: random draws are its own, and so is the best that is kept. Raises ValueError
+    on tasks that differ in what they must have in common.
+    """
     started = time.perf_counter()
-    spec = config.spec
-    _check(W, H, held_out, spec, bank)
-    problem = Problem.of(W, H, spec)
-    inner = replace(config, spec=spec.changed(input_channel_scales=False))
-    best, epochs = search(problem.W, problem.H, inner, generator, bank)
-    code = problem.finish(best, spec)
-    return code, _report(W, H, held_out, code, bank, epochs, started)
+    if len({(task.W.shape, task.config, id(task.bank)) for task in tasks}) != 1:
+        raise ValueError("layers that are solved together must have one shape, one config and one bank")
+    config, spec = tasks[0].config, tasks[0].config.spec
+    problems = [Problem.of(task.W, task.H, spec) for task in tasks]
+    inner = config.with_spec(spec.changed(input_channel_scales=False))
+    found = search(problems, inner, [task.generator for task in tasks], tasks[0].bank)
+    codes = [problem.finish(best, spec) for problem, (best, _) in zip(problems, found, strict=True)]
+    reports = [_report(task, code, epochs) for task, code, (_, epochs) in zip(tasks, codes, found, strict=True)]
+    seconds = (time.perf_counter() - started) / len(tasks)
+    return [(code, replace(report, seconds=seconds)) for code, report in zip(codes, reports, strict=True)]
 
 
 def _check(W: Tensor, H: Tensor, held_out: Tensor | None, spec: CodeSpec, bank: Bank | None) -> None:
@@ -174,27 +206,34 @@ def descending_groups(H: Tensor, g: int) -> Tensor:
 
 
 def search(
-    W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator, bank: Bank | None
-) -> tuple[AdditiveCode, int]:
-    """The best code found and the number of searches for codes it took.
+    problems: list[Problem], config: SolverConfig, generators: list[torch.Generator], bank: Bank | None
+) -> list[tuple[AdditiveCode, int]]:
+    """For every layer the best code found and the number of searches for codes it took.
 
     A large layer's codebooks are fitted to some of its rows, and all rows are then coded with them.
     """
     if bank is not None:
-        codebooks, scales = bank.codebooks.float(), support_rms(W, config.spec)
-        return _best(W, H, _fixed_candidates(W, H, config, codebooks, scales), config, settled=1)
+        scales = [support_rms(problem.W, config.spec) for problem in problems]
+        fixed = _fixed_candidates(problems, config, [bank.codebooks.float()] * len(problems), scales)
+        return _best(problems, fixed, config, settled=1)
     if config.encoder == "beam":
-        return _best(W, H, _beam_candidates(W, H, config, generator), config, settled=1)
-    rows = sampled_rows(W, config.spec, generator)
-    some = W if rows is None else W[rows]
-    found, epochs = _best(
-        some, H, _ldl_candidates(some, H, config, generator), config, relaxed_epochs(some, config) + 1
-    )
-    if rows is None:
-        return found, epochs
-    candidates = _fixed_candidates(W, H, config, found.codebooks, row_norms(W, config.spec))
-    best, more = _best(W, H, candidates, config, settled=1)
-    return best, epochs + more
+        each = (_beam_candidates(problem, config, own) for problem, own in zip(problems, generators, strict=True))
+        return _best(problems, zip(*each, strict=True), config, settled=1)
+    some = [_sampled(problem, config.spec, own) for problem, own in zip(problems, generators, strict=True)]
+    settled = relaxed_epochs(some[0].W, config) + 1
+    found = _best(some, _ldl_candidates(some, config, generators), config, settled)
+    if some[0] is problems[0]:
+        return found
+    scales = [row_norms(problem.W, config.spec) for problem in problems]
+    fixed = _fixed_candidates(problems, config, [code.codebooks for code, _ in found], scales)
+    coded = _best(problems, fixed, config, settled=1)
+    return [(code, epochs + more) for (_, epochs), (code, more) in zip(found, coded, strict=True)]
+
+
+def _sampled(problem: Problem, spec: CodeSpec, generator: torch.Generator) -> Problem:
+    """The problem with the rows that codebooks are fitted to; itself where these are all."""
+    rows = sampled_rows(problem.W, spec, generator)
+    return problem if rows is None else replace(problem, W=problem.W[rows])
 
 
 def sampled_rows(W: Tensor, spec: CodeSpec, generator: torch.Generator) -> Tensor | None:
@@ -206,52 +245,90 @@ def sampled_rows(W: Tensor, spec: CodeSpec, generator: torch.Generator) -> Tenso
     return group_columns(draw(R, wanted, generator).sort().values.to(W.device), p)
 
 
+@dataclass
+class _Best:
+    """The best of a layer's candidates so far; the search has `ended` where one gains little over the one before."""
+
+    config: SolverConfig
+    settled: int  # candidates that may gain as little as they like
+    code: AdditiveCode | None = None
+    least: float = math.inf
+    previous: float = math.inf
+    epochs: int = 0
+    ended: bool = False
+
+    def see(self, code: AdditiveCode, error: float) -> None:
+        self.epochs += 1
+        if self.code is None or error < self.least:
+            self.code, self.least = code, error
+        enough = error < (1 - self.config.relative_mse_tolerance) * self.previous
+        self.ended, self.previous = self.epochs > self.settled and not enough, error
+
+
 def _best(
-    W: Tensor, H: Tensor, candidates: Iterator[AdditiveCode], config: SolverConfig, settled: int
-) -> tuple[AdditiveCode, int]:
-    """The best of the candidates and how many were seen; after `settled` of them, a small gain ends the search."""
-    best, least, previous = None, math.inf, math.inf
-    for epoch, code in enumerate(islice(candidates, config.max_epochs), start=1):
-        error = weighted_error(W - code.dequantize(), H).item()
-        if best is None or error < least:
-            best, least = code, error
-        if epoch > settled and error >= (1 - config.relative_mse_tolerance) * previous:
+    problems: list[Problem], candidates: Iterator[Sequence[AdditiveCode]], config: SolverConfig, settled: int
+) -> list[tuple[AdditiveCode, int]]:
+    """For every layer the best of its candidates and how many it took; after `settled` of them, a small gain ends it.
+
+    A layer whose search has ended waits for the others.
+    """
+    layers = [_Best(config, settled) for _ in problems]
+    for codes in islice(candidates, config.max_epochs):
+        for layer, problem, code in zip(layers, problems, codes, strict=True):
+            if not layer.ended:
+                layer.see(code, weighted_error(problem.W - code.dequantize(), problem.H).item())
+        if all(layer.ended for layer in layers):
             break
-        previous = error
-    return best, epoch
+    return [(layer.code, layer.epochs) for layer in layers]
 
 
 def _fixed_candidates(
-    W: Tensor, H: Tensor, config: SolverConfig, codebooks: Tensor, scales: Tensor
-) -> Iterator[AdditiveCode]:
+    problems: list[Problem], config: SolverConfig, codebooks: list[Tensor], scales: list[Tensor]
+) -> Iterator[list[AdditiveCode]]:
     """Error feedback once, then coordinate descent again and again, scales fitted after each; without end."""
-    factors, feedback = feedback_factors(H, config.spec.in_group_size, config.damping)
-    code = zero_code(W, config.spec, codebooks, scales, factors)
-    code = feedback_encode(W, code, factors, feedback, config.beam_size)
+    spec, beam_size = config.spec, config.beam_size
+    W, H = _matrices(problems)
+    factors, feedback = _feedback(H, config)
+    codes = [zero_code(w, spec, *given) for w, *given in zip(W, codebooks, scales, factors, strict=True)]
+    codes = together(feedback_encode, W, codes, factors, feedback, beam_size=beam_size)
+    del factors, feedback  # as large as H
     while True:
-        code = as_stored(refit_scales(W, H, code, REFIT_ITERATIONS))
-        yield code
-        code = coordinate_descent(W, H, code, config.beam_size)
+        codes = [as_stored(refit_scales(*layer, REFIT_ITERATIONS)) for layer in zip(W, H, codes, strict=True)]
+        yield codes
+        codes = together(coordinate_descent, W, H, codes, beam_size=beam_size)
 
 
-def _ldl_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
+def _matrices(problems: list[Problem]) -> tuple[list[Tensor], list[Tensor]]:
+    return [problem.W for problem in problems], [problem.H for problem in problems]
+
+
+def _feedback(H: list[Tensor], config: SolverConfig) -> tuple[list[Tensor], list[Tensor]]:
+    found = [feedback_factors(h, config.spec.in_group_size, config.damping) for h in H]
+    return [factors for factors, _ in found], [feedback for _, feedback in found]
+
+
+def _ldl_candidates(
+    problems: list[Problem], config: SolverConfig, generators: list[torch.Generator]
+) -> Iterator[list[AdditiveCode]]:
     """Error feedback once, then coordinate descent again and again, a refit after each; without end.
 
     Plain descent settles within a few searches. Perturbed codebooks at first (stochastic relaxation, LSQ++, Martinez
     et al., ECCV 2018), and an H that trusts other groups less to make up for errors, end 5 to 10 % lower.
     """
-    code = initial_code(W, config, generator)
-    code = feedback_encode(W, code, *feedback_factors(H, config.spec.in_group_size, config.damping), config.beam_size)
-    code = _refit(W, H, code)
-    yield code
-    relaxed = relaxed_epochs(W, config)
+    W, H = _matrices(problems)
+    codes = [initial_code(w, config, own) for w, own in zip(W, generators, strict=True)]
+    codes = together(feedback_encode, W, codes, *_feedback(H, config), beam_size=config.beam_size)
+    codes = list(map(_refit, W, H, codes))
+    yield codes
+    relaxed = relaxed_epochs(W[0], config)
     for epoch in count():
         heat = max(0.0, 1 - epoch / relaxed) if relaxed else 0.0
-        softened = with_diagonal(H, SOFTENING * heat**3)
-        noisy = perturbed(W, H, code, PERTURBATION * heat, generator)
-        found = coordinate_descent(W, softened, noisy, config.beam_size)
-        code = _refit(W, softened, replace(code, codes=found.codes))
-        yield code
+        softened = [with_diagonal(h, SOFTENING * heat**3) for h in H]
+        noisy = list(map(perturbed, W, H, codes, repeat(PERTURBATION * heat), generators))
+        found = together(coordinate_descent, W, softened, noisy, beam_size=config.beam_size)
+        codes = [replace(code, codes=new.codes) for code, new in zip(codes, found, strict=True)]
+        codes = list(map(_refit, W, softened, codes))
+        yield codes
 
 
 def with_diagonal(H: Tensor, added: float) -> Tensor:
@@ -270,8 +347,9 @@ def relaxed_epochs(W: Tensor, config: SolverConfig) -> int:
     return min(wanted, max(0, config.max_epochs - 2))
 
 
-def _beam_candidates(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
+def _beam_candidates(problem: Problem, config: SolverConfig, generator: torch.Generator) -> Iterator[AdditiveCode]:
     """VQDM's rounds: Adam on codebooks and scales, then a beam search in a new random order, without end."""
+    W, H = problem.W, problem.H
     G, M = W.shape[1] // config.spec.in_group_size, config.spec.num_codebooks
     code = initial_code(W, config, generator)
     code = without_feedback(W, code)
@@ -355,9 +433,9 @@ def _refit(W: Tensor, H: Tensor, code: AdditiveCode) -> AdditiveCode:
     return as_stored(refit_scales(W, H, code, REFIT_ITERATIONS))
 
 
-def _report(
-    W: Tensor, H: Tensor, held_out: Tensor | None, code: AdditiveCode, bank: Bank | None, epochs: int, started: float
-) -> LayerReport:
+def _report(task: Task, code: AdditiveCode, epochs: int) -> LayerReport:
+    """All but the time it took."""
+    W, H, held_out, bank = task.W, task.H, task.held_out, task.bank
     error = relative_error(W, code, H)
     bits = stored_bits(code.pack()) / W.numel() + (bank.bits_per_weight if bank else 0)
     return LayerReport(
@@ -367,7 +445,7 @@ def _report(
         code_bits_per_weight=stored_bits({"codes": code.pack()["codes"]}) / W.numel(),
         gap_db=gap_to_bound(error, W, H, bits),
         epochs=epochs,
-        seconds=time.perf_counter() - started,
+        seconds=0.0,
     )
 
 

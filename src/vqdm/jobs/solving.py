@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, Bank
 from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import LayerReport, solve_layer
+from vqdm.additive.solve import LayerReport, Task, solve_layers
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.trajectories import Trajectories
@@ -26,12 +26,14 @@ from vqdm.storage.runs import SolvedLayer, layer_generator
 from vqdm.tracking import JsonLines, bar, say
 
 MATRICES_A_LAYER = 6  # square matrices of a layer's size that its solution holds at once
+WEIGHTS_A_LAYER = 16  # matrices of its weight's size, codes and all
+ROWS_A_BATCH = 2**15  # of layers that are solved together; more would not make a GPU busier
 
 
 def solve_block(
     job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories | None
 ) -> dict[str, SolvedLayer]:
-    """Solve a block's unsolved layers, spread over the ranks; each result is on disk before the next begins.
+    """Solve a block's unsolved layers, spread over the ranks; each batch's results are on disk before the next begins.
 
     Their Hessians are the stored ones of the full-precision model where the job has them, else those of the student
     so far on `trajectories`. These are kept on disk, so that an interrupted run does not record them again.
@@ -98,16 +100,47 @@ def solve_share(
     """Yield this rank's share of the solutions, the costliest first; other ranks have the others.
 
     On a CPU several layers are worked on at once, one thread each. The codes depend neither on that nor on the ranks.
+    On a GPU layers of one shape are solved together, on which the codes depend only up to rounding.
     """
     own = [layers[index] for index in shares([cost(layer) for layer in layers], job.ranks.world)[job.ranks.rank]]
     if not own:
         return
     found = {group[0].name: store.load(group[0], job.unet.device) for group in store.groups(own)}
     hessians = {layer.name: found[group[0].name] for group in store.groups(own) for layer in group}
+    together = batches(own, batch_memory(job.unet.device) if solver.encoder == "ldl" else 0)
     with one_thread_a_layer(job, max(layer.columns for layer in own)) as workers, threads(workers) as mapped:
-        solutions = mapped(lambda layer: solve_one(job, solver, banks, layer, *hessians[layer.name]), own)
-        for layer, solution in zip(own, solutions, strict=True):
-            yield layer, *solution
+        solutions = mapped(lambda some: solve_batch(job, solver, banks, some, hessians), together)
+        for some, solved in zip(together, solutions, strict=True):
+            for layer, solution in zip(some, solved, strict=True):
+                yield layer, *solution
+
+
+def batch_memory(device: torch.device) -> int:
+    """Bytes for layers solved together: half of what a GPU has free; 0 on a CPU, which a single layer keeps busy."""
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, though torch holds them
+    return (torch.cuda.mem_get_info(device)[0] + kept) // 2
+
+
+def batches(layers: list[Layer], memory: int) -> list[list[Layer]]:
+    """Layers of one shape and format, as many as fit into `memory` bytes; without any, each by itself in its place."""
+    if not memory:
+        return [[layer] for layer in layers]
+    alike: dict[tuple, list[Layer]] = {}
+    for layer in layers:
+        alike.setdefault((layer.rows, layer.columns, layer.spec), []).append(layer)
+    found = []
+    for some in alike.values():
+        count = layers_at_once(some[0].rows, some[0].columns, memory)
+        found += [some[start : start + count] for start in range(0, len(some), count)]
+    return found
+
+
+def layers_at_once(rows: int, columns: int, memory: int) -> int:
+    """How many layers of a shape to solve together, at least one."""
+    each = 4 * (MATRICES_A_LAYER * columns**2 + WEIGHTS_A_LAYER * rows * columns)
+    return max(1, min(ROWS_A_BATCH // rows, memory // each))
 
 
 def cost(layer: Layer) -> float:
@@ -143,14 +176,25 @@ def threads(workers: int) -> Iterator[Callable]:
         pool.terminate()
 
 
-def solve_one(
+def solve_batch(
+    job: Job,
+    solver: SolverConfig,
+    banks: dict[str, Bank],
+    layers: list[Layer],
+    hessians: dict[str, tuple[Tensor, Tensor | None]],
+) -> list[tuple[AdditiveCode, LayerReport]]:
+    """Codes and reports of layers of one shape and format."""
+    return solve_layers([layer_task(job, solver, banks, layer, *hessians[layer.name]) for layer in layers])
+
+
+def layer_task(
     job: Job, solver: SolverConfig, banks: dict[str, Bank], layer: Layer, hessian: Tensor, unseen: Tensor | None
-) -> tuple[AdditiveCode, LayerReport]:
-    """A layer's code and report. Raises RunError that names the layer."""
+) -> Task:
+    """A layer to solve. Raises RunError that names it."""
     weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
     generator, bank = layer_generator(job.config.seed, layer.name), banks.get(layer.spec.shared_codebooks)
     try:
-        return solve_layer(weight, hessian, solver.with_spec(layer.spec), generator, unseen, bank)
+        return Task(weight, hessian, solver.with_spec(layer.spec), generator, unseen, bank)
     except ValueError as error:
         raise RunError(f"layer {layer.name}: {error}") from None
 
