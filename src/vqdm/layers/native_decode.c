@@ -10,107 +10,30 @@ typedef struct {
     const uint8_t *codes, *end; /* packed codes [R, G, M] */
     const void *codebooks;      /* [M, K, p, g], or [G, M, K, p, g] */
     const void *scales;         /* [R] or [R, G] */
-    const float *input_scales;  /* [G, g], or NULL */
+    const void *input_scales;   /* [G, g], or NULL */
     void *out;                  /* [R, p, G, g] */
     const uint8_t *widths;      /* [G] bits of a code where the rate is variable, or NULL */
-    const float *books;         /* the codebooks in float32 */
-    int64_t R, G, rows, next;   /* `rows` row groups are taken at once, by any thread, from `next` on */
+    int64_t R, G, rows;         /* `rows` row groups are taken at once, by any thread */
     int32_t M, bits, p, g, groupwise, group_scales, row_bits;
-    int32_t codebooks_type, scales_type, out_type;
+    int32_t codebooks_type, scales_type, input_scales_type, out_type;
+    /* The rest is set here. */
+    int64_t next;               /* row group that no thread has taken */
+    const float *books;         /* the codebooks in float32, where they are added up */
+    const float *factors;       /* the input scales in float32, or NULL */
+    const uint32_t *byte, *shift, *mask; /* [G] where the rate is variable: where a code begins in its row group, and its bits */
 } Layer;
 
 /* Of a row, what is decoded at once: its codes and its values stay in the first-level cache. */
-enum { CODES = 1024, VALUES = 4096 };
+enum { CODES = 256, VALUES = 1024 };
 
 /* A team of threads that calls a function: GOMP_parallel of an OpenMP library. */
 typedef void Team(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint64_t Words __attribute__((vector_size(32), aligned(8), may_alias));
+typedef uint32_t Codes __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint64_t Words __attribute__((vector_size(32)));
 
 #define INLINE static inline __attribute__((always_inline))
-
-/* Eight bytes, little end first as on every machine that torch runs on, zero past the end. */
-INLINE uint64_t word_at(const uint8_t *at, const uint8_t *end) {
-    uint64_t word = 0;
-    if (end - at >= 8)
-        memcpy(&word, at, 8);
-    else if (end > at)
-        memcpy(&word, at, end - at);
-    return word;
-}
-
-/* Codes first..first + n. Eight codes fill `bits` bytes, and four of them lie in one word. */
-static const uint64_t *unpack(const Layer *layer, int64_t first, int64_t n, uint64_t *codes) {
-    const uint64_t b = layer->bits, mask = ((uint64_t)1 << b) - 1, odd = b % 2 * 4;
-    const Words masks = {mask, mask, mask, mask}, low = {0, b, 2 * b, 3 * b}, high = low + (Words){odd, odd, odd, odd};
-    uint64_t *out = codes;
-    for (int64_t bundle = first / 8; bundle * 8 < first + n; bundle++, out += 8) {
-        const uint8_t *at = layer->codes + bundle * b;
-        const uint64_t x = word_at(at, layer->end), y = word_at(at + b / 2, layer->end);
-        *(Words *)out = (Words){x, x, x, x} >> low & masks;
-        *(Words *)(out + 4) = (Words){y, y, y, y} >> high & masks;
-    }
-    return codes + first % 8;
-}
-
-/* Variable rate: codes of groups j..j + n of a row, whose first bit is `bit`; moves that on. The codebook holds those of
-   all widths, that of width w from entry 2^w - 1 on. */
-static const uint64_t *unpack_variable(const Layer *layer, int64_t *bit, int64_t j, int64_t n, uint64_t *codes) {
-    const int64_t together = 57 / layer->bits; /* codes that lie in one word, whatever their widths and its first bit */
-    const uint8_t *width = layer->widths + j;
-    int64_t at = *bit;
-    for (int64_t i = 0; i < n;) {
-        uint64_t word = word_at(layer->codes + (at >> 3), layer->end) >> (at & 7);
-        for (const int64_t last = i + together < n ? i + together : n; i < last; i++) {
-            const uint64_t mask = ((uint64_t)1 << width[i]) - 1;
-            codes[i] = mask + (word & mask);
-            word >>= width[i];
-            at += width[i];
-        }
-    }
-    *bit = at;
-    return codes;
-}
-
-/* The values [n, d] of groups j..j + n of a row. With M, d and `same` known to the compiler, its loops become a few
-   vector instructions. Sums run from left to right as elsewhere, and are equal to the last bit.
-   same: all groups have the same codebooks and scale. */
-INLINE void add_up(const Layer *layer, const uint64_t *restrict code, int64_t j, int64_t n, const float *restrict scale,
-                   float *restrict out, const int M, const int d, const int same) {
-    const int64_t K = (int64_t)1 << layer->bits, own = layer->groupwise ? M * K * d : 0;
-    const float *restrict books = layer->books + j * own;
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < n; i++, code += M, out += d, books += same ? 0 : own) {
-        const float s = scale[!same && layer->group_scales ? i : 0];
-        int c = 0;
-        for (; c + 4 <= d; c += 4) {
-            Four sum = *(const Four *)(books + code[0] * d + c);
-            for (int m = 1; m < M; m++) sum += *(const Four *)(books + (m * K + code[m]) * d + c);
-            *(Four *)(out + c) = sum * s;
-        }
-        for (; c < d; c++) {
-            float sum = books[code[0] * d + c];
-            for (int m = 1; m < M; m++) sum += books[(m * K + code[m]) * d + c];
-            out[c] = sum * s;
-        }
-    }
-}
-
-#define CASE(COUNT, SIZE) \
-    if (same && layer->M == COUNT && d == SIZE) { \
-        add_up(layer, code, j, n, scale, out, COUNT, SIZE, 1); \
-        return; \
-    }
-
-static void decode_groups(const Layer *layer, const uint64_t *code, int64_t j, int64_t n, const float *scale,
-                          float *out, int d) {
-    const int same = !layer->groupwise && !layer->group_scales;
-    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
-    CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
-    CASE(1, 16) CASE(2, 16) CASE(3, 16) CASE(4, 16)
-    add_up(layer, code, j, n, scale, out, layer->M, d, same);
-}
 
 /* To the nearest bfloat16, to an even one where two are as near; not for NaN. */
 INLINE uint16_t bfloat16(float value) {
@@ -175,6 +98,103 @@ static void write(void *to, int type, int64_t first, int64_t n, const float *res
         for (int64_t i = 0; i < n; i++) halves[i] = float16(values[i]);
 }
 
+/* Eight bytes, little end first as on every machine that torch runs on, zero past the end. */
+INLINE uint64_t word_at(const uint8_t *at, const uint8_t *end) {
+    uint64_t word = 0;
+    if (end - at >= 8)
+        memcpy(&word, at, 8);
+    else if (end > at)
+        memcpy(&word, at, end - at);
+    return word;
+}
+
+/* Codes first..first + n. Eight codes fill `bits` bytes, and four of them lie in one word. */
+static const uint32_t *unpack(const Layer *layer, int64_t first, int64_t n, uint32_t *codes) {
+    const uint64_t b = layer->bits, mask = ((uint64_t)1 << b) - 1, odd = b % 2 * 4;
+    const Words masks = {mask, mask, mask, mask}, low = {0, b, 2 * b, 3 * b}, high = low + (Words){odd, odd, odd, odd};
+    uint32_t *out = codes;
+    for (int64_t bundle = first / 8; bundle * 8 < first + n; bundle++, out += 8) {
+        const uint8_t *at = layer->codes + bundle * b;
+        const uint64_t x = word_at(at, layer->end), y = word_at(at + b / 2, layer->end);
+        *(Codes *)out = __builtin_convertvector((Words){x, x, x, x} >> low & masks, Codes);
+        *(Codes *)(out + 4) = __builtin_convertvector((Words){y, y, y, y} >> high & masks, Codes);
+    }
+    return codes + first % 8;
+}
+
+/* Variable rate: codes of groups j..j + n of row group r. The codebook holds those of all widths, that of width w from
+   entry 2^w - 1 on. A code begins in the first 15 bits of its word: 7 of the row group's first byte, 7 of its own. */
+INLINE const uint32_t *unpack_variable(const Layer *layer, int64_t r, int64_t j, int64_t n, uint32_t *codes) {
+    const int64_t row = r * layer->row_bits;
+    const uint32_t *restrict byte = layer->byte + j, *restrict shift = layer->shift + j, *restrict mask = layer->mask + j;
+    const uint8_t *from = layer->codes + (row >> 3);
+    const uint32_t phase = row & 7;
+    uint32_t words[CODES];
+    if (layer->end - from >= byte[n - 1] + 4)
+        for (int64_t i = 0; i < n; i++) memcpy(words + i, from + byte[i], 4);
+    else
+        for (int64_t i = 0; i < n; i++) words[i] = word_at(from + byte[i], layer->end);
+    for (int64_t i = 0; i < n; i++) codes[i] = mask[i] + (words[i] >> (shift[i] + phase) & mask[i]);
+    return codes;
+}
+
+/* The sums [n, d] of groups j..j + n of a row. With M and d known to the compiler, its loops become a few vector
+   instructions. Sums run from left to right as elsewhere, and are equal to the last bit. `own`: values of a group's own
+   codebooks, 0 where all groups have the same. */
+INLINE void add_up(const Layer *layer, const uint32_t *restrict code, int64_t n, const float *restrict books,
+                   int64_t own, float *restrict out, const int M, const int d) {
+    const int64_t K = (int64_t)1 << layer->bits;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < n; i++, code += M, out += d, books += own) {
+        int c = 0;
+        for (; c + 4 <= d; c += 4) {
+            Four sum = *(const Four *)(books + code[0] * d + c);
+            for (int m = 1; m < M; m++) sum += *(const Four *)(books + (m * K + code[m]) * d + c);
+            *(Four *)(out + c) = sum;
+        }
+        for (; c < d; c++) {
+            float sum = books[code[0] * d + c];
+            for (int m = 1; m < M; m++) sum += books[(m * K + code[m]) * d + c];
+            out[c] = sum;
+        }
+    }
+}
+
+/* Entries [n, d] of one codebook of 16 bit, as they are. */
+INLINE void copy(const uint16_t *restrict book, const uint32_t *restrict code, int64_t n, int64_t own,
+                 uint16_t *restrict out, const int d) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < n; i++, book += own) memcpy(out + i * d, book + code[i] * (int64_t)d, 2 * d);
+}
+
+#define CASE(COUNT, SIZE) \
+    if (!own && layer->M == COUNT && d == SIZE) { \
+        add_up(layer, code, n, books, 0, out, COUNT, SIZE); \
+        return; \
+    }
+
+/* The sums [n, d] of groups j..j + n of a row. */
+static void decode_groups(const Layer *layer, const uint32_t *code, int64_t j, int64_t n, float *out, int d) {
+    const int64_t own = layer->groupwise ? (int64_t)layer->M * d << layer->bits : 0;
+    if (!layer->books) {
+        const uint16_t *book = (const uint16_t *)layer->codebooks + j * own;
+        uint16_t entries[VALUES];
+        if (d == 4 && !own)
+            copy(book, code, n, 0, entries, 4);
+        else if (d == 8 && !own)
+            copy(book, code, n, 0, entries, 8);
+        else
+            copy(book, code, n, own, entries, d);
+        read(entries, layer->codebooks_type, 0, n * d, out);
+        return;
+    }
+    const float *books = layer->books + j * own;
+    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
+    CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
+    CASE(1, 16) CASE(2, 16) CASE(3, 16) CASE(4, 16)
+    add_up(layer, code, n, books, own, out, layer->M, d);
+}
+
 /* `values` [n, p, g] of row group r, from group j on, to their places. */
 static void put(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *values) {
     const int64_t p = layer->p, g = layer->g, I = layer->G * g;
@@ -187,10 +207,21 @@ static void put(const Layer *layer, int64_t r, int64_t j, int64_t n, const float
             write(layer->out, layer->out_type, (r * p + a) * I + (j + i) * g, g, values + (i * p + a) * g);
 }
 
+/* `values` [n, d] times the scale of every group, or of the row. */
+static void scale_groups(float *restrict values, const float *restrict scale, int each, int64_t n, int64_t d) {
+    if (!each) {
+        n *= d;
+        for (int64_t c = 0; c < n; c++) values[c] *= scale[0];
+        return;
+    }
+    for (int64_t i = 0; i < n; i++, values += d)
+        for (int64_t c = 0; c < d; c++) values[c] *= scale[i];
+}
+
 /* `values` [n, p, g] times `factors` [n, g]. */
-static void multiply(float *restrict values, const float *restrict factors, int64_t n, int64_t p, int64_t g) {
+static void scale_columns(float *restrict values, const float *restrict factors, int64_t n, int64_t p, int64_t g) {
     if (p == 1) {
-        for (int64_t i = 0; i < n * g; i++) values[i] *= factors[i];
+        for (int64_t c = 0; c < n * g; c++) values[c] *= factors[c];
         return;
     }
     for (int64_t i = 0; i < n; i++, factors += g)
@@ -202,17 +233,17 @@ static void decode_row(const Layer *layer, int64_t r) {
     const int64_t M = layer->M, G = layer->G, p = layer->p, g = layer->g, d = p * g;
     const int64_t most = CODES / M < VALUES / d ? CODES / M : VALUES / d;
     const int direct = p == 1 && layer->out_type == FLOAT32;
-    int64_t bit = r * layer->row_bits;
-    uint64_t codes[CODES + 16];
+    uint32_t codes[CODES + 16];
     float values[VALUES], scale[CODES];
     for (int64_t j = 0; j < G; j += most) {
         const int64_t n = G - j < most ? G - j : most;
         float *to = direct ? (float *)layer->out + (r * G + j) * g : values;
-        read(layer->scales, layer->scales_type, layer->group_scales ? r * G + j : r, layer->group_scales ? n : 1, scale);
-        const uint64_t *code = layer->widths ? unpack_variable(layer, &bit, j, n, codes)
+        const uint32_t *code = layer->widths ? unpack_variable(layer, r, j, n, codes)
                                              : unpack(layer, (r * G + j) * M, n * M, codes);
-        decode_groups(layer, code, j, n, scale, to, d);
-        if (layer->input_scales) multiply(to, layer->input_scales + j * g, n, p, g);
+        decode_groups(layer, code, j, n, to, d);
+        read(layer->scales, layer->scales_type, layer->group_scales ? r * G + j : r, layer->group_scales ? n : 1, scale);
+        scale_groups(to, scale, layer->group_scales, n, d);
+        if (layer->factors) scale_columns(to, layer->factors + j * g, n, p, g);
         if (!direct) put(layer, r, j, n, to);
     }
 }
@@ -225,22 +256,39 @@ static void work(void *argument) {
         for (int64_t last = r + layer->rows; r < last && r < layer->R; r++) decode_row(layer, r);
 }
 
-/* Decode a layer by `team`, or without one by the caller alone. Returns 0, or 1 where memory is short. */
-int vqdm_decode(Layer *layer, Team *team, int threads) {
-    const int64_t K = layer->widths ? ((int64_t)2 << layer->bits) - 1 : (int64_t)1 << layer->bits;
-    const int64_t count = layer->M * K * layer->p * layer->g;
-    const int64_t values = layer->groupwise ? layer->G * count : count;
-    float *converted = NULL;
-    layer->books = layer->codebooks;
-    if (layer->codebooks_type != FLOAT32) {
-        if (!(converted = malloc(values * sizeof(float)))) return 1;
-        read(layer->codebooks, layer->codebooks_type, 0, values, converted);
-        layer->books = converted;
+/* Where the code of every group lies. A width of more bits than the codebook has would lead past its end. */
+static void find_places(const Layer *layer, uint32_t *byte, uint32_t *shift, uint32_t *mask) {
+    uint32_t bit = 0;
+    for (int64_t j = 0; j < layer->G; j++) {
+        const uint32_t width = layer->widths[j] < layer->bits ? layer->widths[j] : layer->bits;
+        byte[j] = bit >> 3;
+        shift[j] = bit & 7;
+        mask[j] = ((uint32_t)1 << width) - 1;
+        bit += width;
     }
+}
+
+/* Decode a layer by `team`, or without one by the caller alone. Returns 0, or 1 where memory is short. */
+int vqdm_decode(const Layer *given, Team *team, int threads) {
+    Layer layer = *given;
+    const int64_t K = layer.widths ? ((int64_t)2 << layer.bits) - 1 : (int64_t)1 << layer.bits;
+    const int64_t I = layer.G * layer.g, sets = layer.groupwise ? layer.G : 1;
+    const int64_t values = layer.M == 1 || layer.codebooks_type == FLOAT32 ? 0 : sets * layer.M * K * layer.p * layer.g;
+    float *books = malloc((values + I + 3 * layer.G) * sizeof(float)), *factors = books + values;
+    uint32_t *places = (uint32_t *)(factors + I);
+    if (!books) return 1;
+    layer.books = layer.codebooks_type == FLOAT32 ? layer.codebooks : values ? books : NULL;
+    read(layer.codebooks, layer.codebooks_type, 0, values, books);
+    layer.factors = layer.input_scales ? factors : NULL;
+    if (layer.input_scales) read(layer.input_scales, layer.input_scales_type, 0, I, factors);
+    layer.byte = places;
+    layer.shift = places + layer.G;
+    layer.mask = places + 2 * layer.G;
+    if (layer.widths) find_places(&layer, places, places + layer.G, places + 2 * layer.G);
     if (team && threads > 1)
-        team(work, layer, threads, 0);
+        team(work, &layer, threads, 0);
     else
-        work(layer);
-    free(converted);
+        work(&layer);
+    free(books);
     return 0;
 }
