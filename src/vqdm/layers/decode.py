@@ -164,15 +164,21 @@ def _known(path: str, source: str) -> str:
 
 def _choice(stored: Stored, dtype: torch.dtype) -> str:
     """The fastest way for layers of this class, measured on the first of them."""
-    weights = min(torch.Size(stored.shape).numel(), MEASURED_WEIGHTS)
-    spec = replace(stored.spec, row_bits=0) if stored.spec.row_bits else stored.spec
-    key = (stored.codes.device, dtype, spec, stored.code_widths is None, stored.codebooks.dtype, weights.bit_length())
+    weights = min(stored.shape[0] * stored.shape[1], MEASURED_WEIGHTS).bit_length()
+    kind = _kind(stored.spec), stored.code_widths is None, stored.codebooks.dtype
+    key = (stored.codes.device, dtype, *kind, weights)
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
         if len(candidates) == 1:
             _warn_once(f"decoding on {stored.codes.device}: {candidates[0]}, for want of a faster way on this device")
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
     return _chosen[key]
+
+
+@cache
+def _kind(spec: CodeSpec) -> CodeSpec:
+    """The format without the bits of one layer."""
+    return replace(spec, row_bits=0)
 
 
 def _fastest(stored: Stored, dtype: torch.dtype, candidates: tuple[str, ...]) -> str:

@@ -6,6 +6,12 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
+/* Where the code of a column group lies in a row group, whose first bit is any of a byte. */
+typedef struct {
+    uint32_t byte, shift, mask; /* byte and bit where it begins; as many ones as it has bits */
+    uint32_t first;             /* the entry that code 0 stands for */
+} Place;
+
 typedef struct {
     const uint8_t *codes, *end; /* packed codes [R, G, M] */
     const void *codebooks;      /* [M, K, p, g], or [G, M, K, p, g] */
@@ -17,19 +23,20 @@ typedef struct {
     int32_t M, bits, p, g, groupwise, group_scales, row_bits;
     int32_t codebooks_type, scales_type, input_scales_type, out_type;
     /* The rest is set here. */
-    int64_t next;               /* row group that no thread has taken */
-    const float *books;         /* the codebooks in float32, where they are added up */
-    const float *factors;       /* the input scales in float32, or NULL */
-    const uint32_t *byte, *shift, *mask; /* [G] where the rate is variable: where a code begins in its row group, and its bits */
+    int64_t next;         /* the first row group that no thread has taken */
+    const Place *places;  /* [G] of a single codebook */
+    const float *books;   /* the codebooks in float32 */
+    const float *factors; /* [G, p, g] where there are input scales, else ones [p, g] */
 } Layer;
 
-/* Of a row, what is decoded at once: its codes and its values stay in the first-level cache. */
-enum { CODES = 256, VALUES = 1024 };
+/* Of a row, what is decoded at once: codes and values stay in the first-level cache beside the codebooks. */
+enum { CODES = 256, VALUES = 4096, BYTES = 2 * CODES + 64 };
 
 /* A team of threads that calls a function: GOMP_parallel of an OpenMP library. */
 typedef void Team(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t Codes __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint64_t Words __attribute__((vector_size(32)));
 
@@ -77,7 +84,7 @@ INLINE float from_bfloat16(uint16_t half) {
 }
 
 /* Values first..first + n of an array of any type. */
-static void read(const void *from, int type, int64_t first, int64_t n, float *to) {
+static void read(const void *from, int type, int64_t first, int64_t n, float *restrict to) {
     const uint16_t *halves = (const uint16_t *)from + first;
     if (type == FLOAT32)
         memcpy(to, (const float *)from + first, n * sizeof(float));
@@ -98,101 +105,104 @@ static void write(void *to, int type, int64_t first, int64_t n, const float *res
         for (int64_t i = 0; i < n; i++) halves[i] = float16(values[i]);
 }
 
-/* Eight bytes, little end first as on every machine that torch runs on, zero past the end. */
-INLINE uint64_t word_at(const uint8_t *at, const uint8_t *end) {
-    uint64_t word = 0;
-    if (end - at >= 8)
-        memcpy(&word, at, 8);
-    else if (end > at)
-        memcpy(&word, at, end - at);
-    return word;
+/* The packed codes from a byte on: BYTES of them, in `copy` where fewer are left, with zeros after the last. Words are
+   read little end first, as on every machine that torch runs on. */
+static const uint8_t *codes_at(const Layer *layer, int64_t byte, uint8_t *copy) {
+    const int64_t left = layer->end - layer->codes - byte;
+    if (left >= BYTES) return layer->codes + byte;
+    memset(copy, 0, BYTES);
+    if (left > 0) memcpy(copy, layer->codes + byte, left);
+    return copy;
+}
+
+#define SUM(TYPE, WIDTH) \
+    for (; c + WIDTH <= d; c += WIDTH) { \
+        TYPE sum = *(const TYPE *)(entry[0] + c); \
+        for (int m = 1; m < M; m++) sum += *(const TYPE *)(entry[m] + c); \
+        *(TYPE *)(out + c) = sum * scale * *(const TYPE *)(factor + c); \
+    }
+
+/* The values [d] of a group from its M entries, added up from left to right as elsewhere: equal to the last bit. With
+   M and d known to the compiler it becomes a few vector instructions. */
+INLINE void add_up(const float *const *entry, float scale, const float *factor, float *restrict out, const int M,
+                   const int d) {
+    int c = 0;
+    SUM(Eight, 8)
+    SUM(Four, 4)
+    SUM(float, 1)
+}
+
+/* A single codebook: values [n, d] of groups j..j + n of row group r. */
+INLINE void decode_single(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *restrict out,
+                          const int d) {
+    const int64_t row = r * layer->row_bits, own = layer->group_scales, step = layer->input_scales ? d : 0;
+    const Place *place = layer->places + j;
+    const int64_t start = place->byte, phase = row & 7;
+    const float *restrict books = layer->books, *factor = layer->factors + j * step;
+    uint8_t copy[BYTES];
+    const uint8_t *from = codes_at(layer, (row >> 3) + start, copy);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t word;
+        memcpy(&word, from + (place[i].byte - start), 4);
+        const uint64_t code = place[i].first + (word >> (place[i].shift + phase) & place[i].mask);
+        const float *entry = books + code * d;
+        add_up(&entry, scale[i * own], factor + i * step, out + i * d, 1, d);
+    }
 }
 
 /* Codes first..first + n. Eight codes fill `bits` bytes, and four of them lie in one word. */
 static const uint32_t *unpack(const Layer *layer, int64_t first, int64_t n, uint32_t *codes) {
     const uint64_t b = layer->bits, mask = ((uint64_t)1 << b) - 1, odd = b % 2 * 4;
     const Words masks = {mask, mask, mask, mask}, low = {0, b, 2 * b, 3 * b}, high = low + (Words){odd, odd, odd, odd};
-    uint32_t *out = codes;
-    for (int64_t bundle = first / 8; bundle * 8 < first + n; bundle++, out += 8) {
-        const uint8_t *at = layer->codes + bundle * b;
-        const uint64_t x = word_at(at, layer->end), y = word_at(at + b / 2, layer->end);
-        *(Codes *)out = __builtin_convertvector((Words){x, x, x, x} >> low & masks, Codes);
-        *(Codes *)(out + 4) = __builtin_convertvector((Words){y, y, y, y} >> high & masks, Codes);
+    uint8_t copy[BYTES];
+    const uint8_t *from = codes_at(layer, first / 8 * b, copy);
+    for (int64_t i = 0; i < first % 8 + n; i += 8, from += b) {
+        uint64_t x, y;
+        memcpy(&x, from, 8);
+        memcpy(&y, from + b / 2, 8);
+        *(Codes *)(codes + i) = __builtin_convertvector((Words){x, x, x, x} >> low & masks, Codes);
+        *(Codes *)(codes + i + 4) = __builtin_convertvector((Words){y, y, y, y} >> high & masks, Codes);
     }
     return codes + first % 8;
 }
 
-/* Variable rate: codes of groups j..j + n of row group r. The codebook holds those of all widths, that of width w from
-   entry 2^w - 1 on. A code begins in the first 15 bits of its word: 7 of the row group's first byte, 7 of its own. */
-INLINE const uint32_t *unpack_variable(const Layer *layer, int64_t r, int64_t j, int64_t n, uint32_t *codes) {
-    const int64_t row = r * layer->row_bits;
-    const uint32_t *restrict byte = layer->byte + j, *restrict shift = layer->shift + j, *restrict mask = layer->mask + j;
-    const uint8_t *from = layer->codes + (row >> 3);
-    const uint32_t phase = row & 7;
-    uint32_t words[CODES];
-    if (layer->end - from >= byte[n - 1] + 4)
-        for (int64_t i = 0; i < n; i++) memcpy(words + i, from + byte[i], 4);
-    else
-        for (int64_t i = 0; i < n; i++) words[i] = word_at(from + byte[i], layer->end);
-    for (int64_t i = 0; i < n; i++) codes[i] = mask[i] + (words[i] >> (shift[i] + phase) & mask[i]);
-    return codes;
-}
-
-/* The sums [n, d] of groups j..j + n of a row. With M and d known to the compiler, its loops become a few vector
-   instructions. Sums run from left to right as elsewhere, and are equal to the last bit. `own`: values of a group's own
-   codebooks, 0 where all groups have the same. */
-INLINE void add_up(const Layer *layer, const uint32_t *restrict code, int64_t n, const float *restrict books,
-                   int64_t own, float *restrict out, const int M, const int d) {
-    const int64_t K = (int64_t)1 << layer->bits;
+/* Several codebooks: values [n, d] of groups j..j + n of row group r. */
+INLINE void decode_several(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *restrict out,
+                           const int M, const int d) {
+    const int64_t own = layer->group_scales, step = layer->input_scales ? d : 0;
+    const int64_t K = (int64_t)1 << layer->bits, set = layer->groupwise ? M * K * d : 0;
+    const float *restrict books = layer->books + j * set, *factor = layer->factors + j * step;
+    uint32_t codes[CODES + 16];
+    const uint32_t *code = unpack(layer, (r * layer->G + j) * M, n * M, codes);
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < n; i++, code += M, out += d, books += own) {
-        int c = 0;
-        for (; c + 4 <= d; c += 4) {
-            Four sum = *(const Four *)(books + code[0] * d + c);
-            for (int m = 1; m < M; m++) sum += *(const Four *)(books + (m * K + code[m]) * d + c);
-            *(Four *)(out + c) = sum;
-        }
-        for (; c < d; c++) {
-            float sum = books[code[0] * d + c];
-            for (int m = 1; m < M; m++) sum += books[(m * K + code[m]) * d + c];
-            out[c] = sum;
-        }
+    for (int64_t i = 0; i < n; i++, code += M, books += set) {
+        const float *entry[16];
+        for (int m = 0; m < M; m++) entry[m] = books + (m * K + code[m]) * d;
+        add_up(entry, scale[i * own], factor + i * step, out + i * d, M, d);
     }
 }
 
-/* Entries [n, d] of one codebook of 16 bit, as they are. */
-INLINE void copy(const uint16_t *restrict book, const uint32_t *restrict code, int64_t n, int64_t own,
-                 uint16_t *restrict out, const int d) {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < n; i++, book += own) memcpy(out + i * d, book + code[i] * (int64_t)d, 2 * d);
-}
-
-#define CASE(COUNT, SIZE) \
-    if (!own && layer->M == COUNT && d == SIZE) { \
-        add_up(layer, code, n, books, 0, out, COUNT, SIZE); \
+#define SINGLE(SIZE) \
+    if (layer->M == 1 && d == SIZE) { \
+        decode_single(layer, r, j, n, scale, out, SIZE); \
         return; \
     }
 
-/* The sums [n, d] of groups j..j + n of a row. */
-static void decode_groups(const Layer *layer, const uint32_t *code, int64_t j, int64_t n, float *out, int d) {
-    const int64_t own = layer->groupwise ? (int64_t)layer->M * d << layer->bits : 0;
-    if (!layer->books) {
-        const uint16_t *book = (const uint16_t *)layer->codebooks + j * own;
-        uint16_t entries[VALUES];
-        if (d == 4 && !own)
-            copy(book, code, n, 0, entries, 4);
-        else if (d == 8 && !own)
-            copy(book, code, n, 0, entries, 8);
-        else
-            copy(book, code, n, own, entries, d);
-        read(entries, layer->codebooks_type, 0, n * d, out);
-        return;
+#define SEVERAL(COUNT, SIZE) \
+    if (layer->M == COUNT && d == SIZE) { \
+        decode_several(layer, r, j, n, scale, out, COUNT, SIZE); \
+        return; \
     }
-    const float *books = layer->books + j * own;
-    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
-    CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
-    CASE(1, 16) CASE(2, 16) CASE(3, 16) CASE(4, 16)
-    add_up(layer, code, n, books, own, out, layer->M, d);
+
+/* Values [n, p, g] of groups j..j + n of row group r, times their scale or that of all. */
+static void decode_groups(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *out) {
+    const int d = layer->p * layer->g;
+    SINGLE(4) SEVERAL(2, 4) SEVERAL(3, 4) SEVERAL(4, 4) SEVERAL(5, 4) SEVERAL(6, 4)
+    SINGLE(8) SEVERAL(2, 8) SEVERAL(3, 8) SEVERAL(4, 8)
+    SINGLE(16) SEVERAL(2, 16) SEVERAL(3, 16) SEVERAL(4, 16)
+    SINGLE(d)
+    decode_several(layer, r, j, n, scale, out, layer->M, d);
 }
 
 /* `values` [n, p, g] of row group r, from group j on, to their places. */
@@ -207,43 +217,17 @@ static void put(const Layer *layer, int64_t r, int64_t j, int64_t n, const float
             write(layer->out, layer->out_type, (r * p + a) * I + (j + i) * g, g, values + (i * p + a) * g);
 }
 
-/* `values` [n, d] times the scale of every group, or of the row. */
-static void scale_groups(float *restrict values, const float *restrict scale, int each, int64_t n, int64_t d) {
-    if (!each) {
-        n *= d;
-        for (int64_t c = 0; c < n; c++) values[c] *= scale[0];
-        return;
-    }
-    for (int64_t i = 0; i < n; i++, values += d)
-        for (int64_t c = 0; c < d; c++) values[c] *= scale[i];
-}
-
-/* `values` [n, p, g] times `factors` [n, g]. */
-static void scale_columns(float *restrict values, const float *restrict factors, int64_t n, int64_t p, int64_t g) {
-    if (p == 1) {
-        for (int64_t c = 0; c < n * g; c++) values[c] *= factors[c];
-        return;
-    }
-    for (int64_t i = 0; i < n; i++, factors += g)
-        for (int64_t a = 0; a < p; a++, values += g)
-            for (int64_t c = 0; c < g; c++) values[c] *= factors[c];
-}
-
 static void decode_row(const Layer *layer, int64_t r) {
-    const int64_t M = layer->M, G = layer->G, p = layer->p, g = layer->g, d = p * g;
-    const int64_t most = CODES / M < VALUES / d ? CODES / M : VALUES / d;
+    const int64_t G = layer->G, p = layer->p, g = layer->g, d = p * g;
+    const int64_t most = CODES / layer->M < VALUES / d ? CODES / layer->M : VALUES / d;
     const int direct = p == 1 && layer->out_type == FLOAT32;
-    uint32_t codes[CODES + 16];
     float values[VALUES], scale[CODES];
+    if (!layer->group_scales) read(layer->scales, layer->scales_type, r, 1, scale);
     for (int64_t j = 0; j < G; j += most) {
         const int64_t n = G - j < most ? G - j : most;
         float *to = direct ? (float *)layer->out + (r * G + j) * g : values;
-        const uint32_t *code = layer->widths ? unpack_variable(layer, r, j, n, codes)
-                                             : unpack(layer, (r * G + j) * M, n * M, codes);
-        decode_groups(layer, code, j, n, to, d);
-        read(layer->scales, layer->scales_type, layer->group_scales ? r * G + j : r, layer->group_scales ? n : 1, scale);
-        scale_groups(to, scale, layer->group_scales, n, d);
-        if (layer->factors) scale_columns(to, layer->factors + j * g, n, p, g);
+        if (layer->group_scales) read(layer->scales, layer->scales_type, r * G + j, n, scale);
+        decode_groups(layer, r, j, n, scale, to);
         if (!direct) put(layer, r, j, n, to);
     }
 }
@@ -256,39 +240,46 @@ static void work(void *argument) {
         for (int64_t last = r + layer->rows; r < last && r < layer->R; r++) decode_row(layer, r);
 }
 
-/* Where the code of every group lies. A width of more bits than the codebook has would lead past its end. */
-static void find_places(const Layer *layer, uint32_t *byte, uint32_t *shift, uint32_t *mask) {
+/* Variable rate: the codebook holds those of all widths, that of width w from entry 2^w - 1 on. A width of more bits
+   than it has would lead past its end. */
+static void find_places(const Layer *layer, Place *places) {
     uint32_t bit = 0;
     for (int64_t j = 0; j < layer->G; j++) {
-        const uint32_t width = layer->widths[j] < layer->bits ? layer->widths[j] : layer->bits;
-        byte[j] = bit >> 3;
-        shift[j] = bit & 7;
-        mask[j] = ((uint32_t)1 << width) - 1;
+        const uint32_t most = layer->bits, wanted = layer->widths ? layer->widths[j] : most;
+        const uint32_t width = wanted < most ? wanted : most, mask = ((uint32_t)1 << width) - 1;
+        places[j] = (Place){bit >> 3, bit & 7, mask, layer->widths ? mask : layer->groupwise ? j << most : 0};
         bit += width;
     }
+}
+
+/* Input scales [G, g] to factors [G, p, g]. */
+static void find_factors(const Layer *layer, float *factors) {
+    const int64_t p = layer->p, g = layer->g;
+    for (int64_t i = 0; i < layer->G * p; i++)
+        read(layer->input_scales, layer->input_scales_type, i / p * g, g, factors + i * g);
 }
 
 /* Decode a layer by `team`, or without one by the caller alone. Returns 0, or 1 where memory is short. */
 int vqdm_decode(const Layer *given, Team *team, int threads) {
     Layer layer = *given;
-    const int64_t K = layer.widths ? ((int64_t)2 << layer.bits) - 1 : (int64_t)1 << layer.bits;
-    const int64_t I = layer.G * layer.g, sets = layer.groupwise ? layer.G : 1;
-    const int64_t values = layer.M == 1 || layer.codebooks_type == FLOAT32 ? 0 : sets * layer.M * K * layer.p * layer.g;
-    float *books = malloc((values + I + 3 * layer.G) * sizeof(float)), *factors = books + values;
-    uint32_t *places = (uint32_t *)(factors + I);
-    if (!books) return 1;
-    layer.books = layer.codebooks_type == FLOAT32 ? layer.codebooks : values ? books : NULL;
+    const int64_t G = layer.G, d = layer.p * layer.g, K = ((int64_t)(layer.widths ? 2 : 1) << layer.bits) - !!layer.widths;
+    const int64_t values = layer.codebooks_type == FLOAT32 ? 0 : (layer.groupwise ? G : 1) * layer.M * K * d;
+    Place *places = malloc(G * sizeof(Place) + (G * d + values) * sizeof(float));
+    float *factors = (float *)(places + G), *books = factors + G * d;
+    if (!places) return 1;
+    layer.places = places;
+    layer.factors = factors;
+    layer.books = values ? books : layer.codebooks;
+    find_places(&layer, places);
+    if (layer.input_scales)
+        find_factors(&layer, factors);
+    else
+        for (int64_t c = 0; c < d; c++) factors[c] = 1;
     read(layer.codebooks, layer.codebooks_type, 0, values, books);
-    layer.factors = layer.input_scales ? factors : NULL;
-    if (layer.input_scales) read(layer.input_scales, layer.input_scales_type, 0, I, factors);
-    layer.byte = places;
-    layer.shift = places + layer.G;
-    layer.mask = places + 2 * layer.G;
-    if (layer.widths) find_places(&layer, places, places + layer.G, places + 2 * layer.G);
     if (team && threads > 1)
         team(work, &layer, threads, 0);
     else
         work(&layer);
-    free(books);
+    free(places);
     return 0;
 }

@@ -19,7 +19,7 @@ from vqdm.layers.stored import Stored
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off")  # sums to the last bit those of the other ways
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LAYER = Struct("7P 3q 11i 52x")  # as in native_decode.c, which fills in the rest
+LAYER = Struct("7P 3q 11i 36x")  # as in native_decode.c, which fills in the rest
 WEIGHTS_AT_ONCE = 2**15  # that a thread takes: few enough to share evenly, many enough to be worth asking for
 
 
@@ -39,7 +39,7 @@ def native(stored: Stored, out: Tensor) -> None:
     books, factors, widths = _readable(stored.codebooks), stored.input_scales, stored.code_widths
     factors = None if factors is None else _readable(factors)
     spec, (O, I), codes = stored.spec, stored.shape, stored.codes.data_ptr()  # noqa: E741
-    R = O // spec.out_group_size
+    R, G = O // spec.out_group_size, I // spec.in_group_size
     rows = max(1, WEIGHTS_AT_ONCE // (I * spec.out_group_size))
     layer = LAYER.pack(
         codes,
@@ -50,7 +50,7 @@ def native(stored: Stored, out: Tensor) -> None:
         out.data_ptr(),
         0 if widths is None else widths.data_ptr(),
         R,
-        I // spec.in_group_size,
+        G,
         rows,
         spec.num_codebooks,
         spec.nbits_per_codebook,
@@ -58,7 +58,7 @@ def native(stored: Stored, out: Tensor) -> None:
         spec.in_group_size,
         spec.groupwise_codebooks,
         scales.numel() > R,
-        spec.row_bits,
+        spec.row_bits or G * spec.num_codebooks * spec.nbits_per_codebook,
         TYPES[books.dtype],
         TYPES[scales.dtype],
         0 if factors is None else TYPES[factors.dtype],
