@@ -132,10 +132,10 @@ INLINE void add_up(const float *const *entry, float scale, const float *factor, 
     SUM(float, 1)
 }
 
-/* A single codebook: values [n, d] of groups j..j + n of row group r. */
-INLINE void decode_single(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *restrict out,
-                          const int d) {
-    const int64_t row = r * layer->row_bits, own = layer->group_scales, step = layer->input_scales ? d : 0;
+/* A single codebook: values [n, d] of groups j..j + n of row group r. `same`: all have the first scale. */
+INLINE void decode_single(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *restrict scale,
+                          float *restrict out, const int d, const int same) {
+    const int64_t row = r * layer->row_bits, step = layer->input_scales ? d : 0;
     const Place *place = layer->places + j;
     const int64_t start = place->byte, phase = row & 7;
     const float *restrict books = layer->books, *factor = layer->factors + j * step;
@@ -147,7 +147,7 @@ INLINE void decode_single(const Layer *layer, int64_t r, int64_t j, int64_t n, c
         memcpy(&word, from + (place[i].byte - start), 4);
         const uint64_t code = place[i].first + (word >> (place[i].shift + phase) & place[i].mask);
         const float *entry = books + code * d;
-        add_up(&entry, scale[i * own], factor + i * step, out + i * d, 1, d);
+        add_up(&entry, scale[same ? 0 : i], factor + i * step, out + i * d, 1, d);
     }
 }
 
@@ -167,10 +167,10 @@ static const uint32_t *unpack(const Layer *layer, int64_t first, int64_t n, uint
     return codes + first % 8;
 }
 
-/* Several codebooks: values [n, d] of groups j..j + n of row group r. */
-INLINE void decode_several(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *restrict out,
-                           const int M, const int d) {
-    const int64_t own = layer->group_scales, step = layer->input_scales ? d : 0;
+/* Several codebooks: likewise. */
+INLINE void decode_several(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *restrict scale,
+                           float *restrict out, const int M, const int d, const int same) {
+    const int64_t step = layer->input_scales ? d : 0;
     const int64_t K = (int64_t)1 << layer->bits, set = layer->groupwise ? M * K * d : 0;
     const float *restrict books = layer->books + j * set, *factor = layer->factors + j * step;
     uint32_t codes[CODES + 16];
@@ -179,30 +179,32 @@ INLINE void decode_several(const Layer *layer, int64_t r, int64_t j, int64_t n, 
     for (int64_t i = 0; i < n; i++, code += M, books += set) {
         const float *entry[16];
         for (int m = 0; m < M; m++) entry[m] = books + (m * K + code[m]) * d;
-        add_up(entry, scale[i * own], factor + i * step, out + i * d, M, d);
+        add_up(entry, scale[same ? 0 : i], factor + i * step, out + i * d, M, d);
     }
 }
 
 #define SINGLE(SIZE) \
-    if (layer->M == 1 && d == SIZE) { \
-        decode_single(layer, r, j, n, scale, out, SIZE); \
+    if (same && layer->M == 1 && d == SIZE) { \
+        decode_single(layer, r, j, n, scale, out, SIZE, 1); \
         return; \
     }
 
 #define SEVERAL(COUNT, SIZE) \
-    if (layer->M == COUNT && d == SIZE) { \
-        decode_several(layer, r, j, n, scale, out, COUNT, SIZE); \
+    if (same && layer->M == COUNT && d == SIZE) { \
+        decode_several(layer, r, j, n, scale, out, COUNT, SIZE, 1); \
         return; \
     }
 
-/* Values [n, p, g] of groups j..j + n of row group r, times their scale or that of all. */
+/* Values [n, p, g] of groups j..j + n of row group r; `scale`: theirs, or that of all. */
 static void decode_groups(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *out) {
-    const int d = layer->p * layer->g;
+    const int d = layer->p * layer->g, same = !layer->group_scales;
     SINGLE(4) SEVERAL(2, 4) SEVERAL(3, 4) SEVERAL(4, 4) SEVERAL(5, 4) SEVERAL(6, 4)
     SINGLE(8) SEVERAL(2, 8) SEVERAL(3, 8) SEVERAL(4, 8)
     SINGLE(16) SEVERAL(2, 16) SEVERAL(3, 16) SEVERAL(4, 16)
-    SINGLE(d)
-    decode_several(layer, r, j, n, scale, out, layer->M, d);
+    if (layer->M == 1)
+        decode_single(layer, r, j, n, scale, out, d, same);
+    else
+        decode_several(layer, r, j, n, scale, out, layer->M, d, same);
 }
 
 /* `values` [n, p, g] of row group r, from group j on, to their places. */
