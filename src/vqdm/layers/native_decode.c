@@ -6,9 +6,9 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
-/* Where the code of a column group lies in a row group, whose first bit is any of a byte. */
+/* Of a single codebook, where a column group's code lies in a row group. */
 typedef struct {
-    uint32_t byte, shift, mask; /* byte and bit where it begins; as many ones as it has bits */
+    uint32_t byte, shift, mask; /* the byte, the bit of that byte where it begins, its bits */
     uint32_t first;             /* the entry that code 0 stands for */
 } Place;
 
@@ -19,17 +19,19 @@ typedef struct {
     const void *input_scales;   /* [G, g], or NULL */
     void *out;                  /* [R, p, G, g] */
     const uint8_t *widths;      /* [G] bits of a code where the rate is variable, or NULL */
-    int64_t R, G, rows;         /* `rows` row groups are taken at once, by any thread */
-    int32_t M, bits, p, g, groupwise, group_scales, row_bits;
+    int64_t R, G, row_bits;
+    int64_t rows;               /* that are taken at once, by any thread */
+    int32_t M, bits, p, g, groupwise, group_scales;
     int32_t codebooks_type, scales_type, input_scales_type, out_type;
     /* The rest is set here. */
     int64_t next;         /* the first row group that no thread has taken */
-    const Place *places;  /* [G] of a single codebook */
+    const Place *places;  /* [G] where M is 1 */
     const float *books;   /* the codebooks in float32 */
     const float *factors; /* [G, p, g] where there are input scales, else ones [p, g] */
 } Layer;
 
-/* Of a row, what is decoded at once: codes and values stay in the first-level cache beside the codebooks. */
+/* Of a row, the most that is decoded at once, which leaves the first-level cache to the codebooks; and the bytes that
+   such codes of up to 16 bits take, with those that are read beside them. */
 enum { CODES = 256, VALUES = 4096, BYTES = 2 * CODES + 64 };
 
 /* A team of threads that calls a function: GOMP_parallel of an OpenMP library. */
@@ -105,8 +107,8 @@ static void write(void *to, int type, int64_t first, int64_t n, const float *res
         for (int64_t i = 0; i < n; i++) halves[i] = float16(values[i]);
 }
 
-/* The packed codes from a byte on: BYTES of them, in `copy` where fewer are left, with zeros after the last. Words are
-   read little end first, as on every machine that torch runs on. */
+/* BYTES of the packed codes from a byte on: in `copy` where fewer are left, with zeros after the last. They are read as
+   words, little end first as on every machine that torch runs on. */
 static const uint8_t *codes_at(const Layer *layer, int64_t byte, uint8_t *copy) {
     const int64_t left = layer->end - layer->codes - byte;
     if (left >= BYTES) return layer->codes + byte;
@@ -132,7 +134,8 @@ INLINE void add_up(const float *const *entry, float scale, const float *factor, 
     SUM(float, 1)
 }
 
-/* A single codebook: values [n, d] of groups j..j + n of row group r. `same`: all have the first scale. */
+/* A single codebook: values [n, d] of groups j..j + n of row group r. `same`: all have the first scale. Places hold for
+   every row group: one that does not begin a byte shifts them by its `phase`, and no code leaves its four bytes. */
 INLINE void decode_single(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *restrict scale,
                           float *restrict out, const int d, const int same) {
     const int64_t row = r * layer->row_bits, step = layer->input_scales ? d : 0;
@@ -167,7 +170,7 @@ static const uint32_t *unpack(const Layer *layer, int64_t first, int64_t n, uint
     return codes + first % 8;
 }
 
-/* Several codebooks: likewise. */
+/* Several codebooks, of constant rate: likewise. */
 INLINE void decode_several(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *restrict scale,
                            float *restrict out, const int M, const int d, const int same) {
     const int64_t step = layer->input_scales ? d : 0;
@@ -183,28 +186,27 @@ INLINE void decode_several(const Layer *layer, int64_t r, int64_t j, int64_t n, 
     }
 }
 
-#define SINGLE(SIZE) \
-    if (same && layer->M == 1 && d == SIZE) { \
-        decode_single(layer, r, j, n, scale, out, SIZE, 1); \
-        return; \
-    }
+INLINE void decode_groups(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *out,
+                          const int M, const int d, const int same) {
+    if (M == 1)
+        decode_single(layer, r, j, n, scale, out, d, same);
+    else
+        decode_several(layer, r, j, n, scale, out, M, d, same);
+}
 
-#define SEVERAL(COUNT, SIZE) \
+#define CASE(COUNT, SIZE) \
     if (same && layer->M == COUNT && d == SIZE) { \
-        decode_several(layer, r, j, n, scale, out, COUNT, SIZE, 1); \
+        decode_groups(layer, r, j, n, scale, out, COUNT, SIZE, 1); \
         return; \
     }
 
 /* Values [n, p, g] of groups j..j + n of row group r; `scale`: theirs, or that of all. */
-static void decode_groups(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *out) {
+static void decode_part(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *out) {
     const int d = layer->p * layer->g, same = !layer->group_scales;
-    SINGLE(4) SEVERAL(2, 4) SEVERAL(3, 4) SEVERAL(4, 4) SEVERAL(5, 4) SEVERAL(6, 4)
-    SINGLE(8) SEVERAL(2, 8) SEVERAL(3, 8) SEVERAL(4, 8)
-    SINGLE(16) SEVERAL(2, 16) SEVERAL(3, 16) SEVERAL(4, 16)
-    if (layer->M == 1)
-        decode_single(layer, r, j, n, scale, out, d, same);
-    else
-        decode_several(layer, r, j, n, scale, out, layer->M, d, same);
+    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
+    CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
+    CASE(1, 16) CASE(2, 16) CASE(3, 16) CASE(4, 16)
+    decode_groups(layer, r, j, n, scale, out, layer->M, d, same);
 }
 
 /* `values` [n, p, g] of row group r, from group j on, to their places. */
@@ -229,7 +231,7 @@ static void decode_row(const Layer *layer, int64_t r) {
         const int64_t n = G - j < most ? G - j : most;
         float *to = direct ? (float *)layer->out + (r * G + j) * g : values;
         if (layer->group_scales) read(layer->scales, layer->scales_type, r * G + j, n, scale);
-        decode_groups(layer, r, j, n, scale, to);
+        decode_part(layer, r, j, n, scale, to);
         if (!direct) put(layer, r, j, n, to);
     }
 }
@@ -242,29 +244,30 @@ static void work(void *argument) {
         for (int64_t last = r + layer->rows; r < last && r < layer->R; r++) decode_row(layer, r);
 }
 
-/* Variable rate: the codebook holds those of all widths, that of width w from entry 2^w - 1 on. A width of more bits
-   than it has would lead past its end. */
+/* The places of M = 1. Where the rate is variable, the codebook holds those of all widths, that of width w from entry
+   2^w - 1 on; a larger width than the largest would lead past its end. */
 static void find_places(const Layer *layer, Place *places) {
     uint32_t bit = 0;
     for (int64_t j = 0; j < layer->G; j++) {
         const uint32_t most = layer->bits, wanted = layer->widths ? layer->widths[j] : most;
         const uint32_t width = wanted < most ? wanted : most, mask = ((uint32_t)1 << width) - 1;
-        places[j] = (Place){bit >> 3, bit & 7, mask, layer->widths ? mask : layer->groupwise ? j << most : 0};
+        places[j] = (Place){bit >> 3, bit & 7, mask, layer->widths ? mask : layer->groupwise ? (uint32_t)j << most : 0};
         bit += width;
     }
 }
 
-/* Input scales [G, g] to factors [G, p, g]. */
+/* Input scales [G, g] to factors [G, p, g]: where p is 1, all at once. */
 static void find_factors(const Layer *layer, float *factors) {
-    const int64_t p = layer->p, g = layer->g;
-    for (int64_t i = 0; i < layer->G * p; i++)
-        read(layer->input_scales, layer->input_scales_type, i / p * g, g, factors + i * g);
+    const int64_t p = layer->p, I = layer->G * layer->g, n = p == 1 ? I : layer->g;
+    for (int64_t i = 0; i * n < I * p; i++)
+        read(layer->input_scales, layer->input_scales_type, i / p * n, n, factors + i * n);
 }
 
 /* Decode a layer by `team`, or without one by the caller alone. Returns 0, or 1 where memory is short. */
 int vqdm_decode(const Layer *given, Team *team, int threads) {
     Layer layer = *given;
-    const int64_t G = layer.G, d = layer.p * layer.g, K = ((int64_t)(layer.widths ? 2 : 1) << layer.bits) - !!layer.widths;
+    const int64_t G = layer.G, d = layer.p * layer.g;
+    const int64_t K = layer.widths ? ((int64_t)2 << layer.bits) - 1 : (int64_t)1 << layer.bits;
     const int64_t values = layer.codebooks_type == FLOAT32 ? 0 : (layer.groupwise ? G : 1) * layer.M * K * d;
     Place *places = malloc(G * sizeof(Place) + (G * d + values) * sizeof(float));
     float *factors = (float *)(places + G), *books = factors + G * d;
@@ -272,7 +275,7 @@ int vqdm_decode(const Layer *given, Team *team, int threads) {
     layer.places = places;
     layer.factors = factors;
     layer.books = values ? books : layer.codebooks;
-    find_places(&layer, places);
+    if (layer.M == 1) find_places(&layer, places);
     if (layer.input_scales)
         find_factors(&layer, factors);
     else

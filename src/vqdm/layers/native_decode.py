@@ -19,7 +19,7 @@ from vqdm.layers.stored import Stored
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off")  # sums to the last bit those of the other ways
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LAYER = Struct("7P 3q 11i 36x")  # as in native_decode.c, which fills in the rest
+LAYER = Struct("7P 4q 10i 32x")  # Layer of native_decode.c, which fills in the rest
 WEIGHTS_AT_ONCE = 2**15  # that a thread takes: few enough to share evenly, many enough to be worth asking for
 
 
@@ -35,13 +35,26 @@ def native(stored: Stored, out: Tensor) -> None:
         native(stored, whole)
         out.copy_(whole)
         return
-    scales = _readable(stored.scale_matrix() if stored.scales is None else stored.scales)
-    books, factors, widths = _readable(stored.codebooks), stored.input_scales, stored.code_widths
-    factors = None if factors is None else _readable(factors)
-    spec, (O, I), codes = stored.spec, stored.shape, stored.codes.data_ptr()  # noqa: E741
-    R, G = O // spec.out_group_size, I // spec.in_group_size
-    rows = max(1, WEIGHTS_AT_ONCE // (I * spec.out_group_size))
-    layer = LAYER.pack(
+    scales = stored.scale_matrix() if stored.scales is None else stored.scales
+    factors = None if stored.input_scales is None else _readable(stored.input_scales)
+    held = _readable(stored.codebooks), _readable(scales), factors  # until the call is over
+    p, (O, I) = stored.spec.out_group_size, stored.shape  # noqa: E741
+    rows = max(1, WEIGHTS_AT_ONCE // (I * p))
+    layer = _layer(stored, *held, out, rows)
+    if library().vqdm_decode(layer, _team(), min(torch.get_num_threads(), -(-O // (p * rows)))):
+        raise MemoryError(f"no memory for codebooks {list(stored.codebooks.shape)} in float32")
+
+
+def _readable(values: Tensor) -> Tensor:
+    """`values` in a type and a layout that the C code reads."""
+    if values.dtype in TYPES and values.is_contiguous():
+        return values
+    return (values if values.dtype in TYPES else values.float()).contiguous()
+
+
+def _layer(stored: Stored, books: Tensor, scales: Tensor, factors: Tensor | None, out: Tensor, rows: int) -> bytes:
+    spec, (R, G), codes, widths = stored.spec, stored.groups, stored.codes.data_ptr(), stored.code_widths
+    return LAYER.pack(
         codes,
         codes + stored.codes.numel(),
         books.data_ptr(),
@@ -51,6 +64,7 @@ def native(stored: Stored, out: Tensor) -> None:
         0 if widths is None else widths.data_ptr(),
         R,
         G,
+        spec.row_bits or G * spec.num_codebooks * spec.nbits_per_codebook,
         rows,
         spec.num_codebooks,
         spec.nbits_per_codebook,
@@ -58,21 +72,11 @@ def native(stored: Stored, out: Tensor) -> None:
         spec.in_group_size,
         spec.groupwise_codebooks,
         scales.numel() > R,
-        spec.row_bits or G * spec.num_codebooks * spec.nbits_per_codebook,
         TYPES[books.dtype],
         TYPES[scales.dtype],
         0 if factors is None else TYPES[factors.dtype],
         TYPES[out.dtype],
     )
-    if library().vqdm_decode(layer, _team(), min(torch.get_num_threads(), -(-R // rows))):
-        raise MemoryError(f"no memory for codebooks {list(stored.codebooks.shape)} in float32")
-
-
-def _readable(values: Tensor) -> Tensor:
-    """`values` in a type and a layout that the C code reads."""
-    if values.dtype in TYPES and values.is_contiguous():
-        return values
-    return (values if values.dtype in TYPES else values.float()).contiguous()
 
 
 @cache
