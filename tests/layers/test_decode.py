@@ -21,6 +21,9 @@ def fresh(monkeypatch):
     monkeypatch.setattr(decoding, "_said", set())
     monkeypatch.setitem(decoding.CANDIDATES, "cpu", ("gather", "torch"))
     decoding._warn_once.cache_clear()
+    decoding._environment.cache_clear()
+    yield
+    decoding._environment.cache_clear()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_gather import FORMATS, WIDTHS, stored_of
+from test_gather import FORMATS, VARIABLE, WIDTHS, stored_of
 
 from vqdm.additive.code import CodeSpec, pack_codes
 from vqdm.compiled import compiler
@@ -59,6 +59,59 @@ def test_rows_longer_than_what_is_decoded_at_once():
         out = torch.empty(8, 4 * 1080)
         native.native(stored, out)
         assert torch.equal(out, code.dequantize())
+
+
+@needs_compiler
+@pytest.mark.parametrize("M", [1, 2])
+@pytest.mark.parametrize("groupwise", [False, True])
+def test_long_rows_of_every_scale(M, groupwise):
+    for p in (1, 3):
+        spec = CodeSpec(M, 7, 4, p, scale_nbits=4, groupwise_codebooks=groupwise, input_channel_scales=True)
+        stored, code = stored_of(spec, 6, 4 * 300)
+        out = torch.empty(6, 4 * 300)
+        native.native(stored, out)
+        assert torch.equal(out, code.dequantize())
+
+
+@needs_compiler
+@pytest.mark.parametrize("row_bits", [1, 2801, 2808, 3600])
+def test_long_rows_of_variable_rate(row_bits):
+    spec = CodeSpec(1, 12, 4, shared_codebooks="bank", row_bits=row_bits, input_channel_scales=True)
+    stored, code = stored_of(spec, 21, 4 * 300)
+    for bank in (stored.codebooks, stored.codebooks.float()):
+        out = torch.full((21, 4 * 300), torch.nan)
+        native.native(stored._replace(codebooks=bank), out)
+        assert torch.equal(out, code.dequantize())
+
+
+@needs_compiler
+@pytest.mark.parametrize("spec", [CodeSpec(3, 5, 4), CodeSpec(1, 11, 4), VARIABLE[0]], ids=str)
+def test_codes_past_the_end_are_zero(spec):
+    stored, _ = stored_of(spec, 64, 160)
+    zeros = torch.zeros_like(stored.codes)
+    for kept in (0, 1, len(zeros) // 2, len(zeros) - 1):
+        codes = torch.cat([stored.codes[:kept], zeros[kept:]])
+        found, wanted = torch.empty(2, 64, 160)
+        native.native(stored._replace(codes=stored.codes[:kept]), found)
+        native.native(stored._replace(codes=codes), wanted)
+        assert torch.equal(found, wanted)
+
+
+@needs_compiler
+@pytest.mark.parametrize("width", [6, 16, 255])
+def test_widths_that_no_codebook_has_do_not_lead_past_its_end(width):
+    spec = CodeSpec(1, 5, 4, shared_codebooks="bank", row_bits=200)
+    stored, _ = stored_of(spec, 8, 160)
+    bank = torch.full((1, 2**17, 1, 4), torch.nan)
+    bank[:, : spec.entries] = stored.codebooks
+    crafted = stored._replace(
+        codes=torch.full_like(stored.codes, 255),
+        codebooks=bank[:, : spec.entries],
+        code_widths=torch.full_like(stored.code_widths, width),
+    )
+    out = torch.empty(8, 160)
+    native.native(crafted, out)
+    assert out.isfinite().all()
 
 
 @needs_compiler

@@ -59,6 +59,7 @@ def set_decode_path(path: str | None) -> None:
     """Decode by one of `PATHS` from now on; None leaves it to the environment again. Raises UserError on another."""
     global _wanted
     _wanted = None if path is None else _known(path, "set_decode_path")
+    _environment.cache_clear()
 
 
 def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: str | None = None) -> Tensor:
@@ -73,7 +74,7 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: 
         return traced(stored).to(dtype)
     if out is None:
         out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
-    name = path or _wanted or os.environ.get(ENVIRONMENT, "auto")
+    name = path or _wanted or _environment()
     name = _choice(stored, dtype) if _known(name, ENVIRONMENT) == "auto" else name
     if name in ON_CPU and out.device.type != "cpu":
         raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
@@ -156,6 +157,12 @@ RUNS: dict[str, Callable[[Stored, Tensor], None]] = {
 # ------------------------------------------------------------------------------------------------ the choice
 
 
+@cache
+def _environment() -> str:
+    """What the environment says on first use: asking it takes a microsecond, and every layer comes here."""
+    return os.environ.get(ENVIRONMENT, "auto")
+
+
 def _known(path: str, source: str) -> str:
     if path not in PATHS:
         raise UserError(f"{source} is {path!r}; allowed are {', '.join(PATHS)}")
@@ -164,15 +171,26 @@ def _known(path: str, source: str) -> str:
 
 def _choice(stored: Stored, dtype: torch.dtype) -> str:
     """The fastest way for layers of this class, measured on the first of them."""
-    weights = min(torch.Size(stored.shape).numel(), MEASURED_WEIGHTS)
-    spec = replace(stored.spec, row_bits=0) if stored.spec.row_bits else stored.spec
-    key = (stored.codes.device, dtype, spec, stored.code_widths is None, stored.codebooks.dtype, weights.bit_length())
+    weights = min(stored.shape[0] * stored.shape[1], MEASURED_WEIGHTS).bit_length()
+    kind = _kind(stored.spec), stored.code_widths is None, stored.codebooks.dtype
+    key = (stored.codes.device, dtype, *kind, weights)
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
         if len(candidates) == 1:
             _warn_once(f"decoding on {stored.codes.device}: {candidates[0]}, for want of a faster way on this device")
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
     return _chosen[key]
+
+
+@cache
+def _kind(spec: CodeSpec) -> CodeSpec:
+    """The format without the bits of one layer: the same object for equal ones, which are then found sooner."""
+    return _first_of(replace(spec, row_bits=0))
+
+
+@cache
+def _first_of(spec: CodeSpec) -> CodeSpec:
+    return spec
 
 
 def _fastest(stored: Stored, dtype: torch.dtype, candidates: tuple[str, ...]) -> str:

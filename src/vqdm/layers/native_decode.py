@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -18,19 +19,8 @@ from vqdm.layers.stored import Stored
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off")  # sums to the last bit those of the other ways
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LAYER = Struct("7P 4q 10i 32x")  # Layer of native_decode.c, which fills in the rest
 WEIGHTS_AT_ONCE = 2**15  # that a thread takes: few enough to share evenly, many enough to be worth asking for
-
-
-class _Layer(ctypes.Structure):
-    """As in native_decode.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "end", "codebooks", "scales", "input_scales", "out", "widths")),
-        ("books", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("R", "G", "rows", "next")),
-        *((name, ctypes.c_int32) for name in ("M", "bits", "p", "g", "groupwise", "group_scales", "row_bits")),
-        *((f"{name}_type", ctypes.c_int32) for name in ("codebooks", "scales", "out")),
-    )
 
 
 def native(stored: Stored, out: Tensor) -> None:
@@ -46,10 +36,12 @@ def native(stored: Stored, out: Tensor) -> None:
         out.copy_(whole)
         return
     scales = stored.scale_matrix() if stored.scales is None else stored.scales
-    factors = None if stored.input_scales is None else stored.input_scales.float().contiguous()
+    factors = None if stored.input_scales is None else _readable(stored.input_scales)
     held = _readable(stored.codebooks), _readable(scales), factors  # until the call is over
-    layer = _layer(stored, *held, out)
-    if library().vqdm_decode(ctypes.byref(layer), _team(), min(torch.get_num_threads(), -(-layer.R // layer.rows))):
+    p, (O, I) = stored.spec.out_group_size, stored.shape  # noqa: E741
+    rows = max(1, WEIGHTS_AT_ONCE // (I * p))
+    layer = _layer(stored, *held, out, rows)
+    if library().vqdm_decode(layer, _team(), min(torch.get_num_threads(), -(-O // (p * rows)))):
         raise MemoryError(f"no memory for codebooks {list(stored.codebooks.shape)} in float32")
 
 
@@ -60,30 +52,29 @@ def _readable(values: Tensor) -> Tensor:
     return (values if values.dtype in TYPES else values.float()).contiguous()
 
 
-def _layer(stored: Stored, books: Tensor, scales: Tensor, input_scales: Tensor | None, out: Tensor) -> _Layer:
-    spec, (R, G), codes = stored.spec, stored.groups, stored.codes.data_ptr()
-    return _Layer(
+def _layer(stored: Stored, books: Tensor, scales: Tensor, factors: Tensor | None, out: Tensor, rows: int) -> bytes:
+    spec, (R, G), codes, widths = stored.spec, stored.groups, stored.codes.data_ptr(), stored.code_widths
+    return LAYER.pack(
         codes,
         codes + stored.codes.numel(),
         books.data_ptr(),
         scales.data_ptr(),
-        None if input_scales is None else input_scales.data_ptr(),
+        0 if factors is None else factors.data_ptr(),
         out.data_ptr(),
-        None if stored.code_widths is None else stored.code_widths.data_ptr(),
-        None,
+        0 if widths is None else widths.data_ptr(),
         R,
         G,
-        max(1, WEIGHTS_AT_ONCE // (stored.shape[1] * spec.out_group_size)),
-        0,
+        spec.row_bits or G * spec.num_codebooks * spec.nbits_per_codebook,
+        rows,
         spec.num_codebooks,
         spec.nbits_per_codebook,
         spec.out_group_size,
         spec.in_group_size,
         spec.groupwise_codebooks,
         scales.numel() > R,
-        spec.row_bits,
         TYPES[books.dtype],
         TYPES[scales.dtype],
+        0 if factors is None else TYPES[factors.dtype],
         TYPES[out.dtype],
     )
 
