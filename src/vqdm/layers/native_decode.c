@@ -1,5 +1,6 @@
 /* A layer's additive codes to its weight; letters as in vqdm/additive/code.py. Compiled by gcc or clang where it runs. */
 
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,6 +30,8 @@ typedef struct {
     const float *books;   /* the codebooks in float32 */
     const float *factors; /* [G, p, g] where there are input scales, else ones [p, g] */
 } Layer;
+
+_Static_assert(offsetof(Layer, next) == 128 && sizeof(Layer) == 160, "native_decode.py packs 128 bytes and 32 for the rest");
 
 /* Of a row, the most that is decoded at once, which leaves the first-level cache to the codebooks; and the bytes that
    such codes of up to 16 bits take, with those that are read beside them. */
