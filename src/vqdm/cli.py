@@ -151,7 +151,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, output: str | None, dtype:
     group.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="start of every random draw")
     if dtype:
         group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; mps to draw and to score")
     group.add_argument("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="live tracker")
     group.add_argument(
         "--wandb", dest="report_to", action="store_const", const="wandb", help="the same as --report_to wandb"

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vqdm.diffusion.pipelines import load_pipeline, sample, stored_dtypes, weight_files
+from vqdm.diffusion.pipelines import check_float64, load_pipeline, sample, stored_dtypes, weight_files
 from vqdm.diffusion.sampling import (
     check_timestep_range,
     error_spread,
@@ -59,6 +59,17 @@ def test_timestep_range(pipelines):
     assert torch.equal(part.latents, whole.latents[:, keep]) and torch.equal(part.timesteps, whole.timesteps[keep])
     with pytest.raises(UserError, match="--min_timestep"):
         check_timestep_range(pipeline.scheduler, 5, 2, 3)
+
+
+def test_a_device_without_float64_is_refused_by_name(monkeypatch):
+    check_float64(torch.device("cpu"))
+
+    def unable(*_, **__):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setattr(torch, "empty", unable)
+    with pytest.raises(UserError, match=r"--device mps has no float64, .*; use --device cpu"):
+        check_float64(torch.device("mps"))
 
 
 def test_files_of_a_variant(tmp_path):

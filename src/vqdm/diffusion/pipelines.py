@@ -45,6 +45,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_float64(device: torch.device) -> None:
+    """Raise UserError for a device that cannot add up exactly, such as Apple's."""
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        raise UserError(f"--device {device} has no float64, which this program adds up in; use --device cpu") from None
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is float32 on a CPU and float16 elsewhere."""
     if name == "auto":

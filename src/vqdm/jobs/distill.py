@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vqdm.diffusion.pipelines import check_model, configured_pipeline, pick_dtype
+from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.errors import RunError, UserError
 from vqdm.jobs.distill_job import Distillation
@@ -57,6 +57,7 @@ def distill(config: FinetuneConfig) -> dict | None:
     check_model(config.model)
     source = find_quantized_unet(config.quantized)
     with launched(config.device) as ranks:
+        check_float64(ranks.device)
         pipeline, student = load(config, ranks, source)
         types = types_on_disk(source)
         trained = trainable(student, config.optimizer)

@@ -22,6 +22,7 @@ from vqdm.additive.code import AdditiveCode
 from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.pipelines import (
+    check_float64,
     check_model,
     configured_pipeline,
     load_pipeline,
@@ -72,6 +73,7 @@ def quantize(config: QuantizeConfig) -> dict | None:
     prompts = read_prompts(config)
     check_model(config.model)
     with launched(config.device) as ranks:
+        check_float64(ranks.device)
         return quantize_on(ranks, config, *prompts)
 
 
