@@ -31,10 +31,12 @@ from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
+from vqdm.documents import read_json
 from vqdm.layers.quantized import decoded_once
 from vqdm.parallel import launched
 from vqdm.prompts import draw, load_prompts
 from vqdm.scores.fidelity import decibels
+from vqdm.storage.atomic import save_json
 from vqdm.tracking import peak_memory
 from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.training.config import OptimizerConfig
@@ -92,9 +94,12 @@ def starting_unet(way: str, quantized: str, arguments: argparse.Namespace) -> nn
 
 
 def keep(unet: nn.Module, quantized: str, folder: Path) -> None:
-    """The UNet in the types it is stored in, as `generate.py MODEL FOLDER` takes it."""
+    """The UNet in the types it is stored in, as `generate.py MODEL FOLDER` takes it, and its size as it was."""
     write_back(unet, types_on_disk(find_quantized_unet(quantized)))
     unet.save_pretrained(folder)
+    if (told := Path(quantized) / "summary.json").is_file():
+        sizes = {name: value for name, value in read_json(told).items() if name.startswith(("effective_bits", "bytes"))}
+        save_json(sizes, folder / "summary.json")
 
 
 def make_trainer(lesson: Lesson, steps: int, change_codes: bool, arguments: argparse.Namespace) -> Trainer:

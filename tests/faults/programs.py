@@ -20,14 +20,21 @@ QUANTIZE = shlex.split(
     "--device cpu --layer_filter '(down_blocks.1|mid_block).*attn1.to_[qkv]|down_blocks.0.resnets.0.conv1'"
 )
 GENERATE = shlex.split("--num_inference_steps 1 --bs 2 --num_samples_per_prompt 2 --limit 4 --device cpu")
+FINETUNE = shlex.split(
+    "--finetune_nsamples 2 --held_out_nsamples 1 --held_out_points 2 --evaluation_nsamples 1 --visualize_nsamples 1 "
+    "--num_inference_steps 2 --xtx_batch_size 2 --finetune_batch_size 2 --local_batch_size 2 --finetune_max_epochs 2 "
+    "--eval_step 2 --checkpointing_steps 1 --finetune_method student+teacher --finetune_keep_best --update_codes "
+    "--device cpu"
+)  # two epochs of two steps, a checkpoint after each
 METRICS = shlex.split("--metrics psnr ssim --report_images 2 --device cpu")
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What programs work on: a pipeline folder, a prompt file, and two folders of pictures."""
+    """What programs work on: a pipeline folder, a quantized one, a prompt file, and two folders of pictures."""
 
     model: Path
+    quantized: Path
     prompts: Path
     pictures: Path
     reference: Path
@@ -43,6 +50,7 @@ class Program:
         kept: files that count as done in an unfinished folder; a resumption must not make them again.
         unkept: files that are there without counting as done, and are made again: a batch for each process at most.
         resumes: whether it has --resume; what has not starts again.
+        ranks_agree: whether any number of processes gives the same bytes; else the same number does.
     """
 
     words: Callable[[Materials, Path], list]
@@ -50,6 +58,7 @@ class Program:
     kept: Callable[[Path], set[Path]]
     unkept: Callable[[Path], int] = lambda out: 0
     resumes: bool = True
+    ranks_agree: bool = True
 
 
 def digests(out: Path, *patterns: str) -> dict[str, str]:
@@ -61,6 +70,11 @@ def digests(out: Path, *patterns: str) -> dict[str, str]:
 def pieces(out: Path) -> set[Path]:
     """Layers, Hessians and recorded batches."""
     return {path for path in out.glob("work/*/*.safetensors") if not path.name.startswith(".")}
+
+
+def checkpoints(out: Path) -> set[Path]:
+    """What is recorded, and whole checkpoints."""
+    return pieces(out) | set(out.glob("checkpoint-[0-9]*/*"))
 
 
 def rows_of(out: Path) -> dict[str, str]:
@@ -102,12 +116,19 @@ def generate(given: Materials, out: Path) -> list:
     return ["generate", given.model, given.prompts, "--output_dir", out, *GENERATE]
 
 
+def finetune(given: Materials, out: Path) -> list:
+    return ["finetune", given.model, given.quantized, given.prompts, given.prompts, "--output_dir", out, *FINETUNE]
+
+
 def metrics(given: Materials, out: Path) -> list:
     return ["metrics", given.pictures, "--reference", given.reference, "--output_dir", out, *METRICS]
 
 
 PROGRAMS = {
     "quantize": Program(quantize, results=lambda out: digests(out, "*/*", "image_pairs.png"), kept=pieces),
+    "finetune": Program(
+        finetune, results=lambda out: digests(out, "*/*", "image_pairs.png"), kept=checkpoints, ranks_agree=False
+    ),
     "generate": Program(generate, results=whole_pictures, kept=pictures_with_rows, unkept=pictures_without_rows),
     "metrics": Program(metrics, results=scores, kept=lambda out: set(), resumes=False),
 }

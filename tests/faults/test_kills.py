@@ -123,23 +123,37 @@ def check_whole(path: Path) -> None:
 def torture(launcher, materials, uninterrupted, disk_changes, tmp_path):
     def make(name: str, world: int, seed: int) -> Torture:
         draw = random.Random(f"{name}:{world}:{seed}")
-        told = uninterrupted(name), disk_changes(name)
+        told = uninterrupted(name, world), disk_changes(name)
         return Torture(launcher, materials, PROGRAMS[name], world, draw, tmp_path, *told)
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("name", "world", "kills"), [("quantize", 1, 5), ("quantize", 2, 2), ("generate", 1, 4), ("metrics", 1, 1)]
+    ("name", "world", "kills"),
+    [
+        ("quantize", 1, 5),
+        ("quantize", 2, 2),
+        ("finetune", 1, 3),
+        ("finetune", 2, 2),
+        ("generate", 1, 4),
+        ("metrics", 1, 1),
+    ],
 )
-def test_a_dozen_kills(torture, name, world, kills):
+def test_a_few_kills(torture, name, world, kills):
     assert torture(name, world, 0).run(kills) >= kills
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
-    ("name", "seed"), [*product(["quantize"], range(7)), *product(["generate"], range(4)), ("metrics", 0)]
+    ("name", "seed"),
+    [
+        *product(["quantize"], range(7)),
+        *product(["finetune"], range(3)),
+        *product(["generate"], range(4)),
+        ("metrics", 0),
+    ],
 )
-def test_ten_kills_of_240(torture, name, world, seed):
+def test_ten_kills_of_300(torture, name, world, seed):
     assert torture(name, world, seed + 1).run(10) >= 10
