@@ -14,6 +14,7 @@ import argparse
 import json
 
 import torch
+from rivals import bits_on_disk
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import rest_layers, select_layers
@@ -34,14 +35,13 @@ def rest_of(unet: torch.nn.Module) -> list[str]:
 
 def row(unet: torch.nn.Module, recorded, parameters: int, rest_nbits: int, size: int) -> dict:
     """One measured state of the UNet, as it is printed; full-precision tensors count 16 bits a value."""
-    bits = sum(8 * min(2, tensor.element_size()) * tensor.numel() for tensor in unet.parameters())
     with decoded_once(unet):
         error = output_error(unet, recorded, size)
     return {
         "quantized_layers": len(quantized_layers(unet)),
         "rest_nbits": rest_nbits,
         "unet_output_error_db": round(error, 3),
-        "stored_bits_per_parameter": round(bits / parameters, 4),
+        "stored_bits_per_parameter": round(bits_on_disk(unet) / parameters, 4),
     }
 
 

@@ -51,8 +51,11 @@ def test_a_process_whose_peers_do_not_start_ends_with_a_line(tmp_path, monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("vqdm.parallel.SECONDS_TO_START", 0.5)
     if (child := os.fork()) == 0:
-        PartialState._reset_state()
-        with open(tmp_path / "said", "w") as sys.stderr, launched("cpu"):
+        try:
+            PartialState._reset_state()
+            with open(tmp_path / "said", "w") as sys.stderr, launched("cpu"):
+                pass
+        finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     said = (tmp_path / "said").read_text()

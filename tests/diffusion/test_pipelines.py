@@ -1,0 +1,50 @@
+"""Devices, and the files of a pipeline on the disk."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vqdm.diffusion.pipelines import check_float64, stored_dtypes, weight_files
+from vqdm.errors import UserError
+
+
+def test_a_device_without_float64_is_refused_by_name(monkeypatch):
+    check_float64(torch.device("cpu"))
+
+    def unable(*_, **__):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setattr(torch, "empty", unable)
+    with pytest.raises(UserError, match=r"--device mps has no float64, .*; use --device cpu"):
+        check_float64(torch.device("mps"))
+
+
+def test_files_of_a_variant(tmp_path):
+    names = [
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "m-00001-of-00002.safetensors",
+        "m.fp16-00001-of-00002.safetensors",
+    ]
+    (tmp_path / "unet").mkdir()
+    for name in names:
+        (tmp_path / "unet" / name).touch()
+    found = {variant: [file.name for file in weight_files(str(tmp_path), variant)] for variant in (None, "fp16")}
+    assert found == {None: sorted(names[::2]), "fp16": sorted(names[1::2])}
+
+
+def test_files_of_a_hub_name_are_those_of_the_cache(tmp_path, monkeypatch):
+    """A pipeline of the hub is saved in the types it was stored in there, like one of a folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "models--you--name"
+    for branch, dtype in (("main", torch.float16), ("other", torch.bfloat16)):
+        snapshot = repository / "snapshots" / f"commit-{branch}"
+        (snapshot / "vae").mkdir(parents=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(f"commit-{branch}")
+        (snapshot / "model_index.json").write_text("{}")
+        save_file({"weight": torch.zeros(2, dtype=dtype)}, snapshot / "vae" / "model.safetensors")
+    assert stored_dtypes("you/name", None) == {"vae": torch.float16}
+    assert stored_dtypes("you/name", None, "other") == {"vae": torch.bfloat16}
+    assert stored_dtypes("you/unknown", None) == {}
