@@ -190,9 +190,7 @@ def picture_bytes(kind: str = "PNG") -> bytes:
 
 def manifest(draw, folder: Path) -> None:
     """A folder of generate.py, scored and resumed."""
-    for row in ROWS:
-        (folder / row["file"]).write_bytes(picture_bytes())
-    (folder / "manifest.jsonl").write_bytes(broken_lines(draw, ROWS))
+    write_set(draw, folder)
     ImageFolder(folder).finished([(0, 0), (1, 0)])
     pictures = open_pictures(str(folder), "IMAGES")
     mismatches(pictures, pictures)
@@ -200,6 +198,25 @@ def manifest(draw, folder: Path) -> None:
     for picture in pictures.pictures.values():
         assert (folder / picture.file).resolve().is_relative_to(folder.resolve())
         pictures.load(picture)
+
+
+def zipped_manifest(draw, folder: Path) -> None:
+    """The same folder in a zip file."""
+    write_set(draw, folder)
+    top = draw(st.sampled_from(["", "top/"]))
+    data = zipped({top + path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    (folder / "set.zip").write_bytes(broken_bytes(draw, data) if draw(st.booleans()) else data)
+    pictures = open_pictures(str(folder / "set.zip"), "IMAGES")
+    mismatches(pictures, pictures)
+    for picture in pictures.pictures.values():
+        pictures.load(picture)
+
+
+def write_set(draw, folder: Path) -> None:
+    """Pictures and a damaged manifest of them."""
+    for row in ROWS:
+        (folder / row["file"]).write_bytes(picture_bytes())
+    (folder / "manifest.jsonl").write_bytes(broken_lines(draw, ROWS))
 
 
 def run_record(draw, folder: Path) -> None:
@@ -341,7 +358,7 @@ META_UNET: torch.nn.Module | None = None
 FAST = {f"prompts.{kind}": prompts(kind) for kind in ("txt", "csv", "tsv", "json", "jsonl", "yaml", "parquet")} | {
     one.__name__: one
     for one in (
-        config_file, overrides_file, quantization_config, manifest, run_record, pictures, statistics, layer_file,
+        config_file, overrides_file, quantization_config, manifest, zipped_manifest, run_record, pictures, statistics, layer_file,
         hessian_cache, plan, scored_run, model_index,
     )
 }  # fmt: skip

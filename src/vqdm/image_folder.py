@@ -55,7 +55,7 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a manifest; a missing file has none. Damaged lines are left out, with a warning but for a cut last."""
     if not path.is_file():
         return []
-    rows = [_parsed(line) for line in lines_of(path)]
+    rows = parse_rows(path.read_text(encoding="utf-8", errors="replace"))
     cut = not path.read_bytes().endswith(b"\n")
     for number in (k for k, row in enumerate(rows, start=1) if row is None):
         if number < len(rows) or not cut:
@@ -63,9 +63,12 @@ def read_rows(path: Path) -> list[dict]:
     return [row for row in rows if row is not None]
 
 
-def lines_of(path: Path) -> list[str]:
-    """Lines that are not empty. Only \\n ends one: prompts may hold other separators, such as U+2028."""
-    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+def parse_rows(text: str) -> list[dict | None]:
+    """A manifest's lines that are not empty, None for a damaged one.
+
+    Only \\n ends a line: prompts may hold other separators, such as U+2028.
+    """
+    return [_parsed(line) for line in text.split("\n") if line.strip()]
 
 
 def _parsed(line: str) -> dict | None:

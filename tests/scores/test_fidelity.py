@@ -1,3 +1,4 @@
+import logging
 import math
 from functools import partial
 
@@ -134,5 +135,27 @@ def test_lpips_is_that_of_torchmetrics(net, tmp_path, monkeypatch):
 
 def test_lpips_refuses_another_backbone(tmp_path):
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"--lpips_weights .*x\.pth does not hold alex"):
+    with pytest.raises(UserError, match=r"x\.pth does not hold LPIPS's backbone alex"):
         load_lpips("alex", tmp_path / "x.pth", torch.device("cpu"))
+
+
+def test_lpips_of_the_cached_backbone_is_the_mean_over_pairs(tmp_path, monkeypatch):
+    import torchvision
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "checkpoints" / LPIPS_BACKBONE)
+    first, second = pictures(9, 0).repeat(1, 1, 2, 2), pictures(9, 1).repeat(1, 1, 2, 2)
+    one_by_one = load_lpips("alex", tmp_path / "checkpoints" / LPIPS_BACKBONE, torch.device("cpu"))(first, second)
+    assert lpips(first, second) == pytest.approx(one_by_one.mean().item(), rel=1e-5)
+
+
+def test_a_damaged_cached_backbone_is_a_warning(tmp_path, monkeypatch, caplog):
+    """It must not end a quantization at its last step."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / LPIPS_BACKBONE).write_bytes(b"PK cut off")
+    with caplog.at_level(logging.WARNING, "vqdm"):
+        assert lpips(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)) is None
+    assert "LPIPS is left out" in caplog.text and LPIPS_BACKBONE in caplog.text

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vqdm.documents import first_line
 from vqdm.errors import UserError
+from vqdm.tracking import log
 
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 SMALLEST_FOR_LPIPS = {"alex": 31, "vgg": 16}  # pixels of the shorter side that leave each layer of the backbone one
@@ -74,7 +75,7 @@ def load_lpips(net: str, backbone: Path, device: torch.device) -> Callable[[Tens
     try:
         _fill(model.net, torch.load(backbone, map_location="cpu", weights_only=True))
     except Exception as error:
-        raise UserError(f"--lpips_weights {backbone} does not hold {net}: {first_line(error)}") from None
+        raise UserError(f"{backbone} does not hold LPIPS's backbone {net}: {first_line(error)}") from None
     model = model.eval().to(device)
     return lambda first, second: model(first, second, normalize=True).flatten()
 
@@ -88,20 +89,20 @@ def _fill(slices: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def lpips(reference: Tensor, images: Tensor) -> float | None:
-    """LPIPS (AlexNet, arXiv 1801.03924) by torchmetrics, or None where the backbone is not on this machine.
+    """Mean LPIPS (AlexNet, arXiv 1801.03924), or None where the backbone is not on this machine, or is damaged.
 
     None as well for pictures that are too small for it.
     """
-    if min(images.shape[2:]) < SMALLEST_FOR_LPIPS["alex"]:
+    backbone = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE
+    if min(images.shape[2:]) < SMALLEST_FOR_LPIPS["alex"] or not backbone.is_file():
         return None
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).exists():
+    try:
+        distance = load_lpips("alex", backbone, torch.device("cpu"))
+    except UserError as error:
+        log.warning("warning: LPIPS is left out: %s", error)
         return None
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    for pair in zip(reference.split(8), images.split(8), strict=True):
-        metric.update(*pair)
-    return metric.compute().item()
+    pairs = zip(reference.split(8), images.split(8), strict=True)
+    return torch.cat([distance(first, second) for first, second in pairs]).mean().item()
 
 
 def decibels(error: float, signal: float) -> float:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from PIL import Image
 
-from vqdm.documents import first_line, read_json, shortened
+from vqdm.documents import first_line, parse_json, shortened
 from vqdm.errors import RunError, UserError
-from vqdm.image_folder import is_encodable, lines_of, read_rows
+from vqdm.image_folder import is_encodable, parse_rows
+from vqdm.scores.picture_files import MANIFEST, PictureFiles, open_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Whatever a file is called: other decoders of PIL are less used to hostile input, and that of EPS starts a program.
@@ -69,13 +70,13 @@ class PictureSet:
     run: dict
 
     @cached_property
-    def _archive(self) -> zipfile.ZipFile | None:
-        return zipfile.ZipFile(self.path) if self.path.is_file() else None
+    def _files(self) -> PictureFiles:
+        return open_files(self.path)
 
     def load(self, picture: Picture) -> Image.Image:
         """The decoded picture, 8-bit RGB. Raises RunError for a file that is no picture, or one of too many pixels."""
         try:
-            with self._open(picture.file) as source, Image.open(source, formats=FORMATS) as image:
+            with self._files.open(picture.file) as source, Image.open(source, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"it has {image.width} × {image.height} pixels; allowed are {MOST_PIXELS}")
                 return _eight_bit(image).convert("RGB")
@@ -83,9 +84,6 @@ class PictureSet:
             raise
         except Exception as error:  # decoders and archives know a dozen kinds, some of them only Exception
             raise RunError(f"{self.path / picture.file} cannot be read as a picture: {first_line(error)}") from None
-
-    def _open(self, file: str) -> IO[bytes]:
-        return self._archive.open(file) if self._archive else (self.path / file).open("rb")
 
     @property
     def has_prompts(self) -> bool:
@@ -117,45 +115,48 @@ def open_pictures(path: str, flag: str) -> PictureSet:
         raise UserError(f"{flag}: {path} is not there; give a folder of pictures")
     if place.is_file() and not zipfile.is_zipfile(place):
         raise UserError(f"{flag}: {path} is neither a folder nor a zip file")
+    files = open_files(place)
     try:
-        pictures = _of_manifest(place, flag) or _of_names(_names(place))
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{flag}: {path} is a damaged zip file: {first_line(error)}") from None
+        pictures = _of_manifest(files, flag) or _of_names(_names(files))
+        run = _read_run(files, flag)
+    except UserError:
+        raise
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
+        raise UserError(f"{flag}: {path} cannot be read: {first_line(error)}") from None
     if not pictures:
         raise UserError(f"{flag}: {path} holds no picture ({' '.join(SUFFIXES)})")
     unfit = [name for one in pictures.values() for name in (one.id, one.file) if not is_encodable(name)]
     if unfit:
         raise UserError(f"{flag}: {path} holds {shortened(unfit[0])}, whose name is not UTF-8; rename it")
-    return PictureSet(place, pictures, _read_run(place, flag))
+    return PictureSet(place, pictures, run)
 
 
-def _of_manifest(folder: Path, flag: str) -> dict[Key, Picture]:
+def _of_manifest(files: PictureFiles, flag: str) -> dict[Key, Picture]:
     """Pictures that the manifest names; none where there is no manifest."""
-    if not folder.is_dir():
-        return {}
-    if list(folder.glob("manifest.*.jsonl")):
-        raise UserError(f"{flag}: {folder} is not finished; run the same generate.py with --resume first")
-    rows = _rows(folder / "manifest.jsonl", flag)
-    inside = folder.resolve()
-    outside = [row["file"] for row in rows if not (folder / row["file"]).resolve().is_relative_to(inside)]
+    if files.matching("manifest.*.jsonl"):
+        raise UserError(f"{flag}: {files.path} is not finished; run the same generate.py with --resume first")
+    rows = _rows(files, flag)
+    named = [files.beside_manifest(row["file"]) for row in rows]
+    outside = [name for name in named if files.leaves(name)]
     if outside:
-        raise UserError(f"{flag}: {folder / outside[0]} of its manifest is a link to a file outside of the folder")
-    missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
+        raise UserError(f"{flag}: {files.path / outside[0]} of its manifest is a link to a file outside of the folder")
+    missing = [name for name in named if not files.has(name)]
     if missing:
-        raise UserError(f"{flag}: {folder / missing[0]} and {len(missing) - 1} more of its manifest are not there")
-    found = [Picture(str(row.get("id", row["index"])), row["sample"], row["file"], row) for row in rows]
+        raise UserError(f"{flag}: {files.path / missing[0]} and {len(missing) - 1} more of its manifest are not there")
+    pairs = zip(rows, named, strict=True)
+    found = [Picture(str(row.get("id", row["index"])), row["sample"], name, row) for row, name in pairs]
     return {picture.key: picture for picture in found}
 
 
-def _rows(path: Path, flag: str) -> list[dict]:
+def _rows(files: PictureFiles, flag: str) -> list[dict]:
     """Rows of a finished manifest, which has no line that is none: to score fewer pictures would be a silent error."""
-    if not path.is_file():
+    name = files.beside_manifest(MANIFEST)
+    if not files.has(name):
         return []
-    rows, lines = read_rows(path), lines_of(path)
-    if len(rows) < len(lines):
-        raise UserError(f"{flag}: {path} is damaged: {len(lines) - len(rows)} of {len(lines)} lines are not rows of it")
+    rows = parse_rows(files.text(name))
+    if None in rows:
+        damage = f"{rows.count(None)} of {len(rows)} lines are not rows of it"
+        raise UserError(f"{flag}: {files.path / name} is damaged: {damage}")
     return rows
 
 
@@ -167,29 +168,26 @@ def _of_names(names: Iterable[str]) -> dict[Key, Picture]:
     return {picture.key: picture for picture in found}
 
 
-def _names(place: Path) -> list[str]:
-    """Pictures in a folder or zip file, at any depth; hidden ones are left out."""
-    if place.is_file():
-        with zipfile.ZipFile(place) as archive:
-            names = archive.namelist()
-    else:
-        names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
-    visible = [name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+def _names(files: PictureFiles) -> list[str]:
+    """Pictures at any depth; hidden ones are left out."""
+    visible = [
+        name for name in files.names() if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    ]
     return [name for name in visible if name.lower().endswith(SUFFIXES)]
 
 
-def _read_run(place: Path, flag: str) -> dict:
+def _read_run(files: PictureFiles, flag: str) -> dict:
     """The content of run.json, whose parts that are read here are of their types; empty where there is none."""
-    file = place / "run.json"
-    if not file.is_file():
+    name = files.beside_manifest("run.json")
+    if not files.has(name):
         return {}
     try:
-        run = read_json(file)
+        run = parse_json(files.text(name))
         json.dumps(run, allow_nan=False, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: {file} is damaged: {first_line(error)}") from None
+        raise UserError(f"{flag}: {files.path / name} is damaged: {first_line(error)}") from None
     if not _is_run(run):
-        raise UserError(f"{flag}: {file} is not what generate.py wrote")
+        raise UserError(f"{flag}: {files.path / name} is not what generate.py wrote")
     return run
 
 
