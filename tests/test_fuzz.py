@@ -358,8 +358,8 @@ META_UNET: torch.nn.Module | None = None
 FAST = {f"prompts.{kind}": prompts(kind) for kind in ("txt", "csv", "tsv", "json", "jsonl", "yaml", "parquet")} | {
     one.__name__: one
     for one in (
-        config_file, overrides_file, quantization_config, manifest, zipped_manifest, run_record, pictures, statistics, layer_file,
-        hessian_cache, plan, scored_run, model_index,
+        config_file, overrides_file, quantization_config, manifest, zipped_manifest, run_record, pictures, statistics,
+        layer_file, hessian_cache, plan, scored_run, model_index,
     )
 }  # fmt: skip
 SLOW = {one.__name__: one for one in (unet_config, unet_tensors)}

@@ -13,7 +13,6 @@ from PIL import Image
 
 from vqdm.cli import run_script
 from vqdm.scores.comparison import compare, incomparable, latex, markdown, read_run, table_csv
-from vqdm.scores.pareto import far, front
 
 LABELS = {"clip": "CLIP score[a_b]", "psnr": "PSNR (dB)", "fid_fp": "FID-8[clean] to full precision"}
 
@@ -133,17 +132,6 @@ def test_other_networks_and_numbers_are_not_comparable(runs, tmp_path, capsys):
     assert "the runs cannot be compared: clip: " in capsys.readouterr().err
     assert run_script(main, [*words, "--force"]) == 0
     assert "not comparable: clip" in capsys.readouterr().out
-
-
-def test_front_keeps_what_nothing_beats():
-    points = [(4.0, 30.0), (3.0, 25.0), (3.5, 24.0), (2.0, 20.0), (2.0, 19.0)]
-    assert front(points, higher=True) == [3, 1, 0]
-    assert front([(b, -v) for b, v in points], higher=False) == [3, 1, 0]
-    assert front([(2.0, 1.0), (2.0, 1.0)], higher=True) == [0, 1]
-
-
-def test_a_line_far_from_all_points_is_left_out():
-    assert far(100, [30, 32]) and not far(34, [30, 32]) and not far(5, [])
 
 
 def test_the_command_writes_tables_and_figure(runs, tmp_path, capsys):
