@@ -67,7 +67,8 @@ def generate(model: str, prompts: list[str], batches: int, folder: Path) -> None
     file = folder / "prompts.txt"
     file.write_text("".join(f"{prompts[k % len(prompts)]}\n" for k in range(batches)), encoding="utf-8")
     sampling = SamplingConfig(num_inference_steps=1)
-    sample_images(SampleConfig(model, str(file), str(folder / "out"), sampling=sampling, bs=1, device="cpu"))
+    out = str(folder / "out")
+    sample_images(SampleConfig(model=model, prompts=str(file), output_dir=out, sampling=sampling, bs=1, device="cpu"))
 
 
 def quantize_all(model: str, prompts: list[str], folder: Path) -> None:
@@ -75,7 +76,7 @@ def quantize_all(model: str, prompts: list[str], folder: Path) -> None:
     file = folder / "prompts.txt"
     file.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
     config = QuantizeConfig(
-        model, str(file), str(file), str(folder / "out"),
+        model=model, calibration_prompts=str(file), evaluation_prompts=str(file), output_dir=str(folder / "out"),
         device="cpu", sampling=SamplingConfig(num_inference_steps=2),
         solver=SolverConfig(CodeSpec(2, 4, 4), max_epochs=1, beam_size=2, init_max_iter=3),
         calibration_nsamples=min(10, len(prompts)), evaluation_nsamples=2, visualize_nsamples=1, xtx_batch_size=2,

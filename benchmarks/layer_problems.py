@@ -18,7 +18,7 @@ from vqdm.storage.runs import RunFolder
 from vqdm.tracking import Stopwatch, Tracker
 
 SAMPLES = 8192
-PROMPTS = ("prompts/shapes_calibration.csv", "prompts/shapes_evaluation.csv")
+CALIBRATION_PROMPTS, EVALUATION_PROMPTS = "prompts/shapes_calibration.csv", "prompts/shapes_evaluation.csv"
 
 
 def synthetic_layer(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +43,9 @@ def _inputs(A: Tensor, generator: torch.Generator) -> Tensor:
 def model_layers(model: str, cache: str, device: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
     """(name, W [O, I], H [I, I], held-out H) of the layers that are quantized by default, by the shapes' prompts."""
     config = QuantizeConfig(
-        model,
-        *PROMPTS,
+        model=model,
+        calibration_prompts=CALIBRATION_PROMPTS,
+        evaluation_prompts=EVALUATION_PROMPTS,
         output_dir=f"{cache}/work",
         sampling=SamplingConfig(num_inference_steps=20, guidance_scale=3.0),
         calibration_nsamples=192,

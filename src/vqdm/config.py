@@ -51,6 +51,37 @@ class SamplingConfig:
         return {name: value for name, value in asdict(self).items() if name != "scheduler"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every program that runs a model is told.
+
+    Attributes:
+        model: diffusers pipeline, a folder or a name on the hub; variant, revision and local_files_only belong to it.
+        output_dir: folder of the result; resume goes on with what is there.
+        seed: of all that is drawn at random.
+        dtype, device: what is computed in, and where; "auto" is float16 on the first GPU, else float32 on the CPU.
+        report_to: a tracker of `tracking`.
+        dry_run: check, print, and write nothing.
+    """
+
+    model: str
+    output_dir: str
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    variant: str | None = None
+    revision: str | None = None
+    local_files_only: bool = False
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    report_to: str = "none"
+    resume: bool = False
+    dry_run: bool = False
+
+    def to_dict(self) -> dict:
+        """Plain JSON types, nested as the dataclasses are."""
+        return asdict(self)
+
+
 @dataclass(frozen=True)
 class BetweenConfig:
     """Fine-tuning between blocks; see `jobs.between`, and `training.config` for the meaning of rates.
@@ -71,25 +102,16 @@ class BetweenConfig:
     finetune_adam_beta2: float = 0.95
 
 
-@dataclass(frozen=True)
-class QuantizeConfig:
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(RunConfig):
     """Everything that `jobs.quantize` needs; the flags of `main_text2image.py` by the same names.
 
     Raises:
         UserError: settings that contradict each other, naming the flags.
     """
 
-    model: str
     calibration_prompts: str
     evaluation_prompts: str
-    output_dir: str
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    variant: str | None = None
-    revision: str | None = None
-    local_files_only: bool = False
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     between: BetweenConfig = field(default_factory=BetweenConfig)
     overrides: dict[str, dict | None] = field(default_factory=dict)
@@ -111,12 +133,9 @@ class QuantizeConfig:
     target_bits: float | None = None
     sensitivity_points: int = 64
     load: str | None = None
-    report_to: str = "none"
     on_save: str | None = None
     snapshot_step: int = 0
     eval_step: int = 0
-    resume: bool = False
-    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.min_timestep > self.max_timestep:
@@ -142,8 +161,8 @@ class QuantizeConfig:
             raise UserError(f"--target_bits chooses formats itself; leave out --{', --'.join(changed)}")
 
     def to_dict(self) -> dict:
-        """Plain JSON types, nested as the dataclasses are; without the tokens that a command may hold."""
-        return asdict(self) | {"on_save": self.on_save and redacted(self.on_save)}
+        """Without the tokens that a command may hold."""
+        return super().to_dict() | {"on_save": self.on_save and redacted(self.on_save)}
 
     @property
     def spec(self) -> CodeSpec:

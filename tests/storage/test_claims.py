@@ -11,7 +11,9 @@ from vqdm.storage.claims import check_claim
 
 
 def test_a_run_goes_on_without_the_hub_but_not_with_another_seed(tmp_path):
-    config = QuantizeConfig("owner/model", "c.txt", "e.txt", str(tmp_path))
+    config = QuantizeConfig(
+        model="owner/model", calibration_prompts="c.txt", evaluation_prompts="e.txt", output_dir=str(tmp_path)
+    )
     save_json({"settings": config.to_dict()}, tmp_path / "run.json")
     check_claim(tmp_path, replace(config, local_files_only=True, device="cpu").to_dict(), resume=True)
     with pytest.raises(UserError, match=r"was started with other settings: seed was 0, now 1$"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -16,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from vqdm.config import RunConfig
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 
@@ -96,17 +96,7 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-class ModelSettings(Protocol):
-    """The flags that say which model a program works on; `sampling.scheduler` among them."""
-
-    model: str
-    sampling: Any
-    variant: str | None
-    revision: str | None
-    local_files_only: bool
-
-
-def configured_pipeline(config: ModelSettings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """`load_pipeline` as a program's flags say. Raises UserError as that."""
     scheduler, where = config.sampling.scheduler, (config.variant, config.revision, config.local_files_only)
     return load_pipeline(config.model, device, dtype, scheduler, *where)

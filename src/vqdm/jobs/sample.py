@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 
 import vqdm
-from vqdm.config import SamplingConfig
+from vqdm.config import RunConfig
 from vqdm.diffusion.drawing import NAN, Picture, alike, draw, drawn_in_batches, settings_used
 from vqdm.diffusion.pipelines import check_model, configured_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
@@ -44,8 +44,8 @@ FREE_FIELDS = ("output_dir", "device", "bs", "limit", "shard", "num_samples_per_
 FREE_FIELDS += ("report_to", "resume", "dry_run", "prompts", "teacher", "local_files_only")
 
 
-@dataclass(frozen=True)
-class SampleConfig:
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(RunConfig):
     """Everything that `sample_images` needs; the flags of `generate.py` by the same names.
 
     Attributes:
@@ -59,18 +59,9 @@ class SampleConfig:
         UserError: settings that contradict each other, naming the flags.
     """
 
-    model: str
     prompts: str
-    output_dir: str
     quantized: str | None = None
     teacher: bool = False
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    variant: str | None = None
-    revision: str | None = None
-    local_files_only: bool = False
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     negative_prompt: str | None = None
     num_samples_per_prompt: int = 1
     bs: int = 8
@@ -79,9 +70,6 @@ class SampleConfig:
     layout: str = "flat"
     compile: bool = False
     offload: str = "none"
-    report_to: str = "none"
-    resume: bool = False
-    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.teacher and self.quantized is not None:
@@ -162,7 +150,7 @@ def run(
 ) -> Drawn | None:
     """All slow steps once everything is loaded."""
     pending = find_pending(ranks, folder, rows, requests)
-    tracker = Tracker(config.report_to if ranks.main else "none", "vqdm-generate", folder.path, asdict(config))
+    tracker = Tracker(config.report_to if ranks.main else "none", "vqdm-generate", folder.path, config.to_dict())
     began = time.perf_counter()
     try:
         batches = batches_with(requests, pending, config.bs)
@@ -202,7 +190,7 @@ def check_offload(offload: str, device: torch.device) -> None:
 
 def settings_of(config: SampleConfig, ranks: Ranks, rows: list[dict], unet_folder: Path | None) -> dict:
     """Everything the pictures depend on, which a resumption must share."""
-    own = {name: value for name, value in asdict(config).items() if name not in FREE_FIELDS}
+    own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
     model = Path(config.model)
     return own | {
         "dtype": str(pick_dtype(config.dtype, ranks.device)).removeprefix("torch."),
@@ -279,7 +267,7 @@ def record(config: SampleConfig, settings: dict, ranks: Ranks, pipeline: Diffusi
         "settings": settings,
         "full_precision": not layers,
         "quantized_layers": len(layers),
-        "options": {name: value for name, value in asdict(config).items() if name in FREE_FIELDS},
+        "options": {name: value for name, value in config.to_dict().items() if name in FREE_FIELDS},
         "model_commit": model_commit(config.model, config.revision),
         "pipeline": type(pipeline).__name__,
         "scheduler": json.loads(pipeline.scheduler.to_json_string()),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from vqdm.config import SamplingConfig, check_pictures
+from vqdm.config import RunConfig, check_pictures
 from vqdm.errors import UserError
 from vqdm.training.code_updates import CodeUpdateSettings
 
@@ -47,26 +47,17 @@ class OptimizerConfig:
             raise UserError("nothing would be trained: --finetune_lr, or its factors for all kinds, are 0")
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
     """Everything that `jobs.distill` needs; the flags of `finetune.py` by the same names.
 
     Raises:
         UserError: settings that contradict each other, naming the flags.
     """
 
-    model: str
     quantized: str
     calibration_prompts: str
     evaluation_prompts: str
-    output_dir: str
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    variant: str | None = None
-    revision: str | None = None
-    local_files_only: bool = False
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     code_updates: CodeUpdateSettings | None = None
     finetune_method: str = "teacher"
@@ -91,19 +82,12 @@ class FinetuneConfig:
     visualize_step: int = 0
     checkpointing_steps: int = 100
     checkpoints_total_limit: int = 2
-    report_to: str = "none"
-    resume: bool = False
-    dry_run: bool = False
 
     def __post_init__(self) -> None:
         sources(self.finetune_method)
         if ("real" in sources(self.finetune_method)) != (self.real_images is not None):
             raise UserError("--finetune_method real and --real_images FOLDER are given together, or neither")
         check_pictures(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
-
-    def to_dict(self) -> dict:
-        """Plain JSON types, nested as the dataclasses are."""
-        return asdict(self)
 
 
 def sources(method: str) -> tuple[str, ...]:
