@@ -9,6 +9,7 @@ from test_encode import randn, second_moment
 from vqdm.additive.code import AdditiveCode, Bank, CodeSpec, stored_bits
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import feedback_factors
+from vqdm.additive.kmeans import residual_kmeans
 from vqdm.additive.rates import (
     divided_bits,
     entry_slices,
@@ -20,7 +21,7 @@ from vqdm.additive.rates import (
     unpack_rows,
 )
 from vqdm.additive.shared import sample_layer, train_bank
-from vqdm.additive.solve import solve_layer, zero_code
+from vqdm.additive.solve import scaled_groups, solve_layer, support_rms, zero_code
 
 SPEC = CodeSpec(1, 8, 4, shared_codebooks="bank", row_bits=16)
 
@@ -124,8 +125,11 @@ def layer():
 def test_codebooks_of_every_width_lie_one_after_another(layer):
     W, H, bank = layer
     assert bank.shape == (1, 511, 1, 4) and not bank[0, 0].any()
-    alone = SolverConfig(CodeSpec(1, 1, 4, shared_codebooks="bank"), beam_size=4)
-    assert torch.equal(bank[:, 1:3], train_bank([sample_layer(W, H, 96, alone, generator())], alone, generator()))
+    config = SolverConfig(replace(SPEC, row_bits=32), beam_size=4)
+    sample = sample_layer(W, H, 96, config, generator())
+    points = scaled_groups(sample.W, support_rms(sample.W, SPEC), 1, 4).flatten(0, 1)
+    alone = residual_kmeans(points, 1, 2, config.init_max_iter, 2 * config.init_max_points_per_centroid, generator())
+    assert torch.equal(bank[0, 1:3, 0], alone[0].half().float())
 
 
 def test_it_has_a_lower_error_than_a_constant_rate_of_equal_bits(layer):

@@ -22,9 +22,9 @@ ONLY = ["--layer_filter", r"mid_block.*attn1\.to|mid_block.*conv1"]
 
 
 def shrink(patch):
-    patch.setattr("vqdm.jobs.allocation.RATES", (6, 3))
-    patch.setattr("vqdm.jobs.allocation.LARGEST", 7)
-    patch.setattr("vqdm.jobs.allocation.MENU", ((2, 5),))
+    patch.setattr("vqdm.jobs.menu.MEASURED", {4: (3, 6), 2: (4, 6)})
+    patch.setattr("vqdm.jobs.menu.USUAL", (4, 6))
+    patch.setattr("vqdm.jobs.menu.LARGEST", 7)
 
 
 @pytest.fixture(autouse=True)

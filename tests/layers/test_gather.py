@@ -14,6 +14,8 @@ VARIABLE = [
     CodeSpec(1, 5, 8, shared_codebooks="bank", row_bits=7, input_channel_scales=True, scale_nbits=3),
     CodeSpec(1, 7, 2, out_group_size=3, shared_codebooks="bank", row_bits=16, scale_nbits=16),
     CodeSpec(1, 16, 8, shared_codebooks="bank", row_bits=1),
+    CodeSpec(1, 12, 2, shared_codebooks="bank", row_bits=91, input_channel_scales=True),
+    CodeSpec(1, 12, 1, shared_codebooks="bank", row_bits=150, input_channel_scales=True),
 ]
 FORMATS = [
     *SPECS,

@@ -75,11 +75,12 @@ def test_long_rows_of_every_scale(M, groupwise):
 
 @needs_compiler
 @pytest.mark.parametrize("row_bits", [1, 2801, 2808, 3600])
-def test_long_rows_of_variable_rate(row_bits):
-    spec = CodeSpec(1, 12, 4, shared_codebooks="bank", row_bits=row_bits, input_channel_scales=True)
-    stored, code = stored_of(spec, 21, 4 * 300)
+@pytest.mark.parametrize("g", [1, 2, 4])
+def test_long_rows_of_variable_rate(row_bits, g):
+    spec = CodeSpec(1, 12, g, shared_codebooks="bank", row_bits=row_bits, input_channel_scales=True)
+    stored, code = stored_of(spec, 21, g * 300)
     for bank in (stored.codebooks, stored.codebooks.float()):
-        out = torch.full((21, 4 * 300), torch.nan)
+        out = torch.full((21, g * 300), torch.nan)
         native.native(stored._replace(codebooks=bank), out)
         assert torch.equal(out, code.dequantize())
 

@@ -24,6 +24,7 @@ class SolverConfig:
         max_epochs: rounds of refit and code search at most.
         relative_mse_tolerance: stop when a round's relative gain falls below this.
         damping: added to the Hessian's diagonal where it is factored, times the diagonal's mean.
+        shared_damping: the same with shared codebooks, where rows have scales that feedback does not outgrow.
     """
 
     spec: CodeSpec = field(default_factory=CodeSpec)
@@ -36,6 +37,7 @@ class SolverConfig:
     max_epochs: int = 20
     relative_mse_tolerance: float = 0.01
     damping: float = 0.01
+    shared_damping: float = 0.003
 
     def __post_init__(self) -> None:
         if self.encoder not in ENCODERS:
@@ -45,9 +47,14 @@ class SolverConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed are whole numbers from 1")
         if self.steps_per_epoch < 0:
             raise ValueError(f"steps_per_epoch is {self.steps_per_epoch}; allowed are whole numbers from 0")
-        for name in ("lr", "relative_mse_tolerance", "damping"):
+        for name in ("lr", "relative_mse_tolerance", "damping", "shared_damping"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed are numbers from 0 up to 1")
+
+    @property
+    def feedback_damping(self) -> float:
+        """The damping of this format."""
+        return self.shared_damping if self.spec.shared_codebooks else self.damping
 
     def with_spec(self, spec: CodeSpec) -> SolverConfig:
         """The same search for another format."""

@@ -22,6 +22,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors
 from vqdm.additive.kmeans import draw, residual_kmeans
 from vqdm.additive.rates import divided_bits, first_entries, group_demands
+from vqdm.additive.reach import reaching_feedback
 from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, weighted_error
 from vqdm.additive.stacks import together
 
@@ -290,7 +291,7 @@ def _fixed_candidates(
     W, H = _matrices(problems)
     factors, feedback = _feedback(H, config)
     codes = [zero_code(w, spec, *given) for w, *given in zip(W, codebooks, scales, factors, strict=True)]
-    codes = together(feedback_encode, W, codes, factors, feedback, beam_size=beam_size)
+    codes = reaching_feedback(W, H, codes, factors, feedback, beam_size)
     del factors, feedback  # as large as H
     while True:
         codes = [as_stored(refit_scales(*layer, REFIT_ITERATIONS)) for layer in zip(W, H, codes, strict=True)]
@@ -303,7 +304,7 @@ def _matrices(problems: list[Problem]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _feedback(H: list[Tensor], config: SolverConfig) -> tuple[list[Tensor], list[Tensor]]:
-    found = [feedback_factors(h, config.spec.in_group_size, config.damping) for h in H]
+    found = [feedback_factors(h, config.spec.in_group_size, config.feedback_damping) for h in H]
     return [factors for factors, _ in found], [feedback for _, feedback in found]
 
 

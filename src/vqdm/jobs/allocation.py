@@ -1,33 +1,31 @@
 """Bits where they matter: every layer's format for a given number of stored bits a weight.
 
 Each layer is coded at two bits and the effect of that on the UNet's output is estimated; how errors fall with more bits
-is measured on the rows that the shared codebooks are trained on. The budget then goes where a bit saves most.
+is measured on the rows that the shared codebooks are trained on (`jobs.menu`). The budget then goes where a bit saves
+most.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from vqdm.additive.allocate import allocate
 from vqdm.additive.code import AdditiveCode, Bank
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.shared import Sample, encode, sample_error
 from vqdm.diffusion.blocks import Layer, weight_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
-from vqdm.jobs.banks import at_rate, choose_layers, draw_samples, load_codebooks, shared, train
+from vqdm.jobs.banks import load_codebooks
 from vqdm.jobs.job import Job
-from vqdm.jobs.pieces import Tensors, pieces, read
+from vqdm.jobs.menu import error_falls, formats, usual_format
+from vqdm.jobs.pieces import Tensors, read
 from vqdm.jobs.plan import bank_bits, bank_users, layer_bits
 from vqdm.jobs.recording import teacher_trajectories, unet_calls
 from vqdm.jobs.solving import solve_share
@@ -36,12 +34,6 @@ from vqdm.storage.hessians import HessianStore
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import bar, say
 
-# Formats for groups of four: at variable rate, the mean bits of a group; above that, (codebooks, bits of each). One
-# large codebook is better than several small ones as long as training data and search allow it. The first is what
-# effects are measured at.
-RATES, LARGEST = (8, 2, 3, 4, 5, 6, 7, 9, 10, 11), 12
-MENU = ((2, 6), (2, 7), (2, 8), (2, 10), (3, 8), (4, 8), (6, 8))
-GROUP = 4
 PLAN = "plan.json"
 PLANNED = (
     "num_codebooks",
@@ -116,63 +108,21 @@ def planned(layers: list[Layer], plan: dict[str, dict], path: Path) -> list[Laye
 def measured(job: Job, store: HessianStore) -> list[Choices]:
     """Every layer's choices; what it is now for those that an override speaks of."""
     free = [layer for layer in job.layers if not any(re.fullmatch(one, layer.name) for one in job.config.overrides)]
-    options = {layer.name: formats(layer, job.config.share_codebooks) for layer in free}
+    usual = [usual_format(layer, job.config.share_codebooks) for layer in free]
     falls = {}
-    for layers in bank_users([options[layer.name][0] for layer in free]).values():
+    for layers in bank_users(usual).values():
         falls |= error_falls(job, store, layers)
-    effects = layer_effects(job, store, [options[layer.name][0] for layer in free])
+    effects = layer_effects(job, store, usual)
     return [
-        _choices(options[layer.name], effects[layer.name], falls[layer.name])
-        if layer.name in options
+        _choices(formats(layer, job.config.share_codebooks), effects[layer.name], falls[layer.name])
+        if layer.name in effects
         else _choices([layer], 0.0, [1.0])
         for layer in job.layers
     ]
 
 
-def formats(layer: Layer, how: str) -> list[Layer]:
-    """The layer in every format of the menu."""
-    own = layer.spec.changed(in_group_size=GROUP, input_channel_scales=True, shared_codebooks="", row_bits=0)
-    variable = own.changed(num_codebooks=1, nbits_per_codebook=LARGEST)
-    rates = [at_rate(replace(layer, spec=variable), bits, how) for bits in RATES]
-    specs = [own.changed(num_codebooks=M, nbits_per_codebook=b) for M, b in MENU]
-    return rates + [shared(replace(layer, spec=spec), how) for spec in specs]
-
-
 def _choices(options: list[Layer], effect: float, falls: list[float]) -> Choices:
     return Choices(options, [layer_bits(option) for option in options], [effect * fall for fall in falls])
-
-
-def error_falls(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, list[float]]:
-    """By layer name, the relative error in every format of the menu over that in the first.
-
-    Trains the banks, each on one rank. Layers that these are not trained on get the others' geometric mean.
-    """
-    solver, how = job.config.solver, job.config.share_codebooks
-    sampled = choose_layers(layers, job.config.hessian_memory_gb, job.config.seed)
-    samples = cache(lambda: draw_samples(job, store, layers, solver.with_spec(layers[0].spec)))
-    by_bank: dict[str, list[tuple[Layer, ...]]] = {}  # the sampled layers in each format that uses it
-    for options in zip(*(formats(layer, how) for layer in sampled), strict=True):
-        by_bank.setdefault(options[0].spec.shared_codebooks, []).append(options)
-
-    def errors_with(name: str) -> Tensors:
-        codebooks = train(job, solver.with_spec(by_bank[name][0][0].spec), samples)
-        errors = [sample_errors(list(samples().values()), options, codebooks, solver) for options in by_bank[name]]
-        return {"errors": torch.tensor(errors, dtype=torch.float64)}
-
-    parts = pieces(job.ranks, job.folder.work / "falls", list(by_bank), errors_with)
-    errors = [row for part in parts for row in part["errors"].tolist()]  # a row a format
-    falls = [[error / max(first, 1e-30) for error, first in zip(row, errors[0], strict=True)] for row in errors]
-    usual = [math.exp(sum(math.log(max(fall, 1e-9)) for fall in row) / len(row)) for row in falls]
-    own = dict(zip((layer.name for layer in sampled), map(list, zip(*falls, strict=True)), strict=True))
-    return {layer.name: own.get(layer.name, usual) for layer in layers}
-
-
-def sample_errors(
-    samples: list[Sample], layers: Sequence[Layer], codebooks: Tensor, solver: SolverConfig
-) -> list[float]:
-    """Relative error of every sample in its layer's format, by one pass of error feedback."""
-    pairs = zip(samples, layers, strict=True)
-    return [sample_error(sample, encode(sample, codebooks, solver.with_spec(layer.spec))) for sample, layer in pairs]
 
 
 def layer_effects(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, float]:

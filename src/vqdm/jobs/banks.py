@@ -33,12 +33,12 @@ def shared(layer: Layer, how: str) -> Layer:
     return replace(layer, spec=layer.spec.changed(shared_codebooks=bank_name(layer.spec, how, layer.kind)))
 
 
-def at_rate(layer: Layer, bits: int, how: str) -> Layer:
+def at_rate(layer: Layer, bits: float, how: str) -> Layer:
     """The layer at variable rate, `bits` a group in the mean; its largest codebook is that of its format."""
     spec = layer.spec
     owner = owner_of(how, layer.kind)
     name = f"{owner}_0to{spec.nbits_per_codebook}_{spec.out_group_size}x{spec.in_group_size}"
-    row_bits = bits * (layer.columns // spec.in_group_size)
+    row_bits = max(1, round(bits * (layer.columns // spec.in_group_size)))
     return replace(layer, spec=spec.changed(shared_codebooks=name, row_bits=row_bits))
 
 

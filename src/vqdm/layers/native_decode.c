@@ -40,6 +40,7 @@ enum { CODES = 256, VALUES = 4096, BYTES = 2 * CODES + 64 };
 /* A team of threads that calls a function: GOMP_parallel of an OpenMP library. */
 typedef void Team(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
 
+typedef float Two __attribute__((vector_size(8), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t Codes __attribute__((vector_size(16), aligned(4), may_alias));
@@ -134,6 +135,7 @@ INLINE void add_up(const float *const *entry, float scale, const float *factor, 
     int c = 0;
     SUM(Eight, 8)
     SUM(Four, 4)
+    SUM(Two, 2)
     SUM(float, 1)
 }
 
@@ -206,7 +208,7 @@ INLINE void decode_groups(const Layer *layer, int64_t r, int64_t j, int64_t n, c
 /* Values [n, p, g] of groups j..j + n of row group r; `scale`: theirs, or that of all. */
 static void decode_part(const Layer *layer, int64_t r, int64_t j, int64_t n, const float *scale, float *out) {
     const int d = layer->p * layer->g, same = !layer->group_scales;
-    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
+    CASE(1, 1) CASE(1, 2) CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 4) CASE(6, 4)
     CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8)
     CASE(1, 16) CASE(2, 16) CASE(3, 16) CASE(4, 16)
     decode_groups(layer, r, j, n, scale, out, layer->M, d, same);
