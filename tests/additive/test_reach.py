@@ -42,7 +42,7 @@ def plainly(W, H, code, factors, feedback):
 @pytest.fixture(params=[1, 30, 512])
 def rows_at_once(request, monkeypatch):
     """One scale at a time, some, and all."""
-    monkeypatch.setattr(reach, "ROWS_AT_ONCE", request.param)
+    monkeypatch.setitem(reach.ROWS_AT_ONCE, "cpu", request.param)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

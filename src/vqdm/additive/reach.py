@@ -21,7 +21,8 @@ from vqdm.additive.stacks import together
 
 STEP = 1.2  # from one scale to the next
 TRIALS = 10  # at most; the largest scale is six times the first
-ROWS_AT_ONCE = 512  # a search for codes of few rows takes no longer with some scales at once
+# Of a search for codes: it takes little longer with several scales of few rows than with one.
+ROWS_AT_ONCE = {"cpu": 2**9, "cuda": 2**14}
 
 
 def reaching_feedback(
@@ -42,7 +43,8 @@ def reaching_feedback(
     trial = 1
     while trial <= TRIALS and any(layer.pending.any() for layer in layers):
         rows = first_of([layer.pending for layer in layers])
-        count = min(max(1, ROWS_AT_ONCE // len(rows[0])), TRIALS + 1 - trial)
+        at_once = ROWS_AT_ONCE.get(W[0].device.type, 1) // (len(layers) * len(rows[0]))
+        count = min(max(1, at_once), TRIALS + 1 - trial)
         scales = [STEP ** (trial + k) for k in range(count)]
         some = [tries(*one, scales) for one in zip(W, codes, rows, strict=True)]
         tried = together(feedback_encode, *zip(*some, strict=True), factors, feedback, beam_size=beam_size)
