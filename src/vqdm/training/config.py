@@ -27,7 +27,7 @@ class OptimizerConfig:
         ema_decay: of the average of parameters that is evaluated and saved; 0 = the last ones.
     """
 
-    finetune_lr: float = 2e-3
+    finetune_lr: float = 5e-4
     finetune_adam_beta1: float = 0.9
     finetune_adam_beta2: float = 0.95
     lr_scheduler: str = "cosine"
