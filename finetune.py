@@ -247,14 +247,20 @@ def main(argv: list[str] | None = None) -> None:
     config = to_config(vars(options))
     summary = distill(config)
     if summary:
-        before, after = summary["unet_output_error_db_before"], summary["unet_output_error_db"]
-        changed = summary["groups_changed"] / summary["groups"] if summary["groups"] else 0
-        codes = f", {100 * changed:.2f} % of the groups have other codes" if config.code_updates else ""
-        print(
-            f"UNet-output error {before:.2f} dB before, {after:.2f} dB after {summary['steps']} steps{codes}\n"
-            f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
-            f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
-        )
+        print(report(config, summary))
+
+
+def report(config: FinetuneConfig, summary: dict) -> str:
+    """What was gained, or lost, and where the result is."""
+    before, after = summary["unet_output_error_db_before"], summary["unet_output_error_db"]
+    changed = summary["groups_changed"] / summary["groups"] if summary["groups"] else 0
+    codes = f", {100 * changed:.2f} % of the groups have other codes" if config.code_updates else ""
+    worse = "that is worse than before: try a lower --finetune_lr, and --finetune_keep_best\n" if after > before else ""
+    return (
+        f"UNet-output error {before:.2f} dB before, {after:.2f} dB after {summary['steps']} steps{codes}\n{worse}"
+        f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
+        f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
+    )
 
 
 if __name__ == "__main__":

@@ -257,6 +257,16 @@ def test_every_flag_reaches_the_settings():
         finetune.build_parser().parse(["a", "b", "c", "d", "--lr_scheduler", "sawtooth"])
 
 
+@pytest.mark.parametrize(("after", "worse"), [(-31.5, False), (-29.5, True)])
+def test_a_result_that_is_worse_is_called_so(after, worse):
+    config = finetune.to_config(vars(finetune.build_parser().parse(["m", "q", "c", "e", "--update_codes"])))
+    changes = {"steps": 7, "groups": 200, "groups_changed": 3}
+    told = finetune.report(config, changes | {"unet_output_error_db_before": -30.0, "unet_output_error_db": after})
+    line = f"UNet-output error -30.00 dB before, {after:.2f} dB after 7 steps, 1.50 % of the groups have other codes"
+    assert told.splitlines()[0] == line and "python generate.py m out/finetuned e" in told
+    assert ("try a lower --finetune_lr, and --finetune_keep_best" in told) == worse
+
+
 def test_codes_learn_and_their_packing_stays(run, quantized, tmp_path, capsys):
     extra = ["--update_codes", "--code_lr", "0.3", "--code_fraction", "0.5", "--max_steps", "3"]
     assert run(tmp_path / "out", *extra) == 0
