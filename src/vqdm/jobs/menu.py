@@ -73,7 +73,7 @@ def error_falls(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str,
 
 
 def measured_errors(job: Job, store: HessianStore, layers: list[Layer], g: int) -> Tensors:
-    """Relative errors [rates, layers] of some rows of the layers that are drawn, by one pass of error feedback."""
+    """Relative errors [rates, layers] of some rows of the layers that are drawn, by error feedback alone."""
     how, solver = job.config.share_codebooks, job.config.solver
     config = solver.with_spec(at(layers[0], g, MEASURED[g][0], how).spec)
     samples = cache(partial(draw_samples, job, store, layers, config))
