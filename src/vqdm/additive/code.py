@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from vqdm.additive import trellis
 from vqdm.additive.rates import pack_rows, row_bytes, unpack_rows
 
 BANK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # banks name tensors and files
@@ -43,6 +44,11 @@ class CodeSpec:
             letters, digits, _ and -; empty: the layer stores its own.
         row_bits: 0 gives every code b bits. Else the rate is variable, see `vqdm.additive.rates`: one shared codebook
             of all widths up to b, and so many bits for the codes of a row group together.
+        segment_rows: 0: every code stands alone. Else a bitshift trellis, see `vqdm.additive.trellis`: codes are states
+            of b bits, and so many rows of a column are one ring. One shared codebook of single values.
+        segment_bits: bits of the codes of all columns in one segment of a trellis.
+        log_scales: the scales of a trellis are stored as 8-bit logarithms, else as float16.
+        scale_exponent: added to the stored logarithms of input scales, in octaves.
     """
 
     num_codebooks: int = 3
@@ -57,6 +63,10 @@ class CodeSpec:
     group_channels: bool = True
     shared_codebooks: str = ""
     row_bits: int = 0
+    segment_rows: int = 0
+    segment_bits: int = 0
+    log_scales: bool = False
+    scale_exponent: int = 0
 
     def __post_init__(self) -> None:
         _in_range(self, "num_codebooks", 1, 16)
@@ -67,7 +77,10 @@ class CodeSpec:
         _in_range(self, "row_bits", 0, 2**24)
         _one_of(self, "scale_nbits", (*range(9), 16), "0 to 8, and 16")
         _one_of(self, "codebook_value_nbits", (*range(1, 9), 16), "1 to 8, and 16")
-        for name in ("groupwise_codebooks", "input_channel_scales", "group_channels"):
+        _in_range(self, "segment_rows", 0, 2**20)
+        _in_range(self, "segment_bits", 0, 2**32)
+        _in_range(self, "scale_exponent", -256, 256)
+        for name in ("groupwise_codebooks", "input_channel_scales", "group_channels", "log_scales"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are true and false")
         if not isinstance(self.shared_codebooks, str) or not BANK_NAME.fullmatch(self.shared_codebooks or "_"):
@@ -83,6 +96,33 @@ class CodeSpec:
             raise ValueError("shared_codebooks go neither with groupwise_codebooks nor with codebook_value_nbits")
         if self.row_bits and (self.num_codebooks != 1 or not self.shared_codebooks):
             raise ValueError("row_bits need num_codebooks 1 and shared_codebooks")
+        self._check_trellis()
+
+    def _check_trellis(self) -> None:
+        if not self.is_trellis:
+            if self.segment_bits or self.log_scales or self.scale_exponent:
+                raise ValueError("segment_bits, log_scales and scale_exponent need segment_rows")
+            return
+        values = self.out_group_size == self.in_group_size == self.num_codebooks == 1
+        if not (values and self.shared_codebooks and self.input_channel_scales) or self.scale_nbits or self.row_bits:
+            raise ValueError(
+                "segment_rows need num_codebooks, in_group_size and out_group_size 1, shared_codebooks, "
+                "input_channel_scales, and neither scale_nbits nor row_bits"
+            )
+        if self.nbits_per_codebook < trellis.FEWEST_STATE_BITS:
+            raise ValueError(
+                f"nbits_per_codebook is {self.nbits_per_codebook}; a trellis takes {trellis.FEWEST_STATE_BITS} to 16"
+            )
+
+    @property
+    def is_trellis(self) -> bool:
+        """Whether codes are states of a bitshift trellis."""
+        return self.segment_rows > 0
+
+    @property
+    def has_widths(self) -> bool:
+        """Whether column groups differ in bits, which `code_widths` then says."""
+        return self.row_bits > 0 or self.is_trellis
 
     @property
     def can_share(self) -> bool:
@@ -107,6 +147,11 @@ class CodeSpec:
             raise ValueError(f"out_group_size {self.out_group_size} does not divide its {rows} outputs")
         if self.row_bits > (most := columns // self.in_group_size * self.nbits_per_codebook):
             raise ValueError(f"row_bits is {self.row_bits}; its {columns} inputs take {most} at most")
+        if self.is_trellis:
+            if rows % self.segment_rows:
+                raise ValueError(f"segment_rows {self.segment_rows} does not divide its {rows} outputs")
+            if self.segment_bits > (most := self.segment_rows * columns * self.nbits_per_codebook):
+                raise ValueError(f"segment_bits is {self.segment_bits}; its {columns} inputs take {most} at most")
 
     def check_tensors(self, rows: int, columns: int, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless `tensors` are those of a [rows, columns] layer, in names, shapes and dtypes."""
@@ -133,12 +178,16 @@ class CodeSpec:
         group = self.out_group_size * self.in_group_size
         if self.row_bits:
             return self.row_bits / (columns * self.out_group_size)
+        if self.is_trellis:
+            return self.segment_bits / (columns * self.segment_rows)
         return self.num_codebooks * self.nbits_per_codebook / group
 
     def packed(self, codes: Tensor, widths: Tensor | None) -> Tensor:
         """The bytes of codes [R, G, M]; the inverse of `unpacked`. Raises ValueError where one is out of its range."""
         if self.row_bits:
             return pack_rows(codes[:, :, 0], widths)
+        if self.is_trellis:
+            return trellis.pack(codes[:, :, 0], widths, self.segment_rows, self.nbits_per_codebook)
         if codes.numel() and not 0 <= codes.min() <= codes.max() < self.entries:
             raise ValueError(f"codes reach from {codes.min()} to {codes.max()}; allowed are 0 to {self.entries - 1}")
         return pack_codes(codes, self.nbits_per_codebook)
@@ -147,12 +196,16 @@ class CodeSpec:
         """Bytes of the packed codes of R row groups of G column groups."""
         if self.row_bits:
             return row_bytes(rows, self.row_bits)
+        if self.is_trellis:
+            return -(-rows // self.segment_rows * self.segment_bits // 8)
         return packed_bytes(rows * groups * self.num_codebooks, self.nbits_per_codebook)
 
     def unpacked(self, rows: int, groups: int, packed: Tensor, widths: Tensor | None) -> Tensor:
         """Codes [R, G, M] from their bytes, and from the `widths` [G] of variable rate."""
         if self.row_bits:
             return unpack_rows(packed, widths, rows)[:, :, None]
+        if self.is_trellis:
+            return trellis.unpack(packed, widths, rows, self.segment_rows, self.nbits_per_codebook)[:, :, None]
         codes = unpack_codes(packed, self.nbits_per_codebook, rows * groups * self.num_codebooks)
         return codes.view(rows, groups, self.num_codebooks)
 
@@ -162,7 +215,7 @@ class CodeSpec:
         banks = (G,) if self.groupwise_codebooks else ()
         values = (*banks, *self.codebooks_shape)
         shapes = {"codes": ((self.code_bytes(R, G),), torch.uint8)}
-        if self.row_bits:
+        if self.has_widths:
             shapes["code_widths"] = ((G,), torch.uint8)
         if self.codebook_value_nbits == 16 and not self.shared_codebooks:
             shapes["codebooks"] = (values, torch.float16)
@@ -171,6 +224,11 @@ class CodeSpec:
             shapes["codebook_codes"] = ((packed_bytes(count, self.codebook_value_nbits),), torch.uint8)
             tables = (*banks, self.codebook_value_num_groups, 2**self.codebook_value_nbits)
             shapes["codebook_values"] = (tables, torch.float16)
+        if self.log_scales:
+            return shapes | {
+                "scale_logarithms": ((R,), torch.uint8),
+                "input_scale_logarithms": ((columns,), torch.uint8),
+            }
         if self.scale_nbits == 0:
             shapes["scales"] = ((R,), torch.float16)
         elif self.scale_nbits == 16:
@@ -235,7 +293,7 @@ class AdditiveCode:
             spec.unpacked(R, G, tensors["codes"], widths),
             shared if spec.shared_codebooks else stored_codebooks(spec, G, tensors),
             stored_scales(spec, R, G, tensors),
-            tensors.get("input_scales"),
+            stored_input_scales(spec, tensors),
             None if widths is None else widths.to(torch.int64),
         )
 
@@ -290,7 +348,9 @@ def dequantize(codes: Tensor, codebooks: Tensor, scales: Tensor, input_scales: T
     p, g = codebooks.shape[-2:]
     dtype = torch.promote_types(codebooks.dtype, torch.float32)
     flat = codebooks.reshape(-1, p * g).to(dtype)  # [(L,) (G,) M·K, p·g]
-    groups = torch.nn.functional.embedding_bag(entry_bags(codes, codebooks), flat, mode="sum")
+    bags = entry_bags(codes, codebooks)
+    # Of one entry a group, as in a trellis, a sum is the entry.
+    groups = flat[bags[:, 0]] if bags.shape[1] == 1 else torch.nn.functional.embedding_bag(bags, flat, mode="sum")
     groups = groups.view(*layers, R, G, p, g) * scales.to(dtype)[..., None, None]
     matrix = groups.transpose(-3, -2).reshape(*layers, R * p, G * g)  # [R, p, G, g] → [O, I]
     return matrix if input_scales is None else matrix * input_scales.to(dtype)
@@ -315,8 +375,17 @@ def stored_codebooks(spec: CodeSpec, groups: int, tensors: dict[str, Tensor]) ->
     return torch.gather(tables, -1, indices).view(shape)
 
 
+def stored_input_scales(spec: CodeSpec, tensors: dict[str, Tensor]) -> Tensor | None:
+    """Input scales [I] from stored tensors, or None."""
+    if spec.log_scales:
+        return trellis.scale_values(tensors["input_scale_logarithms"], spec.scale_exponent)
+    return tensors.get("input_scales")
+
+
 def stored_scales(spec: CodeSpec, rows: int, groups: int, tensors: dict[str, Tensor]) -> Tensor:
     """Scales [R, 1] or [R, G] from stored tensors."""
+    if spec.log_scales:
+        return trellis.scale_values(tensors["scale_logarithms"])[:, None]
     if spec.scale_nbits == 0:
         return tensors["scales"][:, None]
     if spec.scale_nbits == 16:
@@ -328,7 +397,7 @@ def stored_scales(spec: CodeSpec, rows: int, groups: int, tensors: dict[str, Ten
 def _pack(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
     spec = code.spec
     yield "codes", spec.packed(code.codes, code.widths)
-    if spec.row_bits:
+    if spec.has_widths:
         yield "code_widths", code.widths.to(torch.uint8)
     if spec.codebook_value_nbits == 16 and not spec.shared_codebooks:
         yield "codebooks", _half(code.codebooks)
@@ -338,6 +407,10 @@ def _pack(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
         tables, indices = quantize_values(flat, spec.codebook_value_nbits)
         yield "codebook_codes", pack_codes(indices, spec.codebook_value_nbits)
         yield "codebook_values", tables
+    if spec.log_scales:
+        yield "scale_logarithms", trellis.scale_logarithms(code.scales[:, 0])
+        yield "input_scale_logarithms", trellis.scale_logarithms(code.input_scales, spec.scale_exponent)
+        return
     if spec.scale_nbits in (0, 16):
         yield "scales", _half(code.scales[:, 0] if spec.scale_nbits == 0 else code.scales)
     else:
