@@ -18,14 +18,17 @@ from vqdm.redaction import redacted
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
 FREE_FIELDS += ("local_files_only",)
 
-# Fields of the format that --target_bits decides, or that do not go with the shared codebooks that it needs.
-CHOSEN_BY_TARGET = (
+# Fields of the format of additive codes, which --target_bits does not use.
+ADDITIVE_FIELDS = (
     "num_codebooks",
     "nbits_per_codebook",
     "in_group_size",
     "out_group_size",
+    "scale_nbits",
     "codebook_value_nbits",
+    "codebook_value_num_groups",
     "groupwise_codebooks",
+    "input_channel_scales",
 )
 
 
@@ -131,6 +134,8 @@ class QuantizeConfig(RunConfig):
     hessian_cache: str | None = None
     share_codebooks: str = "none"
     target_bits: float | None = None
+    code: str = "additive"
+    state_bits: int = 12
     sensitivity_points: int = 64
     load: str | None = None
     on_save: str | None = None
@@ -152,13 +157,17 @@ class QuantizeConfig(RunConfig):
             raise UserError("--share_codebooks goes neither with --groupwise_codebooks nor with --codebook_value_nbits")
         if self.hessian_cache and self.calibration_latents == "student":
             raise UserError("--hessian_cache is of the full-precision model; --calibration_latents student is not")
+        if self.code == "trellis" and self.target_bits is None:
+            raise UserError("--code trellis needs --target_bits, such as --target_bits 3")
         if self.target_bits is None:
             return
-        if self.share_codebooks == "none":
-            raise UserError("--target_bits needs --share_codebooks kind or unet; it is none")
-        changed = [name for name in CHOSEN_BY_TARGET if getattr(self.spec, name) != getattr(CodeSpec(), name)]
+        if self.code == "additive":
+            raise UserError("--code additive does not go with --target_bits, which divides bits among trellis codes")
+        changed = [name for name in ADDITIVE_FIELDS if getattr(self.spec, name) != getattr(CodeSpec(), name)]
         if changed:
             raise UserError(f"--target_bits chooses formats itself; leave out --{', --'.join(changed)}")
+        if self.share_codebooks != "none":
+            raise UserError("--share_codebooks is for additive codes; --target_bits needs none")
 
     def to_dict(self) -> dict:
         """Without the tokens that a command may hold."""

@@ -19,6 +19,7 @@ from vqdm.additive.code import AdditiveCode
 from vqdm.additive.kmeans import rows_at_once
 from vqdm.additive.rates import width_slice
 from vqdm.additive.topk import smallest
+from vqdm.additive.viterbi import viterbi
 
 
 class Move(NamedTuple):
@@ -47,6 +48,35 @@ def nearest_moves(code: AdditiveCode, at: Tensor, wishes: Tensor, metrics: Tenso
         for whole, part in zip(move, found._replace(codes=found.codes + first), strict=True):
             whole[some] = part
     return move
+
+
+def nearest_paths(code: AdditiveCode, at: Tensor, wishes: Tensor, weights: Tensor) -> Move:
+    """`nearest_moves` of a trellis: the rings `at` [N] (s·I + j) are searched anew, under weights [N, T] of their rows.
+
+    Groups are rings: p = T rows of segment s in column j, g = 1. None has a width of 0. Codes are states [N, T].
+    """
+    T, columns = code.spec.segment_rows, at % code.codes.shape[1]
+    segments = at // code.codes.shape[1]
+    scales = code.scales[:, 0].float().view(-1, T)[segments]  # [O] → [S, T] → [N, T]
+    unit = scales * code.input_scales.float()[columns][:, None]
+    present = ring_states(code.codes, T)[segments, columns].long()  # [N, T]
+    values = code.codebooks.float().flatten()
+    now = values[present]
+    targets = now + wishes[:, :, 0] / torch.where(unit == 0, 1.0, unit)
+    metric = weights * unit.square()
+    metric = metric / metric.mean(1, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
+    found = viterbi(targets, metric, values, code.widths[columns].cpu())
+    moved = (values[found.long()] - now) * unit
+    before, after = wishes[:, :, 0].square(), (wishes[:, :, 0] - moved).square()
+    gain = ((before - after) * weights).sum(1)
+    nearer = gain > 0
+    codes = torch.where(nearer[:, None], found.to(present), present)
+    return Move(codes, (moved * nearer[:, None])[:, :, None], torch.where(nearer, gain, 0.0))
+
+
+def ring_states(codes: Tensor, T: int) -> Tensor:
+    """A view of a trellis's states [O, I, 1] by rings: [S, I, T]."""
+    return codes.view(-1, T, codes.shape[1]).transpose(1, 2)
 
 
 def _shares(code: AdditiveCode, at: Tensor) -> Iterator[tuple[slice | Tensor, Tensor, int]]:

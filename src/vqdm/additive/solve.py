@@ -25,6 +25,7 @@ from vqdm.additive.rates import divided_bits, first_entries, group_demands
 from vqdm.additive.reach import reaching_feedback
 from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, weighted_error
 from vqdm.additive.stacks import together
+from vqdm.additive.trellis_solve import solve_trellis
 
 REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
 RIDGE = 1.0  # how many more uses a codebook entry's present value counts for
@@ -33,6 +34,7 @@ RELAXED_EPOCHS = 8  # searches with perturbed codebooks and a softened H, less a
 RELAXED_EPOCHS_LARGE = 3  # the same for layers of many groups, which gain little from more
 MANY_GROUPS = 2**14
 PERTURBATION = 0.4  # noise of the first, in units of the square root of the relative error
+GAP_COLUMNS = 1024  # of a layer at most, for its gap to the bound: eigenvalues of more take longer than codes
 SOFTENING = 0.05  # added to H's diagonal in the first, in units of its mean
 
 
@@ -45,7 +47,8 @@ class LayerReport:
         held_out_error: the same on the held-out H, or None.
         bits_per_weight: all stored bits of the code over the layer's weights, with the layer's share of its bank.
         code_bits_per_weight: the codes' share of them, M·b / (p·g) but for padding to whole bytes.
-        gap_db: decibels between `error` and the rate–distortion bound at `bits_per_weight`; None where either is zero.
+        gap_db: decibels between `error` and the rate–distortion bound at `bits_per_weight`; None where either is zero,
+            and for layers of more than `GAP_COLUMNS` columns.
         epochs: searches for codes, each with its refit.
         seconds: wall-clock time of the whole solution; of layers solved together, the same share of it for each.
     """
@@ -142,11 +145,21 @@ def solve_layers(tasks: Sequence[Task]) -> list[tuple[AdditiveCode, LayerReport]
     if len({(task.W.shape, task.config, id(task.bank)) for task in tasks}) != 1:
         raise ValueError("layers that are solved together must have one shape, one config and one bank")
     config, spec = tasks[0].config, tasks[0].config.spec
+    if spec.is_trellis:
+        codes = solve_trellis([(task.W, task.H) for task in tasks], spec)
+        return _reported(tasks, codes, [1] * len(tasks), started)
     problems = [Problem.of(task.W, task.H, spec) for task in tasks]
     inner = config.with_spec(spec.changed(input_channel_scales=False))
     found = search(problems, inner, [task.generator for task in tasks], tasks[0].bank)
     codes = [problem.finish(best, spec) for problem, (best, _) in zip(problems, found, strict=True)]
-    reports = [_report(task, code, epochs) for task, code, (_, epochs) in zip(tasks, codes, found, strict=True)]
+    return _reported(tasks, codes, [epochs for _, epochs in found], started)
+
+
+def _reported(
+    tasks: Sequence[Task], codes: list[AdditiveCode], epochs: list[int], started: float
+) -> list[tuple[AdditiveCode, LayerReport]]:
+    """Codes with their reports."""
+    reports = [_report(*one) for one in zip(tasks, codes, epochs, strict=True)]
     seconds = (time.perf_counter() - started) / len(tasks)
     return [(code, replace(report, seconds=seconds)) for code, report in zip(codes, reports, strict=True)]
 
@@ -444,7 +457,7 @@ def _report(task: Task, code: AdditiveCode, epochs: int) -> LayerReport:
         held_out_error=None if held_out is None else relative_error(W, code, held_out),
         bits_per_weight=bits,
         code_bits_per_weight=stored_bits({"codes": code.pack()["codes"]}) / W.numel(),
-        gap_db=gap_to_bound(error, W, H, bits),
+        gap_db=gap_to_bound(error, W, H, bits) if len(H) <= GAP_COLUMNS else None,
         epochs=epochs,
         seconds=0.0,
     )

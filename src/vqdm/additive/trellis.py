@@ -3,9 +3,9 @@
     W[r, j] ≈ scale[r] · table[state[r, j]] · input_scales[j]
 
 The rows of a column are coded in segments of T rows. A segment of column j is a ring of T·q_j/4 bits; row t of it owns
-the bits from e(t) to e(t + 1), e(t) = ⌊t·q_j/4⌋, and its state is the window of L bits that ends at e(t + 1), the earliest
-bit lowest. So a weight takes q_j/4 bits, no start state is stored, and every weight is decoded on its own: a shift, a
-mask and a look-up. Columns differ in q_j: more bits where they matter more.
+the bits from e(t) to e(t + 1), e(t) = ⌊t·q_j/4⌋, and its state is the window of L bits that ends at e(t + 1), the
+earliest bit lowest. So a weight takes q_j/4 bits, no start state is stored, and every weight is decoded on its own: a
+shift, a mask and a look-up. Columns differ in q_j: more bits where they matter more.
 
 Letters: O rows, I columns; T rows of a segment, S = O/T segments; L bits of a state; q [I] widths, quarter bits per
 weight: 0, or from 4 to 4·L.
@@ -140,7 +140,7 @@ def _mantissas() -> Tensor:
 
 
 def scale_values(logarithms: Tensor, exponent: int = 0) -> Tensor:
-    """Scales of their stored logarithms, uint8 of any shape: about 2^(exponent + (n − 128)/16), 0 for n = 0; float32."""
+    """Scales, float32, of their stored logarithms, uint8: about 2^(exponent + (n − 128)/16), and 0 for n = 0."""
     steps = logarithms.to(torch.int64) - MIDDLE
     mantissas = _mantissas().to(logarithms.device, torch.float32)
     values = torch.ldexp(mantissas[steps % STEPS], steps.div(STEPS, rounding_mode="floor") + exponent)

@@ -65,7 +65,12 @@ def block_of(name: str) -> str:
 
 
 def select_layers(
-    unet: nn.Module, layer_filter: str, min_channels: int, spec: CodeSpec, overrides: dict[str, dict | None]
+    unet: nn.Module,
+    layer_filter: str,
+    min_channels: int,
+    spec: CodeSpec,
+    overrides: dict[str, dict | None],
+    overridden_spec: CodeSpec | None = None,
 ) -> list[Layer]:
     """The layers to quantize, in order.
 
@@ -73,8 +78,8 @@ def select_layers(
         layer_filter: a preset ("default" is VQDM's set, "linear_only" and "conv_only" its halves, "all" every Linear
             and Conv2d inside the blocks) or a regular expression, searched for in the name as VQDM does.
         min_channels: layers with fewer input or output channels are left alone.
-        overrides: full-match pattern → settings that replace those of `spec`, or None to leave the layer alone; the
-            first pattern that matches counts.
+        overrides: full-match pattern → settings that replace those of `overridden_spec` (`spec` where it is None), or
+            None to leave the layer alone; the first pattern that matches counts.
 
     Raises:
         UserError: nothing matches, an override matches nothing, or a layer does not divide into groups.
@@ -85,7 +90,7 @@ def select_layers(
         known = ", ".join(name for name, _ in _plain_layers(unet)[:3])
         raise UserError(f"--layer_filter {layer_filter} matches no layer of the UNet (its names look like {known})")
     _check_overrides_used(names, overrides)
-    chosen = [(name, _spec_for(name, spec, overrides)) for name in names]
+    chosen = [(name, _spec_for(name, spec, overrides, overridden_spec or spec)) for name in names]
     layers = [_describe(unet, name, layer_spec) for name, layer_spec in chosen if layer_spec is not None]
     if not layers:
         raise UserError("--overrides leaves no layer to quantize")
@@ -133,10 +138,12 @@ def _in_block_order(unet: nn.Module, names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: place[block_of(name)])
 
 
-def _spec_for(name: str, spec: CodeSpec, overrides: dict[str, dict | None]) -> CodeSpec | None:
+def _spec_for(
+    name: str, spec: CodeSpec, overrides: dict[str, dict | None], overridden_spec: CodeSpec
+) -> CodeSpec | None:
     for pattern, settings in overrides.items():
         if re.fullmatch(pattern, name):
-            return None if settings is None else _changed(pattern, spec, settings)
+            return None if settings is None else _changed(pattern, overridden_spec, settings)
     return spec
 
 

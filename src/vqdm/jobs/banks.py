@@ -13,6 +13,7 @@ from torch import Tensor
 from vqdm.additive.code import Bank, CodeSpec
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.shared import Sample, sample_layer, train_bank
+from vqdm.additive.trellis import table
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.jobs.job import Job
 from vqdm.jobs.pieces import read
@@ -33,13 +34,14 @@ def shared(layer: Layer, how: str) -> Layer:
     return replace(layer, spec=layer.spec.changed(shared_codebooks=bank_name(layer.spec, how, layer.kind)))
 
 
-def at_rate(layer: Layer, bits: float, how: str) -> Layer:
-    """The layer at variable rate, `bits` a group in the mean; its largest codebook is that of its format."""
-    spec = layer.spec
-    owner = owner_of(how, layer.kind)
-    name = f"{owner}_0to{spec.nbits_per_codebook}_{spec.out_group_size}x{spec.in_group_size}"
-    row_bits = max(1, round(bits * (layer.columns // spec.in_group_size)))
-    return replace(layer, spec=spec.changed(shared_codebooks=name, row_bits=row_bits))
+def trellis_bank(state_bits: int) -> str:
+    """The name of the table of a trellis."""
+    return f"trellis_{state_bits}"
+
+
+def trellis_codebooks(state_bits: int) -> Tensor:
+    """The table of a trellis as a bank's codebooks [1, 2^L, 1, 1]."""
+    return table(state_bits).view(1, -1, 1, 1)
 
 
 def owner_of(how: str, kind: str) -> str:
@@ -57,12 +59,16 @@ def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
     """The banks that the layers name, from the run's folder or trained."""
     banks = {}
     for name, layers in bank_users(job.layers).items():
+        weights = sum(layer.rows * layer.columns for layer in layers)
+        if layers[0].spec.is_trellis:  # nothing is trained
+            codebooks = trellis_codebooks(layers[0].spec.nbits_per_codebook).to(job.unet.device)
+            banks[name] = Bank(codebooks, weights)
+            continue
         config = job.config.solver.with_spec(layers[0].spec)
         if job.ranks.main:
             chosen = trained_on(job.layers, name, layers[0].spec)
             train(job, config, cache(partial(draw_samples, job, store, chosen, config)))
         job.ranks.wait()
-        weights = sum(layer.rows * layer.columns for layer in layers)
         banks[name] = Bank(load_codebooks(job, name), weights)
     return banks
 

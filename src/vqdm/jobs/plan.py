@@ -56,14 +56,16 @@ def layer_table(layers: list[Layer], parameters: int, rest: Rest) -> str:
         rest: what goes into 8 bit.
     """
     width = max(len(layer.name) for layer in layers)
-    lines = [f"{'layer':{width}}  kind    rows × columns    code    stored bits a weight"]
+    lines = [f"{'layer':{width}}  kind    rows × columns    code      stored bits a weight"]
     for layer in layers:
         spec, weights = layer.spec, layer.rows * layer.columns
         code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
         if spec.row_bits:
             code = f"0-{spec.nbits_per_codebook} g{spec.in_group_size}"
+        if spec.is_trellis:
+            code = f"trellis {spec.nbits_per_codebook}"
         shape = f"{layer.rows:5d} × {layer.columns:<7d}"
-        lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:8s} {layer_bits(layer) / weights:6.3f}")
+        lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:10s} {layer_bits(layer) / weights:6.3f}")
     if rest.layers:
         each = rest.bits / rest.weights
         lines.append(f"{rest.layers} other layers, {rest.weights / 1e6:.2f} M weights: {each:.3f} bits each")

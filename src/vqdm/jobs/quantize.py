@@ -80,13 +80,12 @@ def quantize(config: QuantizeConfig) -> dict | None:
 def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], evaluation: list[str]) -> dict | None:
     """The whole job of one of several processes; the summary on the first, None on the others."""
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
-    layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
-    layers = [shared(layer, config.share_codebooks) for layer in layers]
+    layers = chosen_layers(config, pipeline.unet)
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
     rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
     if config.target_bits:
         weights = sum(layer.rows * layer.columns for layer in layers)
-        say(totals(layers, parameters, rest, config.target_bits * weights) + "; divided after calibration")
+        say(totals(layers, parameters, rest, config.target_bits * weights) + "; allocated after calibration")
     else:
         say(layer_table(layers, parameters, rest))
     check_timestep_range(
@@ -111,6 +110,13 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
         return run(job)
     finally:
         tracker.finish()
+
+
+def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
+    """The layers to quantize; with `target_bits` in single columns, which any layer divides into."""
+    spec = config.spec.changed(in_group_size=1) if config.target_bits else config.spec
+    layers = select_layers(unet, config.layer_filter, config.min_channels, spec, config.overrides, config.spec)
+    return [shared(layer, config.share_codebooks) for layer in layers]
 
 
 def close_finished(folder: RunFolder) -> dict:

@@ -18,13 +18,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
+from vqdm.additive import trellis
 from vqdm.additive.code import CodeSpec
 from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
 from vqdm.layers.rounded import rounded_layers, swap_rounded, unround_layers
 
-FORMAT_VERSION = 3  # the newest; a file that uses nothing of a version is written as the one before
+FORMAT_VERSION = 4  # the newest; a file that uses nothing of a version is written as the one before
 VERSION_2_KEYS = ("rounded",)
-LATER_SETTINGS = ("shared_codebooks", "row_bits")
+LATER_SETTINGS = ("shared_codebooks", "row_bits", "segment_rows", "segment_bits", "log_scales", "scale_exponent")
 FLOATS = ("F64", "F32", "F16", "BF16")
 KINDS = {torch.uint8: "U8", torch.int8: "I8"}
 QUANTIZED_FIELDS = ("quantization_config", "_pre_quantization_dtype")
@@ -45,7 +46,7 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         code: the settings that most layers share, as `CodeSpec.to_dict` gives them.
         layers: dotted name → the settings in which this layer differs from `code`.
         rounded: dotted names of the layers in 8 bit; version 2.
-        format_version: 1 to 3; any other is refused.
+        format_version: 1 to 4; any other is refused.
 
     Raises:
         ValueError: unknown version, unknown or impossible setting.
@@ -83,6 +84,8 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
     @property
     def format_version(self) -> int:
         """The oldest version that can say what this configuration says."""
+        if any(spec.is_trellis for spec in self.specs.values()):
+            return 4
         if any(spec.row_bits for spec in self.specs.values()):
             return 3
         shares = any(spec.shared_codebooks for spec in self.specs.values())
@@ -230,6 +233,12 @@ def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
 def check_widths(model: nn.Module) -> None:
     """Raise ValueError where the widths of a layer of variable rate are not what its format says."""
     for name, layer in quantized_layers(model).items():
+        if layer.spec.is_trellis and layer.code_widths.device.type != "meta":
+            spec = layer.spec
+            try:
+                trellis.check_widths(layer.code_widths, spec.segment_rows, spec.nbits_per_codebook, spec.segment_bits)
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from None
         if layer.spec.row_bits and layer.code_widths.device.type != "meta":
             widths = layer.code_widths.to(torch.int64)
             if widths.max() > layer.spec.nbits_per_codebook or widths.sum() != layer.spec.row_bits:

@@ -5,8 +5,10 @@ follow it in small parts of the matrix at a time. Here every weight has a drift 
 Groups that have drifted far are encoded anew towards W + u under the metric of the gradients, and what their codes move
 is taken off the drift.
 
-Letters: O rows, I columns; p, g = out and in group size; R row groups, G column groups; N groups that are tried; E
-gradient [O, I].
+A group of a trellis is a ring: a segment of a column, whose states are searched anew together.
+
+Letters: O rows, I columns; p, g = out and in group size, T rows and 1 column of a trellis; R row groups, G column
+groups; N groups that are tried; E gradient [O, I].
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqdm.additive.reencode import nearest_moves, within
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.reencode import nearest_moves, nearest_paths, ring_states, within
+from vqdm.additive.trellis import UNITS
 from vqdm.errors import UserError
 from vqdm.layers.quantized import QuantizedLayer, quantized_layers
 
@@ -95,9 +99,11 @@ class Drift:
     @classmethod
     def of(cls, layer: QuantizedLayer) -> Drift:
         W, spec = layer.decoded_matrix().detach(), layer.spec
-        p, g = spec.out_group_size, spec.in_group_size
+        p, g = group_rows(spec), spec.in_group_size
         R, G = len(W) // p, W.shape[1] // g
         due = W.new_full((R, G), FIRST_TRY * (p * g) ** 0.5)
+        if spec.is_trellis:
+            due[:, layer.code_widths == 0] = torch.inf  # has no states to search
         blocks = W.new_zeros(G, g, g)
         return cls(
             torch.zeros_like(W), W.new_zeros(len(W)), blocks, W.square().mean(1).sqrt(), _cells(layer), W.norm(), due
@@ -140,6 +146,11 @@ class Drift:
         at = at[overdue > 1].sort().values
         self.due.view(-1)[at] = NEXT_TRY * lengths[at]
         return at
+
+    def row_weights(self, at: Tensor, p: int) -> Tensor:
+        """Damped mean squares of the rows of the groups `at` [N]: [N, p]."""
+        rows = self.rows.view(-1, p)[at // len(self.blocks)]
+        return rows + SMALLEST * rows.mean(1, keepdim=True)
 
     def settle(self, at: Tensor, p: int) -> None:
         """Groups that have changed are due as in the beginning."""
@@ -200,28 +211,33 @@ class CodeUpdates:
         settings = self.settings
         drift.observe(E, settings.code_beta)
         drift.advance(E, lr * settings.code_lr, settings.code_memory, 1 - settings.code_beta**self.steps)
-        p = layer.spec.out_group_size
+        p = group_rows(layer.spec)
         at = drift.pick(p, math.ceil(settings.code_fraction * drift.due.numel()))
         return self._encode(layer, drift, at) if len(at) else CodeStep(0, 0)
 
     def _encode(self, layer: QuantizedLayer, drift: Drift, at: Tensor) -> CodeStep:
         """Encode the groups `at` [N] anew towards where they drift."""
-        code, p, G = layer.code(), layer.spec.out_group_size, len(drift.blocks)
+        code, p, G = layer.code(), group_rows(layer.spec), len(drift.blocks)
         wishes = drift.by_group(p)[at // G, :, at % G]  # [N, p, g]
-        move = nearest_moves(code, at, wishes, drift.metrics(at, p), self.settings.code_beam_size)
+        if layer.spec.is_trellis:
+            move = nearest_paths(code, at, wishes, drift.row_weights(at, p))
+        else:
+            move = nearest_moves(code, at, wishes, drift.metrics(at, p), self.settings.code_beam_size)
         made = within((self.settings.code_trust_ratio * drift.norm).square(), move)
         drift.by_group(p)[at // G, :, at % G] = torch.where(made[:, None, None], wishes - move.moved, wishes)
         drift.settle(at[made], p)
         codes = code.codes.clone()  # [R, G, M]
-        codes[at[made] // G, at[made] % G] = move.codes[made].to(codes.dtype)
+        by_group(codes, layer.spec)[at[made] // G, at[made] % G] = move.codes[made].to(codes.dtype)
         layer.set_codes(codes)
         return CodeStep(len(at), int(made.sum()))
 
     def differing(self) -> CodeStep:
         """All groups, and those whose codes are others than in the beginning."""
-        pairs = [(layer, _unpacked(layer, self.first[name])) for name, layer in self.layers.items()]
-        changed = sum(int((layer.code().codes != first).any(2).sum()) for layer, first in pairs)
-        return CodeStep(sum(first[..., 0].numel() for _, first in pairs), changed)
+        tried = changed = 0
+        for name, layer in self.layers.items():
+            differs = by_group(layer.code().codes != _unpacked(layer, self.first[name]), layer.spec).any(2)  # [R, G]
+            tried, changed = tried + differs.numel(), changed + int(differs.sum())
+        return CodeStep(tried, changed)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next step depends on, besides the model."""
@@ -249,7 +265,19 @@ def _cells(layer: QuantizedLayer) -> Tensor:
     bits = (
         code.codes.new_full((G,), spec.num_codebooks * spec.nbits_per_codebook) if code.widths is None else code.widths
     )
+    if spec.is_trellis:
+        bits = bits / UNITS
     return 2 ** (-bits.float() / (spec.out_group_size * spec.in_group_size))
+
+
+def group_rows(spec: CodeSpec) -> int:
+    """Rows of a group whose codes change together."""
+    return spec.segment_rows or spec.out_group_size
+
+
+def by_group(codes: Tensor, spec: CodeSpec) -> Tensor:
+    """A view of codes [R, G, M] by groups that change together; of states, [S, I, T]."""
+    return ring_states(codes, spec.segment_rows) if spec.is_trellis else codes
 
 
 def _unpacked(layer: QuantizedLayer, packed: Tensor) -> Tensor:

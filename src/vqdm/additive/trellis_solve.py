@@ -1,0 +1,363 @@
+"""From weights and second moments of inputs to trellis codes, in one pass of error feedback; and what that will cost.
+
+Feedback goes from column to column, and the trellis down the rows: H couples columns, not rows, so that at column j the
+errors of all rows count D_j = V_jj² for the factor H + λI = V Vᵀ (LDL, as in `encode.feedback_factors`). With E_j the
+energy of column j and mse(q) the error of a unit Gaussian at width q, the layer's error is about Σ_j D_j·E_j·mse(q_j),
+which is known before anything is coded: so bits can be divided among columns, and among layers, without trials. Four
+things correct that sum, see `Demand`.
+
+Letters: O rows, I columns; T rows of a segment; L bits of a state; q widths in quarter bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqdm.additive.code import AdditiveCode, CodeSpec
+from vqdm.additive.encode import column_blocks, damped_cholesky
+from vqdm.additive.stacks import stacked
+from vqdm.additive.trellis import UNITS, allowed_widths, scale_logarithms, scale_values, table
+from vqdm.additive.viterbi import viterbi
+
+# Of a unit Gaussian in segments of 384 rows: mean squared error in dB, and the best scale of the table, by width.
+MEASURED = {
+    8: {4: (-5.50, 0.90), 6: (-8.30, 1.00), 8: (-11.22, 1.05), 12: (-17.05, 1.15), 16: (-22.70, 1.20),
+        20: (-28.36, 1.20), 24: (-34.00, 1.30), 28: (-39.13, 1.40), 32: (-43.87, 1.60)},
+    10: {4: (-5.61, 0.90), 6: (-8.46, 1.00), 8: (-11.45, 1.05), 12: (-17.28, 1.10), 16: (-23.20, 1.10),
+         20: (-28.78, 1.15), 24: (-34.69, 1.15), 28: (-40.42, 1.30), 32: (-45.85, 1.40), 36: (-51.05, 1.40),
+         40: (-55.87, 1.60)},
+    12: {4: (-5.65, 0.85), 6: (-8.58, 0.95), 8: (-11.58, 1.00), 12: (-17.46, 1.05), 16: (-23.45, 1.05),
+         20: (-29.35, 1.10), 24: (-34.87, 1.10), 28: (-40.95, 1.10), 32: (-46.75, 1.20), 36: (-52.41, 1.30),
+         40: (-57.80, 1.30), 44: (-62.84, 1.60), 48: (-67.21, 1.60)},
+}  # fmt: skip
+STRETCHES = 2.0 ** (torch.arange(9) / 4)  # of the table over its best scale, for columns with outliers
+DAMPING = 0.01  # of H's mean diagonal, where it is factored
+ROWS_OF_A_STATE = 5  # that the search trades errors among
+BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What widths are worth.
+
+    Attributes:
+        widths: int64 [n], ascending, the first is 0.
+        errors: float64 [n], mean squared error of a unit Gaussian.
+        gains: float64 [n], the best scale of the table for it.
+        reach: the largest value of the table.
+    """
+
+    widths: Tensor
+    errors: Tensor
+    gains: Tensor
+    reach: float
+
+    def index(self, widths: Tensor) -> Tensor:
+        """Where `widths` are among all."""
+        return torch.searchsorted(self.widths.to(widths.device), widths)
+
+
+@cache
+def rates(T: int, L: int) -> Rates:
+    """The rates of segments of T rows. Widths between measured ones lie between them."""
+    widths, known = np.array(allowed_widths(T, L)), MEASURED[L]
+    decibels, gains = zip(*known.values(), strict=True)
+    errors = 10 ** (np.interp(widths, list(known), decibels) / 10)
+    errors[0] = 1.0
+    found = torch.tensor(widths), torch.tensor(errors), torch.tensor(np.interp(widths, list(known), gains))
+    return Rates(*found, table(L).max().item())
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the columns of a layer need, in the order of coding.
+
+    Attributes:
+        weights: float32 [I], how much an error of column j counts: D_j, less the part of it that is λ's.
+        energies: float32 [I], E_j = Σ_r w², times the gain of rows that differ: the search gives the small rows of a
+            window of the trellis more of the error, so that the geometric mean of their energies counts.
+        clipped: float32 [I, n], the energy beyond the table's reach at each of the n `STRETCHES`, at a best scale of 1.
+        inflation: feedback adds Σ_{i<j} D_i·E_i·mse(q_i)·(V⁻¹)_ij² to E_j: this part of mse(q), over all columns.
+        energy: tr(W H Wᵀ).
+        rows: O.
+    """
+
+    weights: Tensor
+    energies: Tensor
+    clipped: Tensor
+    inflation: float
+    energy: float
+    rows: int
+
+    @classmethod
+    def of(cls, W: Tensor, H: Tensor, V: Tensor, reach: float) -> Demand:
+        """Of W [O, I] and H [I, I] in the order of coding, and the factor V [I, I] of the damped H."""
+        scales, inverse = row_scales(W), torch.linalg.solve_triangular(V, torch.eye(len(V)).to(V), upper=True).square()
+        damping = (V.square().sum(1) - H.diagonal()).mean().clamp(min=0)
+        relative = W.abs() / torch.where(scales == 0, 1.0, scales)[:, None]
+        rms = weighted_rms(relative, scales)  # [I]
+        clipped = [over(relative, rms * stretch * reach, scales) for stretch in STRETCHES.tolist()]
+        energies, D = W.square().sum(0), V.diagonal().square()
+        errors = D * energies
+        added = (errors @ inverse.triu(1)) * D  # [I], of column j by those before it
+        total = errors.sum()
+        return cls(
+            D * (1 - damping * inverse.sum(1)).clamp(min=0),
+            energies * rows_gain(scales),
+            torch.stack(clipped, 1),
+            (added.sum() / total).item() if total > 0 else 0.0,
+            ((W @ H) * W).sum().item(),
+            len(W),
+        )
+
+    def errors(self, known: Rates) -> Tensor:
+        """Expected weighted squared error of every column at every width: float32 [I, widths]."""
+        stretch, rate = STRETCHES.to(self.energies), known.errors.to(self.energies)
+        plain = self.energies[:, None, None] * (rate * (1 + self.inflation * rate))[:, None] * stretch  # [I, widths, n]
+        best = (plain + self.clipped[:, None, :]).amin(2)
+        best[:, 0] = self.energies * (1 + self.inflation)
+        return self.weights[:, None] * best
+
+    def to(self, device: torch.device | str) -> Demand:
+        """The same on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("weights", "energies", "clipped")})
+
+
+def rows_gain(scales: Tensor) -> float:
+    """Mean over windows of rows of the geometric mean of scales² [O], over the mean of scales²."""
+    squares = scales.square().clamp(min=1e-12)
+    window = min(ROWS_OF_A_STATE, len(squares))
+    logarithms = torch.cat([squares.log(), squares.log()[: window - 1]]).unfold(0, window, 1)
+    return (logarithms.mean(1).exp().mean() / squares.mean()).item()
+
+
+def over(values: Tensor, limits: Tensor, scales: Tensor) -> Tensor:
+    """The energy [I] of `values` >= 0 [O, I], in units of the row scales, beyond limits [I]."""
+    return ((values - limits).clamp(min=0).square() * scales.square()[:, None]).sum(0)
+
+
+def row_scales(W: Tensor) -> Tensor:
+    """RMS of every row of W [..., O, I] over their mean, as it is stored: [..., O]."""
+    rms = W.square().mean(-1).sqrt()
+    mean = rms.mean(-1, keepdim=True)
+    return scale_values(scale_logarithms(rms / torch.where(mean == 0, 1.0, mean)))
+
+
+def weighted_rms(relative: Tensor, scales: Tensor) -> Tensor:
+    """RMS over rows of values [..., O, I] in units of their row scales [..., O], rows counting by scale²: [..., I]."""
+    squares = scales.square()[..., None]
+    total = squares.sum(-2)
+    return ((relative.square() * squares).sum(-2) / torch.where(total == 0, 1.0, total)).sqrt()
+
+
+# ------------------------------------------------------------------------------------------------ a layer
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A layer with its columns in the order of coding: those that weigh most first.
+
+    Attributes:
+        W, H, V: [O, I], [I, I], and the upper triangular factor [I, I] of H + λI, H of mean diagonal one.
+        order: the layer's columns in the order they have here, [I].
+    """
+
+    W: Tensor
+    H: Tensor
+    V: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, H: Tensor) -> Ordered:
+        mean = H.diagonal().mean()
+        H = H / mean if mean > 0 else torch.eye(len(H), dtype=H.dtype, device=H.device)
+        order = H.diagonal().argsort(descending=True, stable=True)
+        H = H[order][:, order].contiguous()
+        return cls(W[:, order].contiguous(), H, damped_cholesky(H.flip(0, 1), DAMPING).flip(0, 1), order)
+
+    def demand(self, spec: CodeSpec) -> Demand:
+        """What the columns need of bits."""
+        return Demand.of(self.W, self.H, self.V, rates(spec.segment_rows, spec.nbits_per_codebook).reach)
+
+
+def layer_demand(W: Tensor, H: Tensor, spec: CodeSpec) -> Demand:
+    """What the columns of a layer W [O, I] need, given the second moment H [I, I] of its inputs."""
+    return Ordered.of(W, H).demand(spec)
+
+
+def solve_trellis(layers: Sequence[tuple[Tensor, Tensor]], spec: CodeSpec) -> list[AdditiveCode]:
+    """The codes of layers of one shape and format, each a weight W [O, I] and an H [I, I], as they will be stored.
+
+    All are coded together, column by column, so that a launch on a GPU does the work of all.
+    """
+    ordered = [Ordered.of(W, H) for W, H in layers]
+    known = rates(spec.segment_rows, spec.nbits_per_codebook)
+    total = UNITS * spec.segment_bits // spec.segment_rows
+    widths = [divide_columns(one.demand(spec).errors(known), known.widths, total) for one in ordered]
+    factors = [one.V.diagonal() for one in ordered]
+    feedback = [one.V / factor for one, factor in zip(ordered, factors, strict=True)]
+    parts = [one.W for one in ordered], factors, feedback
+    code = trellis_encode(*map(stacked, parts), spec, stacked(widths))
+    codes = [code] if len(layers) == 1 else unstacked(code, len(layers))
+    return [code.with_groups(one.order.argsort()).stored() for code, one in zip(codes, ordered, strict=True)]
+
+
+def unstacked(code: AdditiveCode, count: int) -> list[AdditiveCode]:
+    """The codes of several layers, one by one."""
+    names = ("codes", "codebooks", "scales", "input_scales", "widths")
+    return [replace(code, **{name: getattr(code, name)[k] for name in names}) for k in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------ dividing bits
+
+
+def choose(errors: Tensor, widths: Tensor, price: float) -> Tensor:
+    """Index [I] of the width that minimises error + price · width for every column."""
+    return (errors + price * widths.to(errors)).argmin(1)
+
+
+def divide_columns(errors: Tensor, widths: Tensor, total: int) -> Tensor:
+    """Widths [I] that add up to `total`, at nearly the least summed `errors` [I, widths].
+
+    Raises:
+        ValueError: no allowed widths add up to the total.
+    """
+    widths = widths.to(errors.device)
+    share = Share(errors, widths)
+    picks = share.picks(price_for([share], total))
+    while left := total - int(widths[picks].sum()):
+        above = (picks + 1).clamp(max=len(widths) - 1)
+        steps = widths[above] - widths[picks]
+        gains = (errors.gather(1, picks[:, None]) - errors.gather(1, above[:, None]))[:, 0] / steps.clamp(min=1)
+        gains = torch.where((steps > 0) & (steps <= left), gains, -torch.inf)
+        column = int(gains.argmax())
+        if gains[column] > -torch.inf:
+            picks[column] += 1
+            continue
+        # Every coded column is at the most, and what is left is less than the least.
+        full, empty = (picks == len(widths) - 1).nonzero(), (picks == 0).nonzero()
+        lowered = widths[-1] - (widths[1] - left)
+        if not len(full) or not len(empty) or lowered not in widths:
+            raise ValueError(f"no widths of {len(picks)} columns add up to {total}")
+        picks[full[0, 0]], picks[empty[0, 0]] = int((widths == lowered).nonzero()[0, 0]), 1
+    return widths[picks]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A layer among others that bits are divided among.
+
+    Attributes:
+        errors: float32 [I, widths], what every column adds to the summed cost at every width.
+        widths: int64 [widths].
+        count: how much one unit of a column's width takes of what is divided, such as the layer's rows.
+        most: the highest price that it pays; a layer that needs a least number of bits has a lower one than others.
+    """
+
+    errors: Tensor
+    widths: Tensor
+    count: float = 1.0
+    most: float = float("inf")
+
+    def picks(self, price: float) -> Tensor:
+        """Index [I] of the width of every column at a price."""
+        return choose(self.errors, self.widths, self.count * min(price, self.most))
+
+    def taken(self, price: float) -> float:
+        """What it takes at a price."""
+        return self.count * int(self.widths.to(self.errors.device)[self.picks(price)].sum())
+
+    def with_least(self, least: float) -> Share:
+        """The same, taking no less than `least` at any price, where its columns can."""
+        return replace(self, most=price_for([self], least, below=False))
+
+
+def price_for(layers: Sequence[Share], total: float, below: bool = True) -> float:
+    """The price at which all layers together take about `total`: at most that, or at least where not `below`."""
+    low, high = -200.0, 200.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if sum(layer.taken(2.0**middle) for layer in layers) > total:
+            low = middle
+        else:
+            high = middle
+    return 2.0 ** (high if below else low)
+
+
+# ------------------------------------------------------------------------------------------------ coding
+
+
+def trellis_encode(W: Tensor, factors: Tensor, feedback: Tensor, spec: CodeSpec, widths: Tensor) -> AdditiveCode:
+    """Codes of W [..., O, I] by error feedback, column after column.
+
+    Args:
+        factors: V_jj [..., I], and `feedback` [..., I, I], as of `encode.feedback_factors` for single columns.
+        spec: a trellis format; its `scale_exponent` counts.
+        widths: int64 [..., I].
+
+    Every column's scale is the one that its target asks for by then, what feedback has added to it included.
+    """
+    T, L = spec.segment_rows, spec.nbits_per_codebook
+    known, values = rates(T, L), table(L).to(W.device)
+    scales = row_scales(W)
+    weights = scales.square()
+    rings = _rings((weights / weights.mean(-1, keepdim=True)).nan_to_num(0.0), T)
+    picks = known.index(widths.cpu())
+    difference, target = torch.zeros_like(W), W.clone()  # W − Ŵ where coded
+    states = torch.zeros(W.shape, dtype=torch.int32, device=W.device)
+    columns = torch.zeros_like(W[..., 0, :])
+    for block in column_blocks(W.shape[-1], 1):
+        for j in range(block.start, block.stop):
+            done = slice(block.start, j)
+            wanted = target[..., j] + (difference[..., done] @ feedback[..., done, j, None])[..., 0]
+            relative = (wanted / torch.where(scales == 0, 1.0, scales)).where(scales > 0, 0.0)
+            columns[..., j] = column_scale(relative, scales, known, picks[..., j], spec.scale_exponent)
+            scale = columns[..., j, None]
+            units = _rings(relative / torch.where(scale == 0, 1.0, scale), T)
+            coded = _states(units, rings, values, widths[..., j], scale.numel())
+            states[..., j] = coded.view(wanted.shape)
+            difference[..., j] = W[..., j] - values[states[..., j].long()] * scales * scale
+        target[..., block.stop :] += difference[..., block] @ feedback[..., block, block.stop :]
+    books = values.view(1, -1, 1, 1).expand(*W.shape[:-2], 1, -1, 1, 1)
+    return AdditiveCode(spec, states[..., None], books, scales[..., None], columns, widths)
+
+
+def _rings(rows: Tensor, T: int) -> Tensor:
+    """Rows [..., O] as rings [N, T]."""
+    return rows.reshape(-1, T)
+
+
+def _states(units: Tensor, weights: Tensor, values: Tensor, widths: Tensor, layers: int) -> Tensor:
+    """States [N, T] of the rings of `layers` layers; 0 where a layer's width is 0."""
+    each = widths.cpu().reshape(-1).repeat_interleave(len(units) // layers)  # [N]
+    if (each > 0).all():
+        return viterbi(units, weights, values, each)
+    states, coded = torch.zeros_like(units, dtype=torch.int32), each > 0
+    if coded.any():
+        some = coded.to(units.device)
+        states[some] = viterbi(units[some], weights[some], values, each[coded])
+    return states
+
+
+def column_scale(relative: Tensor, scales: Tensor, known: Rates, picks: Tensor, exponent: int) -> Tensor:
+    """The stored scale [...] of a column of values [..., O] in units of row scales, at the widths of `picks` [...].
+
+    The table is stretched beyond its best scale as long as that costs less than what lies out of its reach.
+    """
+    rms = weighted_rms(relative[..., None], scales)[..., 0]
+    gains = known.gains.to(relative)[picks.to(relative.device)]
+    errors = known.errors.to(relative)[picks.to(relative.device)]
+    tries = (gains * rms)[..., None] * STRETCHES.to(relative)  # [..., n]
+    squares = scales.square()
+    beyond = (relative.abs()[..., None] - tries[..., None, :] * known.reach).clamp(min=0).square()  # [..., O, n]
+    clipped = (beyond * squares[..., None]).sum(-2)
+    expected = (errors * rms.square() * squares.sum(-1))[..., None] * STRETCHES.to(relative) + clipped
+    best = tries.gather(-1, expected.argmin(-1, keepdim=True))[..., 0]
+    best = torch.where(picks.to(relative.device) == 0, 0.0, best)
+    return scale_values(scale_logarithms(best, exponent), exponent)
