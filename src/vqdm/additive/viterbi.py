@@ -45,7 +45,7 @@ def viterbi(targets: Tensor, weights: Tensor, values: Tensor, widths: Tensor) ->
     """
     if native_scoring(targets):
         return _native(targets, weights, values, widths)
-    search = _search
+    search = plain_search
     if fused_scoring(targets) is not None:
         from vqdm.additive.viterbi_kernel import search  # Triton is not everywhere
     states = torch.empty(targets.shape, dtype=torch.int32, device=targets.device)
@@ -68,7 +68,7 @@ def state_bits(values: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------ plain torch
 
 
-def _search(targets: Tensor, weights: Tensor, values: Tensor, q: int, around: int) -> Tensor:
+def plain_search(targets: Tensor, weights: Tensor, values: Tensor, q: int, around: int) -> Tensor:
     """`viterbi` of rings of one width."""
     T = targets.shape[1]
     seam = [*range(around - 1, -1, -1), *range(T - 1, T - 1 - around, -1)]  # rows in the order of the search
