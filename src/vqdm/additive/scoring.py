@@ -65,10 +65,15 @@ def native_scoring(vectors: Tensor) -> bool:
     return True
 
 
+def asked_for() -> str | None:
+    """The one of `PATHS` that is asked for by name; None where the device decides. Raises UserError on another."""
+    path = _wanted or _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    return None if path == "auto" else path
+
+
 def _path(vectors: Tensor) -> str:
     """One of `PATHS` but "auto"."""
-    path = _wanted or _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
-    if path != "auto":
+    if path := asked_for():
         return path
     if vectors.is_cuda:
         path = "triton" if _failure(vectors.device, "triton") is None else "torch"

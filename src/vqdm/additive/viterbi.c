@@ -5,129 +5,197 @@
    the states ((s << k) | h) mod 2^L of row t − 1, k = e(t+1) − e(t), so that the predecessors of all 2^k states n with
    n >> k = m are the same ones, m + i·2^(L−k).
 
-   All arithmetic is float32 without contraction, in the order of the reference, which gives equal states. */
+   All arithmetic is float32 without contraction, in the order of the reference, which gives equal states. Vectors are as
+   wide as the processor's: compilers take wider ones apart into single values. */
 
 #include <stdint.h>
-#include <string.h>
 
+#if defined(__AVX512F__)
 #define LANES 16
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2)));
+#define SPREAD(v, c, k) SHUFFLE(v, AT4(c, 0, k), AT4(c, 4, k), AT4(c, 8, k), AT4(c, 12, k))
+#elif defined(__AVX__)
+#define LANES 8
+#define SPREAD(v, c, k) SHUFFLE(v, AT4(c, 0, k), AT4(c, 4, k))
+#else
+#define LANES 4
+#define SPREAD(v, c, k) SHUFFLE(v, AT4(c, 0, k))
+#endif
 
+/* SPREAD(v, c, k): lane j is lane (c·LANES + j) >> k of v, the c-th of the 2^k vectors in which every lane stands 2^k times */
+#define AT(c, j, k) (((c) * LANES + (j)) >> (k))
+#define AT4(c, j, k) AT(c, j, k), AT(c, j + 1, k), AT(c, j + 2, k), AT(c, j + 3, k)
+#ifdef __clang__
+#define SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define SHUFFLE(v, ...) __builtin_shuffle(v, (Ints){__VA_ARGS__})
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define BLOCK 256         /* minima at once; a multiple of LANES */
+#define MOST_BYTE_BITS 8  /* new bits of a row whose choices take a byte each; else two */
 #define UNREACHABLE 1e30f
 
 typedef struct {
-    const float *targets; /* [T] in units of the table */
-    const float *weights; /* [T] of the squared errors */
-    const float *table;   /* [2^L] */
-    int32_t *states;      /* [T], the result */
-    float *cost;          /* [2^L], for the search */
-    float *best;          /* [2^L] */
-    uint16_t *choices;    /* [2·T][2^(L-q/4)], of which a step with k bits uses 2^(L-k) */
-    int64_t T;
-    int32_t L, q;
-    int32_t overlap; /* rows on each side of the seam from which the state there is found */
+    const float *targets;  /* [N, T] in units of the table */
+    const float *weights;  /* [N, T] of the squared errors */
+    const float *table;    /* [2^L] */
+    const int32_t *widths; /* [N], quarter bits per row */
+    int32_t *states;       /* [N, T], the result */
+    int64_t N, T, L;
+    int64_t memory; /* quarter bits after which a decision is settled */
+    int64_t next;   /* the first ring that no thread has taken */
+} Rings;
+
+typedef struct {
+    const float *targets, *weights, *table;
+    int32_t *states;
+    float *cost, *other; /* [2^L] each, for the search */
+    uint8_t *choices;    /* [2·T][stride] */
+    int64_t stride;      /* bytes for the choices of a row */
+    int64_t T, L, q;
 } Ring;
 
-static int64_t edge(int64_t row, int32_t q) { return row * q / 4; }
+static int64_t new_bits(int64_t row, int64_t q) { return (row + 1) * q / 4 - row * q / 4; }
 
-static int32_t width(int64_t row, int32_t q) { return (int32_t)(edge(row + 1, q) - edge(row, q)); }
+static int64_t row_before(int64_t row, int64_t T) { return row ? row - 1 : T - 1; }
 
-/* best[m] = the least of cost[m + i·size], choices[m] = its i, the first of equal ones */
-static void pick(const float *cost, float *best, uint16_t *choices, int64_t size, int32_t count) {
-    int64_t m = 0;
-    for (; m + LANES <= size; m += LANES) {
-        Floats least = *(const Floats *)(cost + m);
-        Ints which = {0};
-        for (int32_t i = 1; i < count; i++) {
-            Floats other = *(const Floats *)(cost + i * size + m);
-            Ints less = other < least;
-            least = (Floats)((less & (Ints)other) | (~less & (Ints)least));
-            which = (less & (which * 0 + i)) | (~less & which);
-        }
-        *(Floats *)(best + m) = least;
-        *(Shorts *)(choices + m) = __builtin_convertvector(which, Shorts);
+/* The least of cost[i·size], i < count, and in `which` its i, the first of equal ones; a lane for each of LANES costs. */
+INLINE Floats least_of(const float *cost, int32_t *which, int64_t size, int32_t count) {
+    Floats least = *(const Floats *)cost;
+    Ints first = {0};
+    for (int32_t i = 1; i < count; i++) {
+        Floats other = *(const Floats *)(cost + i * size);
+        Ints less = other < least;
+        least = (Floats)((less & (Ints)other) | (~less & (Ints)least));
+        first = (less & (first * 0 + i)) | (~less & first);
     }
-    for (; m < size; m++) {
-        best[m] = cost[m], choices[m] = 0;
-        for (int32_t i = 1; i < count; i++)
-            if (cost[i * size + m] < best[m]) best[m] = cost[i * size + m], choices[m] = (uint16_t)i;
+    *(Ints *)which = first;
+    return least;
+}
+
+/* A step for `count` minima: to[n] = least[n >> k] + weight · (target − table[n])². STEP is for 2^k < LANES. */
+#define PART(c, k)                                             \
+    {                                                          \
+        Floats d = target - ((const Floats *)values)[c];       \
+        ((Floats *)to)[c] = SPREAD(least, c, k) + d * d * weight; \
+    }
+#define PARTS2(c, k) PART(c, k) PART(c + 1, k)
+#define PARTS4(c, k) PARTS2(c, k) PARTS2(c + 2, k)
+#define PARTS8(c, k) PARTS4(c, k) PARTS4(c + 4, k)
+#define STEP(PARTS, k)                                              \
+    for (int64_t m = 0; m < count; m += LANES) {                    \
+        Floats least = least_of(cost + m, which + m, size, 1 << k); \
+        const float *values = table + (m << k);                     \
+        float *to = next + (m << k);                                \
+        PARTS(0, k)                                                 \
+    }
+
+INLINE void wide_step(const float *restrict cost, float *restrict next, const float *restrict table, int32_t *which,
+                      float target, float weight, int64_t count, int64_t size, int32_t k) {
+    float least[LANES];
+    for (int64_t m = 0; m < count; m += LANES) {
+        *(Floats *)least = least_of(cost + m, which + m, size, 1 << k);
+        for (int64_t lane = 0; lane < LANES; lane++)
+            for (int64_t n = (m + lane) << k; n < (m + lane + 1) << k; n += LANES) {
+                Floats d = target - *(const Floats *)(table + n);
+                *(Floats *)(next + n) = least[lane] + d * d * weight;
+            }
     }
 }
 
-/* cost[n] = best[n >> k] + weight · (target − table[n])² */
-#define ADD(COPIES)                                                        \
-    for (int64_t m = 0; m < size; m++)                                     \
-        for (int64_t i = 0; i < COPIES; i++) {                             \
-            float d = target - table[m * COPIES + i];                      \
-            cost[m * COPIES + i] = best[m] + d * d * weight;               \
-        }
-
-static void add(float *restrict cost, const float *restrict best, const float *restrict table, float target, float weight,
-                int64_t size, int32_t k) {
-    int64_t copies = (int64_t)1 << k;
+static void block_step(const float *restrict cost, float *restrict next, const float *restrict table, uint8_t *choices,
+                       float target, float weight, int64_t count, int64_t size, int32_t k) {
+    int32_t which[BLOCK];
     switch (k) {
-    case 0: ADD(1) break;
-    case 1: ADD(2) break;
-    case 2: ADD(4) break;
-    case 3: ADD(8) break;
-    case 4: ADD(16) break;
-    default: ADD(copies)
+    case 1: STEP(PARTS2, 1) break;
+#if LANES > 4
+    case 2: STEP(PARTS4, 2) break;
+#else
+    case 2: wide_step(cost, next, table, which, target, weight, count, size, 2); break;
+#endif
+#if LANES > 8
+    case 3: STEP(PARTS8, 3) break;
+#else
+    case 3: wide_step(cost, next, table, which, target, weight, count, size, 3); break;
+#endif
+    case 4: wide_step(cost, next, table, which, target, weight, count, size, 4); break;
+    default: wide_step(cost, next, table, which, target, weight, count, size, k);
+    }
+    for (int64_t m = 0; m < count; m++) choices[m] = (uint8_t)which[m];
+}
+
+/* The same where there are fewer than LANES minima, or more than a byte's choices. */
+static void plain_step(const float *restrict cost, float *restrict next, const float *restrict table, uint8_t *choices,
+                       float target, float weight, int64_t size, int64_t k) {
+    for (int64_t m = 0; m < size; m++) {
+        int64_t which = m;
+        for (int64_t i = m + size; i < size << k; i += size)
+            if (cost[i] < cost[which]) which = i;
+        if (k <= MOST_BYTE_BITS) choices[m] = (uint8_t)(which / size);
+        else ((uint16_t *)choices)[m] = (uint16_t)(which / size);
+        for (int64_t n = m << k; n < (m + 1) << k; n++) {
+            float d = target - table[n];
+            next[n] = cost[which] + d * d * weight;
+        }
     }
 }
 
 /* From the costs of row `from` to those of the row before it; the last row stands before the first. */
-static void step(const Ring *r, int64_t from, uint16_t *choices) {
-    int32_t k = width(from, r->q);
-    int64_t size = (int64_t)1 << (r->L - k), row = (from + r->T - 1) % r->T;
-    pick(r->cost, r->best, choices, size, 1 << k);
-    add(r->cost, r->best, r->table, r->targets[row], r->weights[row], size, k);
+static void step(Ring *r, int64_t from, uint8_t *choices) {
+    int64_t k = new_bits(from, r->q), size = (int64_t)1 << (r->L - k), row = row_before(from, r->T);
+    float target = r->targets[row], weight = r->weights[row], *next = r->other;
+    if (size < LANES || k > MOST_BYTE_BITS) plain_step(r->cost, next, r->table, choices, target, weight, size, k);
+    else
+        for (int64_t m = 0; m < size; m += BLOCK)
+            block_step(r->cost + m, next + (m << k), r->table + (m << k), choices + m, target, weight,
+                       size - m < BLOCK ? size - m : BLOCK, size, (int32_t)k);
+    r->other = r->cost, r->cost = next;
 }
 
-static void start(const Ring *r, int64_t row) {
-    memset(r->best, 0, sizeof(float));
-    add(r->cost, r->best, r->table, r->targets[row], r->weights[row], 1, r->L);
+static float miss(const Ring *r, int64_t row, int64_t state) {
+    float d = r->targets[row] - r->table[state];
+    return d * d * r->weights[row];
 }
 
-static int32_t cheapest(const float *cost, int64_t count) {
-    int64_t found = 0;
-    for (int64_t n = 1; n < count; n++)
-        if (cost[n] < cost[found]) found = n;
-    return (int32_t)found;
+/* The state of row `from` that was chosen before `state` of the row before it. */
+static int32_t before(const Ring *r, const uint8_t *choices, int64_t from, int32_t state) {
+    int64_t k = new_bits(from, r->q), m = state >> k;
+    return (int32_t)(m | (int64_t)(k <= MOST_BYTE_BITS ? choices[m] : ((const uint16_t *)choices)[m]) << (r->L - k));
 }
 
-/* The state of row `from` that was chosen before state `n` of the row before it. */
-static int32_t before(const Ring *r, const uint16_t *choices, int64_t from, int32_t n) {
-    int32_t k = width(from, r->q), m = n >> k;
-    return m | ((int32_t)choices[m] << (r->L - k));
-}
-
-/* The state of the last row, from an unconstrained search over the rows around the seam. */
-static int32_t seam(const Ring *r) {
-    int64_t states = (int64_t)1 << r->L, stride = states >> r->q / 4, row = r->overlap - 1, steps = 0;
-    start(r, row);
-    for (; steps < 2 * r->overlap - 1; steps++, row = (row + r->T - 1) % r->T)
-        step(r, row, r->choices + steps * stride);
-    int32_t state = cheapest(r->cost, states);
-    while (steps > r->overlap) {
+/* The state of the last row, from an unconstrained search over `around` rows on each side of the seam. */
+static int32_t seam(Ring *r, int64_t around) {
+    int64_t states = (int64_t)1 << r->L, row = around - 1, steps = 0, state = 0;
+    for (int64_t n = 0; n < states; n++) r->cost[n] = miss(r, row, n);
+    for (; steps < 2 * around - 1; steps++, row = row_before(row, r->T)) step(r, row, r->choices + steps * r->stride);
+    for (int64_t n = 1; n < states; n++)
+        if (r->cost[n] < r->cost[state]) state = n;
+    while (steps > around) {
         row = (row + 1) % r->T, steps--;
-        state = before(r, r->choices + steps * stride, row, state);
+        state = before(r, r->choices + steps * r->stride, row, (int32_t)state);
     }
-    return state;
+    return (int32_t)state;
 }
 
-void vqdm_viterbi(const Ring *r) {
-    int64_t states = (int64_t)1 << r->L, stride = states >> r->q / 4;
-    int32_t last = seam(r);
-    float kept;
-    start(r, r->T - 1);
-    kept = r->cost[last];
-    for (int64_t n = 0; n < states; n++) r->cost[n] = UNREACHABLE;
-    r->cost[last] = kept;
-    for (int64_t row = r->T - 1; row > 0; row--) step(r, row, r->choices + row * stride);
-    int32_t k = width(0, r->q);
-    pick(r->cost, r->best, r->choices, (int64_t)1 << (r->L - k), 1 << k); /* the step over the seam */
-    int32_t state = last;
-    for (int64_t row = 0; row < r->T; row++) r->states[row] = state = before(r, r->choices + row * stride, row, state);
+static void search(Ring *r, int64_t around) {
+    int64_t states = (int64_t)1 << r->L;
+    int32_t state = seam(r, around);
+    for (int64_t n = 0; n < states; n++) r->cost[n] = n == state ? miss(r, r->T - 1, n) : UNREACHABLE;
+    for (int64_t row = r->T - 1; row >= 0; row--) step(r, row, r->choices + row * r->stride);
+    for (int64_t row = 0; row < r->T; row++)
+        r->states[row] = state = before(r, r->choices + row * r->stride, row, state);
+}
+
+/* Take rings until there are none; `costs` [2, 2^L] and `choices` [T·2^L] are the thread's own. */
+void vqdm_viterbi(Rings *all, float *costs, uint8_t *choices) {
+    for (int64_t n; (n = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED)) < all->N;) {
+        int64_t q = all->widths[n], T = all->T, states = (int64_t)1 << all->L, around = (all->memory + q - 1) / q;
+        int64_t stride = (states >> q / 4) * (q / 4 > MOST_BYTE_BITS ? 2 : 1);
+        Ring ring = {all->targets + n * T, all->weights + n * T, all->table, all->states + n * T, costs, costs + states,
+                     choices, stride, T, all->L, q};
+        search(&ring, around < T ? around : T);
+    }
 }

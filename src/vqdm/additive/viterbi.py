@@ -29,7 +29,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off")
 MEMORY = 3  # a decision is settled after so many times the rows that fill a state
 UNREACHABLE = 1e30
-RINGS_PER_THREAD = 2**20  # states times rows, below which a second thread costs more than it gives
+STATES_PER_THREAD = 2**20  # of all rows, below which a second thread costs more than it gives
 
 
 def viterbi(targets: Tensor, weights: Tensor, values: Tensor, widths: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def viterbi(targets: Tensor, weights: Tensor, values: Tensor, widths: Tensor) ->
     """
     if native_scoring(targets):
         return _native(targets, weights, values, widths)
-    search = _search
+    search = plain_search
     if fused_scoring(targets) is not None:
         from vqdm.additive.viterbi_kernel import search  # Triton is not everywhere
     states = torch.empty(targets.shape, dtype=torch.int32, device=targets.device)
@@ -68,7 +68,7 @@ def state_bits(values: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------ plain torch
 
 
-def _search(targets: Tensor, weights: Tensor, values: Tensor, q: int, around: int) -> Tensor:
+def plain_search(targets: Tensor, weights: Tensor, values: Tensor, q: int, around: int) -> Tensor:
     """`viterbi` of rings of one width."""
     T = targets.shape[1]
     seam = [*range(around - 1, -1, -1), *range(T - 1, T - 1 - around, -1)]  # rows in the order of the search
@@ -115,34 +115,31 @@ def _new_bits(row: int, q: int) -> int:
 # ------------------------------------------------------------------------------------------------ C
 
 
-class _Ring(ctypes.Structure):
+class _Rings(ctypes.Structure):
     """As in viterbi.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("targets", "weights", "table", "states", "cost", "best", "choices")),
-        ("T", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("L", "q", "overlap")),
+        *((name, ctypes.c_void_p) for name in ("targets", "weights", "table", "widths", "states")),
+        *((name, ctypes.c_int64) for name in ("N", "T", "L", "memory", "next")),
     )
 
 
 def _native(targets: Tensor, weights: Tensor, values: Tensor, widths: Tensor) -> Tensor:
     """`viterbi` on the CPU. Raises RuntimeError where the C code cannot be compiled."""
-    run, (N, T) = library().vqdm_viterbi, targets.shape
-    targets, weights, values = targets.contiguous(), weights.contiguous(), values.contiguous()
+    run, (N, T), L = library().vqdm_viterbi, targets.shape, state_bits(values)
     states = torch.empty(N, T, dtype=torch.int32)
+    inputs = targets.contiguous(), weights.contiguous(), values.contiguous(), widths.to(torch.int32)
+    rings = _Rings(*(tensor.data_ptr() for tensor in (*inputs, states)), N, T, L, MEMORY * UNITS * L, 0)
 
-    def search(ring: int) -> None:
-        q, L = int(widths[ring]), state_bits(values)
-        memory = _workspace(T, L)
-        rows = (targets[ring], weights[ring], values, states[ring], *memory)
-        run(ctypes.byref(_Ring(*(tensor.data_ptr() for tensor in rows), T, L, q, overlap(q, T, values))))
+    def search(_: int) -> None:  # as many rings as are left
+        costs, choices = _workspace(T, L)
+        run(ctypes.byref(rings), ctypes.c_void_p(costs.data_ptr()), ctypes.c_void_p(choices.data_ptr()))
 
-    threads = min(torch.get_num_threads(), N, N * T * len(values) // RINGS_PER_THREAD)
+    threads = min(torch.get_num_threads(), N, N * T * len(values) // STATES_PER_THREAD)
     if threads > 1:
-        list(_pool(os.getpid(), threads).map(search, range(N)))
+        list(_pool(os.getpid(), threads).map(search, range(threads)))
     else:
-        for ring in range(N):
-            search(ring)
+        search(0)
     return states
 
 
@@ -155,12 +152,11 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 _local = threading.local()
 
 
-def _workspace(T: int, L: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Costs, best costs, and choices of the search; kept by each thread, since fresh memory is slow."""
+def _workspace(T: int, L: int) -> tuple[Tensor, Tensor]:
+    """Costs [2, 2^L] and choices of the search; kept by each thread, since fresh memory is slow."""
     held = getattr(_local, "workspace", None)
-    if held is None or len(held[0]) < 2**L or len(held[2]) < T * 2**L:
-        held = torch.empty(2**L), torch.empty(2**L), torch.empty(T * 2**L, dtype=torch.int16)
-        _local.workspace = held
+    if held is None or held[0].numel() < 2 * 2**L or len(held[1]) < T * 2**L:
+        held = _local.workspace = torch.empty(2, 2**L), torch.empty(T * 2**L, dtype=torch.uint8)
     return held
 
 
