@@ -81,7 +81,7 @@ def pack(states: Tensor, widths: Tensor, T: int, L: int) -> Tensor:
     widths = widths.to(torch.int64)
     start, stop, first = _places(widths, T, L, states.device)
     bits = int(widths.sum()) * T // UNITS  # of a segment
-    packed = torch.zeros(-(-bits * (O // T) // 8) + 2, dtype=torch.int32, device=states.device)
+    packed = torch.zeros(-(-bits * (O // T) // 8) + 3, dtype=torch.int32, device=states.device)
     for segment, some in enumerate(states.to(torch.int64).view(-1, T, I)):  # [T, I]
         k = stop - start
         if ((some ^ (some.roll(1, 0) >> k)) & ((1 << (L - k)) - 1))[:, widths > 0].any() or (some >> L).any():
@@ -90,7 +90,7 @@ def pack(states: Tensor, widths: Tensor, T: int, L: int) -> Tensor:
         fresh = ((some >> (L - k)) & ((1 << k) - 1)).view(-1) << (place & 7)
         for byte in range(3):
             packed.index_add_(0, (place >> 3) + byte, ((fresh >> (8 * byte)) & 255).to(torch.int32))
-    return packed[:-2].to(torch.uint8)
+    return packed[:-3].to(torch.uint8)
 
 
 def unpack(packed: Tensor, widths: Tensor, rows: int, T: int, L: int) -> Tensor:

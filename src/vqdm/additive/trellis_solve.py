@@ -21,9 +21,10 @@ from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.encode import column_blocks, damped_cholesky
+from vqdm.additive.scoring import native_scoring
 from vqdm.additive.stacks import stacked
 from vqdm.additive.trellis import UNITS, allowed_widths, scale_logarithms, scale_values, table
-from vqdm.additive.viterbi import viterbi
+from vqdm.additive.viterbi import feedback_block, viterbi
 
 # Of a unit Gaussian in segments of 384 rows: mean squared error in dB, and the best scale of the table, by width.
 MEASURED = {
@@ -37,7 +38,7 @@ MEASURED = {
          40: (-57.80, 1.30), 44: (-62.84, 1.60), 48: (-67.21, 1.60)},
 }  # fmt: skip
 STRETCHES = 2.0 ** (torch.arange(9) / 4)  # of the table over its best scale, for columns with outliers
-DAMPING = 0.01  # of H's mean diagonal, where it is factored
+DAMPING = 0.002  # of H's mean diagonal, where it is factored
 ROWS_OF_A_STATE = 5  # that the search trades errors among
 BISECTIONS = 60
 
@@ -310,6 +311,9 @@ def trellis_encode(W: Tensor, factors: Tensor, feedback: Tensor, spec: CodeSpec,
     rings = _rings((weights / weights.mean(-1, keepdim=True)).nan_to_num(0.0), T)
     picks = known.index(widths.cpu())
     difference, target = torch.zeros_like(W), W.clone()  # W − Ŵ where coded
+    if W.dim() == 2 and native_scoring(W):
+        states, columns = _native_encode(W, feedback, spec, widths, scales, rings.view(-1))
+        return AdditiveCode(spec, states[..., None], values.view(1, -1, 1, 1), scales[:, None], columns, widths)
     states = torch.zeros(W.shape, dtype=torch.int32, device=W.device)
     columns = torch.zeros_like(W[..., 0, :])
     for block in column_blocks(W.shape[-1], 1):
@@ -326,6 +330,24 @@ def trellis_encode(W: Tensor, factors: Tensor, feedback: Tensor, spec: CodeSpec,
         target[..., block.stop :] += difference[..., block] @ feedback[..., block, block.stop :]
     books = values.view(1, -1, 1, 1).expand(*W.shape[:-2], 1, -1, 1, 1)
     return AdditiveCode(spec, states[..., None], books, scales[..., None], columns, widths)
+
+
+def _native_encode(
+    W: Tensor, feedback: Tensor, spec: CodeSpec, widths: Tensor, scales: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """States [O, I] and column scales [I] of W [O, I] on the CPU; the columns of a block are one call of C."""
+    T, L = spec.segment_rows, spec.nbits_per_codebook
+    known, levels = rates(T, L), scale_values(torch.arange(256), spec.scale_exponent)
+    picks = known.index(widths)
+    gains, errors = known.gains[picks].float(), known.errors[picks].float()
+    original = W.T.contiguous()  # [I, O]
+    targets, states, columns = original.clone(), torch.empty(W.T.shape, dtype=torch.int32), torch.empty(W.shape[1])
+    for block in column_blocks(W.shape[1], 1):
+        choice = table(L), gains[block], errors[block], STRETCHES, levels, known.reach
+        some = targets[block], original[block], feedback[block, block], (scales, weights), widths[block].to(torch.int32)
+        difference, columns[block], states[block] = feedback_block(*some, choice, T)
+        targets[block.stop :] += feedback[block, block.stop :].T @ difference
+    return states.T.contiguous(), columns
 
 
 def _rings(rows: Tensor, T: int) -> Tensor:

@@ -199,3 +199,93 @@ void vqdm_viterbi(Rings *all, float *costs, uint8_t *choices) {
         search(&ring, around < T ? around : T);
     }
 }
+
+/* ---------------------------------------------------------------- error feedback through a block of columns */
+
+typedef struct {
+    const float *targets;     /* [columns, O], what earlier blocks leave for these columns to aim at */
+    const float *original;    /* [columns, O], the weights */
+    const float *feedback;    /* [columns, columns], of which row i, column j > i counts */
+    const float *scales;      /* [O], of the rows */
+    const float *weights;     /* [O], of the squared errors in units of the scales */
+    const float *table;       /* [2^L] */
+    const float *gains;       /* [columns], the best scale of the table for a column of root mean square 1 */
+    const float *errors;      /* [columns], the mean squared error there */
+    const float *stretches;   /* [stretch_count], of that scale, ascending from 1 */
+    const float *levels;      /* [256], the scales that can be stored, ascending */
+    const int32_t *widths;    /* [columns], quarter bits per row */
+    float *difference;        /* [columns, O], original less coded weights */
+    float *column_scales;     /* [columns] */
+    int32_t *states;          /* [columns, O] */
+    float *units;             /* [O], memory for the search */
+    int64_t columns, O, T, L;
+    int64_t memory, stretch_count;
+    float reach; /* the largest value of the table */
+} Block;
+
+/* The level nearest to a scale, by logarithms: levels are spaced evenly there, but for the first, which is 0. */
+static float nearest_level(const float *levels, float scale) {
+    int64_t low = 0, high = 255;
+    if (!(scale > 0)) return 0;
+    while (low < high) { /* the last level that is no larger */
+        int64_t middle = (low + high + 1) / 2;
+        if (levels[middle] <= scale) low = middle;
+        else high = middle - 1;
+    }
+    if (low == 255) return levels[255];
+    if (low == 0) return scale * scale < levels[1] * levels[1] / 1.0905077f ? 0 : levels[1]; /* half a step of 2^(1/16) */
+    return scale * scale < levels[low] * levels[low + 1] ? levels[low] : levels[low + 1];
+}
+
+/* The scale of a column of values in units of the row scales, as column_scale of trellis_solve.py. */
+static float column_scale(const Block *b, const float *relative, int64_t j) {
+    double squares = 0, energy = 0, least = 0;
+    for (int64_t r = 0; r < b->O; r++) {
+        double s = (double)b->scales[r] * b->scales[r];
+        squares += s, energy += s * relative[r] * relative[r];
+    }
+    if (!(energy > 0)) return 0;
+    float best = 0, rms = (float)__builtin_sqrt(energy / squares);
+    for (int64_t n = 0; n < b->stretch_count; n++) {
+        float scale = b->gains[j] * rms * b->stretches[n], limit = scale * b->reach;
+        double expected = (double)b->errors[j] * energy * b->stretches[n], beyond = 0;
+        for (int64_t r = 0; r < b->O; r++) {
+            float over = (relative[r] < 0 ? -relative[r] : relative[r]) - limit;
+            if (over > 0) beyond += (double)b->scales[r] * b->scales[r] * over * over;
+        }
+        if (n == 0 || expected + beyond < least) least = expected + beyond, best = scale;
+        if (beyond == 0) break;
+    }
+    return nearest_level(b->levels, best);
+}
+
+/* Code the columns of a block one after another, each towards its target and what the errors before it add to that. */
+void vqdm_feedback_block(const Block *b, float *costs, uint8_t *choices) {
+    int64_t states = (int64_t)1 << b->L;
+    for (int64_t j = 0; j < b->columns; j++) {
+        int64_t q = b->widths[j], around = q ? (b->memory + q - 1) / q : 0, O = b->O;
+        int64_t stride = (states >> q / 4) * (q / 4 > MOST_BYTE_BITS ? 2 : 1);
+        float *difference = b->difference + j * O, *units = b->units;
+        int32_t *found = b->states + j * O;
+        for (int64_t r = 0; r < O; r++) units[r] = b->targets[j * O + r];
+        for (int64_t i = 0; i < j; i++) {
+            float factor = b->feedback[i * b->columns + j];
+            const float *error = b->difference + i * O;
+            for (int64_t r = 0; r < O; r++) units[r] += error[r] * factor;
+        }
+        for (int64_t r = 0; r < O; r++) units[r] = b->scales[r] > 0 ? units[r] / b->scales[r] : 0;
+        float scale = q ? column_scale(b, units, j) : 0;
+        b->column_scales[j] = scale;
+        for (int64_t r = 0; r < O; r++) {
+            units[r] = scale > 0 ? units[r] / scale : 0;
+            found[r] = 0, difference[r] = b->original[j * O + r];
+        }
+        if (!q) continue;
+        for (int64_t first = 0; first < O; first += b->T) {
+            Ring ring = {units + first, b->weights + first, b->table, found + first, costs, costs + states, choices,
+                         stride, b->T, b->L, q};
+            search(&ring, around < b->T ? around : b->T);
+        }
+        for (int64_t r = 0; r < O; r++) difference[r] -= b->table[found[r]] * b->scales[r] * scale;
+    }
+}

@@ -169,9 +169,7 @@ def _new_bits(row, q):
 @triton.jit
 def _step(cost, choices, row, q, L: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr):
     """The least cost [2^L] of what may come before every state; writes which of them that is."""
-    if WHOLE:
-        least = _least(cost, choices, L, K)
-    elif _new_bits(row, q) == K:
+    if WHOLE or _new_bits(row, q) == K:
         least = _least(cost, choices, L, K)
     else:
         least = _least(cost, choices, L, K + 1)
