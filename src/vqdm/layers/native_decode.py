@@ -36,16 +36,16 @@ def native(stored: Stored, out: Tensor) -> None:
         out.copy_(whole)
         return
     scales = stored.scale_matrix() if stored.scales is None else stored.scales
-    factors = None if stored.input_scales is None else _readable(stored.input_scales)
-    held = _readable(stored.codebooks), _readable(scales), factors  # until the call is over
+    factors = None if stored.input_scales is None else readable(stored.input_scales)
+    held = readable(stored.codebooks), readable(scales), factors  # until the call is over
     p, (O, I) = stored.spec.out_group_size, stored.shape  # noqa: E741
     rows = max(1, WEIGHTS_AT_ONCE // (I * p))
     layer = _layer(stored, *held, out, rows)
-    if library().vqdm_decode(layer, _team(), min(torch.get_num_threads(), -(-O // (p * rows)))):
+    if library().vqdm_decode(layer, team(), min(torch.get_num_threads(), -(-O // (p * rows)))):
         raise MemoryError(f"no memory for codebooks {list(stored.codebooks.shape)} in float32")
 
 
-def _readable(values: Tensor) -> Tensor:
+def readable(values: Tensor) -> Tensor:
     """`values` in a type and a layout that the C code reads."""
     if values.dtype in TYPES and values.is_contiguous():
         return values
@@ -80,7 +80,7 @@ def _layer(stored: Stored, books: Tensor, scales: Tensor, factors: Tensor | None
 
 
 @cache
-def _team() -> ctypes._CFuncPtr | None:
+def team() -> ctypes._CFuncPtr | None:
     """`GOMP_parallel` of the OpenMP that torch has loaded, where it has one.
 
     Its threads are those that multiply matrices; other threads beside them would fight them for the cores.
