@@ -3,8 +3,8 @@
 Feedback goes from column to column, and the trellis down the rows: H couples columns, not rows, so that at column j the
 errors of all rows count D_j = V_jj² for the factor H + λI = V Vᵀ (LDL, as in `encode.feedback_factors`). With E_j the
 energy of column j and mse(q) the error of a unit Gaussian at width q, the layer's error is about Σ_j D_j·E_j·mse(q_j),
-which is known before anything is coded: so bits can be divided among columns, and among layers, without trials. Four
-things correct that sum, see `Demand`.
+which is known before anything is coded: so bits can be divided among columns, and among layers, without trials. What
+corrects that sum is in `Demand`.
 
 Letters: O rows, I columns; T rows of a segment; L bits of a state; q widths in quarter bits.
 """
@@ -40,7 +40,9 @@ MEASURED = {
 STRETCHES = 2.0 ** (torch.arange(9) / 4)  # of the table over its best scale, for columns with outliers
 DAMPING = 0.002  # of H's mean diagonal, where it is factored
 ROWS_OF_A_STATE = 5  # that the search trades errors among
-BISECTIONS = 60
+DECADES = 14  # of prices
+REFINEMENTS, REFINED_PRICES = 2, 8
+LEAST_ERROR = 1e-15
 
 
 @dataclass(frozen=True)
@@ -77,57 +79,116 @@ def rates(T: int, L: int) -> Rates:
 
 @dataclass(frozen=True)
 class Demand:
-    """What the columns of a layer need, in the order of coding.
+    """What the columns of a layer need of bits, in the order of coding.
 
     Attributes:
-        weights: float32 [I], how much an error of column j counts: D_j, less the part of it that is λ's.
-        energies: float32 [I], E_j = Σ_r w², times the gain of rows that differ: the search gives the small rows of a
-            window of the trellis more of the error, so that the geometric mean of their energies counts.
+        factors: float32 [I], D_j, by which errors of column j count in coding.
+        weights: float32 [I], by which they count in the layer's error: D_j less the part of it that is λ's.
+        energies: float32 [I], E_j = Σ_r w².
         clipped: float32 [I, n], the energy beyond the table's reach at each of the n `STRETCHES`, at a best scale of 1.
-        inflation: feedback adds Σ_{i<j} D_i·E_i·mse(q_i)·(V⁻¹)_ij² to E_j: this part of mse(q), over all columns.
+        spread: float32 [I, I], the squares of V⁻¹: what an error D_i·e² of column i adds to E_j for j > i by feedback.
+        gain: of rows that differ: the search gives the small rows of a window of the trellis more of the error, so that
+            the geometric mean of their energies counts.
         energy: tr(W H Wᵀ).
-        rows: O.
     """
 
+    factors: Tensor
     weights: Tensor
     energies: Tensor
     clipped: Tensor
-    inflation: float
+    spread: Tensor
+    gain: float
     energy: float
-    rows: int
 
     @classmethod
     def of(cls, W: Tensor, H: Tensor, V: Tensor, reach: float) -> Demand:
         """Of W [O, I] and H [I, I] in the order of coding, and the factor V [I, I] of the damped H."""
-        scales, inverse = row_scales(W), torch.linalg.solve_triangular(V, torch.eye(len(V)).to(V), upper=True).square()
+        scales, spread = row_scales(W), torch.linalg.solve_triangular(V, torch.eye(len(V)).to(V), upper=True).square()
         damping = (V.square().sum(1) - H.diagonal()).mean().clamp(min=0)
         relative = W.abs() / torch.where(scales == 0, 1.0, scales)[:, None]
         rms = weighted_rms(relative, scales)  # [I]
         clipped = [over(relative, rms * stretch * reach, scales) for stretch in STRETCHES.tolist()]
-        energies, D = W.square().sum(0), V.diagonal().square()
-        errors = D * energies
-        added = (errors @ inverse.triu(1)) * D  # [I], of column j by those before it
-        total = errors.sum()
+        factors = V.diagonal().square()
+        weights = factors * (1 - damping * spread.sum(1)).clamp(min=0)
+        energy = ((W @ H) * W).sum().item()
         return cls(
-            D * (1 - damping * inverse.sum(1)).clamp(min=0),
-            energies * rows_gain(scales),
-            torch.stack(clipped, 1),
-            (added.sum() / total).item() if total > 0 else 0.0,
-            ((W @ H) * W).sum().item(),
-            len(W),
+            factors, weights, W.square().sum(0), torch.stack(clipped, 1), spread, rows_gain(scales), max(0.0, energy)
         )
 
-    def errors(self, known: Rates) -> Tensor:
-        """Expected weighted squared error of every column at every width: float32 [I, widths]."""
-        stretch, rate = STRETCHES.to(self.energies), known.errors.to(self.energies)
-        plain = self.energies[:, None, None] * (rate * (1 + self.inflation * rate))[:, None] * stretch  # [I, widths, n]
-        best = (plain + self.clipped[:, None, :]).amin(2)
-        best[:, 0] = self.energies * (1 + self.inflation)
-        return self.weights[:, None] * best
 
-    def to(self, device: torch.device | str) -> Demand:
-        """The same on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("weights", "energies", "clipped")})
+@dataclass(frozen=True)
+class Curve:
+    """A layer's expected error at several rates.
+
+    Attributes:
+        totals: int64 [P], summed widths of a row's columns, ascending.
+        errors: float64 [P], relative errors, descending.
+        found: (summed widths, relative error) of the layer as it has been coded, by which expectations are corrected:
+            a few columns of great weight can make it several decibels too low at one bit per weight.
+    """
+
+    totals: Tensor
+    errors: Tensor
+    found: tuple[tuple[int, float], ...] = ()
+
+    def at(self, totals: np.ndarray) -> np.ndarray:
+        """Errors at other summed widths, on the lines between the logarithms."""
+        expected = self._expected(totals)
+        if self.found:
+            places, errors = zip(*sorted(self.found), strict=True)
+            excess = np.log(np.maximum(errors, LEAST_ERROR)) - self._expected(np.array(places))
+            expected = expected + np.interp(totals, places, excess)
+        return np.exp(expected)
+
+    def _expected(self, totals: np.ndarray) -> np.ndarray:
+        known = np.log(np.maximum(self.errors.numpy(), LEAST_ERROR))
+        return np.interp(totals, self.totals.numpy(), known)
+
+    def corrected(self, total: int, error: float) -> Curve:
+        """The curve with one more error that has been found."""
+        return replace(self, found=(*(one for one in self.found if one[0] != total), (total, error)))
+
+
+def widths_at(demand: Demand, known: Rates, prices: Tensor) -> tuple[Tensor, Tensor]:
+    """Widths [P, I] at `prices` [P] of a unit of width, and the relative errors [P] that they are expected to leave.
+
+    Columns are visited in the order of coding: what is left of the columns before adds to a column's energy, by which
+    it then chooses the width that costs the least.
+    """
+    device, I = demand.energies.device, len(demand.energies)  # noqa: E741
+    rate, widths, stretch = (one.to(device) for one in (known.errors.float(), known.widths, STRETCHES))
+    table, costs = rate[:, None] * stretch, prices.to(device)[:, None] * widths  # [widths, n], [P, widths]
+    found = torch.empty(len(prices), I, dtype=torch.int64, device=device)
+    added = torch.zeros(len(prices), I, device=device)
+    total = torch.zeros(len(prices), dtype=torch.float64, device=device)
+    for block in column_blocks(I, 1):
+        left = torch.empty(len(prices), block.stop - block.start, device=device)
+        for j in range(block.start, block.stop):
+            done = slice(block.start, j)
+            more = left[:, : j - block.start] @ demand.spread[done, j]
+            energy = demand.energies[j] + added[:, j] + more  # [P]
+            errors = (energy[:, None, None] * table + demand.clipped[j]).amin(2) * demand.gain  # [P, widths]
+            errors[:, 0] = energy
+            pick = (demand.factors[j] * errors + costs).argmin(1)
+            chosen = errors.gather(1, pick[:, None])[:, 0]
+            left[:, j - block.start] = demand.factors[j] * chosen
+            total += demand.weights[j] * chosen
+            found[:, j] = widths[pick]
+        added[:, block.stop :] += left @ demand.spread[block, block.stop :]
+    return found, (total / demand.energy if demand.energy > 0 else total * 0).cpu()
+
+
+def spread_prices(demand: Demand, count: int = 24) -> Tensor:
+    """Prices from where hardly a column has bits to where nearly all have the most: float32 [count], descending."""
+    most = (demand.factors * demand.energies).max().clamp(min=1e-30).item()
+    return most * torch.logspace(0, -DECADES, count)
+
+
+def rate_distortion(demand: Demand, known: Rates) -> Curve:
+    """The layer's expected error from the least to the most bits."""
+    widths, errors = widths_at(demand, known, spread_prices(demand))
+    totals, order = widths.sum(1).cpu().sort(stable=True)
+    return Curve(totals, errors[order])
 
 
 def rows_gain(scales: Tensor) -> float:
@@ -187,9 +248,9 @@ class Ordered:
         return Demand.of(self.W, self.H, self.V, rates(spec.segment_rows, spec.nbits_per_codebook).reach)
 
 
-def layer_demand(W: Tensor, H: Tensor, spec: CodeSpec) -> Demand:
-    """What the columns of a layer W [O, I] need, given the second moment H [I, I] of its inputs."""
-    return Ordered.of(W, H).demand(spec)
+def layer_curve(W: Tensor, H: Tensor, spec: CodeSpec) -> Curve:
+    """What the error of a layer W [O, I] will be at any bits, given the second moment H [I, I] of its inputs."""
+    return rate_distortion(Ordered.of(W, H).demand(spec), rates(spec.segment_rows, spec.nbits_per_codebook))
 
 
 def solve_trellis(layers: Sequence[tuple[Tensor, Tensor]], spec: CodeSpec) -> list[AdditiveCode]:
@@ -200,7 +261,7 @@ def solve_trellis(layers: Sequence[tuple[Tensor, Tensor]], spec: CodeSpec) -> li
     ordered = [Ordered.of(W, H) for W, H in layers]
     known = rates(spec.segment_rows, spec.nbits_per_codebook)
     total = UNITS * spec.segment_bits // spec.segment_rows
-    widths = [divide_columns(one.demand(spec).errors(known), known.widths, total) for one in ordered]
+    widths = [divide_columns(one.demand(spec), known, total) for one in ordered]
     factors = [one.V.diagonal() for one in ordered]
     feedback = [one.V / factor for one, factor in zip(ordered, factors, strict=True)]
     parts = [one.W for one in ordered], factors, feedback
@@ -218,77 +279,49 @@ def unstacked(code: AdditiveCode, count: int) -> list[AdditiveCode]:
 # ------------------------------------------------------------------------------------------------ dividing bits
 
 
-def choose(errors: Tensor, widths: Tensor, price: float) -> Tensor:
-    """Index [I] of the width that minimises error + price · width for every column."""
-    return (errors + price * widths.to(errors)).argmin(1)
-
-
-def divide_columns(errors: Tensor, widths: Tensor, total: int) -> Tensor:
-    """Widths [I] that add up to `total`, at nearly the least summed `errors` [I, widths].
+def divide_columns(demand: Demand, known: Rates, total: int) -> Tensor:
+    """Widths [I] that add up to `total`, at nearly the least expected error.
 
     Raises:
         ValueError: no allowed widths add up to the total.
     """
-    widths = widths.to(errors.device)
-    share = Share(errors, widths)
-    picks = share.picks(price_for([share], total))
-    while left := total - int(widths[picks].sum()):
-        above = (picks + 1).clamp(max=len(widths) - 1)
-        steps = widths[above] - widths[picks]
-        gains = (errors.gather(1, picks[:, None]) - errors.gather(1, above[:, None]))[:, 0] / steps.clamp(min=1)
+    prices = spread_prices(demand)
+    for _ in range(REFINEMENTS):
+        widths, _ = widths_at(demand, known, prices)
+        taken = widths.sum(1).cpu()
+        last = int((taken <= total).sum()) - 1  # of the prices that are not too low; totals rise but for rounding
+        low, high = prices[min(last + 1, len(prices) - 1)].item(), prices[max(last, 0)].item()
+        prices = torch.logspace(np.log10(high), np.log10(low), REFINED_PRICES)
+    widths, _ = widths_at(demand, known, prices)
+    fitting = (widths.sum(1) <= total).nonzero()
+    first = widths[int(fitting[-1])] if len(fitting) else torch.zeros_like(widths[0])
+    return filled_up(first, demand, known, total)
+
+
+def filled_up(widths: Tensor, demand: Demand, known: Rates, total: int) -> Tensor:
+    """`widths` [I] of no more than `total`, widened one after another where that gains most until they add up to it.
+
+    Raises:
+        ValueError: as `divide_columns`.
+    """
+    allowed = known.widths.to(widths.device)
+    picks, rate = torch.searchsorted(allowed, widths), known.errors.float().to(widths.device)
+    while left := total - int(allowed[picks].sum()):
+        above = (picks + 1).clamp(max=len(allowed) - 1)
+        steps = allowed[above] - allowed[picks]
+        gains = demand.factors * demand.energies * (rate[picks] - rate[above]) / steps.clamp(min=1)
         gains = torch.where((steps > 0) & (steps <= left), gains, -torch.inf)
         column = int(gains.argmax())
         if gains[column] > -torch.inf:
             picks[column] += 1
             continue
         # Every coded column is at the most, and what is left is less than the least.
-        full, empty = (picks == len(widths) - 1).nonzero(), (picks == 0).nonzero()
-        lowered = widths[-1] - (widths[1] - left)
-        if not len(full) or not len(empty) or lowered not in widths:
+        full, empty = (picks == len(allowed) - 1).nonzero(), (picks == 0).nonzero()
+        lowered = allowed[-1] - (allowed[1] - left)
+        if not len(full) or not len(empty) or lowered not in allowed:
             raise ValueError(f"no widths of {len(picks)} columns add up to {total}")
-        picks[full[0, 0]], picks[empty[0, 0]] = int((widths == lowered).nonzero()[0, 0]), 1
-    return widths[picks]
-
-
-@dataclass(frozen=True)
-class Share:
-    """A layer among others that bits are divided among.
-
-    Attributes:
-        errors: float32 [I, widths], what every column adds to the summed cost at every width.
-        widths: int64 [widths].
-        count: how much one unit of a column's width takes of what is divided, such as the layer's rows.
-        most: the highest price that it pays; a layer that needs a least number of bits has a lower one than others.
-    """
-
-    errors: Tensor
-    widths: Tensor
-    count: float = 1.0
-    most: float = float("inf")
-
-    def picks(self, price: float) -> Tensor:
-        """Index [I] of the width of every column at a price."""
-        return choose(self.errors, self.widths, self.count * min(price, self.most))
-
-    def taken(self, price: float) -> float:
-        """What it takes at a price."""
-        return self.count * int(self.widths.to(self.errors.device)[self.picks(price)].sum())
-
-    def with_least(self, least: float) -> Share:
-        """The same, taking no less than `least` at any price, where its columns can."""
-        return replace(self, most=price_for([self], least, below=False))
-
-
-def price_for(layers: Sequence[Share], total: float, below: bool = True) -> float:
-    """The price at which all layers together take about `total`: at most that, or at least where not `below`."""
-    low, high = -200.0, 200.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if sum(layer.taken(2.0**middle) for layer in layers) > total:
-            low = middle
-        else:
-            high = middle
-    return 2.0 ** (high if below else low)
+        picks[full[0, 0]], picks[empty[0, 0]] = int((allowed == lowered).nonzero()[0, 0]), 1
+    return allowed[picks]
 
 
 # ------------------------------------------------------------------------------------------------ coding

@@ -2,8 +2,7 @@
 
 What a layer's error will be at any bits is known from its Hessian (`additive.trellis_solve`); what that error does to
 the UNet's output is measured by backward passes with the layers coded at `FIRST_BITS`, and measured again at the bits
-that were chosen from it, since effects are first-order. One price of a bit then divides the budget over all columns of
-all layers: each takes the width at which the next unit would save less than its price.
+that were chosen from it, since effects are first-order. The budget then goes where a bit saves most.
 """
 
 from __future__ import annotations
@@ -13,11 +12,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from vqdm.additive.allocate import allocate
 from vqdm.additive.code import AdditiveCode, Bank, CodeSpec
-from vqdm.additive.trellis import UNITS, segment_rows
-from vqdm.additive.trellis_solve import Demand, Share, layer_demand, price_for, rates
+from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows
+from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curve
 from vqdm.diffusion.blocks import Layer, matrix_of, weight_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
@@ -48,6 +50,7 @@ PLANNED = (
 )
 FIRST_BITS = 2.0  # per weight, at which effects are first measured
 LEAST_BITS = 1.0  # of code per weight in every layer: what a layer that vanishes does is not to be predicted
+RATE_STEP = 1 / 16  # bits per weight between the rates that are offered
 FAST_STATE_BITS = 8  # of the codes that effects are measured with: within half a decibel, at a tenth of the time
 
 
@@ -62,11 +65,11 @@ def trellis_layer(layer: Layer, state_bits: int, bits: float, exponent: int = 0)
         input_channel_scales=True,
         shared_codebooks=trellis_bank(state_bits),
         segment_rows=T,
-        segment_bits=round(bits * layer.columns) * T,
         log_scales=True,
         scale_exponent=exponent,
     )
-    return replace(layer, spec=spec)
+    layer = replace(layer, spec=spec)
+    return replace(layer, spec=spec.changed(segment_bits=segment_bits(layer, min(bits, state_bits))))
 
 
 def allocated(job: Job, store: HessianStore) -> list[Layer]:
@@ -109,18 +112,17 @@ def planned(layers: list[Layer], plan: dict[str, dict], path: Path) -> list[Laye
 def planned_layers(job: Job, store: HessianStore) -> list[Layer]:
     """All layers with the bits that are best by effects measured twice; overridden ones as they are."""
     free = [layer for layer in job.layers if not overridden(job, layer)]
-    demands = layer_demands(job, store, free)
+    curves = layer_curves(job, store, free)
     exponents = {layer.name: scale_exponent(job, layer) for layer in free}
-    chosen = [
-        trellis_layer(layer, FAST_STATE_BITS, min(FIRST_BITS, job.config.target_bits), exponents[layer.name])
-        for layer in free
-    ]
+    bits = {layer.name: min(FIRST_BITS, job.config.target_bits) for layer in free}
     for name in ("first", "second"):
-        fast = [with_state_bits(layer, FAST_STATE_BITS) for layer in chosen]
-        effects = layer_effects(job, store, fast, name)
-        costs = {layer.name: cost_per_error(demands[layer.name], layer, effects[layer.name]) for layer in fast}
-        full = [with_state_bits(layer, job.config.state_bits) for layer in chosen]
-        chosen, expected = divide(job, full, demands, costs)
+        fast = [trellis_layer(layer, FAST_STATE_BITS, bits[layer.name], exponents[layer.name]) for layer in free]
+        effects, errors = layer_effects(job, store, fast, name)
+        curves = {layer.name: curves[layer.name].corrected(width_total(layer), errors[layer.name]) for layer in fast}
+        costs = {layer.name: effects[layer.name] / max(errors[layer.name], LEAST_ERROR) for layer in fast}
+        full = [trellis_layer(layer, job.config.state_bits, FIRST_BITS, exponents[layer.name]) for layer in free]
+        chosen, expected = divide(job, full, curves, costs)
+        bits = {layer.name: layer.spec.code_bits_per_weight(layer.columns) for layer in chosen}
         decibels = 10 * math.log10(max(expected, 1e-12))
         say(f"plan by the {name} effects: expected UNet-output error {decibels:.1f} dB")
     found = {layer.name: layer for layer in chosen}
@@ -132,50 +134,47 @@ def overridden(job: Job, layer: Layer) -> bool:
     return any(re.fullmatch(pattern, layer.name) for pattern in job.config.overrides)
 
 
-def with_state_bits(layer: Layer, state_bits: int) -> Layer:
-    """The layer as a trellis code with other states."""
-    most = layer.columns * state_bits * layer.spec.segment_rows
-    changes = {"nbits_per_codebook": state_bits, "shared_codebooks": trellis_bank(state_bits)}
-    return replace(layer, spec=layer.spec.changed(**changes, segment_bits=min(layer.spec.segment_bits, most)))
-
-
 def scale_exponent(job: Job, layer: Layer) -> int:
     """The octave of the layer's weights: stored logarithms of scales count from there."""
     rms = job.unet.get_submodule(layer.name).weight.detach().float().square().mean().sqrt().item()
     return max(-256, min(256, round(math.log2(rms)))) if rms > 0 else 0
 
 
-def layer_demands(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, Demand]:
-    """By name, what every layer needs of bits; ranks share the work."""
+def layer_curves(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, Curve]:
+    """By name, every layer's expected errors; ranks share the work."""
 
-    def demand(layer: Layer) -> Demand:
+    def curve(layer: Layer) -> Curve:
         weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
-        some = trellis_layer(layer, job.config.state_bits, FIRST_BITS).spec
-        found = layer_demand(weight, store.load(layer, weight.device)[0], some).to("cpu")
+        spec = trellis_layer(layer, job.config.state_bits, FIRST_BITS).spec
+        found = layer_curve(weight, store.load(layer, weight.device)[0], spec)
         progress.update()
         return found
 
     with bar(total=len(job.ranks.share(layers)), what="rate-distortion curves") as progress:
-        return dict(zip([layer.name for layer in layers], job.ranks.each(layers, demand), strict=True))
+        return dict(zip([layer.name for layer in layers], job.ranks.each(layers, curve), strict=True))
 
 
 # ------------------------------------------------------------------------------------------- effects
 
 
-def layer_effects(job: Job, store: HessianStore, layers: list[Layer], name: str) -> dict[str, float]:
-    """By layer name, the UNet's relative output error when this layer alone is coded as it is here."""
+def layer_effects(
+    job: Job, store: HessianStore, layers: list[Layer], name: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """By layer name, the UNet's relative output error when this layer alone is coded as it is here; and its own."""
     trajectories = teacher_trajectories(job)
     points = spread_over_noise(trajectories, job.config.sensitivity_points)
     say(f"effects of {len(layers)} layers on the output, at {len(points)} points")
-    changes = coding_errors(job, store, layers, name)
+    changes, errors = coding_errors(job, store, layers, name)
     calls = [call for point in points for call in unet_calls(job, trajectories, [point])]
     generator = lambda index: layer_generator(job.config.seed, f"effects:{index}")  # noqa: E731
     with bar(total=len(job.ranks.share(calls)), what="effects of layers") as progress:
-        return output_effects(job.unet, changes, calls, generator, progress.update, job.ranks)
+        return output_effects(job.unet, changes, calls, generator, progress.update, job.ranks), errors
 
 
-def coding_errors(job: Job, store: HessianStore, layers: list[Layer], name: str) -> dict[str, Tensor]:
-    """By layer name, coded minus original weight, in the weight's shape and type.
+def coding_errors(
+    job: Job, store: HessianStore, layers: list[Layer], name: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """By layer name, coded minus original weight, in the weight's shape and type; and the relative error of that.
 
     Ranks share the layers, and find each other's codes in the run's folder under `name`.
     """
@@ -184,10 +183,13 @@ def coding_errors(job: Job, store: HessianStore, layers: list[Layer], name: str)
     missing = job.ranks.agreed([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
     for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
         some = [layer for group in groups for layer in group]
-        for layer, code, _ in solve_share(job, store, some, job.config.solver, banks):
-            save_sealed(code.pack(), folder / f"{layer.name}.safetensors")
+        for layer, code, report in solve_share(job, store, some, job.config.solver, banks):
+            error = torch.tensor(report.error, dtype=torch.float64)
+            save_sealed(code.pack() | {"error": error}, folder / f"{layer.name}.safetensors")
     job.ranks.wait()
-    return {layer.name: coding_error(job, layer, read(folder / f"{layer.name}.safetensors"), banks) for layer in layers}
+    parts = {layer.name: read(folder / f"{layer.name}.safetensors") for layer in layers}
+    errors = {name: part.pop("error").item() for name, part in parts.items()}
+    return {layer.name: coding_error(job, layer, parts[layer.name], banks) for layer in layers}, errors
 
 
 def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, Bank]) -> Tensor:
@@ -199,48 +201,55 @@ def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, Bank]
     return (coded - weight.float()).to(weight.dtype)
 
 
-def cost_per_error(demand: Demand, layer: Layer, effect: float) -> float:
-    """What a unit of a layer's expected error costs at the output, by its effect as it is coded here."""
-    known = rates(layer.spec.segment_rows, layer.spec.nbits_per_codebook)
-    share = Share(demand.errors(known), known.widths)
-    picks = share.picks(price_for([share], UNITS * layer.spec.segment_bits / layer.spec.segment_rows))
-    expected = share.errors.gather(1, picks[:, None]).sum().item()
-    return effect / expected if expected > 0 else 0.0
-
-
 # ------------------------------------------------------------------------------------------- dividing
 
 
 def divide(
-    job: Job, layers: list[Layer], demands: dict[str, Demand], costs: dict[str, float]
+    job: Job, layers: list[Layer], curves: dict[str, Curve], costs: dict[str, float]
 ) -> tuple[list[Layer], float]:
     """The layers with the bits that cost the least at the output, and that cost, for the job's target.
+
+    `costs`: what a unit of a layer's relative error costs at the output.
 
     Raises:
         UserError: the least bits of every layer take more than the target.
     """
-    shares = []
-    for layer in layers:
-        known = rates(layer.spec.segment_rows, layer.spec.nbits_per_codebook)
-        share = Share(demands[layer.name].errors(known) * costs[layer.name], known.widths, layer.rows / UNITS)
-        shares.append(share.with_least(LEAST_BITS * layer.rows * layer.columns))
+    choices = [offered(layer) for layer in layers]
+    bits = [[layer_bits(layer) for layer in options] for options in choices]
+    errors = [curves[options[0].name].at(np.array([width_total(one) for one in options])) for options in choices]
+    expected = [(costs[options[0].name] * error).tolist() for options, error in zip(choices, errors, strict=True)]
     free = {layer.name for layer in layers}
     fixed = [layer for layer in job.layers if layer.name not in free]
     weights = sum(layer.rows * layer.columns for layer in job.layers)
-    empty = [replace(layer, spec=layer.spec.changed(segment_bits=0)) for layer in layers]
-    aside = sum(map(layer_bits, fixed + empty)) + bank_bits(fixed + layers)
-    budget = job.config.target_bits * weights - aside
-    least = sum(share.taken(math.inf) for share in shares)
-    if budget < least:
+    aside = sum(map(layer_bits, fixed)) + bank_bits(fixed + layers)
+    try:
+        chosen = allocate(bits, expected, int(job.config.target_bits * weights) - aside)
+    except ValueError:
+        least = sum(min(one) for one in bits) + aside
         raise UserError(
-            f"--target_bits {job.config.target_bits} is too low: at {LEAST_BITS:g} bit per weight in every layer, with "
-            f"scales and the shared codebooks, the layers take {(least + aside) / weights:.3f}"
-        )
-    price = price_for(shares, budget)
-    chosen, expected = [], 0.0
-    for layer, share in zip(layers, shares, strict=True):
-        picks = share.picks(price)
-        total = int(share.widths[picks].sum())
-        expected += share.errors.gather(1, picks[:, None]).sum().item()
-        chosen.append(replace(layer, spec=layer.spec.changed(segment_bits=total * layer.spec.segment_rows // UNITS)))
-    return chosen, expected
+            f"--target_bits {job.config.target_bits} is too low: with {LEAST_BITS:g} bit per weight in every layer, "
+            f"scales and the shared table, the layers take {least / weights:.3f}"
+        ) from None
+    found = [options[k] for options, k in zip(choices, chosen, strict=True)]
+    return found, sum(one[k] for one, k in zip(expected, chosen, strict=True))
+
+
+def offered(layer: Layer) -> list[Layer]:
+    """The layer at every rate from the least to the most."""
+    most = layer.spec.nbits_per_codebook
+    rates = np.arange(LEAST_BITS, most + RATE_STEP / 2, RATE_STEP)
+    return [replace(layer, spec=layer.spec.changed(segment_bits=segment_bits(layer, rate))) for rate in rates.tolist()]
+
+
+def segment_bits(layer: Layer, bits: float) -> int:
+    """Bits of a segment of all columns at about `bits` per weight, which allowed widths add up to."""
+    T, L = layer.spec.segment_rows, layer.spec.nbits_per_codebook
+    widths = allowed_widths(T, L)
+    unit = widths[-1] - widths[-2]
+    total = round(bits * UNITS * layer.columns / unit) * unit
+    return max(total, widths[1]) * T // UNITS
+
+
+def width_total(layer: Layer) -> int:
+    """The summed widths of a row's columns."""
+    return UNITS * layer.spec.segment_bits // layer.spec.segment_rows

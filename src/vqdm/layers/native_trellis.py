@@ -5,6 +5,7 @@ Tiles of rows and columns go to several threads: a column's bits follow one anot
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -15,8 +16,6 @@ from torch import Tensor
 from vqdm.compiled import build
 from vqdm.layers.native_decode import FLAGS, TYPES, readable, team
 from vqdm.layers.stored import Stored, logarithm_values
-
-import ctypes
 
 SOURCE = Path(__file__).with_suffix(".c")
 LOGARITHM = 3  # beside TYPES
