@@ -7,16 +7,19 @@ import sys
 import pytest
 
 COMPILE = """
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from vqdm.additive import kernels
+from vqdm.additive import kernels, viterbi_kernel
 from vqdm.layers import decode_kernel
 
 
-def compile(kernel, types, constants):
+def compile(kernel, types, constants, capability=90, **options):
     signature = dict(zip(kernel.arg_names, types + ["constexpr"] * len(constants), strict=True))
     source = triton.compiler.ASTSource(kernel, signature, constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    return compiled
 
 
 floats = ["*fp32"] * 3
@@ -38,6 +41,14 @@ for M, b, g, written, scales, variable in [
         ["*u8", *halves, "*u8", "*fp16", "*u8", "*i64", written, "i32", "i32", "i32"],
         constants | dict(INPUT_SCALES=scales == 1, VARIABLE=variable, BLOCK=2048 // g, BLOCK_D=g),
     )
+for L, q, capability in [(12, 8, 89), (12, 10, 90), (14, 34, 90)]:
+    options = viterbi_kernel.settings(L, q)
+    constants = {name: options.pop(name) for name in ("L", "K", "WHOLE")}
+    choices = {torch.uint8: "*u8", torch.int16: "*i16"}[viterbi_kernel.choice_type(q)]
+    types = ["*fp32", "*fp32", "*i32", "*fp32", choices, "i32", "i32", "i32", "i32"]
+    compiled = compile(viterbi_kernel._viterbi, types, constants, capability, **options)
+    assert compiled.metadata.shared <= 48 * 1024  # a program's memory without asking for more
+    assert "fma" not in compiled.asm["ptx"]  # sums are those of torch
 """
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vqdm.additive import trellis
 from vqdm.additive.code import (
     AdditiveCode,
     CodeSpec,
@@ -129,3 +130,86 @@ def test_shapes_that_do_not_divide_are_refused():
         CodeSpec().check_shape(4, 12)
     with pytest.raises(ValueError, match="out_group_size 3"):
         CodeSpec(out_group_size=3).check_shape(4, 16)
+
+
+TRELLIS = CodeSpec(
+    1, 8, 1, shared_codebooks="t8", input_channel_scales=True, segment_rows=8, segment_bits=74, log_scales=True
+)
+WIDTHS = torch.tensor([4, 9, 0, 16, 8])  # of 8 rows: 8, 18, 0, 32 and 16 bits
+
+
+def trellis_code(spec, rows=24, seed=0):
+    """A code of random rings, with scales that logarithms keep."""
+    g = torch.Generator().manual_seed(seed)
+    codes = spec.unpacked(rows, 5, torch.randint(256, (rows // 8 * 74 // 8 + 1,), generator=g).to(torch.uint8), WIDTHS)
+    scales, input_scales = torch.randint(90, 140, (rows,), generator=g), torch.randint(90, 140, (5,), generator=g)
+    return AdditiveCode(
+        spec,
+        codes,
+        trellis.table(8).view(spec.codebooks_shape),
+        trellis.scale_values(scales.to(torch.uint8))[:, None],
+        trellis.scale_values(input_scales.to(torch.uint8), spec.scale_exponent),
+        WIDTHS,
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"scale_exponent": -7}, {"log_scales": False}], ids=str)
+def test_a_trellis_round_trips_at_the_announced_size(changes):
+    spec = TRELLIS.changed(**changes)
+    code = trellis_code(spec)
+    tensors = code.pack()
+    spec.check_tensors(24, 5, tensors)
+    assert tensors["codes"].numel() == spec.code_bytes(24, 5) == -(-3 * 74 // 8)
+    assert spec.code_bits_per_weight(5) == WIDTHS.sum() / 4 / 5
+    assert stored_bits(tensors) == 8 * (28 + 5) + (24 + 5) * (8 if spec.log_scales else 16)
+    again = AdditiveCode.unpack(spec, (24, 5), tensors, code.codebooks)
+    assert torch.equal(again.codes, code.codes) and torch.equal(again.widths, code.widths.to(again.widths))
+    torch.testing.assert_close(again.dequantize(), code.dequantize(), rtol=0, atol=0)
+
+
+def test_a_trellis_is_dequantized_as_its_module_says():
+    code = trellis_code(TRELLIS)
+    values = trellis.table(8)[code.codes[:, :, 0]]
+    torch.testing.assert_close(code.dequantize(), code.scales * values * code.input_scales)
+
+
+def test_columns_of_a_trellis_are_permuted_with_their_widths():
+    code, order = trellis_code(TRELLIS), torch.tensor([2, 4, 0, 3, 1])
+    moved = code.with_groups(order)
+    assert torch.equal(moved.dequantize(), code.dequantize()[:, order])
+    again = AdditiveCode.unpack(TRELLIS, (24, 5), moved.pack(), code.codebooks)
+    assert torch.equal(again.with_groups(order.argsort()).codes, code.codes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_codebooks": 2}, "segment_rows need num_codebooks, in_group_size and out_group_size 1"),
+        ({"in_group_size": 2}, "segment_rows need"),
+        ({"out_group_size": 2}, "segment_rows need"),
+        ({"shared_codebooks": ""}, "segment_rows need"),
+        ({"input_channel_scales": False}, "segment_rows need"),
+        ({"scale_nbits": 16}, "segment_rows need"),
+        ({"row_bits": 4}, "segment_rows need"),
+        ({"nbits_per_codebook": 3}, "nbits_per_codebook is 3; a trellis takes 4 to 16"),
+        ({"segment_rows": -1}, "segment_rows is -1"),
+        ({"segment_bits": 2**33}, "segment_bits is 8589934592"),
+        ({"segment_rows": 0}, "segment_bits, log_scales and scale_exponent need segment_rows"),
+        ({"segment_rows": 0, "segment_bits": 0}, "need segment_rows"),
+        ({"segment_rows": 0, "segment_bits": 0, "log_scales": False, "scale_exponent": 1}, "need segment_rows"),
+        ({"log_scales": 1}, "log_scales is 1; allowed are true and false"),
+        ({"scale_exponent": 300}, "scale_exponent is 300"),
+        ({"groupwise_codebooks": True}, "shared_codebooks go neither with groupwise_codebooks"),
+    ],
+)
+def test_impossible_trellises_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TRELLIS.changed(**changes)
+
+
+def test_layers_that_a_trellis_does_not_fit_are_refused():
+    TRELLIS.check_shape(24, 5)
+    with pytest.raises(ValueError, match="segment_rows 8 does not divide its 20 outputs"):
+        TRELLIS.check_shape(20, 5)
+    with pytest.raises(ValueError, match="segment_bits is 74; its 1 inputs take 64 at most"):
+        TRELLIS.check_shape(24, 1)

@@ -82,12 +82,12 @@ def pack(states: Tensor, widths: Tensor, T: int, L: int) -> Tensor:
     start, stop, first = _places(widths, T, L, states.device)
     bits = int(widths.sum()) * T // UNITS  # of a segment
     packed = torch.zeros(-(-bits * (O // T) // 8) + 3, dtype=torch.int32, device=states.device)
-    for segment, some in enumerate(states.to(torch.int64).view(-1, T, I)):  # [T, I]
+    for segment, some in enumerate(states.to(torch.int64).reshape(-1, T, I)):  # [T, I]
         k = stop - start
         if ((some ^ (some.roll(1, 0) >> k)) & ((1 << (L - k)) - 1))[:, widths > 0].any() or (some >> L).any():
             raise ValueError("the states of a column are no path of the trellis")
         place = (first + start + segment * bits).view(-1)  # of the first new bit
-        fresh = ((some >> (L - k)) & ((1 << k) - 1)).view(-1) << (place & 7)
+        fresh = ((some >> (L - k)) & ((1 << k) - 1)).reshape(-1) << (place & 7)
         for byte in range(3):
             packed.index_add_(0, (place >> 3) + byte, ((fresh >> (8 * byte)) & 255).to(torch.int32))
     return packed[:-3].to(torch.uint8)
@@ -140,7 +140,7 @@ def _mantissas() -> Tensor:
 
 
 def scale_values(logarithms: Tensor, exponent: int = 0) -> Tensor:
-    """Scales, float32, of their stored logarithms, uint8: about 2^(exponent + (n − 128)/16), and 0 for n = 0."""
+    """Scales of stored logarithms, uint8 of any shape: about 2^(exponent + (n − 128)/16), 0 for n = 0; float32."""
     steps = logarithms.to(torch.int64) - MIDDLE
     mantissas = _mantissas().to(logarithms.device, torch.float32)
     values = torch.ldexp(mantissas[steps % STEPS], steps.div(STEPS, rounding_mode="floor") + exponent)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.scoring import fused_scoring, native_scoring
-from vqdm.additive.trellis import UNITS
+from vqdm.additive.trellis import UNITS, allowed_widths
 from vqdm.compiled import build
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -39,17 +39,23 @@ def viterbi(targets: Tensor, weights: Tensor, values: Tensor, widths: Tensor) ->
         targets: float32 [N, T].
         weights: float32 [N, T], >= 0.
         values: float32 [2^L], of the states.
-        widths: int64 [N] on the CPU, quarter bits per row; a width times T is at least 4·L.
+        widths: int64 [N] on the CPU, quarter bits per row, of `allowed_widths`, not 0.
 
     Returns int32 states on the device of `targets`.
+
+    Raises:
+        ValueError: a width is not allowed.
     """
+    present, allowed = widths.unique().tolist(), allowed_widths(targets.shape[1], state_bits(values))[1:]
+    if wrong := set(present) - set(allowed):
+        raise ValueError(f"widths {sorted(wrong)} are not allowed for rings of {targets.shape[1]} rows")
     if native_scoring(targets):
         return _native(targets, weights, values, widths)
     search = plain_search
     if fused_scoring(targets) is not None:
         from vqdm.additive.viterbi_kernel import search  # Triton is not everywhere
     states = torch.empty(targets.shape, dtype=torch.int32, device=targets.device)
-    for q in widths.unique().tolist():
+    for q in present:
         rings = (widths == q).nonzero()[:, 0].to(targets.device)
         states[rings] = search(targets[rings], weights[rings], values, q, overlap(q, targets.shape[1], values))
     return states

@@ -169,11 +169,9 @@ def _new_bits(row, q):
 @triton.jit
 def _step(cost, choices, row, q, L: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr):
     """The least cost [2^L] of what may come before every state; writes which of them that is."""
-    if WHOLE or _new_bits(row, q) == K:
-        least = _least(cost, choices, L, K)
-    else:
-        least = _least(cost, choices, L, K + 1)
-    return least
+    if WHOLE:  # known when compiled, so that there is one branch
+        return _least(cost, choices, L, K)
+    return _least(cost, choices, L, K) if _new_bits(row, q) == K else _least(cost, choices, L, K + 1)
 
 
 @triton.jit

@@ -64,7 +64,7 @@ class _Coded:
         R, G = self._stored().groups
         if codes.shape != (R, G, self.spec.num_codebooks):
             raise ValueError(f"codes have shape {tuple(codes.shape)}; allowed is {(R, G, self.spec.num_codebooks)}")
-        widths = self.code_widths if self.spec.row_bits else None
+        widths = self.code_widths if self.spec.has_widths else None
         self.codes.data.copy_(self.spec.packed(codes, widths))
         self._decoded = None
 
@@ -228,6 +228,24 @@ def decoded_once(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.keep_decoded, layer._decoded = False, None
+
+
+def float_scales(model: nn.Module) -> dict[str, torch.dtype]:
+    """Store the scales of trellis layers as float16 in place of 8-bit logarithms, with the same values, in place.
+
+    Logarithms cannot be trained. Returns the dotted names of the new tensors and their type.
+    """
+    found = {}
+    for name, layer in quantized_layers(model).items():
+        if not layer.spec.log_scales:
+            continue
+        code = layer.code()
+        layer.spec = layer.spec.changed(log_scales=False, scale_exponent=0)
+        for key, values in (("scales", code.scales[:, 0]), ("input_scales", code.input_scales)):
+            delattr(layer, key.removesuffix("s") + "_logarithms")
+            layer.register_parameter(key, nn.Parameter(values.to(torch.float16), False))
+            found[f"{name}.{key}"] = torch.float16
+    return found
 
 
 def dequantize_layers(model: nn.Module) -> None:
