@@ -11,9 +11,11 @@ Letters: O rows, I columns; T rows of a segment; L bits of a state; q widths in 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from vqdm.additive.encode import column_blocks, damped_cholesky
 from vqdm.additive.scoring import native_scoring
 from vqdm.additive.stacks import stacked
 from vqdm.additive.trellis import UNITS, allowed_widths, scale_logarithms, scale_values, table
-from vqdm.additive.viterbi import feedback_block, viterbi
+from vqdm.additive.viterbi import FLAGS, feedback_block, viterbi
+from vqdm.compiled import build
 
 # Of a unit Gaussian in segments of 384 rows: mean squared error in dB, and the best scale of the table, by width.
 MEASURED = {
@@ -156,6 +159,8 @@ def widths_at(demand: Demand, known: Rates, prices: Tensor) -> tuple[Tensor, Ten
     it then chooses the width that costs the least.
     """
     device, I = demand.energies.device, len(demand.energies)  # noqa: E741
+    if native_scoring(demand.energies):
+        return _native_widths(demand, known, prices)
     rate, widths, stretch = (one.to(device) for one in (known.errors.float(), known.widths, STRETCHES))
     table, costs = rate[:, None] * stretch, prices.to(device)[:, None] * widths  # [widths, n], [P, widths]
     found = torch.empty(len(prices), I, dtype=torch.int64, device=device)
@@ -176,6 +181,35 @@ def widths_at(demand: Demand, known: Rates, prices: Tensor) -> tuple[Tensor, Ten
             found[:, j] = widths[pick]
         added[:, block.stop :] += left @ demand.spread[block, block.stop :]
     return found, (total / demand.energy if demand.energy > 0 else total * 0).cpu()
+
+
+class _Layer(ctypes.Structure):
+    """As in trellis_widths.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("factors", "weights", "energies", "clipped", "spread", "prices")),
+        *((name, ctypes.c_void_p) for name in ("errors", "stretches", "widths", "added", "found", "totals")),
+        *((name, ctypes.c_int64) for name in ("I", "P", "W", "n")),
+        ("gain", ctypes.c_float),
+    )
+
+
+def _native_widths(demand: Demand, known: Rates, prices: Tensor) -> tuple[Tensor, Tensor]:
+    """`widths_at` on the CPU, in C."""
+    I, P = len(demand.energies), len(prices)  # noqa: E741
+    columns = demand.factors, demand.weights, demand.energies, demand.clipped, demand.spread
+    inputs = [one.contiguous() for one in (*columns, prices.float(), known.errors.float(), STRETCHES, known.widths)]
+    found, totals = torch.empty(P, I, dtype=torch.int64), torch.zeros(P, dtype=torch.float64)
+    added = torch.zeros(P, I)
+    pointers = [tensor.data_ptr() for tensor in (*inputs, added, found, totals)]
+    counts = I, P, len(known.widths), demand.clipped.shape[1]
+    _widths_library().vqdm_widths(ctypes.byref(_Layer(*pointers, *counts, demand.gain)))
+    return found, totals / demand.energy if demand.energy > 0 else totals * 0
+
+
+@cache
+def _widths_library() -> ctypes.CDLL:
+    return build(Path(__file__).with_name("trellis_widths.c"), FLAGS)
 
 
 def spread_prices(demand: Demand, count: int = 24) -> Tensor:
