@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from vqdm.additive import kernels, viterbi_kernel
-from vqdm.layers import decode_kernel
+from vqdm.layers import decode_kernel, trellis_kernel
 
 
 def compile(kernel, types, constants, capability=90, **options):
@@ -40,6 +40,13 @@ for M, b, g, written, scales, variable in [
         decode_kernel._decode,
         ["*u8", *halves, "*u8", "*fp16", "*u8", "*i64", written, "i32", "i32", "i32"],
         constants | dict(INPUT_SCALES=scales == 1, VARIABLE=variable, BLOCK=2048 // g, BLOCK_D=g),
+    )
+for written, logarithms in [("*fp16", True), ("*bf16", False)]:
+    scales = ["*u8", "*fp32"] if logarithms else ["*fp16", "*fp16"]
+    compile(
+        trellis_kernel._decode,
+        ["*u8", "*fp16", "*i64", "*i64", *scales, *scales, written, *["i32"] * 5],
+        dict(L=12, LOGARITHMS=logarithms, ROWS=trellis_kernel.ROWS, COLUMNS=trellis_kernel.COLUMNS),
     )
 for L, q, capability in [(12, 8, 89), (12, 10, 90), (14, 34, 90)]:
     options = viterbi_kernel.settings(L, q)

@@ -99,8 +99,9 @@ def unpack(packed: Tensor, widths: Tensor, rows: int, T: int, L: int) -> Tensor:
     if not packed.numel():
         return torch.zeros(rows, len(widths), dtype=torch.int64, device=packed.device)
     _, stop, first = _places(widths, T, L, packed.device)
-    bits = int(widths.sum()) * T // UNITS
-    return torch.cat([window(packed, first + s * bits, stop, widths * T // UNITS, L) for s in range(rows // T)])
+    rings = widths * T // UNITS
+    segments = torch.arange(rows // T, device=packed.device)[:, None, None] * rings.sum()  # [S, 1, 1]
+    return window(packed, first + segments, stop, rings, L).reshape(rows, len(widths))  # [S, T, I] → [O, I]
 
 
 def window(packed: Tensor, first: Tensor, stop: Tensor, ring: Tensor, L: int) -> Tensor:

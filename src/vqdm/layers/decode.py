@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vqdm.additive.code import CodeSpec, packed_bytes
 from vqdm.errors import UserError
+from vqdm.layers import native_trellis
 from vqdm.layers.gather import gather
 from vqdm.layers.native_decode import native
 from vqdm.layers.pointwise import pointwise
@@ -46,8 +47,14 @@ NUMBERS = (  # of a format, as an operator can take them
     "out_group_size",
     "scale_nbits",
     "row_bits",
+    "segment_rows",
+    "segment_bits",
+    "scale_exponent",
     "groupwise_codebooks",
+    "input_channel_scales",
+    "log_scales",
 )
+TRUTHS = 3  # the last of NUMBERS, which are true or false
 ROUNDS = 3  # of measuring, in each of which the ways take turns: another program may slow one of them down
 COMPILATIONS = 64  # formats that torch.compile may meet
 
@@ -107,11 +114,14 @@ def _decode_operator(
     scale_values: Tensor | None,
     input_scales: Tensor | None,
     code_widths: Tensor | None,
+    scale_logarithms: Tensor | None,
+    input_scale_logarithms: Tensor | None,
 ) -> Tensor:
     """`decode` as an operator that compiled graphs can call: numpy and C cannot be traced."""
-    *counts, groupwise = numbers
-    settings = dict(zip(NUMBERS, (*counts, bool(groupwise)), strict=True))
-    tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales, code_widths
+    counts, truths = numbers[:-TRUTHS], map(bool, numbers[-TRUTHS:])
+    settings = dict(zip(NUMBERS, (*counts, *truths), strict=True))
+    logarithms = scale_logarithms, input_scale_logarithms
+    tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales, code_widths, *logarithms
     return decode(Stored(CodeSpec(**settings, shared_codebooks=bank), tuple(shape), *tensors), torch.float32)
 
 
@@ -128,8 +138,21 @@ def _by_torch(stored: Stored, out: Tensor) -> None:
     out.copy_(stored.working().dequantize())
 
 
+def _by_native(stored: Stored, out: Tensor) -> None:
+    (native_trellis.native if stored.spec.is_trellis else native)(stored, out)
+
+
+def _by_gather(stored: Stored, out: Tensor) -> None:
+    if stored.spec.is_trellis:
+        raise UserError(f"{ENVIRONMENT} is gather, which does not decode trellis codes; allowed are native and torch")
+    gather(stored, out)
+
+
 def _by_triton(stored: Stored, out: Tensor) -> None:
-    from vqdm.layers.decode_kernel import decode as run  # Triton is not everywhere
+    if stored.spec.is_trellis:
+        from vqdm.layers.trellis_kernel import decode as run  # Triton is not everywhere
+    else:
+        from vqdm.layers.decode_kernel import decode as run
 
     run(stored, out)
 
@@ -147,8 +170,8 @@ def _compiled() -> Callable[[Stored, Tensor], None]:
 
 RUNS: dict[str, Callable[[Stored, Tensor], None]] = {
     "torch": _by_torch,
-    "gather": gather,
-    "native": native,
+    "gather": _by_gather,
+    "native": _by_native,
     "triton": _by_triton,
     "compile": _by_compile,
 }
@@ -176,6 +199,8 @@ def _choice(stored: Stored, dtype: torch.dtype) -> str:
     key = (stored.codes.device, dtype, *kind, weights)
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
+        if stored.spec.is_trellis:
+            candidates = tuple(name for name in candidates if name != "gather")
         if len(candidates) == 1:
             _warn_once(f"decoding on {stored.codes.device}: {candidates[0]}, for want of a faster way on this device")
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
@@ -185,7 +210,7 @@ def _choice(stored: Stored, dtype: torch.dtype) -> str:
 @cache
 def _kind(spec: CodeSpec) -> CodeSpec:
     """The format without the bits of one layer: the same object for equal ones, which are then found sooner."""
-    return _first_of(replace(spec, row_bits=0))
+    return _first_of(replace(spec, row_bits=0, segment_bits=0, scale_exponent=0))
 
 
 @cache
@@ -221,6 +246,8 @@ def _agrees(name: str, stored: Stored, out: Tensor, wanted: Tensor) -> bool:
 def _first_rows(stored: Stored) -> Stored:
     """A layer made of the first rows, of no more than `MEASURED_WEIGHTS` weights where one row group has no more."""
     spec, I = stored.spec, stored.shape[1]  # noqa: E741
+    if spec.is_trellis:
+        return _first_segment(stored)
     R, G = min(stored.groups[0], max(1, MEASURED_WEIGHTS // (I * spec.out_group_size))), stored.groups[1]
     return stored._replace(
         shape=(R * spec.out_group_size, I),
@@ -228,6 +255,17 @@ def _first_rows(stored: Stored) -> Stored:
         scales=None if stored.scales is None else stored.scales[:R],
         scale_codes=None if stored.scale_codes is None else stored.scale_codes[: packed_bytes(R * G, spec.scale_nbits)],
         scale_values=None if stored.scale_values is None else stored.scale_values[:R],
+    )
+
+
+def _first_segment(stored: Stored) -> Stored:
+    """A layer made of the first segment of a trellis."""
+    T = stored.spec.segment_rows
+    rows = {name: getattr(stored, name) for name in ("scales", "scale_logarithms")}
+    return stored._replace(
+        shape=(T, stored.shape[1]),
+        codes=stored.codes[: stored.spec.code_bytes(T, stored.shape[1])],
+        **{name: None if tensor is None else tensor[:T] for name, tensor in rows.items()},
     )
 
 

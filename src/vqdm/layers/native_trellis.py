@@ -25,12 +25,17 @@ CPU = torch.device("cpu")
 
 
 def native(stored: Stored, out: Tensor) -> None:
-    """Decode a trellis into `out` [O, I], a contiguous CPU tensor of one of `TYPES`; float32 inside.
+    """Decode a trellis into `out` [O, I], a contiguous CPU tensor of any floating type; float32 inside.
 
     Raises:
         RuntimeError: the C code cannot be compiled.
         MemoryError: no memory for the table and the scales in float32.
     """
+    if out.dtype not in TYPES:
+        whole = torch.empty(stored.shape)
+        native(stored, whole)
+        out.copy_(whole)
+        return
     spec, (O, I) = stored.spec, stored.shape  # noqa: E741
     scales, scales_type, values = _scales(stored.scales, stored.scale_logarithms, 0)
     factors, factors_type, input_values = _scales(

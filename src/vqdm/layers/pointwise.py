@@ -15,6 +15,8 @@ def pointwise(stored: Stored) -> Tensor:
     Every element reads the bytes of its codes itself, so that nothing between is written to memory.
     """
     spec, (R, G) = stored.spec, stored.groups
+    if spec.is_trellis:
+        return stored.working().dequantize()  # of plain operations, with nothing that depends on values
     M, K, p, g = spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size
     r, a, j, c = _places(R, p, G, g, stored.codes.device)
     dtype = torch.promote_types(stored.codebooks.dtype, torch.float32)
