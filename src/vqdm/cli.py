@@ -64,6 +64,9 @@ class Parser(argparse.ArgumentParser):
         words = value if isinstance(value, list) and action.nargs == "+" else [value]
         if not words or not all(isinstance(word, str | int | float) and word != "--" for word in words):
             raise UserError(f"{where}; expected a value, or leave the line out")
+        if action.type is None and not all(isinstance(word, str) for word in words):
+            # YAML takes no for False, and 1.10 for 1.1.
+            raise UserError(f"{where}, which YAML does not take for text; put it in quotes")
         try:
             return self._get_values(action, [str(word) for word in words])
         except argparse.ArgumentError as error:

@@ -27,12 +27,12 @@ from vqdm.config import RunConfig
 from vqdm.diffusion.drawing import NAN, Picture, alike, draw, drawn_in_batches, settings_used
 from vqdm.diffusion.pipelines import check_model, configured_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
-from vqdm.diffusion.requests import Request, check_size, make_requests
+from vqdm.diffusion.requests import Request, check_size, make_requests, unused_columns
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
-from vqdm.prompts import load_rows
+from vqdm.prompts import load_rows, log_notes
 from vqdm.redaction import own_command
 from vqdm.storage.claims import check_claim
 from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
@@ -122,6 +122,7 @@ def sample_images(config: SampleConfig) -> Drawn | None:
     """
     rows = load_rows(config.prompts, "PROMPTS")
     requests = wanted_requests(config, rows)
+    log_notes(unused_columns(rows), config.prompts, "PROMPTS")
     check_layout(config.layout, [request.id for request in requests], config.num_samples_per_prompt)
     check_model(config.model)
     unet_folder = find_quantized_unet(config.quantized) if config.quantized else None

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Protocol
 
-from vqdm.documents import read_text
+from vqdm.documents import decoded, read_text
 
 MOST_TEXT = 2**28  # bytes of a text file once unpacked
 MANIFEST = "manifest.jsonl"
@@ -107,7 +107,7 @@ class ZipFiles:
     def text(self, name: str) -> str:
         if self._archive.getinfo(name).file_size > MOST_TEXT:
             raise ValueError(f"it has more than {MOST_TEXT} bytes")
-        return self._archive.read(name).decode("utf-8-sig")
+        return decoded(self._archive.read(name))
 
 
 def open_files(path: Path) -> PictureFiles:
