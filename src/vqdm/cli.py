@@ -11,6 +11,7 @@ from pathlib import Path
 from vqdm.diffusion.pipelines import SCHEDULERS
 from vqdm.documents import first_line, printable, read_yaml, shortened
 from vqdm.errors import RunError, UserError
+from vqdm.library_logs import plain_library_logs
 from vqdm.redaction import redacted
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -175,7 +176,8 @@ def run_script(
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout, force=True)
     try:
-        main(argv)
+        with plain_library_logs():
+            main(argv)
     except UserError as error:
         return _complain(error, 2)
     except (RunError, OSError, MemoryError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import diffusers
@@ -18,6 +19,7 @@ from torch import nn
 from vqdm.config import RunConfig
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
+from vqdm.tracking import log
 
 SCHEDULERS = {
     "default": None,
@@ -32,6 +34,7 @@ SCHEDULERS = {
 
 # What a model's config.json may declare: layers one after another, entries of a list, and any other number.
 MOST_LAYERS, MOST_ENTRIES, MOST_CHANNELS = 64, 64, 2**20
+MOST_TOKENS = 2**20  # of a prompt, where a tokenizer has a limit at all
 
 
 def pick_device(name: str) -> torch.device:
@@ -200,6 +203,24 @@ def picture_size(pipeline: DiffusionPipeline, height: int | None, width: int | N
 def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
     """One CPU generator a picture, so that its noise depends on neither batch size nor device."""
     return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]
+
+
+def log_truncated(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> None:
+    """One line where prompts are longer than a text encoder reads: how many, and the first of them."""
+    names = [name for name in pipeline.components if name.startswith("tokenizer")]
+    tokenizers = [part for name in names if (part := getattr(pipeline, name)) is not None]
+    tokenizers = [one for one in tokenizers if one.model_max_length < MOST_TOKENS]
+    every, long = list(dict.fromkeys(prompts)), set()
+    for one in tokenizers:
+        lengths = map(len, one(every).input_ids if every else [])
+        long |= {text for text, length in zip(every, lengths, strict=True) if length > one.model_max_length}
+    if long:
+        most = min(one.model_max_length for one in tokenizers)
+        log.warning(
+            "warning: %d of %d prompts are longer than the %d tokens that a text encoder reads, and are cut off there; "
+            "the first begins %s",
+            *(len(long), len(every), most, shortened(next(text for text in every if text in long))),
+        )
 
 
 @torch.no_grad()

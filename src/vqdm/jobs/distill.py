@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, pick_dtype
+from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, log_truncated, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.errors import RunError, UserError
 from vqdm.jobs.distill_job import Distillation
@@ -64,6 +64,8 @@ def distill(config: FinetuneConfig) -> dict | None:
         say(plan(config, ranks, trained))
         if config.optimizer.finetune_lr < SMALL_RATE:
             say(f"--finetune_lr {config.optimizer.finetune_lr} is relative here, and will hardly move anything")
+        if ranks.main:
+            log_truncated(pipeline, [*material.training, *material.held_out, *material.evaluation])
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)

@@ -26,6 +26,7 @@ from vqdm.diffusion.pipelines import (
     check_model,
     configured_pipeline,
     load_pipeline,
+    log_truncated,
     pick_dtype,
     stored_dtypes,
     weight_files,
@@ -93,6 +94,8 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
     check_between(config, len({layer.block for layer in layers}))
+    if ranks.main:
+        log_truncated(pipeline, calibration + evaluation)
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)

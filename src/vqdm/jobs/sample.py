@@ -25,7 +25,7 @@ from tqdm import tqdm
 import vqdm
 from vqdm.config import RunConfig
 from vqdm.diffusion.drawing import NAN, Picture, alike, draw, drawn_in_batches, settings_used
-from vqdm.diffusion.pipelines import check_model, configured_pipeline, pick_dtype
+from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.requests import Request, check_size, make_requests, unused_columns
 from vqdm.errors import RunError, UserError
@@ -137,6 +137,7 @@ def sample_images(config: SampleConfig) -> Drawn | None:
             return None
         pipeline = load(config, ranks, unet_folder)
         if ranks.main:
+            log_truncated(pipeline, (text for one in requests for text in (one.prompt, one.negative_prompt) if text))
             folder.claim(record(config, settings, ranks, pipeline))
         return run(config, ranks, folder, pipeline, rows, requests)
 
