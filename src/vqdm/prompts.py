@@ -82,15 +82,13 @@ def _load(source: str, flag: str) -> tuple[list[Row], list[str]]:
     path, notes = Path(source), []
     if path.is_dir():
         raise UserError(f"{flag}: {source} is a folder; give a prompt file ({' '.join(_READERS)})")
+    reader = _READERS.get(path.suffix.lower())
+    if reader and not path.is_file():
+        raise UserError(f"{flag}: {source} is not there, or is not a file")
+    if not reader and path.exists():
+        raise UserError(f"{flag}: {source} ends in {path.suffix!r}; allowed are {' '.join(_READERS)}")
     try:
-        if not path.exists() and path.suffix.lower() not in _READERS:
-            return _checked(_from_data_set(source, notes), notes), notes
-        if not path.is_file():
-            raise UserError("is not there, or is not a file")
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            raise UserError(f"ends in {path.suffix!r}; allowed are {' '.join(_READERS)}")
-        return _checked(reader(path, notes), notes), notes
+        return _checked(reader(path, notes) if reader else _from_data_set(source, notes), notes), notes
     except UserError as error:
         raise UserError(f"{flag}: {source}: {error}") from None
     except (OSError, ValueError, csv.Error) as error:
@@ -124,7 +122,7 @@ def _checked(rows: list[Row], notes: list[str]) -> list[Row]:
         _check_row(row)
     filled = [row for row, _ in found if row["prompt"]]
     if not filled:
-        raise UserError("holds no prompt")
+        raise UserError("it holds no prompt")
     empty = [row for row, _ in found if not row["prompt"]]
     if empty:
         notes.append(f"{_count(empty, len(found))} without a prompt left out, the first is {empty[0].place}")
@@ -368,12 +366,12 @@ def _from_data_set(source: str, notes: list[str]) -> list[Row]:
         import datasets
     except ImportError:
         raise UserError(
-            "is not a file; to read it as a data set's name, install datasets (pip install datasets)"
+            "it is not a file; to read it as a data set's name, install datasets (pip install datasets)"
         ) from None
     try:
         rows = datasets.load_dataset(source, split="train")
     except Exception as error:
-        raise UserError(f"is neither a file nor a data set: {first_line(error)}") from None
+        raise UserError(f"it is neither a file nor a data set: {first_line(error)}") from None
     kinds = [(name, str(getattr(kind, "dtype", type(kind).__name__))) for name, kind in rows.features.items()]
     plain = _plain_columns(kinds, notes)
     return [Row(row, f"row {number}") for number, row in enumerate(rows.select_columns(plain), start=1)]

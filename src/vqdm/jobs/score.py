@@ -74,11 +74,14 @@ def score_images(config: ScoreConfig) -> Scored | None:
     with launched(config.device) as ranks:
         plan = ranks.agreed(make_plan(config, images, reference, target) if ranks.main else None)
         say(describe(config, images, ranks, plan))
+        notes = [note for one in (images, reference, target) if isinstance(one, PictureSet) for note in one.notes]
         if config.dry_run:
+            for note in notes:
+                say(f"warning: {note}")
             return None
         check_writable(config.folder)
         job = Job(config, Work(ranks, config.bs, config.threads), images, reference, target, plan, differing)
-        job.warnings += [f"compared by --force: {line}" for line in differing]
+        job.warnings += [*notes, *(f"compared by --force: {line}" for line in differing)]
         with exact():
             measure(job)
         return finish(job) if ranks.main else None
@@ -89,7 +92,7 @@ def score_images(config: ScoreConfig) -> Scored | None:
 
 def open_target(path: str) -> PictureSet | Statistics:
     """What `--fid_reference` names: statistics, a folder or a zip file."""
-    if path.endswith(".npz"):
+    if path.lower().endswith(".npz"):
         if not Path(path).is_file():
             raise UserError(f"--fid_reference: {path} is not there")
         return load_statistics(Path(path), "--fid_reference")
