@@ -19,6 +19,7 @@ from torch import nn
 from vqdm.config import RunConfig
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
+from vqdm.images import to_pictures
 from vqdm.tracking import log
 
 SCHEDULERS = {
@@ -225,17 +226,22 @@ def log_truncated(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> None:
 
 @torch.no_grad()
 def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: int, settings: dict) -> list[Image.Image]:
-    """Pictures for a batch of prompts; the k-th uses seed `seed + first + k`.
+    """Images for a batch of prompts, or latents [N, C, h, w]; the k-th uses seed `seed + first + k`.
 
     Args:
         settings: keyword arguments of the pipeline call; None values are left to the pipeline.
 
+    Returns:
+        PIL images, with what is wrong with one in its `info` (see `images`); for `output_type="latent"` a tensor.
+
     Raises:
-        RunError: the UNet gave NaN.
+        RunError: latents hold NaN or infinity.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    given.setdefault("output_type", "pil")
-    result = pipeline(prompt=prompts, generator=generators(seed, range(first, first + len(prompts))), **given).images
-    if isinstance(result, torch.Tensor) and not result.isfinite().all():
+    given.setdefault("output_type", "pt")
+    result = pipeline(prompt=prompts, generator=generators(seed, range(first, first + len(prompts))), **given)
+    if given["output_type"] != "latent":
+        return [picture.image for picture in to_pictures(result)]
+    if not result.images.isfinite().all():
         raise RunError("sampling gave NaN or infinity; run the model in another --dtype (float32 or bfloat16)")
-    return result
+    return result.images

@@ -8,13 +8,12 @@ from pathlib import Path
 from PIL import Image
 
 from vqdm.diffusion.pipelines import weight_files
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, pictures
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compared_pictures, pictures
 from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.distill_job import Distillation
 from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
 from vqdm.redaction import own_command
-from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.tracking import peak_memory
@@ -49,7 +48,7 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
     """Write the pipeline folder, the card, the plots and the summary, then drop the working data."""
     folder, staged = job.folder, job.folder.work / "pipeline"
     drawn = draw_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples)
-    scores = pair_scores(to_tensor(job.teacher_pictures), to_tensor(drawn)) | {"count": len(drawn)}
+    scores = compared_pictures(job.teacher_pictures, drawn, job.material.evaluation, "fine-tuned")
     parameters = sum(tensor.numel() for tensor in job.teacher.parameters())
     write_back(job.student, job.types)
     stage(job.pipeline, job.student, job.source, job.config, staged)

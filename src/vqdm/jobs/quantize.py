@@ -31,7 +31,13 @@ from vqdm.diffusion.pipelines import (
     stored_dtypes,
     weight_files,
 )
-from vqdm.diffusion.sampling import check_timestep_range, error_spread, output_error, point_errors
+from vqdm.diffusion.sampling import (
+    check_timestep_range,
+    compared_pictures,
+    error_spread,
+    output_error,
+    point_errors,
+)
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError
@@ -55,7 +61,7 @@ from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import draw, load_prompts
 from vqdm.redaction import own_command
-from vqdm.scores.fidelity import decibels, pair_scores, to_tensor
+from vqdm.scores.fidelity import decibels
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.storage.hf import mark_quantized
@@ -257,14 +263,14 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
 # ------------------------------------------------------------------------------------------- the end
 
 
-def compare_pictures(job: Job, teacher: list[Image.Image], drawn: list[Image.Image]) -> dict[str, float | None]:
+def compare_pictures(job: Job, teacher: list[Image.Image], drawn: list[Image.Image]) -> dict:
     """Save the sheet of pairs, and score the student's pictures by the teacher's."""
     count = job.config.visualize_nsamples
     if count:
         sheet = pair_sheet(job.evaluation[:count], teacher[:count], drawn[:count], ("full precision", "quantized"))
         save_png(sheet, job.folder.path / "image_pairs.png")
         job.tracker.images("image_pairs", [sheet])
-    return pair_scores(to_tensor(teacher), to_tensor(drawn))
+    return compared_pictures(teacher, drawn, job.evaluation, "quantized")
 
 
 def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], scores: dict) -> dict:
@@ -282,7 +288,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
         "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
         "unet_output_error_db": decibels(*map(sum, errors)),
         "unet_output_error_db_by_point": error_spread(*errors),
-        "pictures": scores | {"count": len(job.evaluation)},
+        "pictures": scores,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": peak_memory(),
         "versions": versions(),
@@ -293,7 +299,8 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
     job.folder.publish(staged)
     save_json(summary, job.folder.path / "summary.json")
     shutil.rmtree(job.folder.work)
-    job.tracker.log({key: value for key, value in summary.items() if not isinstance(value, dict | list)} | scores)
+    measured = {key: value for key, value in scores.items() if key != "problems"}
+    job.tracker.log({key: value for key, value in summary.items() if not isinstance(value, dict | list)} | measured)
     on_save(job.config.on_save, job.folder.path)
     return summary
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
@@ -25,12 +24,15 @@ from vqdm.diffusion.sampling import (
     unet_dtype,
 )
 from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, spread_points
+from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.jobs.job import Job
 from vqdm.jobs.pieces import Tensors, pieces
 from vqdm.layers.quantized import decoded_once
 from vqdm.storage.fingerprint import pipeline_fingerprint
 from vqdm.storage.hessians import HessianStore
 from vqdm.tracking import bar, say
+
+PROBLEMS = (None, BLACK, NAN, REPLACED)
 
 # ------------------------------------------------------------------------------------------- prompts
 
@@ -52,7 +54,7 @@ def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
 def _teacher_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
     recorded, drawn = record_evaluation(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size)
-    return recorded.to_tensors() | {"pictures": _pixels(drawn)}
+    return recorded.to_tensors() | _pixels(drawn)
 
 
 def student_pictures(job: Job) -> list[Image.Image]:
@@ -62,15 +64,20 @@ def student_pictures(job: Job) -> list[Image.Image]:
 
 def _student_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
-    return {"pictures": _pixels(pictures(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size))}
+    return _pixels(pictures(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size))
 
 
-def _pixels(images: list[Image.Image]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))  # [B, H, W, 3] uint8
+def _pixels(images: list[Image.Image]) -> Tensors:
+    """Images as tensors: `pictures` uint8 [B, H, W, 3], and `problems` [B], numbers of `PROBLEMS`."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return {"pictures": pixels, "problems": torch.tensor([PROBLEMS.index(one.info.get(PROBLEM)) for one in images])}
 
 
 def _images(parts: list[Tensors]) -> list[Image.Image]:
-    return [Image.fromarray(image.numpy()) for part in parts for image in part["pictures"]]
+    images = [Image.fromarray(image.numpy()) for part in parts for image in part["pictures"]]
+    for image, number in zip(images, (number for part in parts for number in part["problems"].tolist()), strict=True):
+        image.info |= {PROBLEM: PROBLEMS[number]} if number else {}
+    return images
 
 
 def teacher_trajectories(job: Job) -> Trajectories:

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 import vqdm
 from vqdm.config import RunConfig
-from vqdm.diffusion.drawing import NAN, Picture, alike, draw, drawn_in_batches, settings_used
+from vqdm.diffusion.drawing import alike, draw, drawn_in_batches, settings_used
 from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.requests import Request, check_size, make_requests, unused_columns
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
+from vqdm.images import NAN, NAN_ADVICE, Picture
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows, log_notes
@@ -309,7 +310,7 @@ def draw_share(job: Job, batches: list[list[Request]], pending: list[Request]) -
     with progress(job.ranks, sum(map(len, batches))) as ticks:
         for batch, pictures in drawn_in_batches(partial(draw, job.pipeline), batches, job.config.bs):
             if not done and all(picture.problem == NAN for picture in pictures):
-                raise RunError("every picture of the first batch holds NaN; use another --dtype (float32 or bfloat16)")
+                raise RunError(f"every picture of the first batch holds NaN; {NAN_ADVICE}")
             for request, picture in zip(batch, pictures, strict=True):
                 if request.key in missing:
                     lines.write(sealed(keep(job, request, picture) | {"batch_size": len(batch)}))

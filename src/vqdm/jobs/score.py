@@ -16,6 +16,7 @@ import torchvision
 
 from vqdm.documents import read_json
 from vqdm.errors import UserError
+from vqdm.images import NAN
 from vqdm.jobs.score_job import Job, Plan, ScoreConfig
 from vqdm.jobs.score_plan import make_plan
 from vqdm.jobs.score_sets import SET_METRICS, set_pass
@@ -71,10 +72,14 @@ def score_images(config: ScoreConfig) -> Scored | None:
     reference = open_pictures(config.reference, "--reference") if config.reference else None
     target = open_target(config.fid_reference) if config.fid_reference else None
     differing = check_pairs(images, reference, config.force) if reference else []
+    given = {"IMAGES": images, "--reference": reference, "--fid_reference": target}
+    sets = {flag: one for flag, one in given.items() if isinstance(one, PictureSet)}
+    check_finite(sets, config.force)
     with launched(config.device) as ranks:
         plan = ranks.agreed(make_plan(config, images, reference, target) if ranks.main else None)
         say(describe(config, images, ranks, plan))
-        notes = [note for one in (images, reference, target) if isinstance(one, PictureSet) for note in one.notes]
+        notes = [note for one in sets.values() for note in one.notes]
+        notes += [line for flag, one in sets.items() for line in problem_lines(flag, one)]
         if config.dry_run:
             for note in notes:
                 say(f"warning: {note}")
@@ -113,6 +118,23 @@ def check_pairs(images: PictureSet, reference: PictureSet, force: bool) -> list[
             f"--reference {reference.path} does not match: {'; '.join(found)}; --force scores it all the same"
         )
     return found
+
+
+def check_finite(sets: dict[str, PictureSet], force: bool) -> None:
+    """Raise UserError for images that held NaN when they were generated: two of them are alike for no good reason."""
+    for flag, one in sets.items():
+        count = one.problems().get(NAN, 0)
+        if count and not force:
+            raise UserError(
+                f"{flag} {one.path}: {count} of {len(one.pictures)} images held NaN and are black; generate them again "
+                "with --dtype float32 or bfloat16; --force scores them all the same"
+            )
+
+
+def problem_lines(flag: str, pictures: PictureSet) -> list[str]:
+    """A line about images that went wrong when they were generated, where there are any."""
+    words = ", ".join(f"{count} {problem}" for problem, count in pictures.problems().items())
+    return [f"{flag}: pictures that went wrong are among those scored: {words}"] if words else []
 
 
 def check_place(config: ScoreConfig, images: PictureSet) -> None:
@@ -205,10 +227,6 @@ def collect(job: Job) -> None:
     for name, smallest in (("ssim", SMALLEST_FOR_SSIM), ("lpips", SMALLEST_FOR_LPIPS[job.config.lpips_net])):
         if name in chosen and name not in job.scores:
             job.warnings.append(f"{name}: pictures of less than {smallest} pixels have none")
-    problems = job.images.problems()
-    if problems:
-        words = ", ".join(f"{count} {problem}" for problem, count in problems.items())
-        job.warnings.append(f"pictures that went wrong are among those scored: {words}")
 
 
 def finish(job: Job) -> Scored:
