@@ -21,6 +21,7 @@ EXPECTED = (
     "The following part of your input was truncated",
     "invalid value encountered in cast",  # NaN in an image, which `drawing` counts
     "should be kept in float32: []",
+    "Defaulting to unsafe serialization",  # a folder of .bin files alone, which are read as tensors only
 )
 UNIMPORTANT = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning)
 PATH = re.compile(r"\S*(?:site|dist)-packages[/\\]")

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from vqdm.config import RunConfig
+from vqdm.diffusion.model_folders import check_place, check_variant, not_found
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import to_pictures
@@ -78,7 +79,7 @@ def load_pipeline(
     Raises:
         UserError: MODEL is not a pipeline folder or cannot be had from the hub, or has no UNet.
     """
-    check_model(model)
+    check_model(model, variant)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     offline = local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
@@ -89,7 +90,10 @@ def load_pipeline(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the libraries answer to files of wrong types or shapes
-        raise UserError(f"MODEL {model} cannot be loaded: {first_line(error)}") from None
+        if Path(model).is_dir():
+            raise UserError(f"MODEL {model} cannot be loaded: {first_line(error)}") from None
+        place = f"is not a folder here{not_found(model)}, and cannot be loaded from the hub"
+        raise UserError(f"MODEL {model} {place}: {first_line(error)}") from None
     if not isinstance(getattr(pipeline, "unet", None), nn.Module):
         raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
     pipeline.set_progress_bar_config(disable=True)
@@ -106,17 +110,16 @@ def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dt
     return load_pipeline(config.model, device, dtype, scheduler, *where)
 
 
-def check_model(model: str) -> None:
-    """Raise UserError for a folder that is not a pipeline, before anything slow is tried."""
+def check_model(model: str, variant: str | None = None) -> None:
+    """Raise UserError for a path that is not a pipeline folder, or lacks a variant, before anything slow is tried."""
+    check_place(model)
     path = Path(model)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"MODEL {model} is a folder without model_index.json, so not a diffusers pipeline")
     if path.is_dir():
         _check_index(path / "model_index.json", model)
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.is_file()
-    offline_only = not path.is_dir() and (looks_local or "/" not in model)
-    if offline_only:
-        raise UserError(f"MODEL {model} is not there; give a diffusers pipeline folder, or a hub name like owner/name")
+        check_variant(model, variant)
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1:
+        advice = "give a diffusers pipeline folder, or a hub name like owner/name"
+        raise UserError(f"MODEL {model} is not there{not_found(model)}; {advice}")
 
 
 def _check_index(index: Path, model: str) -> None:

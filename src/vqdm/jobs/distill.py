@@ -54,7 +54,7 @@ def distill(config: FinetuneConfig) -> dict | None:
             parameters of a training that diverged become the result all the same.
     """
     material = read_material(config)
-    check_model(config.model)
+    check_model(config.model, config.variant)
     source = find_quantized_unet(config.quantized)
     with launched(config.device) as ranks:
         check_float64(ranks.device)

@@ -78,7 +78,7 @@ def quantize(config: QuantizeConfig) -> dict | None:
         RunError: the work failed; what is finished stays on disk for `resume`.
     """
     prompts = read_prompts(config)
-    check_model(config.model)
+    check_model(config.model, config.variant)
     with launched(config.device) as ranks:
         check_float64(ranks.device)
         return quantize_on(ranks, config, *prompts)

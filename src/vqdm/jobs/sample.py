@@ -125,7 +125,7 @@ def sample_images(config: SampleConfig) -> Drawn | None:
     requests = wanted_requests(config, rows)
     log_notes(unused_columns(rows), config.prompts, "PROMPTS")
     check_layout(config.layout, [request.id for request in requests], config.num_samples_per_prompt)
-    check_model(config.model)
+    check_model(config.model, config.variant)
     unet_folder = find_quantized_unet(config.quantized) if config.quantized else None
     with launched(config.device) as ranks:
         check_offload(config.offload, ranks.device)
