@@ -18,7 +18,7 @@ import sys
 from dataclasses import fields
 
 from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, real, run_script, whole
-from vqdm.config import SamplingConfig
+from vqdm.config import SamplingConfig, generate_command
 from vqdm.jobs.distill import distill
 from vqdm.training.code_updates import CodeUpdateSettings
 from vqdm.training.config import DECODE, LR_SCHEDULERS, TIMESTEP_SAMPLING, FinetuneConfig, OptimizerConfig
@@ -259,7 +259,7 @@ def report(config: FinetuneConfig, summary: dict) -> str:
     return (
         f"UNet-output error {before:.2f} dB before, {after:.2f} dB after {summary['steps']} steps{codes}\n{worse}"
         f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
-        f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
+        f"generate images with it: {generate_command(config, config.evaluation_prompts)}"
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
 from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, real, run_script, whole
-from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, read_overrides
+from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, generate_command, read_overrides
 from vqdm.errors import UserError
 from vqdm.jobs.quantize import quantize
 from vqdm.storage.hub import open_repository, push_folder
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{summary['effective_bits_layers']:.3f} bits a weight ({summary['effective_bits_unet']:.3f} over the "
             f"whole UNet), UNet-output error {summary['unet_output_error_db']:.2f} dB\n"
             f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
-            f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
+            f"generate images with it: {generate_command(config, config.evaluation_prompts)}"
         )
     if repository:
         print(f"on the hub: {push_folder(Path(config.output_dir), repository)}")

@@ -1,9 +1,11 @@
 import shlex
 
+import generate
 import pytest
 from main_text2image import build_parser, to_config
 
 from vqdm.cli import run_script
+from vqdm.config import generate_command
 from vqdm.errors import RunError, UserError
 
 BASIC = ["model", "calibration.txt", "evaluation.txt"]
@@ -125,6 +127,21 @@ def test_overrides_as_editors_write_them(tmp_path, text):
     for encoding in ("utf-8", "utf-16"):
         (tmp_path / "plan.json").write_text(text.lstrip("\ufeff") if encoding == "utf-16" else text, encoding)
         assert config_of("--overrides", str(tmp_path / "plan.json")).overrides == {"a": None}
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--variant fp16 --revision x --dtype bfloat16 --local_files_only --height 64 --width 64"]
+)
+def test_the_next_command_is_one_that_generate_takes(flags):
+    words = ["my model's", "c.txt", "e $HOME.txt", "--output_dir", "out/a b/", "--guidance_scale", "3", *flags.split()]
+    config = to_config(vars(build_parser().parse(words)))
+    program, script, *told = shlex.split(generate_command(config, config.evaluation_prompts))
+    assert (program, script) == ("python", "generate.py")
+    then = generate.to_config(vars(generate.build_parser().parse(told)))
+    assert (then.model, then.quantized, then.prompts) == ("my model's", "out/a b/", "e $HOME.txt")
+    assert then.output_dir == "out/a b-images"
+    for name in ("variant", "revision", "dtype", "device", "local_files_only", "sampling"):
+        assert getattr(then, name) == getattr(config, name)
 
 
 def test_on_save_must_be_a_command():

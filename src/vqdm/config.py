@@ -82,6 +82,21 @@ class RunConfig:
         return asdict(self)
 
 
+# Flags of a run that generating images with its result needs as well.
+REPEATED = ("variant", "revision", "dtype", "device")
+
+
+def generate_command(config: RunConfig, prompts: str) -> str:
+    """The command, quoted for a shell, that generates images with a run's result as the run itself does."""
+    given = {name: getattr(config, name) for name in REPEATED} | asdict(config.sampling)
+    usual = {one.name: one.default for one in (*fields(RunConfig), *fields(SamplingConfig))}
+    words = [config.model, config.output_dir, prompts]
+    for name, value in given.items():
+        words += [f"--{name}", str(value)] if value != usual[name] else []
+    words += ["--local_files_only"] if config.local_files_only else []
+    return shlex.join(["python", "generate.py", *words, "--output_dir", f"{config.output_dir.rstrip('/')}-images"])
+
+
 @dataclass(frozen=True)
 class BetweenConfig:
     """Fine-tuning between blocks; see `jobs.between`, and `training.config` for the meaning of rates.

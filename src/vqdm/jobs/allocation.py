@@ -182,11 +182,39 @@ def divided(choices: list[Choices], target_bits: float) -> list[Layer]:
         dropped.add(name)
         cost, layers = tries[name]
     if not layers:
-        least = sum(min(one.bits) for one in choices) / _weights([one.layers[0] for one in choices])
-        raise UserError(f"--target_bits {target_bits} is too low: codes and scales alone take {least:.3f}")
+        raise UserError(_too_low(choices, banks, target_bits))
     decibels = 10 * math.log10(max(cost, 1e-12))
     say(f"plan: {_stored(layers):.3f} bits a weight, expected UNet-output error {decibels:.1f} dB")
     return layers
+
+
+def _too_low(choices: list[Choices], banks: dict[str, int], target_bits: float) -> str:
+    """Why a target cannot be met, and what to do: codes and scales take more, or the shared codebooks do."""
+    weights = _weights([one.layers[0] for one in choices])
+
+    def least(dropped: Set[str]) -> tuple[float, float]:
+        """Bits of the cheapest formats, all together and those of the codebooks; infinite where a layer has none."""
+        left = [one.without(dropped) for one in choices]
+        paid = sum(bits for name, bits in banks.items() if name not in dropped)
+        coded = sum(min(one.bits) for one in left) if all(one.layers for one in left) else math.inf
+        return coded + paid, paid
+
+    dropped: set[str] = set()
+    while len(dropped) < len(banks):
+        name = min((one for one in banks if one not in dropped), key=lambda one: least({*dropped, one}))
+        if least({*dropped, name})[0] >= least(dropped)[0]:
+            break
+        dropped.add(name)
+    whole, paid = (bits / weights for bits in least(dropped))
+    alone = sum(min(one.bits) for one in choices) / weights
+    words = f"--target_bits {target_bits} is too low:"
+    if alone > target_bits:
+        return f"{words} codes and scales alone take {alone:.3f} bits per weight; choose {whole:.3f} or more"
+    sharing = "" if all(name.startswith("unet") for name in banks) else "--share_codebooks unet, "
+    return (
+        f"{words} shared codebooks take {paid:.3f} bits per weight of so few weights, "
+        f"and codes and scales {whole - paid:.3f}; choose {sharing}more layers (--layer_filter), or {whole:.3f} or more"
+    )
 
 
 def _divided(
