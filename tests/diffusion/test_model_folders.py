@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_unet
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vqdm.diffusion.model_folders import check_variant, only_variant
 from vqdm.diffusion.pipelines import check_model, load_pipeline
@@ -133,6 +133,17 @@ def test_a_variant_that_is_not_there_is_named_with_the_flag(tmp_path, files, var
 )
 def test_variants_that_are_there(tmp_path, files, variant):
     check_variant(str(pipeline_of(tmp_path / "m", *files)), variant)
+
+
+def test_a_folder_of_bin_files_is_read_with_a_line(pipelines, tmp_path, caplog):
+    shutil.copytree(pipelines["sd15"], tmp_path / "m")
+    file = tmp_path / "m" / "unet" / PLAIN
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with caplog.at_level("INFO", logger="vqdm"):
+        load_pipeline(str(tmp_path / "m"), torch.device("cpu"), torch.float32)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "vqdm"]
+    assert line.endswith("/m: unet: .bin files are read, as tensors only; there is no .safetensors")
 
 
 def test_a_component_of_one_variant_needs_no_flag(tmp_path):

@@ -122,6 +122,16 @@ def only_variant(folder: Path) -> str | None:
     return next(iter(found)) if len(found) == 1 else None
 
 
+def pickled(model: str) -> list[str]:
+    """Components of a pipeline folder whose weights are `.bin` files alone."""
+    endings = {
+        part.name: {file.suffix for file in part.iterdir() if WEIGHTS.fullmatch(file.name)}
+        for part in sorted(Path(model).iterdir())
+        if part.is_dir()
+    }
+    return [name for name, held in endings.items() if held == {".bin"}]
+
+
 def check_variant(model: str, variant: str | None, flag: str = "MODEL") -> None:
     """Raise UserError where a pipeline folder has no weight files of the variant that is asked for.
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from torch import nn
 
 from vqdm.config import RunConfig
-from vqdm.diffusion.model_folders import check_place, check_variant, not_found
+from vqdm.diffusion.model_folders import check_place, check_variant, not_found, pickled
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import to_pictures
-from vqdm.tracking import log
+from vqdm.tracking import log, say
 
 SCHEDULERS = {
     "default": None,
@@ -96,6 +96,9 @@ def load_pipeline(
         raise UserError(f"MODEL {model} {place}: {first_line(error)}") from None
     if not isinstance(getattr(pipeline, "unet", None), nn.Module):
         raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
+    bins = pickled(model) if Path(model).is_dir() else []
+    if bins:
+        say(f"MODEL {model}: {', '.join(bins)}: .bin files are read, as tensors only; there is no .safetensors")
     pipeline.set_progress_bar_config(disable=True)
     set_scheduler(pipeline, scheduler)
     for part in pipeline.components.values():
