@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from processors import compiles
 from test_encode import randn
 
 from vqdm.additive import native, scoring
 from vqdm.additive.encode import encode_vectors
 from vqdm.additive.kmeans import nearest
-from vqdm.compiled import compiler
 from vqdm.errors import UserError
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(not compiles(), reason="no C compiler that works")
 
 
 @pytest.fixture(autouse=True)
