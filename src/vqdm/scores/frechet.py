@@ -136,7 +136,7 @@ def _numbers(arrays: dict[str, np.ndarray], name: str) -> Tensor:
     """An array as float64. Raises ValueError where it holds no finite real numbers, KeyError where it is not there."""
     if arrays[name].dtype.kind not in "fiu":
         raise ValueError(f"{name} is of type {arrays[name].dtype}")
-    values = torch.from_numpy(arrays[name].astype(np.float64))
+    values = torch.from_numpy(arrays[name].astype(np.float64)).clone()  # aligned as torch's own tensors are
     if not values.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite")
     return values

@@ -103,7 +103,11 @@ def save_sealed(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
 
 
 def load_sealed(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata that were saved. Raises Damaged, or OSError where the file cannot be read."""
+    """Tensors and metadata that were saved. Raises Damaged, or OSError where the file cannot be read.
+
+    Tensors are copied from the mapped file to where torch allocates: with some processors the last bits of a product
+    depend on the alignment of its operands, and a resumed run must compute as one that holds its tensors in memory.
+    """
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -114,7 +118,7 @@ def load_sealed(path: Path, device: torch.device | str = "cpu") -> tuple[dict[st
         raise Damaged("it has no checksum, or an older version wrote it")
     if metadata.pop(CHECK) != _tensor_digest(tensors, metadata):
         raise Damaged("its checksum does not match")
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, metadata
 
 
 def _tensor_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
