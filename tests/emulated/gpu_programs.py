@@ -1,4 +1,4 @@
-"""Command lines of the programs for the emulated GPUs, on a tiny pipeline; each row is a chain of runs in one folder."""
+"""Command lines of the programs for emulated GPUs, on a tiny pipeline; each row is a chain of runs in one folder."""
 
 from __future__ import annotations
 
