@@ -24,13 +24,14 @@ import shlex
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch._dynamo  # before the functions that it lists are replaced
 from emulated_runtime import COUNT, Generator, current_device, emulate_runtime
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CPU, FREE = "cpu", "free"  # places beside "cuda:0" and "cuda:1"
 HOST = torch.device("cpu")
@@ -98,55 +99,100 @@ def complain(message: str, kind: type[Exception] = RuntimeError) -> None:
     raise kind(message)
 
 
+class Operation(NamedTuple):
+    """What matters of an operation of torch: its name, and which rules it follows."""
+
+    name: str
+    anywhere: bool
+    lists: bool
+    indexing: bool
+    copies: bool
+    scalars: bool  # 0-dimensional inputs may lie on the CPU
+    product: bool
+    written: tuple[int, ...]
+    kernel: bool
+
+    @classmethod
+    @functools.cache
+    def of(cls, func) -> Operation:
+        name = str(func).removeprefix("aten.")
+        base = name.split(".")[0]
+        arguments = enumerate(func._schema.arguments)
+        return cls(
+            name,
+            base in ANYWHERE,
+            base.startswith("_foreach"),
+            name in INDEXING,
+            "copy_" in name,
+            base.startswith(SCALARS_TOO) or torch.Tag.pointwise in func.tags,
+            base in PRODUCTS,
+            tuple(k for k, one in arguments if one.alias_info and one.alias_info.is_write),
+            _has_kernel(func.name()),
+        )
+
+
 class Emulation(TorchDispatchMode):
     """Sees every operation of its thread."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        leaves = tree_leaves((args, kwargs or {}))
-        given = [x for x in leaves if isinstance(x, torch.Tensor)]
+        kwargs = kwargs or {}
+        given = list(leaves((args, kwargs), torch.Tensor))
         places = [place(x) for x in given]
         gpu = next(filter(on_gpu, places), None)
         if gpu:
-            check(func, args, given, places, [x for x in leaves if isinstance(x, torch._C.Generator)])
-        out = func(*args, **(kwargs or {}))
-        owned = {x.untyped_storage()._cdata for x in given if x.layout == torch.strided}
-        if gpu and "copy_" not in str(func):  # what was free now belongs there
+            check(Operation.of(func), args, kwargs, given, places)
+        out = func(*args, **kwargs)
+        if gpu and not Operation.of(func).copies and FREE in places:  # what was free now belongs there
             for x, where in zip(given, places, strict=True):
                 if where == FREE and x.dim():
                     put(x, gpu)
         where = gpu or (CPU if CPU in places or getattr(_local, "explicit", 0) else FREE)
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.untyped_storage()._cdata not in owned:
-                put(x, where)
+        made = [x for x in leaves(out, torch.Tensor) if x.layout == torch.strided]
+        if made:
+            owned = {x.untyped_storage()._cdata for x in given if x.layout == torch.strided}
+            for x in made:
+                if x.untyped_storage()._cdata not in owned:
+                    put(x, where)
         return out
 
 
-def check(func, args, given: list[torch.Tensor], places: list[str], generators: list) -> None:
+def leaves(values, kind: type) -> Iterator:
+    """All of a kind in nested tuples, lists and dictionaries."""
+    if isinstance(values, kind):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from leaves(value, kind)
+    elif isinstance(values, dict):
+        yield from leaves(list(values.values()), kind)
+
+
+def check(op: Operation, args: tuple, kwargs: dict, given: list[torch.Tensor], places: list[str]) -> None:
     """Raise where CUDA could not run an operation that has a GPU tensor among its inputs."""
-    name, base = str(func).removeprefix("aten."), str(func).removeprefix("aten.").split(".")[0]
-    if base in ANYWHERE:
+    if op.anywhere:
         return
-    if base.startswith("_foreach"):
-        check_lists(name, args)
+    if op.lists:
+        check_lists(op.name, args)
         return
-    if name in INDEXING and on_gpu(place(args[0])):  # its indices may lie on the CPU
+    if op.indexing and on_gpu(place(args[0])):  # its indices may lie on the CPU
         given = [args[0], *args[2:3]]
         places = list(map(place, given))
-    scalars = base.startswith(SCALARS_TOO) or torch.Tag.pointwise in func.tags  # 0-dimensional ones may be the CPU's
-    bad = [x for x, where in zip(given, places, strict=True) if where == CPU and (x.dim() or not scalars)]
-    written = [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]  # noqa: B905
-    bad += [x for x in tree_leaves(written) if isinstance(x, torch.Tensor) and place(x) == CPU]
     gpus = {where for where in places if on_gpu(where)}
-    if bad or len(gpus) > 1:
+    written = (x for k in op.written for x in leaves(args[k : k + 1], torch.Tensor))
+    if (
+        len(gpus) > 1
+        or any(where == CPU and (x.dim() or not op.scalars) for x, where in zip(given, places, strict=True))
+        or any(place(x) == CPU for x in written)
+    ):
         shapes = [(tuple(x.shape), where) for x, where in zip(given, places, strict=True)]
-        complain(f"Expected all tensors to be on the same device, but {name} got {shapes}")
-    if base in PRODUCTS and not any(x.is_floating_point() or x.is_complex() for x in given):
-        complain(f'"{base}_cuda" not implemented for {given[0].dtype}')
-    for generator in generators:
+        complain(f"Expected all tensors to be on the same device, but {op.name} got {shapes}")
+    if op.product and not any(x.is_floating_point() or x.is_complex() for x in given):
+        complain(f'"{op.name}_cuda" not implemented for {given[0].dtype}')
+    for generator in leaves((args, kwargs), torch._C.Generator):
         if str(generator.device) not in gpus:
-            complain(f"Expected a {'/'.join(gpus)} generator but found one of {generator.device} in {name}")
-    if not _has_kernel(func.name()):
-        complain(f"Could not run '{func.name()}' with arguments from the 'CUDA' backend", NotImplementedError)
+            complain(f"Expected a {'/'.join(gpus)} generator but found one of {generator.device} in {op.name}")
+    if not op.kernel:
+        complain(f"Could not run '{op.name}' with arguments from the 'CUDA' backend", NotImplementedError)
 
 
 def check_lists(name: str, args: tuple) -> None:
@@ -158,7 +204,6 @@ def check_lists(name: str, args: tuple) -> None:
             complain(f"Expected all tensors to be on the same device, but {name} got {sorted(places)}")
 
 
-@functools.cache
 def _has_kernel(name: str) -> bool:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if "for_cpu" in name or "mkldnn" in name or not has("aten::mm", "CUDA"):  # a CPU build of torch knows nothing

@@ -103,7 +103,8 @@ def load_pipeline(
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    return pipeline.to(device)
+    # Half precision may wait on the CPU for a GPU; diffusers warns of it for every component.
+    return pipeline.to(device, silence_dtype_warnings=True)
 
 
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
