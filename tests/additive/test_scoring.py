@@ -76,7 +76,7 @@ def test_where_triton_fails_torch_takes_over_with_one_warning(broken, monkeypatc
 @pytest.mark.parametrize("beam_size", [1, 5])
 @pytest.mark.parametrize("layers", [(), (2,)])
 def test_shapes_at_which_the_kernel_fails_go_to_torch(layers, beam_size, monkeypatch, caplog):
-    """The kernel passes the small trial; torch then finds the same codes as it does by itself."""
+    """Although it passes the small trial; the codes are those of the path "torch"."""
     targets, codebooks = randn(*layers, 13, 4), randn(*layers, 3, 16, 4, seed=1)
     scoring.set_scoring("torch")
     wanted = encode_vectors(targets, codebooks, beam_size)

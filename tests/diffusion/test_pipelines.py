@@ -30,6 +30,7 @@ def test_the_automatic_type_follows_the_device():
     """Of GPUs: tests/emulated/gpu_api.py."""
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("auto", torch.device("mps")) == torch.float16
+    assert pick_dtype("auto", torch.device("xpu")) == torch.bfloat16
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 

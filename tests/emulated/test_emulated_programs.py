@@ -56,7 +56,7 @@ def test_quantizing_with_kernels(kernels, on_gpus, materials, tmp_path):
 @pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_killed_and_resumed(name, share, on_gpus, materials, tmp_path):
-    """The result is the same to the last byte as of a run that nobody disturbs."""
+    """The result is the same to the last byte as that of an uninterrupted run."""
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     changes = on_gpus(CHAINS[name](materials, whole)[0], crash={"at": 0, "signal": 0}).changes()
     words = CHAINS[name](materials, halted)[0]
