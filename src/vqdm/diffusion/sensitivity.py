@@ -70,9 +70,8 @@ def _effects_of_call(
     weights = [unet.get_submodule(name).weight for name in changes]
     signs = None
     moved = torch.full((len(weights),), torch.nan)
-    for (
-        size
-    ) in SIGN_SIZES:  # the graph is rebuilt each time: retaining it would also retain what checkpointing recomputes
+    for size in SIGN_SIZES:
+        # The graph is rebuilt each time: retaining it would also retain what checkpointing recomputes.
         output = unet(**call).sample.float()
         if signs is None:
             signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)

@@ -95,8 +95,8 @@ def sampled(
 def using(pipeline: DiffusionPipeline, unet: nn.Module) -> Iterator[None]:
     """Inside, the pipeline samples with another UNet, its weights decoded once.
 
-    It computes in the type of the UNet that it replaces, by autocast. Text encoders and VAE are not under autocast: VAEs
-    that choose float32, because they overflow in 16 bit, would lose it.
+    It computes in the type of the UNet that it replaces, by autocast. Text encoders and VAE are not under autocast:
+    VAEs that choose float32, because they overflow in 16 bit, would lose it.
     """
     own, forward = pipeline.unet, unet.forward
     device, dtype = pipeline.device, unet_dtype(own)
