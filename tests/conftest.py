@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from train_text import known_words, make_tokenizer
 
 processors.from_environment()
-pytest_plugins = ["stage"]
+pytest_plugins = ["emulated_stage", "stage"]
 
 FAMILIES = ("sdxl", "turbo", "sd15", "sd21")
 _ATTENTION = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")

@@ -154,7 +154,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, output: str | None, dtype:
     group.add_argument("--output_dir", "--save", metavar="DIR", default=output, help="where the result goes")
     group.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="start of every random draw")
     if dtype:
-        group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
+        words = "auto: float32 on a CPU, bfloat16 on a GPU that has it (NVIDIA from Ampere on), float16 on others"
+        group.add_argument("--dtype", choices=DTYPES, default="auto", help=words)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; mps to draw and to score")
     group.add_argument("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="live tracker")
     group.add_argument(

@@ -59,7 +59,8 @@ class RunConfig:
         model: diffusers pipeline, a folder or a name on the hub; variant, revision and local_files_only belong to it.
         output_dir: folder of the result; resume goes on with what is there.
         seed: of all that is drawn at random.
-        dtype, device: what is computed in, and where; "auto" is float16 on the first GPU, else float32 on the CPU.
+        dtype, device: what is computed in, and where; "auto" is the first GPU, in bfloat16 if it has that (NVIDIA's
+            from compute capability 8.0 on) and else in float16, or the CPU in float32.
         report_to: a tracker of `tracking`.
         dry_run: check, print, and write nothing.
     """

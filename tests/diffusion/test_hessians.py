@@ -168,6 +168,23 @@ def test_nan_names_the_layer():
         record_hessians(unet, groups, call(0), [lambda: bad], [])
 
 
+@pytest.mark.parametrize("bad", ["first", "training"])
+def test_inputs_that_are_not_finite_stop_at_once(bad):
+    """At the first batch, not after a pass over all of them."""
+    unet, made = tiny_unet("sdxl"), []
+    block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "down_blocks.1"]
+    groups, broken = shared_inputs(unet, block, call(0)), call(1)
+    broken["sample"][0, 0, 0, 0] = float("inf")
+
+    def batch() -> dict:
+        made.append(1)
+        return broken if bad == "training" else call(1)
+
+    with pytest.raises(RunError, match=r"layer down_blocks\.1\.\S+: its inputs hold NaN.*--dtype bfloat16 or float32"):
+        record_hessians(unet, groups, broken if bad == "first" else call(0), [batch] * 5, [])
+    assert len(made) == (1 if bad == "training" else 0)
+
+
 def test_a_layer_that_never_runs_is_named():
     unet = tiny_unet("sdxl")
     unet.mid_block.idle = nn.Linear(8, 8)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vqdm.diffusion.pipelines import check_float64, stored_dtypes, weight_files
+from vqdm.diffusion.pipelines import check_float64, load_pipeline, pick_dtype, stored_dtypes, weight_files
 from vqdm.errors import UserError
 
 
@@ -17,6 +17,21 @@ def test_a_device_without_float64_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch, "empty", unable)
     with pytest.raises(UserError, match=r"--device mps has no float64, .*; use --device cpu"):
         check_float64(torch.device("mps"))
+
+
+def test_half_precision_may_wait_on_the_cpu(pipelines, capfd):
+    """As generate.py loads what it then moves to a GPU."""
+    pipeline = load_pipeline(str(pipelines["sdxl"]), torch.device("cpu"), torch.float16)
+    assert pipeline.unet.dtype == torch.float16
+    assert "cannot run with" not in capfd.readouterr().err
+
+
+def test_the_automatic_type_follows_the_device():
+    """Of GPUs: tests/emulated/gpu_api.py."""
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("mps")) == torch.float16
+    assert pick_dtype("auto", torch.device("xpu")) == torch.bfloat16
+    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
 def test_files_of_a_variant(tmp_path):

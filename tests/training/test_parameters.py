@@ -52,7 +52,7 @@ def test_types_go_back_to_what_was_stored(tmp_path):
     ("settings", "words"),
     [
         ({"finetune_adam_beta2": 1.0}, "--finetune_adam_beta2 is 1.0"),
-        ({"finetune_lr": 0.0}, "nothing would be trained"),
+        ({"finetune_lr": 0.0}, "--finetune_lr is 0.0; allowed are numbers above 0"),
     ],
 )
 def test_impossible_settings(settings, words):

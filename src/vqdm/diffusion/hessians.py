@@ -234,12 +234,18 @@ def record_hessians(
 
 
 def first_grids(unet: nn.Module, leaders: list[Layer], call: dict) -> dict[str, float]:
-    """By layer name, a grid that suits the inputs that it sees in one UNet call."""
+    """By layer name, a grid that suits the inputs that it sees in one UNet call.
+
+    Raises:
+        RunError: as `record_hessians`.
+    """
     squares, by_name = {}, {layer.name: layer for layer in leaders}
 
     def seen(name: str, module: nn.Module, x: Tensor) -> None:
         rows = input_rows(module, x, by_name[name].spec.group_channels)
         squares[name] = rows.square().mean(0).max().item()
+        if not math.isfinite(squares[name]):
+            raise _not_finite(name)
 
     with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(by_name), seen):
         run(call)
@@ -274,6 +280,7 @@ def record_moments(
             for moment in moments.values():
                 moment.start(batch)
             run(calls[batch]())
+            _check_finite(moments)  # now rather than after a pass that takes hours
             tick()
     add_up(moments, ranks)
     _check_finite(moments)
@@ -289,8 +296,11 @@ def add_up(moments: dict[str, Moment], ranks: Ranks) -> None:
 
 
 def _check_finite(moments: dict[str, Moment]) -> None:
-    for name, moment in moments.items():
-        if not moment.total.diagonal().isfinite().all():
-            raise RunError(
-                f"layer {name}: its inputs hold NaN or infinity; run the model in another --dtype (float32 or bfloat16)"
-            )
+    finite = torch.stack([moment.total.diagonal().isfinite().all() for moment in moments.values()])
+    for name, sound in zip(moments, finite.tolist(), strict=True):  # one transfer from the GPU for all layers
+        if not sound:
+            raise _not_finite(name)
+
+
+def _not_finite(name: str) -> RunError:
+    return RunError(f"layer {name}: its inputs hold NaN or infinity; use --dtype bfloat16 or float32")

@@ -59,10 +59,20 @@ def check_float64(device: torch.device) -> None:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on a CPU and float16 elsewhere."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    return getattr(torch, name)
+    """ "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it, and float16 on other GPUs."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float16
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU has units for bfloat16: those of Intel, of NVIDIA from compute capability 8.0 on."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "xpu"
 
 
 def load_pipeline(
@@ -104,7 +114,8 @@ def load_pipeline(
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    return pipeline.to(device)
+    # Half precision may wait on the CPU for a GPU; diffusers warns of it for every component.
+    return pipeline.to(device, silence_dtype_warnings=True)
 
 
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:

@@ -195,7 +195,7 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
     lesson = job.lesson
     updates = CodeUpdates(job.student, config.code_updates) if config.code_updates else None
     trainer = Trainer(lesson, trained, config.optimizer, course.total, config.decode, updates)
-    checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
+    checkpoints = Checkpoints(folder, config.checkpoints_total_limit, job.ranks.device)
     looks = Looks(
         config.eval_step,
         config.checkpointing_steps,

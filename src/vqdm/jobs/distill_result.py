@@ -21,7 +21,6 @@ from vqdm.training.loop import Loop
 from vqdm.training.parameters import write_back
 from vqdm.training.result import sizes, stage
 from vqdm.training.sources import using
-from vqdm.training.step import computing
 from vqdm.training.trainer import Trainer
 from vqdm.training.watching import Errors, read_log, save_loss_plot
 from vqdm.versions import versions
@@ -33,7 +32,7 @@ def draw_pairs(job: Distillation, path: Path, count: int) -> list[Image.Image]:
     if not (job.ranks.main and count):
         return []
     seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
-    with using(job.pipeline, job.student), computing(job.ranks.device, job.teacher.dtype):
+    with using(job.pipeline, job.student):
         drawn = pictures(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
     shown = config.visualize_nsamples
     if shown:
@@ -82,7 +81,7 @@ def summary_of(job: Distillation, loop: Loop, before: Errors, after: Errors) -> 
         "best": loop.progress.best,
         **groups_changed(loop.trainer),
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak_memory(job.ranks.device),
         "versions": versions(),
         "command": own_command(),
     }

@@ -35,8 +35,8 @@ class Moments:
 
     def add(self, features: Tensor) -> None:
         """Count features [N, d] of any floating type in."""
-        # Apple's GPUs know no float64.
-        rows = (features.cpu() if features.device.type == "mps" else features).double()
+        # GPUs of Apple and some of Intel know no float64.
+        rows = (features if features.device.type in ("cpu", "cuda") else features.cpu()).double()
         self.count += len(rows)
         self.total += rows.sum(0).cpu()
         self.products += (rows.T @ rows).cpu()

@@ -173,6 +173,10 @@ class CodeUpdates:
         for name, layer in self.layers.items():
             layer.latent = _stand_in(self.drifts[name].u)
 
+    def latents(self) -> list[Tensor]:
+        """What collects the gradients of the decoded weights, layer by layer."""
+        return [layer.latent for layer in self.layers.values()]
+
     def gradients(self) -> list[Tensor]:
         """Gradients of the decoded weights [O, I], layer by layer; zeros where there was none."""
         for layer in self.layers.values():

@@ -43,8 +43,13 @@ class OptimizerConfig:
         for name in ("finetune_adam_beta1", "finetune_adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; allowed are numbers from 0 to below 1")
-        if not (self.finetune_lr > 0 and max(self.codebook_lr, self.scale_lr, self.weight_lr, self.bias_lr) > 0):
-            raise UserError("nothing would be trained: --finetune_lr, or its factors for all kinds, are 0")
+        if not self.finetune_lr > 0:
+            raise UserError(f"--finetune_lr is {self.finetune_lr}; allowed are numbers above 0")
+
+    @property
+    def moves_parameters(self) -> bool:
+        """Whether any kind of parameter has a learning rate."""
+        return max(self.codebook_lr, self.scale_lr, self.weight_lr, self.bias_lr) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,11 @@ class FinetuneConfig(RunConfig):
         sources(self.finetune_method)
         if ("real" in sources(self.finetune_method)) != (self.real_images is not None):
             raise UserError("--finetune_method real and --real_images FOLDER are given together, or neither")
+        if not (self.optimizer.moves_parameters or self.code_updates):
+            raise UserError(
+                "nothing would be trained: --codebook_lr, --scale_lr, --weight_lr and --bias_lr are all 0; "
+                "set one of them above 0, or add --update_codes"
+            )
         check_pictures(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
 
 

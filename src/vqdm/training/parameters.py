@@ -91,6 +91,7 @@ def parameter_groups(trained: Trained, config: OptimizerConfig) -> list[dict]:
         absolute = kind == "bias" or trained.sizes[name] == 0
         rate = config.finetune_lr * factors[kind] * (1.0 if absolute else _power_of_two(trained.sizes[name]))
         groups.setdefault(rate, []).append(tensor)
+    groups = groups or {0.0: []}  # where codes alone are trained
     return [{"params": tensors, "lr": rate, "full_rate": rate} for rate, tensors in groups.items()]
 
 

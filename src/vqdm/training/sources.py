@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from vqdm.diffusion.pipelines import sample
+from vqdm.diffusion.sampling import unet_dtype
 from vqdm.diffusion.trajectories import Recorder, Trajectories, batches
 from vqdm.errors import RunError
 from vqdm.layers.quantized import decoded_once
@@ -85,22 +86,34 @@ def sampled(
     pipeline: DiffusionPipeline, unet: nn.Module, prompts: list[str], seed: int, settings: dict, outputs: bool
 ) -> Trajectories:
     """UNet inputs, and outputs if wanted, of sampling with `unet` in the pipeline; the k-th prompt uses `seed + k`."""
-    dtype = pipeline.unet.dtype
-    with using(pipeline, unet), computing(pipeline.device, dtype), Recorder(unet, len(prompts), outputs) as recorder:
+    with using(pipeline, unet), Recorder(unet, len(prompts), outputs) as recorder:
         sample(pipeline, prompts, seed, 0, settings | {"output_type": "latent"})
     return recorder.trajectories()
 
 
 @contextmanager
 def using(pipeline: DiffusionPipeline, unet: nn.Module) -> Iterator[None]:
-    """Inside, the pipeline samples with another UNet, its weights decoded once."""
-    own = pipeline.unet
-    pipeline.unet = unet
+    """Inside, the pipeline samples with another UNet, its weights decoded once.
+
+    It computes in the type of the UNet that it replaces, by autocast. Text encoders and VAE are not under autocast:
+    VAEs that choose float32, because they overflow in 16 bit, would lose it.
+    """
+    own, forward = pipeline.unet, unet.forward
+    device, dtype = pipeline.device, unet_dtype(own)
+
+    def in_own_type(*args, **kwargs):
+        with computing(device, dtype):
+            return forward(*args, **kwargs)
+
+    if unet is not own:
+        unet.forward, pipeline.unet = in_own_type, unet
     try:
         with torch.no_grad(), decoded_once(unet):
             yield
     finally:
-        pipeline.unet = own
+        if unet is not own:
+            del unet.forward
+            pipeline.unet = own
 
 
 @torch.no_grad()

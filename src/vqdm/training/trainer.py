@@ -20,6 +20,8 @@ from vqdm.training.parameters import Trained
 from vqdm.training.points import Point, Points
 from vqdm.training.step import Lesson, add_up, add_up_number
 
+SMALLEST_SCALE = 2.0**-16  # of the loss in float16; a gradient that overflows even then is not a matter of scale
+
 
 class Diverged(RunError):
     """Training has gone wrong, and going on is of no use."""
@@ -55,6 +57,9 @@ class Trainer:
     ):
         self.lesson, self.trained, self.config, self.total, self.updates = lesson, trained, config, total, updates
         self.optimizer = adam(trained, config)
+        # Never stepped: what the scaler unscales and checks, which Adam's parameters are a part of.
+        latents = updates.latents() if updates else []
+        self.scaled = torch.optim.SGD([{"params": [*trained, *latents]}], lr=0.0)
         self.average = Average(trained, config.ema_decay)
         self.decode = decode
         self.scaler = torch.amp.GradScaler(lesson.ranks.device.type, enabled=lesson.dtype == torch.float16)
@@ -71,14 +76,16 @@ class Trainer:
         loss = self._gradients(points, chosen)
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.done + 1}")
-        norm, sound = self._clipped()
-        if not (sound or self.scaler.is_enabled()):
+        norm, finite = self._clipped()
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
+        if not finite and scale <= SMALLEST_SCALE:
             raise Diverged(f"the gradient is not finite at step {self.done + 1}")
         codes = {}
-        self.scaler.step(self.optimizer)
-        if self.updates and sound:
-            codes = {f"groups_{name}": count for name, count in self.updates.step(factor)._asdict().items()}
-        self.scaler.update()
+        if finite:
+            self.optimizer.step()
+            if self.updates:
+                codes = {f"groups_{name}": count for name, count in self.updates.step(factor)._asdict().items()}
+        self.scaler.update()  # a smaller scale after a gradient that is not finite
         self.done += 1
         self.average.update(self.done)
         return Step(loss, norm, factor * self.config.finetune_lr, codes)
@@ -88,8 +95,9 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.updates:
             self.updates.zero_grad()
+        one = torch.ones((), device=self.lesson.ranks.device)
         with self._holding():
-            loss = self.lesson.backward(points, chosen, self.scaler.get_scale())
+            loss = self.lesson.backward(points, chosen, self.scaler.scale(one).item())
         for tensor in self.trained:
             tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         add_up(self._all_gradients(), self.lesson.ranks)
@@ -103,13 +111,12 @@ class Trainer:
         return [tensor.grad for tensor in self.trained] + list(latents)
 
     def _clipped(self) -> tuple[float, bool]:
-        """Undo the scaling, and clip; returns the norm before, and whether it is finite."""
-        if self.updates and self.scaler.is_enabled():
-            torch._foreach_mul_(self.updates.gradients(), 1 / self.scaler.get_scale())
-        self.scaler.unscale_(self.optimizer)
+        """Undo the scaling, and clip; returns the parameters' norm before, and whether all gradients are finite."""
+        self.scaler.unscale_(self.scaled)
         limit = self.config.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(list(self.trained), limit).item()
-        return norm, math.isfinite(norm)
+        latents = self.updates.gradients() if self.updates else []
+        return norm, math.isfinite(norm) and math.isfinite(nn.utils.get_total_norm(latents).item())
 
     # ------------------------------------------------------------------------------------ as tensors
 
