@@ -257,14 +257,40 @@ def test_every_flag_reaches_the_settings():
         finetune.build_parser().parse(["a", "b", "c", "d", "--lr_scheduler", "sawtooth"])
 
 
-@pytest.mark.parametrize(("after", "worse"), [(-31.5, False), (-29.5, True)])
-def test_a_result_that_is_worse_is_called_so(after, worse):
+def reported(**changes) -> str:
+    """The last line of a run that began at -30 dB, -35 dB of the median prompt, and took seven steps."""
     config = finetune.to_config(vars(finetune.build_parser().parse(["m", "q", "c", "e", "--update_codes"])))
-    changes = {"steps": 7, "groups": 200, "groups_changed": 3}
-    told = finetune.report(config, changes | {"unet_output_error_db_before": -30.0, "unet_output_error_db": after})
-    line = f"UNet-output error -30.00 dB before, {after:.2f} dB after 7 steps, 1.50 % of the groups have other codes"
-    assert told.splitlines()[0] == line and "python generate.py m out/finetuned e" in told
-    assert ("try a lower --finetune_lr, and --finetune_keep_best" in told) == worse
+    summary = {"steps": 7, "step_kept": 7, "learning_rate": 5e-4, "groups": 200, "groups_changed": 3}
+    summary |= {"unet_output_error_db_before": -30.0, "unet_output_error_median_db_before": -35.0}
+    lines = finetune.report(config, summary | changes).splitlines()
+    assert any("python generate.py m out/finetuned e" in line for line in lines)
+    return lines[-1]
+
+
+def test_the_last_line_says_what_was_gained():
+    line = reported(unet_output_error_db_after=-31.5, unet_output_error_median_db_after=-36.25)
+    assert line == (
+        "UNet-output error on unseen prompts: sum -30.00 dB before, -31.50 dB after; median -35.00 dB before, "
+        "-36.25 dB after; learning rate 0.0005; kept step 7 of 7, 1.50 % of the groups have other codes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("db", "median", "words"),
+    [
+        (-29.5, -36.0, "the sum got worse"),
+        (-31.0, -34.0, "the median got worse"),
+        (-29.0, -34.0, "the sum and the med"),
+    ],
+)
+def test_a_result_that_is_worse_is_called_so(db, median, words):
+    line = reported(unet_output_error_db_after=db, unet_output_error_median_db_after=median)
+    assert words in line and "try a lower --finetune_lr" in line
+
+
+def test_a_run_that_gained_nothing_is_called_so():
+    line = reported(step_kept=0, unet_output_error_db_after=-30.0, unet_output_error_median_db_after=-35.0)
+    assert "kept step 0: nothing gained" in line and "worse" not in line
 
 
 def test_codes_learn_and_their_packing_stays(run, quantized, tmp_path, capsys):

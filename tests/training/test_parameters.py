@@ -5,8 +5,8 @@ import torch
 from vqdm.errors import RunError, UserError
 from vqdm.layers.banks import BANKS
 from vqdm.training.config import OptimizerConfig
-from vqdm.training.optimizer import rate_factor
-from vqdm.training.parameters import kinds_of, parameter_groups, stored_types, trainable, types_on_disk, write_back
+from vqdm.training.optimizer import adam, rate_factor, set_rate
+from vqdm.training.parameters import kinds_of, stored_types, trainable, types_on_disk, write_back
 
 
 def test_kinds():
@@ -22,10 +22,11 @@ def test_kinds():
 
 def test_rates_are_relative_but_for_biases():
     unet = classroom.student(classroom.FORMATS["own"])
-    config = OptimizerConfig(finetune_lr=0.01, codebook_lr=1.0, scale_lr=2.0, weight_lr=0.0, bias_lr=0.5)
+    config = OptimizerConfig(codebook_lr=1.0, scale_lr=2.0, weight_lr=0.0, bias_lr=0.5)
     trained = trainable(unet, config)
-    groups = parameter_groups(trained, config)
-    rates = {id(tensor): group["lr"] for group in groups for tensor in group["params"]}
+    optimizer = adam(trained, config)
+    set_rate(optimizer, 0.01)
+    rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
     assert len(rates) == len(trained.tensors) and "conv_in.weight" not in trained.tensors
     for name, tensor in trained.tensors.items():
         size, kind = tensor.detach().square().mean().sqrt().item(), trained.kinds[name]

@@ -38,6 +38,7 @@ class Trainer:
     """Moves a student towards its teacher.
 
     Args:
+        config: where its learning rate is "auto", `learning_rate` is to be set before the first step.
         total: steps of the whole training, for the schedule.
         decode: "step" decodes weights once a step and keeps them, with their gradients, in float32 meanwhile; "call"
             decodes in every call, forward and backward.
@@ -54,7 +55,7 @@ class Trainer:
         updates: CodeUpdates | None = None,
     ):
         self.lesson, self.trained, self.config, self.total, self.updates = lesson, trained, config, total, updates
-        self.optimizer = adam(trained, config)
+        self.optimizer, self.learning_rate = adam(trained, config), config.finetune_lr
         self.average = Average(trained, config.ema_decay)
         self.decode = decode
         self.scaler = torch.amp.GradScaler(lesson.ranks.device.type, enabled=lesson.dtype == torch.float16)
@@ -67,7 +68,7 @@ class Trainer:
             Diverged: the loss or the gradient is not finite.
         """
         factor = rate_factor(self.done, self.total, self.config)
-        set_rate(self.optimizer, factor)
+        set_rate(self.optimizer, factor * self.learning_rate)
         loss = self._gradients(points, chosen)
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.done + 1}")
@@ -81,7 +82,7 @@ class Trainer:
         self.scaler.update()
         self.done += 1
         self.average.update(self.done)
-        return Step(loss, norm, factor * self.config.finetune_lr, codes)
+        return Step(loss, norm, factor * self.learning_rate, codes)
 
     def _gradients(self, points: Points, chosen: Sequence[Point]) -> float:
         """Set the gradients of the batch, of all processes together; returns its loss."""
