@@ -208,7 +208,7 @@ def _add_watch_flags(group: argparse._ArgumentGroup) -> None:
         "--finetune_keep_best",
         action=argparse.BooleanOptionalAction,
         default=default["finetune_keep_best"],
-        help="the result is the step with the least held-out error, step 0 among them; "
+        help="the result is the step with the least held-out error, step 0 among them (the default); "
         "--no-finetune_keep_best: the last step",
     )
     group.add_argument(
