@@ -340,7 +340,14 @@ def test_every_flag_reaches_the_settings():
 def reported(**changes) -> str:
     """The last line of a run that began at -30 dB, -35 dB of the median prompt, and took seven steps."""
     config = finetune.to_config(vars(finetune.build_parser().parse(["m", "q", "c", "e", "--update_codes"])))
-    summary = {"steps": 7, "step_kept": 7, "learning_rate": 5e-4, "groups": 200, "groups_changed": 3}
+    summary = {
+        "steps": 7,
+        "step_kept": 7,
+        "learning_rate": 5e-4,
+        "learning_rate_reductions": 0,
+        "groups": 200,
+        "groups_changed": 3,
+    }
     summary |= {"unet_output_error_db_before": -30.0, "unet_output_error_median_db_before": -35.0}
     lines = finetune.report(config, summary | changes).splitlines()
     assert any("python generate.py m out/finetuned e" in line for line in lines)
@@ -369,8 +376,9 @@ def test_a_result_that_is_worse_is_called_so(db, median, words):
 
 
 def test_a_run_that_gained_nothing_is_called_so():
-    line = reported(step_kept=0, unet_output_error_db_after=-30.0, unet_output_error_median_db_after=-35.0)
-    assert "kept step 0: nothing gained" in line and "worse" not in line
+    errors = {"unet_output_error_db_after": -30.0, "unet_output_error_median_db_after": -35.0}
+    line = reported(step_kept=0, learning_rate_reductions=3, **errors)
+    assert "learning rate 0.0005, reduced 3×; kept step 0: nothing gained" in line and "worse" not in line
 
 
 def test_codes_learn_and_their_packing_stays(run, quantized, tmp_path, capsys):

@@ -8,6 +8,7 @@ import torch
 
 from vqdm.tracking import JsonLines, Tracker
 from vqdm.training.checkpoints import Checkpoints
+from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.training.loop import Course, Loop, Monitor, is_better
 from vqdm.training.parameters import stored_types, write_back
 from vqdm.training.trainer import Diverged, Trainer
@@ -40,12 +41,12 @@ def test_a_better_step_gains_and_has_neither_figure_above_step_0(found, best, be
     assert is_better(errors, figures(*best), figures(-30.0, -40.0)) == better
 
 
-def loop(folder, unet, total: int = 12, patience: int = 0, points=None, **options) -> Loop:
+def loop(folder, unet, total: int = 12, patience: int = 0, **options) -> Loop:
     """One that evaluates after every step, on the points that it learns from."""
-    types, points = stored_types(unet), points or classroom.points(classroom.teacher())
+    types, points = stored_types(unet), classroom.points(classroom.teacher())
     trainer = classroom.trainer(unet, total, **options)
     course = Course(lambda epoch: points, 3, total, 8, "uniform", 0)
-    monitor = Monitor(1, 2, 0, patience, 0.0, types, lambda step: None)
+    monitor = Monitor(1, 2, 0, True, patience, 0.0, types, lambda step: None)
     checkpoints, log = Checkpoints(folder, 2), JsonLines(folder / "log.jsonl")
     return Loop(trainer, course, (points, points.all()), monitor, checkpoints, log, Tracker("none", "", folder, {}))
 
@@ -132,3 +133,39 @@ def test_the_average_is_what_is_evaluated(tmp_path, monkeypatch):
     held.run()
     rows = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "held_out_db" in line]
     assert len({line.split("held_out_loss")[1] for line in rows}) == 1 and held.progress.best["step"] == 0
+
+
+@pytest.mark.parametrize("way", ["plain", "average", "codes"])
+def test_a_learning_rate_that_does_harm_is_reduced(way, tmp_path, monkeypatch):
+    """Training goes back to the best step and gains with the smaller one; also from a checkpoint in between."""
+    monkeypatch.setattr("vqdm.training.loop.learning_rate", lambda *_: 0.5)
+    options = {"ema_decay": 0.5 if way == "average" else 0.0, "finetune_lr": "auto", "lr_warmup_steps": 1}
+
+    def learner() -> Loop:
+        unet = classroom.student(classroom.FORMATS["own"])
+        updates = CodeUpdates(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)) if way == "codes" else None
+        return loop(tmp_path, unet, 10, updates=updates, **options)
+
+    straight = learner()
+    straight.run()
+    progress = straight.progress
+    assert progress.reductions > 1 and progress.best["step"] > 0 and straight.trainer.done == 10
+    assert progress.best["db"] < progress.first["db"] - 0.1
+    assert straight.trainer.learning_rate == pytest.approx(0.5 / 3**progress.reductions)
+    state = straight.checkpoints.load_state(8)
+    assert state["reductions"] > 0
+    again = learner()
+    again.resume(8)
+    again.run()
+    assert again.progress == progress
+    for name, tensor in straight.trainer.shown_tensors().items():
+        assert torch.equal(again.trainer.shown_tensors()[name], tensor), name
+
+
+def test_the_last_step_on_request_is_not_undone(tmp_path, monkeypatch):
+    monkeypatch.setattr("vqdm.training.loop.learning_rate", lambda *_: 1e-5)
+    harmful(monkeypatch, 1)
+    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), 3, finetune_lr="auto")
+    held.monitor = held.monitor._replace(keep_best=False)
+    held.run()
+    assert (held.progress.reductions, held.progress.best["step"], held.trainer.done) == (0, 0, 3)

@@ -208,6 +208,7 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
         config.eval_step,
         config.checkpointing_steps,
         config.visualize_step,
+        config.finetune_keep_best,
         config.early_stopping_patience,
         config.finetune_relative_mse_tolerance,
         job.types,

@@ -87,6 +87,7 @@ def summary_of(job: Distillation, loop: Loop, step_kept: int, before: Errors, af
         "unet_output_error_db_by_timestep_before": before.db_by_timestep,
         "unet_output_error_db_by_timestep": after.db_by_timestep,
         "learning_rate": loop.progress.learning_rate,
+        "learning_rate_reductions": loop.progress.reductions,
         "steps": loop.trainer.done,
         "step_kept": step_kept,
         "best": loop.progress.best,

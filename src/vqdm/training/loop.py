@@ -19,6 +19,7 @@ from vqdm.training.trainer import Diverged, Step, Trainer
 from vqdm.training.watching import Errors, Speed, duration, measure
 
 RISEN = 2.0  # a held-out loss this many times the first one ends training
+REDUCTION = 3.0  # of the learning rate, where it has done harm
 LEAST_GAIN = 0.01  # dB: a smaller one is not distinguished from none
 ROUNDING = 0.005  # dB
 
@@ -50,6 +51,7 @@ class Progress:
         learning_rate: that training began with.
         first, best: step, loss, `db` and `median_db` on held-out points, before the first step and of the step to keep.
         idle: evaluations since `best` was found.
+        reductions, began: how often the learning rate was reduced, and the step at which it last was.
         epoch_loss, error_at: held-out loss, over all and by timestep bin, where the newest epoch began.
         ended: why training ends before its last step; empty while it does not.
         scaler: state of the gradient scaler.
@@ -59,6 +61,8 @@ class Progress:
     first: dict = field(default_factory=dict)
     best: dict = field(default_factory=dict)
     idle: int = 0
+    reductions: int = 0
+    began: int = 0
     epoch_loss: float = 0.0
     error_at: list[float] = field(default_factory=list)
     ended: str = ""
@@ -70,6 +74,7 @@ class Monitor(NamedTuple):
 
     Attributes:
         eval_step, checkpointing_steps, visualize_step: every so many steps; 0 = never.
+        keep_best: the best step is the result; steps at a learning rate "auto" that gain nothing are undone.
         patience: training ends after so many evaluations without a better one than before; 0 = it does not.
         tolerance: an epoch that lowers the held-out loss by a smaller share is the last; 0 = none is.
         types: of parameters as they are stored, by name: evaluated is what would be read back.
@@ -79,6 +84,7 @@ class Monitor(NamedTuple):
     eval_step: int
     checkpointing_steps: int
     visualize_step: int
+    keep_best: bool
     patience: int
     tolerance: float
     types: dict[str, torch.dtype]
@@ -126,7 +132,8 @@ class Loop:
         state = self.checkpoints.load_state(step)
         known = {name: state[name] for name in asdict(self.progress)}
         self.progress = Progress(**known)
-        self.trainer.learning_rate = self.progress.learning_rate
+        self.trainer.learning_rate = self.learning_rate
+        self.trainer.began = self.progress.began
         self.trainer.load_state(self.checkpoints.load(step), step, self.progress.scaler)
 
     def run(self) -> None:
@@ -184,7 +191,7 @@ class Loop:
         """Measure on held-out points, with the values that would be stored; save them if they are the best.
 
         Raises:
-            Diverged: the held-out loss has risen far above what it was at first, or is not finite.
+            Diverged: as `_gained_nothing`.
         """
         done, progress, types = self.trainer.done, self.progress, self.monitor.types
         with self.trainer.average.shown(), as_stored(self.trainer.trained, types):
@@ -202,13 +209,41 @@ class Loop:
             progress.best, progress.idle = found, 0
             if self.main:
                 self.checkpoints.save_best(done, self.trainer.shown_tensors())
-        if done and not errors.loss < RISEN * progress.first["loss"]:
+        else:
+            self._gained_nothing(errors)
+        return errors
+
+    @property
+    def learning_rate(self) -> float:
+        """What steps have now, before warmup and schedule."""
+        return self.progress.learning_rate / REDUCTION**self.progress.reductions
+
+    def _gained_nothing(self, errors: Errors) -> None:
+        """End training, or go back to the best step where the learning rate is for this program to choose.
+
+        Raises:
+            Diverged: the held-out loss has risen far above what it was at first, or is not finite, at a learning rate
+                that the user chose.
+        """
+        progress, monitor, done = self.progress, self.monitor, self.trainer.done
+        chosen = self.trainer.config.finetune_lr == AUTO and monitor.keep_best
+        if not (chosen or errors.loss < RISEN * progress.first["loss"]):
             raise Diverged(
                 f"the held-out loss is {errors.loss:.3g} at step {done}, it began at {progress.first['loss']:.3g}"
             )
-        if 0 < self.monitor.patience <= progress.idle:
+        if 0 < monitor.patience <= progress.idle:
             progress.ended = f"{progress.idle} evaluations gained nothing over step {progress.best['step']}"
-        return errors
+        elif chosen and done < self.course.total:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        """Go back to the best step, and on from it with a smaller learning rate."""
+        progress = self.progress
+        progress.reductions, progress.began = progress.reductions + 1, self.trainer.done
+        self.trainer.lesson.ranks.wait()  # the first process has written the best
+        self.trainer.restart(self.checkpoints.load_best(progress.best["step"]))
+        self.trainer.learning_rate = self.learning_rate
+        say(f"no gain: back to step {progress.best['step']}, learning rate {self.learning_rate:.2g}")
 
     def save(self) -> None:
         """Write a checkpoint."""

@@ -15,7 +15,7 @@ from vqdm.training.parameters import Trained, parameter_groups
 from vqdm.training.watching import Errors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-LEARNING_RATE_OF_ERROR = 0.15  # of the median prompt's relative error, as an amplitude
+LEARNING_RATE_OF_ERROR = 0.05  # of the median prompt's relative error, as an amplitude
 LEARNING_RATES = (1e-5, 2e-3)  # the least and the most that is chosen
 
 
@@ -37,11 +37,14 @@ def learning_rate(config: OptimizerConfig, errors: Errors) -> float:
     return float(f"{min(most, max(least, LEARNING_RATE_OF_ERROR * 10 ** (errors.median_db / 20))):.2g}")
 
 
-def rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
-    """Part of the learning rate that a step has; steps count from 0. Linear warmup, then the schedule down to 0."""
+def rate_factor(step: int, total: int, config: OptimizerConfig, began: int = 0) -> float:
+    """Part of the learning rate that a step has; steps count from 0. Linear warmup, then the schedule down to 0.
+
+    The warmup is that of Adam's moments, which began with step `began`.
+    """
     done = step / max(1, total)
     falling = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    warm = min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
+    warm = min(1.0, (step - began + 1) / (config.lr_warmup_steps + 1))
     return warm * falling[config.lr_scheduler]
 
 

@@ -59,7 +59,7 @@ class Trainer:
         self.average = Average(trained, config.ema_decay)
         self.decode = decode
         self.scaler = torch.amp.GradScaler(lesson.ranks.device.type, enabled=lesson.dtype == torch.float16)
-        self.done = 0
+        self.done = self.began = 0
 
     def step(self, points: Points, chosen: Sequence[Point]) -> Step:
         """Learn from a batch of points.
@@ -67,7 +67,7 @@ class Trainer:
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
-        factor = rate_factor(self.done, self.total, self.config)
+        factor = rate_factor(self.done, self.total, self.config, self.began)
         set_rate(self.optimizer, factor * self.learning_rate)
         loss = self._gradients(points, chosen)
         if not math.isfinite(loss):
@@ -130,6 +130,15 @@ class Trainer:
         for name, value in tensors.items():
             held[name].data.copy_(value)
         self.average = Average(self.trained, 0.0)
+
+    def restart(self, tensors: dict[str, Tensor]) -> None:
+        """Continue with what `shown_tensors` gave, without any memory of earlier steps."""
+        self.restore(tensors)
+        self.average = Average(self.trained, self.config.ema_decay)
+        self.optimizer.state.clear()
+        if self.updates:
+            self.updates.restart()
+        self.began = self.done
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that the next step depends on, by file."""
