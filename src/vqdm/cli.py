@@ -129,6 +129,14 @@ def _number(kind: type, words: str, metavar: str, low, high):
     return parse
 
 
+def learning_rate(text: str) -> float | str:
+    """Parse a number in [0, 1], or "auto"."""
+    try:
+        return text if text == "auto" else real(0, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, and auto") from None
+
+
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Flags of every script that samples: how, and where the pipeline comes from."""
     group.add_argument(

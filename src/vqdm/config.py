@@ -100,7 +100,7 @@ def generate_command(config: RunConfig, prompts: str) -> str:
 
 @dataclass(frozen=True)
 class BetweenConfig:
-    """Fine-tuning between blocks; see `jobs.between`, and `training.config` for the meaning of rates.
+    """Fine-tuning between blocks; see `jobs.between`, and `training.config` for the meaning of learning rates.
 
     Attributes:
         num_intermediate_finetunes: how many; 0 = none.
@@ -113,7 +113,7 @@ class BetweenConfig:
     finetune_max_epochs: int = 1
     finetune_batch_size: int = 32
     local_batch_size: int = 8
-    finetune_lr: float = 2e-3
+    finetune_lr: float | str = "auto"
     finetune_adam_beta1: float = 0.9
     finetune_adam_beta2: float = 0.95
 

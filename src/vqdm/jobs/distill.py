@@ -28,8 +28,8 @@ from vqdm.storage.runs import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, say
 from vqdm.training.checkpoints import Checkpoints
 from vqdm.training.code_updates import CodeUpdates
-from vqdm.training.config import FinetuneConfig
-from vqdm.training.loop import Course, Looks, Loop
+from vqdm.training.config import AUTO, FinetuneConfig
+from vqdm.training.loop import Course, Loop, Monitor
 from vqdm.training.material import Material, read_material
 from vqdm.training.parameters import KINDS, Trained, trainable, types_on_disk, write_back
 from vqdm.training.points import Points, spread
@@ -62,7 +62,7 @@ def distill(config: FinetuneConfig) -> dict | None:
         types = types_on_disk(source)
         trained = trainable(student, config.optimizer)
         say(plan(config, ranks, trained))
-        if config.optimizer.finetune_lr < SMALL_RATE:
+        if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_RATE:
             say(f"--finetune_lr {config.optimizer.finetune_lr} is relative here, and will hardly move anything")
         if ranks.main:
             log_truncated(pipeline, [*material.training, *material.held_out, *material.evaluation])
@@ -150,7 +150,10 @@ def run(job: Distillation, trained: Trained) -> dict | None:
         evaluation, held_out = evaluation_points(job), held_out_points(job)
     with job.clock("evaluation"):
         before = measure(job.lesson, evaluation, evaluation.all())
-    say(f"UNet-output error on {len(job.material.evaluation)} unseen prompts: {before.db:.2f} dB before")
+    say(
+        f"UNet-output error on {len(job.material.evaluation)} unseen prompts before: {before.db:.2f} dB, "
+        f"median {before.median_db:.2f} dB"
+    )
     loop = make_loop(job, trained, held_out)
     fault, whole = None, Stopwatch()
     try:
@@ -159,32 +162,39 @@ def run(job: Distillation, trained: Trained) -> dict | None:
     except Diverged as error:
         fault = error
     job.clock.phases["training"] = round(whole.phases["training"] - job.clock.phases.get("points", 0.0), 3)
-    keep(job, loop, fault)
+    step_kept = keep(job, loop, fault)
     with job.clock("evaluation"):
         after = measure(job.lesson, evaluation, evaluation.all())
-    summary = finish(job, loop, before, after) if job.ranks.main else None
+    summary = finish(job, loop, step_kept, before, after) if job.ranks.main else None
     job.ranks.wait()
     if fault:
         raise RunError(f"{fault}: {kept_words(loop)}, is in {job.folder.path}; try a lower --finetune_lr")
     return summary
 
 
-def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> None:
-    """Leave in the student what is to be saved: the values that are stored, in the type that is computed in."""
+def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> int:
+    """Leave in the student what is to be saved: the values that are stored, in the type that is computed in.
+
+    Returns the step whose parameters they are.
+    """
+    step = loop.trainer.done
     job.ranks.wait()  # the first process has written the best
     if fault or job.config.finetune_keep_best:
-        loop.trainer.restore(loop.checkpoints.load_best(loop.progress.best["step"]))
+        step = loop.progress.best["step"]
+        loop.trainer.restore(loop.checkpoints.load_best(step))
         say(f"kept: {kept_words(loop)}")
     else:
         loop.trainer.average.adopt()
     write_back(job.student, job.types, torch.float32)
     if loop.trainer.updates:
         loop.trainer.updates.close()
+    return step
 
 
 def kept_words(loop: Loop) -> str:
     best = loop.progress.best
-    return f"the best, of step {best['step']} at {best['db']:.2f} dB on held-out points"
+    error = f"{best['db']:.2f} dB, median {best['median_db']:.2f} dB on held-out points"
+    return f"the best, of step {best['step']} at {error}"
 
 
 def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
@@ -196,11 +206,14 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
     updates = CodeUpdates(job.student, config.code_updates) if config.code_updates else None
     trainer = Trainer(lesson, trained, config.optimizer, course.total, config.decode, updates)
     checkpoints = Checkpoints(folder, config.checkpoints_total_limit, job.ranks.device)
-    looks = Looks(
+    monitor = Monitor(
         config.eval_step,
         config.checkpointing_steps,
         config.visualize_step,
+        config.finetune_keep_best,
+        config.early_stopping_patience,
         config.finetune_relative_mse_tolerance,
+        job.types,
         lambda step: draw_pairs(job, folder / "pictures" / f"step-{step:06d}.png", config.visualize_nsamples),
     )
     saved = checkpoints.steps()
@@ -208,10 +221,10 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
     if job.ranks.main:
         read_log(log, saved[-1] if saved else -1)
     chosen = spread(held_out, config.held_out_points)
-    loop = Loop(trainer, course, (held_out, chosen), looks, checkpoints, JsonLines(log), job.tracker)
+    loop = Loop(trainer, course, (held_out, chosen), monitor, checkpoints, JsonLines(log), job.tracker)
     if saved:
         loop.resume(saved[-1])
-        say(f"going on after step {saved[-1]} of {course.total}")
+        say(f"continuing after step {saved[-1]} of {course.total}")
     return loop
 
 

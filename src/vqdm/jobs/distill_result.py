@@ -43,7 +43,7 @@ def draw_pairs(job: Distillation, path: Path, count: int) -> list[Image.Image]:
     return drawn
 
 
-def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
+def finish(job: Distillation, loop: Loop, step_kept: int, before: Errors, after: Errors) -> dict:
     """Write the pipeline folder, the card, the plots and the summary, then drop the working data."""
     folder, staged = job.folder, job.folder.work / "pipeline"
     drawn = draw_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples)
@@ -52,7 +52,9 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
     write_back(job.student, job.types)
     stage(job.pipeline, job.student, job.source, job.config, staged)
     save_loss_plot(read_log(loop.log.path, loop.trainer.done), folder.path / "loss.png")
-    summary = summary_of(job, loop, before, after) | sizes(job.student, parameters, staged) | {"pictures": scores}
+    summary = (
+        summary_of(job, loop, step_kept, before, after) | sizes(job.student, parameters, staged) | {"pictures": scores}
+    )
     save_text(model_card(job.config.model, summary), staged / "README.md")
     folder.publish(staged)
     save_json(summary, folder.path / "summary.json")
@@ -62,8 +64,8 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
     return summary
 
 
-def summary_of(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
-    """What the run has done, and at what cost."""
+def summary_of(job: Distillation, loop: Loop, step_kept: int, before: Errors, after: Errors) -> dict:
+    """What the run has done, and at what cost. `unet_output_error_db`, as of quantization, is the error after."""
     config = job.config
     files = weight_files(config.model, config.variant, "unet", config.revision)
     original = sum(file.stat().st_size for file in files)
@@ -74,10 +76,18 @@ def summary_of(job: Distillation, loop: Loop, before: Errors, after: Errors) -> 
         "layers_in_8_bit": len(rounded_layers(job.student)),
         "bytes_of_original_unet": original or None,
         "unet_output_error_db_before": before.db,
+        "unet_output_error_db_after": after.db,
+        "unet_output_error_median_db_before": before.median_db,
+        "unet_output_error_median_db_after": after.median_db,
         "unet_output_error_db": after.db,
+        "unet_output_error_db_by_point_before": before.by_point,
+        "unet_output_error_db_by_point": after.by_point,
         "unet_output_error_db_by_timestep_before": before.db_by_timestep,
         "unet_output_error_db_by_timestep": after.db_by_timestep,
+        "learning_rate": loop.progress.learning_rate,
+        "learning_rate_reductions": loop.progress.reductions,
         "steps": loop.trainer.done,
+        "step_kept": step_kept,
         "best": loop.progress.best,
         **groups_changed(loop.trainer),
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},

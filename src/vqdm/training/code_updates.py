@@ -227,6 +227,13 @@ class CodeUpdates:
         changed = sum(int((layer.code().codes != first).any(2).sum()) for layer, first in pairs)
         return CodeStep(sum(first[..., 0].numel() for _, first in pairs), changed)
 
+    def restart(self) -> None:
+        """Forget all pulls and averages; codes stay."""
+        self.steps = 0
+        for name, layer in self.layers.items():
+            for key, value in vars(Drift.of(layer)).items():
+                getattr(self.drifts[name], key).copy_(value)
+
     def state_dict(self) -> dict[str, Tensor]:
         """What the next step depends on, besides the model."""
         held = {f"{name}.{key}": value for name, drift in self.drifts.items() for key, value in vars(drift).items()}

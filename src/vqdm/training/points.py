@@ -71,6 +71,20 @@ def spread(points: Points, count: int) -> list[Point]:
     return [Point(k, n, s) for k, part in enumerate(points.parts) for n, s in spread_points(part, each)]
 
 
+def split(points: Points) -> tuple[list[Point], list[Point]]:
+    """Points to train on, and held-out ones: those of every tenth prompt, of the last where there are fewer.
+
+    Of a single prompt every tenth point, or the last; a single point is both.
+    """
+    every = points.all()
+    keys = [point[:2] for point in every]
+    if len(set(keys)) == 1:
+        keys = every
+    apart = set(list(dict.fromkeys(keys))[9::10] or keys[-1:])
+    learned = [point for point, key in zip(every, keys, strict=True) if key not in apart]
+    return learned or every, [point for point, key in zip(every, keys, strict=True) if key in apart]
+
+
 def shuffled(points: Points, weights: Sequence[float] | None, seed: str) -> list[Point]:
     """All points in random order; with `weights`, one a point, as many drawn with replacement in proportion to them."""
     every, draw = points.all(), random.Random(seed)

@@ -40,6 +40,7 @@ class Trainer:
     """Moves a student towards its teacher.
 
     Args:
+        config: where its learning rate is "auto", `learning_rate` is to be set before the first step.
         total: steps of the whole training, for the schedule.
         decode: "step" decodes weights once a step and keeps them, with their gradients, in float32 meanwhile; "call"
             decodes in every call, forward and backward.
@@ -56,14 +57,14 @@ class Trainer:
         updates: CodeUpdates | None = None,
     ):
         self.lesson, self.trained, self.config, self.total, self.updates = lesson, trained, config, total, updates
-        self.optimizer = adam(trained, config)
+        self.optimizer, self.learning_rate = adam(trained, config), config.finetune_lr
         # Never stepped: what the scaler unscales and checks, which Adam's parameters are a part of.
         latents = updates.latents() if updates else []
         self.scaled = torch.optim.SGD([{"params": [*trained, *latents]}], lr=0.0)
         self.average = Average(trained, config.ema_decay)
         self.decode = decode
         self.scaler = torch.amp.GradScaler(lesson.ranks.device.type, enabled=lesson.dtype == torch.float16)
-        self.done = 0
+        self.done = self.began = 0
 
     def step(self, points: Points, chosen: Sequence[Point]) -> Step:
         """Learn from a batch of points.
@@ -71,8 +72,8 @@ class Trainer:
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
-        factor = rate_factor(self.done, self.total, self.config)
-        set_rate(self.optimizer, factor)
+        factor = rate_factor(self.done, self.total, self.config, self.began)
+        set_rate(self.optimizer, factor * self.learning_rate)
         loss = self._gradients(points, chosen)
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.done + 1}")
@@ -88,7 +89,7 @@ class Trainer:
         self.scaler.update()  # a smaller scale after a gradient that is not finite
         self.done += 1
         self.average.update(self.done)
-        return Step(loss, norm, factor * self.config.finetune_lr, codes)
+        return Step(loss, norm, factor * self.learning_rate, codes)
 
     def _gradients(self, points: Points, chosen: Sequence[Point]) -> float:
         """Set the gradients of the batch, of all processes together; returns its loss."""
@@ -136,6 +137,15 @@ class Trainer:
         for name, value in tensors.items():
             held[name].data.copy_(value)
         self.average = Average(self.trained, 0.0)
+
+    def restart(self, tensors: dict[str, Tensor]) -> None:
+        """Continue with what `shown_tensors` gave, without any memory of earlier steps."""
+        self.restore(tensors)
+        self.average = Average(self.trained, self.config.ema_decay)
+        self.optimizer.state.clear()
+        if self.updates:
+            self.updates.restart()
+        self.began = self.done
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that the next step depends on, by file."""
