@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from PIL import Image
 
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
+from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import select_layers
+from vqdm.jobs import solving
+from vqdm.jobs.recording import hessian_settings
 from vqdm.layers.quantized import quantized_layers
-from vqdm.layers.rounded import rounded_layers
+from vqdm.layers.rounded import round_layer, rounded_layers
 
 FAST = shlex.split(
     "--num_codebooks 2 --nbits_per_codebook 4 --in_group_size 4 --calibration_nsamples 10 --evaluation_nsamples 3 "
@@ -122,6 +126,52 @@ def test_the_first_and_last_convolution_may_be_quantized(pipelines, prompt_file,
     extra = ["--layer_filter", r"conv_in|conv_out|mid_block.*attn1\.to_q"]
     assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *extra)) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["layers_quantized"] == 3
+
+
+def test_a_run_is_resumed_with_less_memory(finished, pipelines, prompt_file, tmp_path, monkeypatch):
+    """It keeps what is recorded, and its result is that of one go but for rounding."""
+    out, kept = tmp_path / "out", []
+    begin = [
+        "--share_codebooks",
+        "unet",
+        "--layer_filter",
+        r".*(attn1\.to_q|conv1)",
+    ]
+    whole = tmp_path / "whole"
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, whole, *begin)) == 0
+    save = solving.keep
+
+    def killed(job, layer, *result):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        kept.append(layer.name)
+        return save(job, layer, *result)
+
+    monkeypatch.setattr(solving, "keep", killed)
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *begin)) == 130
+    monkeypatch.setattr(solving, "keep", save)
+    recorded = sorted(path.name for path in out.glob("work/calibration/*"))
+    (out / "work" / "calibration" / recorded[-1]).unlink()
+    (out / "work" / "hessians" / "hessians.json").unlink()
+    less = ["--xtx_batch_size", "2", "--hessian_memory_gb", "0.00005", "--visualize_nsamples", "1", "--resume"]
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *begin, *less)) == 0
+    one, other = (json.loads((path / "summary.json").read_text()) for path in (whole, out))
+    assert other["unet_output_error_db"] == pytest.approx(one["unet_output_error_db"], abs=0.3)
+    for before, after in zip(one["layers"], other["layers"], strict=True):
+        assert after["name"] == before["name"] and after["error"] == pytest.approx(before["error"], rel=0.02)
+    changed = [*less, "--hessian_samples_per_input", "3"]
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *begin, *changed)) == 2
+
+
+def test_hessians_hold_for_the_type_that_is_computed_in(pipelines):
+    """Also where the first layer is in 8 bit, whose scales are float16."""
+    pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"], dtype=torch.float32)
+    settings = dict(model=str(pipelines["sdxl"]), calibration_prompts="", evaluation_prompts="", output_dir="")
+    job = SimpleNamespace(config=QuantizeConfig(**settings), unet=pipeline.unet, calibration=["a"])
+    before = hessian_settings(job)
+    round_layer(pipeline.unet, "conv_in")
+    assert hessian_settings(job) == before and before["dtype"] == "torch.float32"
+    assert "xtx_batch_size" not in before
 
 
 def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):

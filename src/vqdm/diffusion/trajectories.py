@@ -152,12 +152,15 @@ def batches(points: list, size: int) -> Iterator[list]:
     yield from (points[i : i + size] for i in range(0, len(points), size))
 
 
-def spread_points(trajectories: Trajectories, steps: int) -> list[tuple[int, int]]:
-    """`steps` points a prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all."""
+def spread_points(trajectories: Trajectories, steps: int, first: int = 0) -> list[tuple[int, int]]:
+    """`steps` points per prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all.
+
+    `first` is the number of the first prompt, where others came before.
+    """
     prompts, total = trajectories.latents.shape[:2]
     if not 0 < steps < total:
         return trajectories.points()
-    return [(n, (k * total // steps + n) % total) for n in range(prompts) for k in range(steps)]
+    return [(n, (k * total // steps + first + n) % total) for n in range(prompts) for k in range(steps)]
 
 
 def held_out(points: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -42,7 +42,8 @@ SMALL_RATE = 1e-5  # such as the published 1e-6, which was absolute
 
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
-FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "local_files_only")
+FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "visualize_nsamples", "local_files_only")
+FREE_FIELDS += ("xtx_batch_size",)
 
 
 def distill(config: FinetuneConfig) -> dict | None:

@@ -97,6 +97,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
         return None
     folder = RunFolder(config.output_dir)
     settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+    settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
     if ranks.main:
         need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
         need += hessian_bytes(layers, config.hessian_memory_gb)
@@ -107,6 +108,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
     job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
     job.ranks = ranks
+    job.bank_memory_gb = ranks.agreed(folder.started_with("hessian_memory_gb") if ranks.main else None)
     try:
         return run(job)
     finally:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqdm.diffusion.blocks import Layer
-from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
+from vqdm.diffusion.hessians import UnetCall, passes, record_hessians, shared_inputs
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
     pictures,
@@ -26,7 +26,7 @@ from vqdm.diffusion.sampling import (
 )
 from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, spread_points
 from vqdm.jobs.job import Job
-from vqdm.jobs.pieces import Tensors, pieces
+from vqdm.jobs.pieces import Tensors, pieces, span_name, spans
 from vqdm.layers.quantized import decoded_once
 from vqdm.storage.fingerprint import pipeline_fingerprint
 from vqdm.storage.hessians import HessianStore
@@ -37,10 +37,15 @@ from vqdm.tracking import bar, say
 
 def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str], int], Tensors]) -> list[Tensors]:
     """`work` of `xtx_batch_size` prompts and the number of their first, for all of them; kept in the run's folder."""
-    size = job.config.xtx_batch_size
-    starts = [f"{start:06d}" for start in range(0, len(prompts), size)]
-    make = lambda start: work(prompts[int(start) : int(start) + size], int(start))  # noqa: E731
-    return pieces(job.ranks, job.folder.work / name, starts, make)
+    folder = job.folder.work / name
+    found = spans(job.ranks, folder, 0, len(prompts), job.config.xtx_batch_size)
+    by_name = {span_name(*span): span for span in found}
+
+    def make(piece: str) -> Tensors:
+        first, count = by_name[piece]
+        return work(prompts[first : first + count], first)
+
+    return pieces(job.ranks, folder, list(by_name), make)
 
 
 def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
@@ -148,10 +153,11 @@ class Recorder:
         self.store.enter(groups, on_disk=ranks.main)
 
 
-def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[partial]:
-    """Functions that make the keyword arguments of a UNet call each, on at most `xtx_batch_size` points."""
+def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[UnetCall]:
+    """UNet calls, each on at most `xtx_batch_size` points."""
+    steps, where = trajectories.latents.shape[1], (job.unet.device, unet_dtype(job.unet))
     return [
-        partial(trajectories.inputs, batch, job.unet.device, unet_dtype(job.unet))
+        UnetCall(partial(trajectories.inputs, batch, *where), [n * steps + s for n, s in batch])
         for batch in batches(points, job.config.xtx_batch_size)
     ]
 
@@ -162,7 +168,7 @@ def hessian_settings(job: Job) -> dict:
     return {
         "model": pipeline_fingerprint(folder) if folder.is_dir() else f"{config.model}@{config.revision}",
         "variant": config.variant,
-        "dtype": str(job.unet.dtype),
+        "dtype": str(unet_dtype(job.unet)),
         "rest_nbits": config.rest_nbits,
         "calibration_prompts_sha256": digest(job.calibration),
         "seed": config.seed,
@@ -171,7 +177,6 @@ def hessian_settings(job: Job) -> dict:
         "min_timestep": config.min_timestep,
         "max_timestep": config.max_timestep,
         "hessian_samples_per_input": config.hessian_samples_per_input,
-        "xtx_batch_size": config.xtx_batch_size,
     }
 
 

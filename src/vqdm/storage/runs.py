@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.diffusion.blocks import Layer
-from vqdm.documents import parse_json
+from vqdm.documents import parse_json, read_json
 from vqdm.errors import RunError, UserError
 from vqdm.storage.atomic import load_sealed, probe, save_json, save_sealed, save_text, sweep
 from vqdm.storage.claims import check_claim
@@ -76,6 +76,10 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
+
+    def started_with(self, name: str):
+        """A setting that the run was started with; its resumption may have another."""
+        return read_json(self.path / "run.json")["settings"][name]
 
     def layer_path(self, name: str) -> Path:
         return self.work / "layers" / f"{name}.safetensors"
