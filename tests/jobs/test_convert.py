@@ -66,6 +66,15 @@ def test_dequantized_folders_are_plain_and_draw_the_same(quantized, tmp_path, ca
         torch.testing.assert_close(run(UNet2DConditionModel.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("part", [".", "unet", "text_encoder"])
+def test_dequantized_folders_are_in_the_type_of_their_source(quantized, tmp_path, part):
+    source, out = tmp_path / "source", tmp_path / "plain"
+    DiffusionPipeline.from_pretrained(quantized, dtype=torch.bfloat16).save_pretrained(source)
+    assert run_script(main, ["dequantize", str(source / part), "--output_dir", str(out)]) == 0
+    tensors = {name: t for path in out.rglob("*.safetensors") for name, t in load_file(path).items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
 def test_dequantized_in_another_type(quantized, tmp_path):
     out = tmp_path / "plain"
     line = ["dequantize", str(quantized / "unet"), "--output_dir", str(out), "--dtype", "bfloat16"]

@@ -14,6 +14,7 @@ from conftest import tiny_unet
 from diffusers import DiffusionPipeline
 from main_text2image import main
 from PIL import Image
+from safetensors.torch import load_file
 
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
@@ -188,9 +189,40 @@ def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
     assert f"{len(others)} others are in 8 bit" in (out / "README.md").read_text()
     said = capsys.readouterr().out
     assert f"{len(others)} other layers" in said
-    half = sum(8 * min(p.element_size(), 2) * p.numel() for p in unet.parameters())
-    assert f"{half / parameters:.3f} over the whole UNet" in said
+    assert f"{bits / parameters:.3f} over the whole UNet" in said
     assert json.loads((finished / "summary.json").read_text())["layers_in_8_bit"] == 0
+
+
+SAVED = {
+    "float32 in bfloat16": (torch.float32, True, "bfloat16", torch.bfloat16),
+    "float32 in float32": (torch.float32, True, "float32", torch.float32),
+    "bin in bfloat16": (torch.float32, False, "bfloat16", torch.bfloat16),
+    "float16 in float32": (torch.float16, True, "float32", torch.float16),
+    "float16 bin in float32": (torch.float16, False, "float32", torch.float16),
+}
+
+
+@pytest.mark.parametrize(("stored", "safe", "dtype", "saved"), SAVED.values(), ids=SAVED)
+def test_results_are_in_the_type_computed_in_and_no_wider(
+    pipelines, prompt_file, tmp_path, capsys, stored, safe, dtype, saved
+):
+    """So that the size that is printed first is that on disk; the codes' own tensors are float16."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"], dtype=stored)
+    pipeline.save_pretrained(model, safe_serialization=safe)
+    assert bool(list(model.glob("unet/*.bin"))) != safe
+    extra = ["--dtype", dtype, "--layer_filter", r"(mid_block|up_blocks.0).*attn1\.to_q", "--snapshot_step", "1"]
+    assert run_script(main, command(model, prompt_file, out, *extra)) == 0
+    files = [*out.glob("*/*.safetensors"), *out.glob("snapshots/*/unet/*.safetensors")]
+    for file in files:
+        floats = {name: tensor.dtype for name, tensor in load_file(file).items() if tensor.is_floating_point()}
+        assert {kind for name, kind in floats.items() if not name.endswith((".codebooks", ".scales"))} == {saved}
+    assert len(files) == 6
+    held = sum(tensor.nbytes for tensor in load_file(next(out.glob("unet/*.safetensors"))).values())
+    assert f"about {held / 1e6:.2f} MB instead of" in capsys.readouterr().out
+    summary, parameters = json.loads((out / "summary.json").read_text()), pipeline.unet.num_parameters()
+    assert summary["effective_bits_unet"] == pytest.approx(8 * held / parameters)
+    assert summary["bytes_of_original_unet"] == sum(path.stat().st_size for path in model.glob("unet/*model*"))
 
 
 def test_student_latents_snapshots_and_hooks(pipelines, prompt_file, tmp_path):

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
-from vqdm.diffusion.pipelines import load_pipeline, stored_dtypes
+from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
+from vqdm.documents import read_json
 from vqdm.errors import UserError
-from vqdm.layers.quantized import cast_plain, quantized_layers
+from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
 from vqdm.redaction import without_secrets
 from vqdm.storage.aqlm import export_aqlm
@@ -144,13 +145,18 @@ def load_source(path: str) -> DiffusionPipeline | nn.Module:
     folder = Path(path)
     try:
         if (folder / "model_index.json").is_file():
-            return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+            named = read_json(folder / "model_index.json")
+            stored = {name: dtype for name, dtype in stored_dtypes(path, None).items() if name in named}
+            dtypes = stored | {"default": torch.float32}
+            return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        own = folder.resolve()
+        dtype = stored_dtypes(str(own.parent), None, component=own.name).get(own.name, torch.float32)
         if "_class_name" in config:
-            return UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
+            return UNet2DConditionModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
         kind = TEXT_CLASSES.get((config.get("architectures") or [None])[0], AutoModel)
-        return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
@@ -195,10 +201,8 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
         read_apart(config.source, converted)
         fill(pipeline.unet, converted, config.source)
     mark_quantized(pipeline.unet)
-    for name, dtype in stored_dtypes(config.model, config.variant).items():
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            cast_plain(getattr(pipeline, name), dtype)
-    pipeline.save_pretrained(folder)
+    with saved_types(pipeline, stored_dtypes(config.model, config.variant)):
+        pipeline.save_pretrained(folder)
     return f"{len(quantized_layers(pipeline.unet))} layers of the original"
 
 
