@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -98,6 +99,10 @@ def new_folder(path: str) -> Iterator[Path]:
         staged.chmod(0o755)
         yield staged
         staged.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UserError(f"--output_dir {path} has been written by another process meanwhile; choose another") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def distill(config: FinetuneConfig) -> dict | None:
     material = read_material(config)
     check_model(config.model)
     source = find_quantized_unet(config.quantized)
-    with launched(config.device) as ranks:
+    with launched(config.device) as ranks, ExitStack() as held:
         check_float64(ranks.device)
         pipeline, student = load(config, ranks, source)
         types = types_on_disk(source)
@@ -68,6 +69,7 @@ def distill(config: FinetuneConfig) -> dict | None:
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)
+        held.enter_context(folder.held(ranks))
         if ranks.main:
             folder.open(
                 settings_of(config, material, source), versions(), config.resume, needed_bytes(config, pipeline)

@@ -99,23 +99,24 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)
-    settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-    settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
-    if ranks.main:
-        need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-        need += hessian_bytes(layers, config.hessian_memory_gb)
-        folder.open(settings, versions(), config.resume, need)
-    if ranks.agreed(folder.finished):
-        return close_finished(folder) if ranks.main else None
-    about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
-    tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
-    job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
-    job.ranks, job.stored = ranks, stored
-    job.bank_memory_gb = ranks.agreed(folder.started_with("hessian_memory_gb") if ranks.main else None)
-    try:
-        return run(job)
-    finally:
-        tracker.finish()
+    with folder.held(ranks):
+        settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+        settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
+        if ranks.main:
+            need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
+            need += hessian_bytes(layers, config.hessian_memory_gb)
+            folder.open(settings, versions(), config.resume, need)
+        if ranks.agreed(folder.finished):
+            return close_finished(folder) if ranks.main else None
+        about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
+        tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
+        job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
+        job.ranks, job.stored = ranks, stored
+        job.bank_memory_gb = ranks.agreed(folder.started_with("hessian_memory_gb") if ranks.main else None)
+        try:
+            return run(job)
+        finally:
+            tracker.finish()
 
 
 def close_finished(folder: RunFolder) -> dict:

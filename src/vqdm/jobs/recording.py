@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +29,10 @@ from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, s
 from vqdm.jobs.job import Job
 from vqdm.jobs.pieces import Tensors, pieces, span_name, spans
 from vqdm.layers.quantized import decoded_once
+from vqdm.storage.atomic import sweep
 from vqdm.storage.fingerprint import pipeline_fingerprint
 from vqdm.storage.hessians import HessianStore
+from vqdm.storage.locks import locked
 from vqdm.tracking import bar, say
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -107,15 +110,20 @@ def _calibration_batch(job: Job, prompts: list[str], first: int) -> Tensors:
 
 def teacher_hessians(job: Job) -> HessianStore:
     """The full-precision model's Hessians of all layers; those that the cache lacks are recorded."""
-    folder = Path(job.config.hessian_cache) if job.config.hessian_cache else job.folder.work / "hessians"
-    store = HessianStore(folder, hessian_settings(job))
-    store.leaders = job.ranks.agreed(store.leaders)
-    missing = [layer for layer in job.layers if layer not in store]
-    say(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are there")
-    if missing:
-        recorder = Recorder(job, store, teacher_trajectories(job))
-        for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
-            recorder.record(groups)
+    cache = job.config.hessian_cache
+    folder = Path(cache) if cache else job.folder.work / "hessians"
+    # Another run that shares the cache may be recording what this one needs.
+    with locked(folder, "--hessian_cache", wait=True) if cache and job.ranks.main else nullcontext():
+        if job.ranks.main:
+            sweep(folder, below=False)
+        store = HessianStore(folder, hessian_settings(job))
+        store.leaders = job.ranks.agreed(store.leaders)
+        missing = [layer for layer in job.layers if layer not in store]
+        say(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are there")
+        if missing:
+            recorder = Recorder(job, store, teacher_trajectories(job))
+            for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
+                recorder.record(groups)
     return store
 
 
