@@ -316,12 +316,14 @@ def nan_pipeline(folder, target, name):
         ("sdxl", ["--device", "cuda:99"], 2, "--device cuda:99 cannot be used"),
         ("sdxl", ["--output_dir", "tests"], 2, "is not a run of vqdm"),
         ("sdxl", ["--min_timestep", "1", "--max_timestep", "2"], 2, "no step of the scheduler lies between"),
+        ("quantized", [], 2, "is quantized itself (vqdm); give the full-precision model"),
         ("nan", [], 1, "NaN"),
     ],
 )
-def test_bad_input_is_one_line(pipelines, prompt_file, tmp_path, capsys, model, extra, status, words):
+def test_bad_input_is_one_line(finished, pipelines, prompt_file, tmp_path, capsys, model, extra, status, words):
     if model == "nan":
         model = nan_pipeline(pipelines["sdxl"], tmp_path / "nan", "down_blocks.0.resnets.0.conv1")
-    assert run_script(main, command(pipelines.get(model, model), prompt_file, tmp_path / "out", *extra)) == status
+    model = finished if model == "quantized" else pipelines.get(model, model)
+    assert run_script(main, command(model, prompt_file, tmp_path / "out", *extra)) == status
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
+from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.layers.quantized import quantized_layers
@@ -194,6 +195,7 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
     """The pipeline `config.model` with the UNet of a pickle, as a quantized folder."""
     if not Path(config.source).is_file():
         raise UserError(f"pickle {config.source} is not a file")
+    check_full_precision(config.model, None, config.local_files_only, "--model")
     pipeline = load_pipeline(
         config.model,
         torch.device("cpu"),
@@ -201,6 +203,7 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
         variant=config.variant,
         local_files_only=config.local_files_only,
     )
+    check_loaded(pipeline.unet, config.model, "--model")
     with tempfile.TemporaryDirectory() as apart:
         converted = Path(apart) / "unet.safetensors"
         read_apart(config.source, converted)

@@ -17,12 +17,12 @@ from torch import nn
 
 from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.errors import RunError, UserError
 from vqdm.jobs.distill_job import Distillation
 from vqdm.jobs.distill_points import epoch_points, evaluation_points, forget_epochs, held_out_points, keeps_outputs
 from vqdm.jobs.distill_result import draw_pairs, finish
 from vqdm.jobs.plan import predicted_bytes
-from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.storage.fingerprint import folder_fingerprint
 from vqdm.storage.runs import RunFolder
@@ -39,6 +39,7 @@ from vqdm.training.trainer import Diverged, Trainer
 from vqdm.training.watching import measure, read_log
 from vqdm.versions import versions
 
+ROLE = ", which is the teacher"
 SMALL_RATE = 1e-5  # such as the published 1e-6, which was absolute
 
 # Fields that a resumption may change: they change the result by rounding at most.
@@ -57,6 +58,7 @@ def distill(config: FinetuneConfig) -> dict | None:
     """
     material = read_material(config)
     check_model(config.model)
+    check_supported(config.model, config.revision, config.local_files_only, role=ROLE)
     source = find_quantized_unet(config.quantized)
     with launched(config.device) as ranks, ExitStack() as held:
         check_float64(ranks.device)
@@ -106,8 +108,7 @@ def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionP
     student = load_quantized_unet(source, torch.float32)
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
     check_fits(student, pipeline.unet, config.quantized, config.model)
-    if quantized_layers(pipeline.unet):
-        raise UserError(f"MODEL {config.model} is quantized itself; give the original model, which is the teacher")
+    check_loaded(pipeline.unet, config.model, role=ROLE)
     pipeline.scheduler.set_timesteps(config.sampling.num_inference_steps or 50)
     steps_an_epoch(config, len(pipeline.scheduler.timesteps))
     if config.real_images:

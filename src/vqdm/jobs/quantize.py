@@ -32,6 +32,7 @@ from vqdm.diffusion.pipelines import (
     weight_files,
 )
 from vqdm.diffusion.sampling import check_timestep_range, error_spread, output_error, point_errors
+from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError
@@ -73,6 +74,7 @@ def quantize(config: QuantizeConfig) -> dict | None:
     """
     prompts = read_prompts(config)
     check_model(config.model)
+    check_supported(config.model, config.revision, config.local_files_only)
     with launched(config.device) as ranks:
         check_float64(ranks.device)
         return quantize_on(ranks, config, *prompts)
@@ -81,6 +83,7 @@ def quantize(config: QuantizeConfig) -> dict | None:
 def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], evaluation: list[str]) -> dict | None:
     """The whole job of one of several processes; the summary on the first, None on the others."""
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
+    check_loaded(pipeline.unet, config.model)
     layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
     layers = [shared(layer, config.share_codebooks) for layer in layers]
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
