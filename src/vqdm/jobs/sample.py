@@ -137,8 +137,8 @@ def sample_images(config: SampleConfig) -> Drawn | None:
         say(plan(config, ranks, folder, requests))
         if config.dry_run:
             return None
+        pipeline = load(config, ranks, unet_folder)
         with folder.held(ranks):
-            pipeline = load(config, ranks, unet_folder)
             if ranks.main:
                 check_claim(folder.path, settings, config.resume)  # another may have begun since
                 folder.claim(record(config, settings, ranks, pipeline))
