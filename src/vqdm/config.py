@@ -16,7 +16,9 @@ from vqdm.redaction import redacted
 
 # Fields that may change between a run and its resumption, because the result does not depend on them.
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
-FREE_FIELDS += ("local_files_only",)
+FREE_FIELDS += ("local_files_only", "visualize_nsamples", "hessian_cache")
+# Those that change memory, and results by rounding at most: what a run that was out of memory is resumed with.
+FREE_FIELDS += ("xtx_batch_size", "hessian_memory_gb", "between.local_batch_size")
 
 # Fields of the format that --target_bits decides, or that do not go with the shared codebooks that it needs.
 CHOSEN_BY_TARGET = (
@@ -217,7 +219,8 @@ def flatten(settings: dict, prefix: str = "") -> dict:
 def differences(saved: dict, now: dict) -> list[str]:
     """Lines that say which settings differ, and how, leaving out those the result does not depend on."""
     before, after = flatten(saved), flatten(json.loads(json.dumps(now)))
-    names = [name for name in dict.fromkeys([*before, *after]) if name.split(".")[0] not in FREE_FIELDS]
+    free = lambda name: name in FREE_FIELDS or name.split(".")[0] in FREE_FIELDS  # noqa: E731
+    names = [name for name in dict.fromkeys([*before, *after]) if not free(name)]
     return [
         f"{name.split('.')[-1]} was {before.get(name)!r}, now {after.get(name)!r}"
         for name in names

@@ -48,6 +48,25 @@ def test_files_of_a_variant(tmp_path):
     assert found == {None: sorted(names[::2]), "fp16": sorted(names[1::2])}
 
 
+def test_types_are_those_of_weights_also_in_pickled_files(tmp_path):
+    """The widest of weights and biases; what codes consist of, in float16, does not count."""
+    for name in ("unet", "vae", "text_encoder"):
+        (tmp_path / name).mkdir()
+    wide, narrow = torch.zeros(2), torch.zeros(2, dtype=torch.float16)
+    tensors = {
+        "a.weight": narrow,
+        "b.bias": wide,
+        "c.codebooks": narrow.clone(),
+        "d.codes": torch.zeros(2, dtype=torch.uint8),
+    }
+    save_file(tensors, tmp_path / "unet" / "m.safetensors")
+    torch.save({"a.weight": narrow, "ids": torch.arange(3)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    torch.save({"a.weight": wide}, tmp_path / "text_encoder" / "pytorch_model.bin")
+    save_file({"a.weight": narrow}, tmp_path / "text_encoder" / "model.safetensors")
+    found = stored_dtypes(str(tmp_path), None)
+    assert found == {"unet": torch.float32, "vae": torch.float16, "text_encoder": torch.float16}
+
+
 def test_files_of_a_hub_name_are_those_of_the_cache(tmp_path, monkeypatch):
     """A pipeline of the hub is saved in the types it was stored in there, like one of a folder."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -179,6 +179,22 @@ def test_a_resumed_run_gives_the_same_bytes(finished, run, tmp_path, monkeypatch
     assert [row.get("loss") for row in left] == [row.get("loss") for row in right]
 
 
+@pytest.mark.parametrize("cache", ["0", "32"])
+def test_a_run_is_resumed_with_less_memory(finished, run, tmp_path, monkeypatch, cache):
+    """Its losses are those of one go but for rounding, though the rest of an epoch is recorded in other batches."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping_after(3))
+        assert run(out, *EXTRA, "--target_cache_gb", "32" if cache == "0" else "0") == 130
+    for epoch in out.glob("work/epoch-*"):
+        next(epoch.glob("000*-0003.safetensors")).unlink()
+    less = ["--xtx_batch_size", "2", "--local_batch_size", "1", "--visualize_nsamples", "1", "--target_cache_gb", cache]
+    assert run(out, *EXTRA, *less, "--resume") == 0
+    left, right = ([row["loss"] for row in log(folder) if "loss" in row] for folder in (out, finished))
+    assert left == pytest.approx(right, rel=1e-3)
+    assert run(out, *EXTRA, "--finetune_batch_size", "3", "--resume") == 2
+
+
 def test_a_finished_run_is_not_done_again(finished, run):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert run(finished, *EXTRA, "--resume") == 0

@@ -34,8 +34,8 @@ def test_errors_between_measured_rates_follow_the_line_and_other_layers_get_the_
     monkeypatch.setattr(menu, "choose_layers", lambda layers, *_: layers[1:4])
     monkeypatch.setattr(menu, "measured_errors", lambda job, store, layers, g: {"errors": tables[g]})
     monkeypatch.setattr(menu, "pieces", lambda ranks, folder, names, make: [make(name) for name in names])
-    config = SimpleNamespace(share_codebooks="unet", hessian_memory_gb=1.0, seed=0)
-    job = SimpleNamespace(config=config, ranks=None, folder=SimpleNamespace(work=Path("work")))
+    config = SimpleNamespace(share_codebooks="unet", seed=0)
+    job = SimpleNamespace(config=config, bank_memory_gb=1.0, ranks=None, folder=SimpleNamespace(work=Path("work")))
     falls = error_falls(job, None, LAYERS)
     wanted = [[plain_fall(tables, g, bits, k) for g in MEASURED for bits in offered(g)] for k in range(3)]
     for layer, fall in zip(LAYERS[1:4], wanted, strict=True):

@@ -225,7 +225,9 @@ def test_a_whole_pipeline_in_shards_of_a_variant(tmp_path, pipelines):
 
 def test_a_pickled_checkpoint_is_refused(tmp_path):
     unet = quantized_unet()
-    unet.save_pretrained(tmp_path, safe_serialization=False)
+    unet.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(unet.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is not a safetensors file"):
         UNet2DConditionModel.from_pretrained(tmp_path)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import diffusers
@@ -21,6 +22,7 @@ from vqdm.diffusion.model_folders import check_place, check_variant, not_found, 
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import to_pictures
+from vqdm.layers.quantized import narrowed
 from vqdm.tracking import log, say
 
 SCHEDULERS = {
@@ -33,6 +35,8 @@ SCHEDULERS = {
     "ode": "EulerDiscreteScheduler",
 }
 
+
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
 
 # What a model's config.json may declare: layers one after another, entries of a list, and any other number.
 MOST_LAYERS, MOST_ENTRIES, MOST_CHANNELS = 64, 64, 2**20
@@ -185,24 +189,52 @@ def local_folder(model: str, revision: str | None) -> Path:
 
 
 def weight_files(model: str, variant: str | None, component: str = "*", revision: str | None = None) -> list[Path]:
-    """Safetensors files of one variant of a pipeline that has been loaded, sorted."""
-    files = sorted(local_folder(model, revision).glob(f"{component}/*.safetensors"))
+    """Weight files of one variant of a pipeline that has been loaded, sorted; `.bin` where there is no safetensors."""
+    folder = local_folder(model, revision)
+    files = sorted(folder.glob(f"{component}/*.safetensors"))
+    safe = {file.parent for file in files}
+    files += [file for file in sorted(folder.glob(f"{component}/*_model*.bin")) if file.parent not in safe]
     if variant:
         return [file for file in files if file.name.partition(".")[2].startswith((f"{variant}.", f"{variant}-"))]
     return [file for file in files if file.name.count(".") == 1]
 
 
-def stored_dtypes(model: str, variant: str | None, revision: str | None = None) -> dict[str, torch.dtype]:
-    """Component name → floating-point type of its files, of a pipeline that has been loaded."""
-    found = {}
-    for file in weight_files(model, variant, revision=revision):
-        with safe_open(file, "pt") as tensors:
-            kinds = {tensors.get_slice(name).get_dtype() for name in list(tensors.keys())[:50]}
-        known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-        floats = [known[kind] for kind in sorted(kinds) if kind in known]
-        if floats:
-            found.setdefault(file.parent.name, floats[0])
+def stored_dtypes(
+    model: str, variant: str | None, revision: str | None = None, component: str = "*"
+) -> dict[str, torch.dtype]:
+    """Component name → the widest type of the weights and biases in its files, of a pipeline that has been loaded.
+
+    Codebooks and scales of quantized layers do not count.
+    """
+    found: dict[str, torch.dtype] = {}
+    for file in weight_files(model, variant, component, revision):
+        kinds = {dtype for name, dtype in dtypes_in(file).items() if name.endswith(("weight", "bias"))}
+        for dtype in kinds:
+            widest = found.setdefault(file.parent.name, dtype)
+            found[file.parent.name] = dtype if dtype.itemsize > widest.itemsize else widest
     return found
+
+
+def dtypes_in(file: Path) -> dict[str, torch.dtype]:
+    """Name of every tensor in 16 or 32-bit floating point in a weight file → its type; no tensor is read."""
+    if file.suffix == ".bin":
+        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        kinds = {name: tensor.dtype for name, tensor in tensors.items()}
+    else:
+        with safe_open(file, "pt") as tensors:
+            kinds = {name: TYPES.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+    return {name: dtype for name, dtype in kinds.items() if dtype in TYPES.values()}
+
+
+@contextmanager
+def saved_types(pipeline: DiffusionPipeline, stored: dict[str, torch.dtype]) -> Iterator[None]:
+    """Inside, every component is in the type that is saved: that it computes in, or a narrower one of its files."""
+    with ExitStack() as narrowing:
+        for name, dtype in stored.items():
+            part = getattr(pipeline, name, None)
+            if isinstance(part, nn.Module):
+                narrowing.enter_context(narrowed(part, dtype))
+        yield
 
 
 def picture_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from vqdm.tracking import bar
 
 # Pictures for evaluation use seeds far from those of calibration.
 EVALUATION_SEED_OFFSET = 1_000_000
+LARGEST_REPLAY_ERROR = 1e-2  # of the output's energy; rounding in 16 bit is far below
 
 
 def sampled(pipeline, prompts: list[str], seed: int, settings: dict, size: int, what: str) -> Iterator[tuple]:
@@ -76,7 +77,25 @@ def record_evaluation(
         parts.append(recorder.trajectories())
         if not (parts[-1].latents.isfinite().all() and parts[-1].outputs.isfinite().all()):
             raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
+        if len(parts) == 1:
+            check_replay(pipeline.unet, parts[0])
     return join(parts), pictures
+
+
+def check_replay(unet: torch.nn.Module, recorded: Trajectories) -> None:
+    """Call the UNet again on the last step of a recorded batch.
+
+    Raises UserError where its output is not the recorded one: something else changed it, such as other attention while
+    the pipeline samples.
+    """
+    last = [(n, len(recorded.timesteps) - 1) for n in range(len(recorded.latents))]
+    pairs = _errors_and_energies(unet, recorded, last)
+    error, energy = (sum(values) for values in zip(*pairs, strict=True))
+    if error > LARGEST_REPLAY_ERROR * energy:
+        raise UserError(
+            f"MODEL's UNet gives another output ({decibels(error, energy):.1f} dB) when called again as recorded: "
+            "the pipeline changes it while it samples, which is unsupported"
+        )
 
 
 def pictures(

@@ -29,7 +29,7 @@ from vqdm.training.loop import is_better
 from vqdm.training.optimizer import learning_rate
 from vqdm.training.parameters import Trained, as_stored, stored_types, trainable, write_back
 from vqdm.training.points import Point, Points, split
-from vqdm.training.sources import Chunk, chunks_of, sampled
+from vqdm.training.sources import Chunk, divided, sampled
 from vqdm.training.step import Lesson
 from vqdm.training.trainer import Diverged, Trainer
 from vqdm.training.watching import Errors, measure
@@ -65,8 +65,8 @@ def teacher_points(job: Job) -> Points:
         seed = config.seed + SEED_OFFSET + chunk.first
         return sampled(job.pipeline, job.unet, some, seed, config.sampling.call(), True)
 
-    chunks = chunks_of(["teacher"], 0, len(prompts), config.xtx_batch_size)
-    return recorded(job.folder.work / "finetune", chunks, record, job.ranks)
+    parts = divided(["teacher"], 0, len(prompts))
+    return recorded(job.folder.work / "finetune", parts, config.xtx_batch_size, record, job.ranks)
 
 
 def finetune_between(job: Job, index: int, points: Points) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,15 +16,16 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from vqdm.diffusion.model_folders import check_place, check_variant, not_found, only_variant
-from vqdm.diffusion.pipelines import load_pipeline, stored_dtypes
+from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
+from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
-from vqdm.layers.quantized import cast_plain, quantized_layers
+from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
 from vqdm.redaction import without_secrets
 from vqdm.storage.aqlm import export_aqlm
@@ -100,6 +102,10 @@ def new_folder(path: str) -> Iterator[Path]:
         staged.chmod(0o755)
         yield staged
         staged.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UserError(f"--output_dir {path} has been written by another process meanwhile; choose another") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -152,16 +158,21 @@ def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn
     try:
         if (folder / "model_index.json").is_file():
             check_variant(path, variant, "SOURCE")
-            return DiffusionPipeline.from_pretrained(folder, variant=variant, local_files_only=True)
+            named = read_json(folder / "model_index.json")
+            stored = {name: dtype for name, dtype in stored_dtypes(path, variant).items() if name in named}
+            dtypes = stored | {"default": torch.float32}
+            return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, variant=variant, local_files_only=True)
         config = read_json(folder / "config.json")
         variant = variant or only_variant(folder)
+        own = folder.resolve()
+        dtype = stored_dtypes(str(own.parent), variant, component=own.name).get(own.name, torch.float32)
         if "_class_name" in config:
-            return UNet2DConditionModel.from_pretrained(folder, variant=variant, local_files_only=True)
+            return UNet2DConditionModel.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
         kind = TEXT_CLASSES.get((config.get("architectures") or [None])[0], AutoModel)
-        return kind.from_pretrained(folder, variant=variant, local_files_only=True)
+        return kind.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} cannot be loaded: {first_line(error)}") from None
 
 
@@ -194,6 +205,7 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
     """The pipeline `config.model` with the UNet of a pickle, as a quantized folder."""
     if not Path(config.source).is_file():
         raise UserError(f"pickle {config.source} is not a file")
+    check_full_precision(config.model, None, config.local_files_only, "--model")
     pipeline = load_pipeline(
         config.model,
         torch.device("cpu"),
@@ -201,15 +213,14 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
         variant=config.variant,
         local_files_only=config.local_files_only,
     )
+    check_loaded(pipeline.unet, config.model, "--model")
     with tempfile.TemporaryDirectory() as apart:
         converted = Path(apart) / "unet.safetensors"
         read_apart(config.source, converted)
         fill(pipeline.unet, converted, config.source)
     mark_quantized(pipeline.unet)
-    for name, dtype in stored_dtypes(config.model, config.variant).items():
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            cast_plain(getattr(pipeline, name), dtype)
-    pipeline.save_pretrained(folder)
+    with saved_types(pipeline, stored_dtypes(config.model, config.variant)):
+        pipeline.save_pretrained(folder)
     return f"{len(quantized_layers(pipeline.unet))} layers of the original"
 
 

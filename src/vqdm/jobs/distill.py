@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,12 +17,12 @@ from torch import nn
 
 from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, log_truncated, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.errors import RunError, UserError
 from vqdm.jobs.distill_job import Distillation
 from vqdm.jobs.distill_points import epoch_points, evaluation_points, forget_epochs, held_out_points, keeps_outputs
 from vqdm.jobs.distill_result import draw_pairs, finish
 from vqdm.jobs.plan import predicted_bytes
-from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.storage.fingerprint import folder_fingerprint
 from vqdm.storage.runs import RunFolder
@@ -38,11 +39,13 @@ from vqdm.training.trainer import Diverged, Trainer
 from vqdm.training.watching import measure, read_log
 from vqdm.versions import versions
 
+ROLE = ", which is the teacher"
 SMALL_RATE = 1e-5  # such as the published 1e-6, which was absolute
 
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
-FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "local_files_only")
+FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "visualize_nsamples", "local_files_only")
+FREE_FIELDS += ("xtx_batch_size",)
 
 
 def distill(config: FinetuneConfig) -> dict | None:
@@ -55,8 +58,9 @@ def distill(config: FinetuneConfig) -> dict | None:
     """
     material = read_material(config)
     check_model(config.model, config.variant)
+    check_supported(config.model, config.revision, config.local_files_only, role=ROLE)
     source = find_quantized_unet(config.quantized)
-    with launched(config.device) as ranks:
+    with launched(config.device) as ranks, ExitStack() as held:
         check_float64(ranks.device)
         pipeline, student = load(config, ranks, source)
         types = types_on_disk(source)
@@ -69,6 +73,7 @@ def distill(config: FinetuneConfig) -> dict | None:
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)
+        held.enter_context(folder.held(ranks))
         if ranks.main:
             folder.open(
                 settings_of(config, material, source), versions(), config.resume, needed_bytes(config, pipeline)
@@ -105,8 +110,7 @@ def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionP
     student = load_quantized_unet(source, torch.float32)
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
     check_fits(student, pipeline.unet, config.quantized, config.model)
-    if quantized_layers(pipeline.unet):
-        raise UserError(f"MODEL {config.model} is quantized itself; give the original model, which is the teacher")
+    check_loaded(pipeline.unet, config.model, role=ROLE)
     pipeline.scheduler.set_timesteps(config.sampling.num_inference_steps or 50)
     steps_an_epoch(config, len(pipeline.scheduler.timesteps))
     if config.real_images:

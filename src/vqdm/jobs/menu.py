@@ -59,7 +59,7 @@ def error_falls(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str,
     Layers that these are not measured on get the others' geometric mean.
     """
     how = job.config.share_codebooks
-    sampled = choose_layers(layers, job.config.hessian_memory_gb, job.config.seed)
+    sampled = choose_layers(layers, job.bank_memory_gb, job.config.seed)
     sizes = {at(layers[0], g, rates[0], how).spec.shared_codebooks: g for g, rates in MEASURED.items()}
     parts = pieces(
         job.ranks, job.folder.work / "falls", list(sizes), lambda name: measured_errors(job, store, layers, sizes[name])

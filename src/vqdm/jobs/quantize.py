@@ -28,6 +28,7 @@ from vqdm.diffusion.pipelines import (
     load_pipeline,
     log_truncated,
     pick_dtype,
+    saved_types,
     stored_dtypes,
     weight_files,
 )
@@ -38,6 +39,7 @@ from vqdm.diffusion.sampling import (
     output_error,
     point_errors,
 )
+from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError
@@ -46,7 +48,7 @@ from vqdm.jobs.allocation import allocated
 from vqdm.jobs.banks import make_banks, shared
 from vqdm.jobs.between import check_between, finetune_between, teacher_points, turns
 from vqdm.jobs.job import Job, on_save
-from vqdm.jobs.plan import Rest, bank_bits, bank_users, hessian_bytes, layer_table, predicted_bytes, totals
+from vqdm.jobs.plan import Rest, bank_bits, bank_users, hessian_bytes, layer_table, plain_bits, predicted_bytes, totals
 from vqdm.jobs.recording import (
     calibration_trajectories,
     digest,
@@ -56,7 +58,7 @@ from vqdm.jobs.recording import (
     teacher_trajectories,
 )
 from vqdm.jobs.solving import layer_row, load_solved, solve_block
-from vqdm.layers.quantized import QuantizedLayer, cast_plain, decoded_once, quantized_layers, swap
+from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import draw, load_prompts
@@ -79,6 +81,7 @@ def quantize(config: QuantizeConfig) -> dict | None:
     """
     prompts = read_prompts(config)
     check_model(config.model, config.variant)
+    check_supported(config.model, config.revision, config.local_files_only)
     with launched(config.device) as ranks:
         check_float64(ranks.device)
         return quantize_on(ranks, config, *prompts)
@@ -87,15 +90,18 @@ def quantize(config: QuantizeConfig) -> dict | None:
 def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], evaluation: list[str]) -> dict | None:
     """The whole job of one of several processes; the summary on the first, None on the others."""
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
+    check_loaded(pipeline.unet, config.model)
     layers = select_layers(pipeline.unet, config.layer_filter, config.min_channels, config.spec, config.overrides)
     layers = [shared(layer, config.share_codebooks) for layer in layers]
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
     rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
+    stored = stored_dtypes(config.model, config.variant, config.revision)
+    plain = plain_bits(pipeline.unet, stored.get("unet"))
     if config.target_bits:
         weights = sum(layer.rows * layer.columns for layer in layers)
-        say(totals(layers, parameters, rest, config.target_bits * weights) + "; divided after calibration")
+        say(totals(layers, parameters, rest, plain, config.target_bits * weights) + "; divided after calibration")
     else:
-        say(layer_table(layers, parameters, rest))
+        say(layer_table(layers, parameters, rest, plain))
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
@@ -105,21 +111,24 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)
-    settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-    if ranks.main:
-        need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-        need += hessian_bytes(layers, config.hessian_memory_gb)
-        folder.open(settings, versions(), config.resume, need)
-    if ranks.agreed(folder.finished):
-        return close_finished(folder) if ranks.main else None
-    about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
-    tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
-    job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
-    job.ranks = ranks
-    try:
-        return run(job)
-    finally:
-        tracker.finish()
+    with folder.held(ranks):
+        settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+        settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
+        if ranks.main:
+            need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
+            need += hessian_bytes(layers, config.hessian_memory_gb)
+            folder.open(settings, versions(), config.resume, need)
+        if ranks.agreed(folder.finished):
+            return close_finished(folder) if ranks.main else None
+        about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
+        tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
+        job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
+        job.ranks, job.stored = ranks, stored
+        job.bank_memory_gb = ranks.agreed(folder.started_with("hessian_memory_gb") if ranks.main else None)
+        try:
+            return run(job)
+        finally:
+            tracker.finish()
 
 
 def close_finished(folder: RunFolder) -> dict:
@@ -178,7 +187,7 @@ def prepare(job: Job) -> None:
     if config.target_bits:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
-            say(layer_table(job.layers, job.parameters, job.rest))
+            say(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
     with job.clock("banks"):
         job.banks = make_banks(job, job.store) if bank_users(job.layers) else {}
 
@@ -256,7 +265,8 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
     if config.snapshot_step and index % config.snapshot_step == 0 and job.ranks.main:
         mark_quantized(job.unet)
         path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / "unet"
-        job.unet.save_pretrained(path)
+        with saved_types(job.pipeline, job.stored):
+            job.unet.save_pretrained(path)
         on_save(config.on_save, path)
 
 
@@ -278,8 +288,9 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
     config = job.config
     files = weight_files(config.model, config.variant, "unet", config.revision)
     staged = job.folder.work / "pipeline"
-    save_pipeline(job, staged)
-    sizes = stored_sizes(job, staged)
+    with saved_types(job.pipeline, job.stored):
+        save_pipeline(job, staged)
+        sizes = stored_sizes(job, staged)
     summary = {
         "model": job.config.model,
         "layers_quantized": len(job.layers),
@@ -306,13 +317,9 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
 
 
 def save_pipeline(job: Job, staged: Path) -> None:
-    """The whole pipeline as diffusers saves it, every component in the type it was stored in."""
+    """The whole pipeline as diffusers saves it."""
     shutil.rmtree(staged, ignore_errors=True)
     mark_quantized(job.unet)
-    for name, dtype in stored_dtypes(job.config.model, job.config.variant, job.config.revision).items():
-        part = getattr(job.pipeline, name, None)
-        if isinstance(part, torch.nn.Module):
-            cast_plain(part, dtype)
     forget_calls(job.pipeline)
     try:
         job.pipeline.save_pretrained(staged)

@@ -28,6 +28,7 @@ from vqdm.diffusion.drawing import alike, draw, drawn_in_batches, settings_used
 from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.requests import Request, check_size, make_requests, unused_columns
+from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
 from vqdm.images import NAN, NAN_ADVICE, Picture
@@ -126,6 +127,8 @@ def sample_images(config: SampleConfig) -> Drawn | None:
     log_notes(unused_columns(rows), config.prompts, "PROMPTS")
     check_layout(config.layout, [request.id for request in requests], config.num_samples_per_prompt)
     check_model(config.model, config.variant)
+    if config.teacher:
+        check_full_precision(config.model, config.revision, config.local_files_only, "--teacher: MODEL")
     unet_folder = find_quantized_unet(config.quantized) if config.quantized else None
     with launched(config.device) as ranks:
         check_offload(config.offload, ranks.device)
@@ -137,10 +140,14 @@ def sample_images(config: SampleConfig) -> Drawn | None:
         if config.dry_run:
             return None
         pipeline = load(config, ranks, unet_folder)
-        if ranks.main:
-            log_truncated(pipeline, (text for one in requests for text in (one.prompt, one.negative_prompt) if text))
-            folder.claim(record(config, settings, ranks, pipeline))
-        return run(config, ranks, folder, pipeline, rows, requests)
+        with folder.held(ranks):
+            if ranks.main:
+                log_truncated(
+                    pipeline, (text for one in requests for text in (one.prompt, one.negative_prompt) if text)
+                )
+                check_claim(folder.path, settings, config.resume)  # another may have begun since
+                folder.claim(record(config, settings, ranks, pipeline))
+            return run(config, ranks, folder, pipeline, rows, requests)
 
 
 def run(
@@ -242,9 +249,9 @@ def load(config: SampleConfig, ranks: Ranks, unet_folder: Path | None) -> Diffus
     if unet is not None:
         check_fits(unet, pipeline.unet, config.quantized, config.model)
         pipeline.register_modules(unet=unet)
+    elif config.teacher:
+        check_loaded(pipeline.unet, config.model, "--teacher: MODEL")
     elif quantized_layers(pipeline.unet):
-        if config.teacher:
-            raise UserError(f"--teacher: MODEL {config.model} is quantized itself; give the original model")
         say(f"MODEL {config.model} is quantized itself; its own UNet draws")
     return placed(pipeline, config, ranks.device)
 

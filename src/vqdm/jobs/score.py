@@ -7,6 +7,7 @@ network over this rank's share, gather, and write. Only the first rank looks for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from vqdm.scores.picture_sets import PictureSet, mismatches, open_pictures, shar
 from vqdm.scores.report import Material, write_page
 from vqdm.scores.results import SCHEMA, Score, Table, global_psnr, mean_score, per_image_csv, winrate
 from vqdm.storage.atomic import probe, save_json, save_text, sweep
+from vqdm.storage.locks import locked
 from vqdm.tracking import Tracker, say
 from vqdm.versions import versions
 
@@ -84,12 +86,13 @@ def score_images(config: ScoreConfig) -> Scored | None:
             for note in notes:
                 say(f"warning: {note}")
             return None
-        check_writable(config.folder)
-        job = Job(config, Work(ranks, config.bs, config.threads), images, reference, target, plan, differing)
-        job.warnings += [*notes, *(f"compared by --force: {line}" for line in differing)]
-        with exact():
-            measure(job)
-        return finish(job) if ranks.main else None
+        with locked(config.folder) if ranks.main else nullcontext():
+            check_writable(config.folder)
+            job = Job(config, Work(ranks, config.bs, config.threads), images, reference, target, plan, differing)
+            job.warnings += [*notes, *(f"compared by --force: {line}" for line in differing)]
+            with exact():
+                measure(job)
+            return finish(job) if ranks.main else None
 
 
 # --------------------------------------------------------------------------------------------- what is given

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, get_token
 from vqdm.errors import RunError, UserError
 
 # Paths of this machine and the data of the run; the card has the figures.
-KEPT_HERE = ["run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
+KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
 # Half-quantized UNets, pictures of steps in between, and what trackers write: tensorboard under the program's name.
 KEPT_HERE += ["work/*", "snapshots/*", "pictures/*", "wandb/*", "vqdm-*/*", "runs/*"]
 

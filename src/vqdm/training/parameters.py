@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from vqdm.diffusion.pipelines import dtypes_in
 from vqdm.errors import RunError
 from vqdm.layers.banks import CodebookBanks
 from vqdm.training.config import OptimizerConfig
@@ -104,13 +104,7 @@ def _power_of_two(size: float) -> float:
 
 def types_on_disk(folder: Path) -> dict[str, torch.dtype]:
     """Name of every floating-point tensor in a model's safetensors files → its type there."""
-    known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        found |= {name: known[kind] for name, kind in kinds.items() if kind in known}
-    return found
+    return {name: dtype for path in sorted(folder.glob("*.safetensors")) for name, dtype in dtypes_in(path).items()}
 
 
 def stored_types(model: nn.Module) -> dict[str, torch.dtype]:

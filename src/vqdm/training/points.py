@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -67,8 +68,10 @@ class Points:
 
 def spread(points: Points, count: int) -> list[Point]:
     """About `count` points, as many of every prompt (at least one), at timesteps that shift from prompt to prompt."""
-    each = max(1, count // sum(len(part.latents) for part in points.parts))
-    return [Point(k, n, s) for k, part in enumerate(points.parts) for n, s in spread_points(part, each)]
+    sizes = [len(part.latents) for part in points.parts]
+    each, firsts = max(1, count // sum(sizes)), accumulate(sizes, initial=0)
+    parts = enumerate(zip(points.parts, firsts, strict=False))
+    return [Point(k, n, s) for k, (part, first) in parts for n, s in spread_points(part, each, first)]
 
 
 def split(points: Points) -> tuple[list[Point], list[Point]]:

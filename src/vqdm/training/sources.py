@@ -33,10 +33,11 @@ class Chunk:
     count: int
 
 
-def chunks_of(sources: Sequence[str], first: int, count: int, size: int) -> list[Chunk]:
-    """`count` items from `first` on, at most `size` a chunk, the sources taking turns."""
-    starts = range(first, first + count, size)
-    return [Chunk(sources[k % len(sources)], start, min(size, first + count - start)) for k, start in enumerate(starts)]
+def divided(sources: Sequence[str], first: int, count: int) -> list[Chunk]:
+    """`count` items from `first` on, the same number for every source as far as they divide, whatever a batch holds."""
+    ends = [first + count * k // len(sources) for k in range(len(sources) + 1)]
+    parts = zip(sources, ends, ends[1:], strict=False)
+    return [Chunk(source, start, end - start) for source, start, end in parts if end > start]
 
 
 @dataclass(frozen=True)
