@@ -33,7 +33,7 @@ def build_parser() -> Parser:
     group.add_argument("--output_dir", "--save", metavar="DIR", default="out/converted", help="new or empty folder")
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="dequantize: auto = as stored")
     group.add_argument("--model", metavar="MODEL", help="pickle: the full-precision pipeline, a folder or a hub name")
-    group.add_argument("--variant", help="pickle: file variant of the model, such as fp16")
+    group.add_argument("--variant", help="file variant of MODEL or SOURCE, such as fp16")
     group.add_argument("--local_files_only", action="store_true", help="pickle: never ask the hub")
     group.add_argument("--trust_pickle", action="store_true", help="pickle: its source is trusted")
     group = parser.add_argument_group("run")

@@ -1,12 +1,12 @@
-"""Fine-tune a quantized UNet towards the full-precision one.
+"""Fine-tune a quantized UNet towards the full-precision one. The result is the best step, the start among them.
 
     python finetune.py assets/shapes-xl out/shapes-2bit prompts/shapes_calibration.csv prompts/shapes_evaluation.csv \\
         --num_inference_steps 20 --guidance_scale 3 --output_dir out/shapes-2bit-tuned
 
     accelerate launch finetune.py stabilityai/stable-diffusion-xl-base-1.0 out/sdxl-3bit coco.csv coco_eval.csv \\
-        --finetune_nsamples 512 --finetune_batch_size 64 --local_batch_size 2 --use_checkpointing --dtype bfloat16
+        --finetune_nsamples 512 --finetune_batch_size 64 --local_batch_size 2 --use_checkpointing
 
-MODEL is the teacher; the student begins as QUANTIZED, and the result is a folder of the same format. --resume goes on
+MODEL is the teacher; the student begins as QUANTIZED, and the result is a folder of the same format. --resume continues
 after the last checkpoint.
 """
 
@@ -17,8 +17,8 @@ import logging
 import sys
 from dataclasses import fields
 
-from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, real, run_script, whole
-from vqdm.config import SamplingConfig
+from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, learning_rate, real, run_script, whole
+from vqdm.config import SamplingConfig, generate_command
 from vqdm.jobs.distill import distill
 from vqdm.training.code_updates import CodeUpdateSettings
 from vqdm.training.config import DECODE, LR_SCHEDULERS, TIMESTEP_SAMPLING, FinetuneConfig, OptimizerConfig
@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     _add_step_flags(parser.add_argument_group("steps"))
     _add_code_flags(parser.add_argument_group("codes"))
     _add_memory_flags(parser.add_argument_group("memory"))
-    _add_watch_flags(parser.add_argument_group("looking, stopping, keeping"))
+    _add_watch_flags(parser.add_argument_group("evaluation, stopping, keeping"))
     add_sampling_flags(parser.add_argument_group("sampling"))
     add_shared_flags(parser, output="out/finetuned")
     for flag, advice in REFUSED.items():
@@ -88,10 +88,10 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--held_out_nsamples",
         type=whole(1),
         default=default["held_out_nsamples"],
-        help="calibration prompts kept apart, to tell which parameters are best",
+        help="calibration prompts never trained on: held-out points of them choose the step to keep",
     )
     group.add_argument(
-        "--held_out_points", type=whole(1), default=default["held_out_points"], help="points of them, about"
+        "--held_out_points", type=whole(1), default=default["held_out_points"], help="held-out points, about"
     )
     group.add_argument(
         "--evaluation_nsamples", type=whole(1), default=default["evaluation_nsamples"], help="prompts measured on"
@@ -111,17 +111,19 @@ def _add_step_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--finetune_lr",
-        type=real(0, 1),
+        type=learning_rate,
         default=rates["finetune_lr"],
-        help="Adam's rate, relative to the size of what it moves (see docs/finetune.md)",
+        metavar="{auto,X}",
+        help="Adam's learning rate, relative to the size of what it moves; auto: in proportion to the held-out error "
+        "before training (see docs/finetune.md)",
     )
     group.add_argument("--finetune_adam_beta1", type=real(0, 1), default=rates["finetune_adam_beta1"], help="as Adam's")
     group.add_argument("--finetune_adam_beta2", type=real(0, 1), default=rates["finetune_adam_beta2"], help="as Adam's")
     group.add_argument(
-        "--lr_scheduler", choices=LR_SCHEDULERS, default=rates["lr_scheduler"], help="how the rate falls"
+        "--lr_scheduler", choices=LR_SCHEDULERS, default=rates["lr_scheduler"], help="schedule of the learning rate"
     )
     group.add_argument(
-        "--lr_warmup_steps", type=whole(0), default=rates["lr_warmup_steps"], help="in which it rises first"
+        "--lr_warmup_steps", type=whole(0), default=rates["lr_warmup_steps"], help="steps of linear warmup"
     )
     for kind, what in (
         ("codebook", "codebooks"),
@@ -131,7 +133,10 @@ def _add_step_flags(group: argparse._ArgumentGroup) -> None:
     ):
         name = f"{kind}_lr"
         group.add_argument(
-            f"--{name}", type=real(0), default=rates[name], help=f"factor of the rate for {what}; 0 leaves them"
+            f"--{name}",
+            type=real(0),
+            default=rates[name],
+            help=f"times the learning rate, for {what}; 0 leaves them",
         )
     group.add_argument(
         "--max_grad_norm", type=real(0), default=rates["max_grad_norm"], help="clip gradients to this norm; 0 = never"
@@ -200,10 +205,20 @@ def _add_watch_flags(group: argparse._ArgumentGroup) -> None:
         help="stop after an epoch that lowers the held-out loss by a smaller share; 0 = never",
     )
     group.add_argument(
-        "--finetune_keep_best", action="store_true", help="the result is the best by held-out loss, not the last"
+        "--finetune_keep_best",
+        action=argparse.BooleanOptionalAction,
+        default=default["finetune_keep_best"],
+        help="the result is the step with the least held-out error, step 0 among them (the default); "
+        "--no-finetune_keep_best: the last step",
     )
     group.add_argument(
-        "--eval_step", type=whole(0), default=default["eval_step"], help="measure on held-out points every N steps"
+        "--early_stopping_patience",
+        type=whole(0),
+        default=default["early_stopping_patience"],
+        help="stop after N evaluations without a better one than before; 0 = never",
+    )
+    group.add_argument(
+        "--eval_step", type=whole(0), default=default["eval_step"], help="evaluate on held-out points every N steps"
     )
     group.add_argument(
         "--visualize_step", type=whole(0), default=default["visualize_step"], help="draw pairs every N steps; 0 = never"
@@ -251,15 +266,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(config: FinetuneConfig, summary: dict) -> str:
-    """What was gained, or lost, and where the result is."""
-    before, after = summary["unet_output_error_db_before"], summary["unet_output_error_db"]
+    """Where the result is, and in the last line what was gained."""
     changed = summary["groups_changed"] / summary["groups"] if summary["groups"] else 0
     codes = f", {100 * changed:.2f} % of the groups have other codes" if config.code_updates else ""
-    worse = "that is worse than before: try a lower --finetune_lr, and --finetune_keep_best\n" if after > before else ""
+    names = {"sum": "unet_output_error_db", "median": "unet_output_error_median_db"}
+    pairs = {name: (summary[f"{key}_before"], summary[f"{key}_after"]) for name, key in names.items()}
+    errors = "; ".join(f"{name} {pair[0]:.2f} dB before, {pair[1]:.2f} dB after" for name, pair in pairs.items())
+    rate = f"learning rate {summary['learning_rate']:g}"
+    rate += f", reduced {summary['learning_rate_reductions']}×" if summary["learning_rate_reductions"] else ""
+    kept = f"step {summary['step_kept']} of {summary['steps']}" if summary["step_kept"] else "step 0: nothing gained"
+    risen = [name for name, (before, after) in pairs.items() if after > before + 0.01]
+    advice = f"; the {' and the '.join(risen)} got worse: compare images, or try a lower --finetune_lr"
     return (
-        f"UNet-output error {before:.2f} dB before, {after:.2f} dB after {summary['steps']} steps{codes}\n{worse}"
-        f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
-        f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
+        f"result: {config.output_dir}, image pairs: {config.output_dir}/image_pairs.png\n"
+        f"generate images with it: {generate_command(config, config.evaluation_prompts)}\n"
+        f"UNet-output error on unseen prompts: {errors}; {rate}; kept {kept}{codes}"
+        f"{advice if risen else ''}"
     )
 
 

@@ -19,9 +19,9 @@ from dataclasses import fields
 
 from vqdm.cli import Parser, add_sampling_flags, add_shared_flags, run_script, whole
 from vqdm.config import SamplingConfig
-from vqdm.diffusion.drawing import NAN
 from vqdm.errors import RunError
 from vqdm.image_folder import LAYOUTS
+from vqdm.images import NAN, NAN_ADVICE
 from vqdm.jobs.sample import Drawn, SampleConfig, sample_images
 
 
@@ -104,8 +104,7 @@ def report(drawn: Drawn) -> None:
     print(f"{drawn.total} pictures, {drawn.new} of them new, {rate}in {drawn.folder}")
     if NAN in drawn.problems:
         raise RunError(
-            f"{drawn.problems[NAN]} of {drawn.total} pictures hold NaN and are black; "
-            "draw them into another folder with --dtype float32 or bfloat16"
+            f"{drawn.problems[NAN]} of {drawn.total} pictures hold NaN and are black; into another folder, {NAN_ADVICE}"
         )
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
-from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, real, run_script, whole
-from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, read_overrides
+from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, learning_rate, real, run_script, whole
+from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, generate_command, read_overrides
 from vqdm.errors import UserError
 from vqdm.jobs.quantize import quantize
 from vqdm.storage.hub import open_repository, push_folder
@@ -222,7 +222,11 @@ def _add_between_flags(group: argparse._ArgumentGroup) -> None:
         "--local_batch_size", type=whole(1), default=between.local_batch_size, help="points at once a process"
     )
     group.add_argument(
-        "--finetune_lr", type=real(0, 1), default=between.finetune_lr, help="Adam's rate, as in finetune.py"
+        "--finetune_lr",
+        type=learning_rate,
+        default=between.finetune_lr,
+        metavar="{auto,X}",
+        help="Adam's learning rate, as in finetune.py",
     )
     group.add_argument("--finetune_adam_beta1", type=real(0, 1), default=between.finetune_adam_beta1, help="as Adam's")
     group.add_argument("--finetune_adam_beta2", type=real(0, 1), default=between.finetune_adam_beta2, help="as Adam's")
@@ -281,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{summary['effective_bits_layers']:.3f} bits a weight ({summary['effective_bits_unet']:.3f} over the "
             f"whole UNet), UNet-output error {summary['unet_output_error_db']:.2f} dB\n"
             f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
-            f"draw with it: python generate.py {config.model} {config.output_dir} {config.evaluation_prompts}"
+            f"generate images with it: {generate_command(config, config.evaluation_prompts)}"
         )
     if repository:
         print(f"on the hub: {push_folder(Path(config.output_dir), repository)}")

@@ -40,10 +40,12 @@ from vqdm.storage.atomic import save_json
 from vqdm.tracking import peak_memory
 from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.training.config import OptimizerConfig
+from vqdm.training.optimizer import learning_rate
 from vqdm.training.parameters import trainable, types_on_disk, write_back
-from vqdm.training.points import Points, shuffled
+from vqdm.training.points import Points, shuffled, spread
 from vqdm.training.step import Lesson
 from vqdm.training.trainer import Trainer
+from vqdm.training.watching import measure
 
 WAYS = ("codebooks", "codes", "codebooks_as_long", "unquantized")
 PROMPTS = {"learned": ("prompts/shapes_calibration.csv", 192, 0)}
@@ -67,6 +69,7 @@ def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, f
         lesson = Lesson(unet, None, torch.float32, arguments.local_batch, ranks)
         before = errors(unet, unseen.parts[0], "before")
         trainer = make_trainer(lesson, steps, way == "codes", arguments)
+        trainer.learning_rate = learning_rate(trainer.config, measure(lesson, learned, spread(learned, 128)))
         order = [point for epoch in range(steps) for point in shuffled(learned, None, str(epoch))]
         began, changed = time.perf_counter(), 0
         for chosen in (order[k * arguments.batch : (k + 1) * arguments.batch] for k in range(steps)):
@@ -76,6 +79,7 @@ def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, f
     if arguments.keep and way != "unquantized":
         keep(unet, quantized, Path(arguments.keep) / f"{Path(quantized).name}-{way}")
     row = {"quantized": quantized, "way": way, "steps": steps, **before, **after}
+    row["learning_rate"] = trainer.learning_rate
     return row | {"seconds": seconds, "step_seconds": seconds / steps, "changed": changed, "peak": peak_memory()}
 
 
@@ -104,7 +108,7 @@ def keep(unet: nn.Module, quantized: str, folder: Path) -> None:
 
 def make_trainer(lesson: Lesson, steps: int, change_codes: bool, arguments: argparse.Namespace) -> Trainer:
     given = {} if arguments.finetune_lr is None else {"finetune_lr": arguments.finetune_lr}
-    optimizer = OptimizerConfig(**given)
+    optimizer = OptimizerConfig(**given)  # without one the learning rate is chosen by the error, as finetune.py does
     given = {} if arguments.code_lr is None else {"code_lr": arguments.code_lr}
     updates = CodeUpdates(lesson.student, CodeUpdateSettings(**given)) if change_codes else None
     return Trainer(lesson, trainable(lesson.student, optimizer), optimizer, steps, arguments.decode, updates)

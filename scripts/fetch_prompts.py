@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import random
 import sys
 import zipfile
@@ -28,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqdm.cli import LOG_LEVELS, Parser, run_script, whole
+from vqdm.documents import decoded, first_line, parse_json
 from vqdm.errors import UserError
 from vqdm.prompts import load_rows
 from vqdm.storage.atomic import save_text
@@ -76,6 +76,7 @@ def captions_in_zip(path: Path) -> list[dict]:
         with zipfile.ZipFile(path) as archive:
             names = sorted(name for name in archive.namelist() if Path(name).name.startswith("captions_"))
             if names:
+                print(f"--source {path}: {names[-1]} is read" + (f", not {', '.join(names[:-1])}" if names[1:] else ""))
                 return annotations_of(archive.read(names[-1]), path) or []
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"--source {path} cannot be read: {error}") from None
@@ -85,12 +86,14 @@ def captions_in_zip(path: Path) -> list[dict]:
 def annotations_of(data: bytes, path: Path) -> list[dict] | None:
     """Captions of COCO's JSON by rising number; None where it is another kind of JSON."""
     try:
-        value = json.loads(data)
+        value = parse_json(decoded(data))
         if not isinstance(value, dict) or "annotations" not in value:
             return None
         ordered = sorted(value["annotations"], key=lambda one: one["id"])
         return [{"id": one["image_id"], "prompt": one["caption"]} for one in ordered]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
+        raise UserError(f"--source {path} cannot be read: {first_line(error)}") from None
+    except (KeyError, TypeError) as error:
         raise UserError(f"--source {path} is not COCO's file of captions: {error!r}") from None
 
 
@@ -158,8 +161,9 @@ def fetched(name: str, source: str | None) -> list[dict]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} cannot be had from the hub ({reason}); give a local copy as --source") from None
+        raise UserError(
+            f"{name} cannot be had from the hub ({first_line(error)}); give a local copy as --source"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------- writing
@@ -208,7 +212,13 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(options.file)
     if path.suffix != ".csv":
         raise UserError(f"FILE.csv is {path}; allowed are names that end in .csv")
-    rows = [tidy(row) for row in fetched(options.set, options.source) if row.get("prompt")]
+    found = fetched(options.set, options.source)
+    rows = [tidy(row) for row in found if str(row.get("prompt") or "").strip()]
+    if len(rows) < len(found):
+        print(f"{len(found) - len(rows)} of {len(found)} rows have no prompt and are left out")
+    dropped = sorted({str(name) for row in rows for name in row} - set(COLUMNS))
+    if dropped:
+        print(f"columns left out: {', '.join(dropped)}; {path.name} has {', '.join(COLUMNS)} only")
     rows = chosen(rows, options.count, options.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_text(table(rows), path)

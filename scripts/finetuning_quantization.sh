@@ -5,7 +5,8 @@
 #     LAUNCH="accelerate launch" bash scripts/finetuning_quantization.sh        # on all GPUs
 #     MODEL=assets/shapes-xl PROFILE=small bash scripts/finetuning_quantization.sh
 #
-# Rates are finetune.py's own, which are relative to what they move. Further flags go to finetune.py.
+# The learning rate is finetune.py's own choice, by the error that is left; the best step is kept, the start among them.
+# Further flags go to finetune.py.
 set -euo pipefail
 source "$(dirname "$0")/recipe.sh"
 
@@ -26,4 +27,4 @@ small)
     ;;
 esac
 "${LAUNCH[@]}" finetune.py "$MODEL" "$QUANTIZED" "$CALIBRATION" "$EVALUATION" \
-    "${SAMPLING[@]}" "${settings[@]}" --finetune_keep_best --output_dir "$FINETUNED" --resume "$@"
+    "${SAMPLING[@]}" "${settings[@]}" --output_dir "$FINETUNED" --resume "$@"

@@ -22,12 +22,13 @@ PROMPT = "a big plain red circle left of a small striped blue star on a white ba
 def table(summary: dict) -> str:
     """Two columns: what, and how much."""
     original, now = summary["bytes_of_original_unet"], summary["bytes_of_unet"]
+    psnr = summary["pictures"]["psnr_db"]
     rows = {
         "stored bits a weight, quantized layers": f"{summary['effective_bits_layers']:.3f}",
         "stored bits a parameter, whole UNet": f"{summary['effective_bits_unet']:.3f}",
         "UNet on disk": f"{now / 1e6:.2f} MB" + (f" (was {original / 1e6:.2f} MB)" if original else ""),
         "UNet-output error, unseen prompts": f"{summary['unet_output_error_db']:.2f} dB",
-        "PSNR of pictures, equal seeds": f"{summary['pictures']['psnr_db']:.2f} dB",
+        "PSNR of images, equal seeds": "none: all went wrong" if psnr is None else f"{psnr:.2f} dB",
         "time": f"{summary['seconds']['total']:.0f} s",
     }
     width = max(map(len, rows))

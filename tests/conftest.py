@@ -10,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which diffusers does
+import processors
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -21,7 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from train_text import known_words, make_tokenizer
 
-pytest_plugins = ["stage"]
+processors.from_environment()
+pytest_plugins = ["emulated_stage", "stage"]
 
 FAMILIES = ("sdxl", "turbo", "sd15", "sd21")
 _ATTENTION = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -91,6 +93,13 @@ def tiny_pipeline(family: str) -> StableDiffusionXLPipeline | StableDiffusionPip
         )
     second = CLIPTextModelWithProjection(CLIPTextConfig(**shared))
     return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False)
+
+
+@pytest.fixture
+def odd_addresses():
+    """Every tensor that is read from a safetensors file lies at an odd address; see processors.py."""
+    with processors.odd_addresses():
+        yield
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 import shlex
 
+import generate
 import pytest
 from main_text2image import build_parser, to_config
 
 from vqdm.cli import run_script
+from vqdm.config import generate_command
 from vqdm.errors import RunError, UserError
 
 BASIC = ["model", "calibration.txt", "evaluation.txt"]
@@ -59,11 +61,16 @@ def test_flags_that_share_a_name_take_a_value_from_the_config_file(tmp_path):
         ("encoder: --", "encoder is '--'"),
         ("seed: !!bool perhaps", "cannot be read"),
         ("[" * 9999, "nested too deeply"),
+        ("seed: 1\nheight: 8\nseed: 2", "cannot be read: line 3: 'seed' is there twice"),
+        ("seed: 1\n  height: 8", "cannot be read: line 2: "),
+        ("revision: 1.10", "revision is 1.1, which YAML does not take for text; put it in quotes"),
+        ("variant: no", "variant is False, which YAML does not take for text"),
+        ("seed: 1\noutput_dir: caf\xe9".encode("latin-1"), "line 2: byte 0xe9 is not UTF-8; save it as UTF-8"),
     ],
 )
 def test_bad_config_files(tmp_path, text, words):
     path = tmp_path / "flags.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=words):
         config_of("--config", str(path))
 
@@ -103,13 +110,38 @@ def test_bad_flags_say_which_and_what_is_allowed(flags, words):
         ('{"a": 3}', "expected null"),
         ('{"a": {"x": 1}}', "settings out of"),
         ('{"(": null}', "regular"),
+        ('{\n"a": null,\n"a": {"num_codebooks": 2}\n}', "names 'a' twice"),
+        ('{\n"a": null\n"b": null}', "line 3, column 1: "),
+        (b'{\n"caf\xe9": null}', "line 2: byte 0xe9 is not UTF-8; save it as UTF-8"),
     ],
 )
 def test_bad_overrides(tmp_path, plan, words):
     path = tmp_path / "plan.json"
-    path.write_text(plan)
+    path.write_bytes(plan if isinstance(plan, bytes) else plan.encode())
     with pytest.raises(UserError, match=words):
         config_of("--overrides", str(path))
+
+
+@pytest.mark.parametrize("text", ['{\n\t"a": null\n}', '\ufeff{"a": null}'])
+def test_overrides_as_editors_write_them(tmp_path, text):
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / "plan.json").write_text(text.lstrip("\ufeff") if encoding == "utf-16" else text, encoding)
+        assert config_of("--overrides", str(tmp_path / "plan.json")).overrides == {"a": None}
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--variant fp16 --revision x --dtype bfloat16 --local_files_only --height 64 --width 64"]
+)
+def test_the_next_command_is_one_that_generate_takes(flags):
+    words = ["my model's", "c.txt", "e $HOME.txt", "--output_dir", "out/a b/", "--guidance_scale", "3", *flags.split()]
+    config = to_config(vars(build_parser().parse(words)))
+    program, script, *told = shlex.split(generate_command(config, config.evaluation_prompts))
+    assert (program, script) == ("python", "generate.py")
+    then = generate.to_config(vars(generate.build_parser().parse(told)))
+    assert (then.model, then.quantized, then.prompts) == ("my model's", "out/a b/", "e $HOME.txt")
+    assert then.output_dir == "out/a b-images"
+    for name in ("variant", "revision", "dtype", "device", "local_files_only", "sampling"):
+        assert getattr(then, name) == getattr(config, name)
 
 
 def test_on_save_must_be_a_command():

@@ -1,19 +1,32 @@
 """What docs/compatibility.md says, on a tiny pipeline whose UNet and text encoder are quantized."""
 
 import copy
+import pickle
 
 import accelerate
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_unet
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    ControlNetModel,
+    ControlNetUnionModel,
+    DiffusionPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    T2IAdapter,
+    UNetMotionModel,
+)
 from diffusers.utils import convert_state_dict_to_diffusers
+from numerics import assert_close_outputs, assert_same_tensors
 from test_banks import SPEC as BANK_SPEC
 from test_banks import share
 from test_hf import picture, quantized_unet, run
 from test_hf_text import quantized_text_encoder
 
-import vqdm
+import vqdm  # noqa: F401 (teaches diffusers the format)
 from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
@@ -81,7 +94,7 @@ def test_lora_trains_saves_and_loads(pipeline, tmp_path, targets):
     assert not torch.allclose(adapted, plain, atol=1e-3)
     save_lora(unet, tmp_path)
     pipeline.load_lora_weights(tmp_path)
-    assert torch.equal(run(pipeline.unet), adapted)
+    assert_close_outputs(run(pipeline.unet), adapted)
     pipeline.unload_lora_weights()
     assert torch.equal(run(pipeline.unet), plain)
 
@@ -114,13 +127,20 @@ def test_fuse_lora_merges_truly_after_dequantize(pipeline, targets):
     torch.testing.assert_close(run(unet), adapted, rtol=1e-3, atol=1e-3)
 
 
-def test_save_lora_adapter_inside_allow_casting(pipeline, tmp_path):
+def test_save_lora_adapter(pipeline, tmp_path):
     unet = with_lora(pipeline.unet, ["to_q"])
-    with pytest.raises(ValueError, match="Casting a quantized model"):
-        unet.save_lora_adapter(tmp_path)
-    with vqdm.allow_casting(unet):
-        unet.save_lora_adapter(tmp_path)
+    unet.save_lora_adapter(tmp_path)
     assert list(tmp_path.glob("*.safetensors")) and unet.is_quantized
+
+
+def test_set_adapters_weighs_them(pipeline):
+    plain = run(pipeline.unet)
+    unet = with_lora(pipeline.unet, ["to_q"])
+    adapted = run(unet)
+    unet.set_adapters(["default"], [0.0])
+    torch.testing.assert_close(run(unet), plain)
+    unet.set_adapters(["default"], [1.0])
+    torch.testing.assert_close(run(unet), adapted)
 
 
 def ip_adapter(unet) -> dict:
@@ -136,10 +156,9 @@ def ip_adapter(unet) -> dict:
     return {"image_proj": image, "ip_adapter": weights}
 
 
-def test_ip_adapter_inside_allow_casting(pipeline):
+def test_ip_adapter(pipeline):
     weights = ip_adapter(pipeline.unet)
-    with vqdm.allow_casting(pipeline.unet):
-        pipeline.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    pipeline.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
 
     def draw(value):
         embeddings = [torch.stack([torch.zeros(1, 32), torch.linspace(-value, value, 32)[None]])]
@@ -149,14 +168,162 @@ def test_ip_adapter_inside_allow_casting(pipeline):
     assert quantized_layers(pipeline.unet) and not torch.allclose(draw(1.0), draw(0.0))
 
 
-# ------------------------------------------------------------------------------------------- moving and offloading
+# ------------------------------------------------------------------------------------------- moving and casting
 
 
-def test_moving_keeps_the_picture_and_casting_is_refused(pipeline):
+def test_moving_keeps_the_picture(pipeline):
     expected = picture(pipeline)
     assert torch.equal(picture(pipeline.to("cpu")), expected)
-    with pytest.raises(ValueError, match="Casting a quantized model"):
-        pipeline.to(torch.float16)
+
+
+CASTS = {
+    "pipe.to(dtype)": (lambda pipe: pipe.to(torch.bfloat16), torch.bfloat16),
+    "pipe.to(device, dtype)": (lambda pipe: pipe.to("cpu", torch.bfloat16), torch.bfloat16),
+    "unet.to(dtype)": (lambda pipe: pipe.unet.to(torch.float64), torch.float64),
+    "half": (lambda pipe: (pipe.unet.half(), pipe.text_encoder.half()), torch.float16),
+    "float": (lambda pipe: (pipe.unet.half().float(), pipe.text_encoder.half().float()), torch.float32),
+}
+
+
+@pytest.mark.parametrize(("cast", "dtype"), CASTS.values(), ids=CASTS)
+def test_casting_is_as_on_a_plain_model_and_leaves_codes(pipeline, folder, cast, dtype):
+    cast(pipeline)
+    layer = pipeline.unet.mid_block.resnets[0].conv1
+    assert layer.codes.dtype == torch.uint8 and pipeline.unet.time_embedding.linear_1.values.dtype == torch.int8
+    assert layer.bias.dtype == layer.weight.dtype == pipeline.unet.dtype == dtype and pipeline.unet.is_quantized
+    pipeline.to(torch.float32)
+    assert picture(pipeline).isfinite().all()
+
+
+def test_casting_to_what_codebooks_would_not_survive_is_refused(pipeline):
+    expected = run(pipeline.unet)
+    with pytest.raises(ValueError, match=r"cannot be cast to torch\.float8_e4m3fn"):
+        pipeline.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="enable_layerwise_casting would round the codebooks"):
+        pipeline.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert torch.equal(run(pipeline.unet), expected)
+
+
+# ------------------------------------------------------------------------------------------- other pipelines and models
+
+FROM_PIPE = {
+    "image to image": lambda pipe: StableDiffusionXLImg2ImgPipeline.from_pipe(pipe),
+    "with a type": lambda pipe: StableDiffusionXLImg2ImgPipeline.from_pipe(pipe, dtype=torch.bfloat16),
+    "inpainting": lambda pipe: StableDiffusionXLInpaintPipeline.from_pipe(pipe),
+    "auto": lambda pipe: AutoPipelineForImage2Image.from_pipe(pipe),
+    "T2I-Adapter": lambda pipe: StableDiffusionXLAdapterPipeline.from_pipe(
+        pipe, adapter=T2IAdapter(channels=[16, 32], num_res_blocks=1, downscale_factor=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", FROM_PIPE.values(), ids=FROM_PIPE)
+def test_from_pipe_shares_the_quantized_unet(pipeline, make):
+    other = make(pipeline)
+    assert other.unet is pipeline.unet and quantized_layers(other.unet) and other.unet.is_quantized
+
+
+def test_image_to_image_generates(pipeline):
+    other = StableDiffusionXLImg2ImgPipeline.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    settings = {"strength": 0.5, "num_inference_steps": 4, "output_type": "np"}
+    images = other("a red star", image=torch.zeros(1, 3, 16, 16), **settings).images
+    assert images.shape == (1, 16, 16, 3) and not (images == images[0, 0, 0]).all()
+
+
+COPIES = {
+    "ControlNetModel": (ControlNetModel.from_unet, "mid_block.resnets.0.conv1"),
+    "ControlNetUnionModel": (ControlNetUnionModel.from_unet, "mid_block.resnets.0.conv1"),
+    "UNetMotionModel": (UNetMotionModel.from_unet2d, "up_blocks.0.resnets.0.conv1"),
+}
+
+
+@pytest.mark.parametrize(("copied", "name"), COPIES.values(), ids=COPIES)
+def test_what_copies_a_unets_weights_gets_them_decoded(pipeline, copied, name):
+    decoded = pipeline.unet.get_submodule(name).weight.detach().clone()
+    other = copied(pipeline.unet)
+    assert not quantized_layers(other) and not rounded_layers(other) and quantized_layers(pipeline.unet)
+    assert torch.equal(other.get_submodule(name).weight, decoded)
+
+
+def test_what_copies_weights_refuses_adapters(pipeline):
+    with pytest.raises(ValueError, match=r"holds an adapter at .*to_q; remove it first: unload_lora_weights\(\)"):
+        ControlNetModel.from_unet(with_lora(pipeline.unet, ["to_q"]))
+
+
+def test_a_pipeline_loads_around_a_quantized_unet(pipeline, folder):
+    again = DiffusionPipeline.from_pretrained(folder, unet=pipeline.unet, dtype=torch.float32)
+    assert again.unet is pipeline.unet
+    torch.testing.assert_close(picture(again), picture(pipeline), rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- saving
+
+EXTRAS = {
+    "LoRA": lambda pipe: with_lora(pipe.unet, ["to_q"]),
+    "LoRA on a text encoder": lambda pipe: pipe.text_encoder.add_adapter(
+        pytest.importorskip("peft").LoraConfig(r=2, target_modules=["v_proj"])
+    ),
+    "IP-Adapter": lambda pipe: pipe.load_ip_adapter(
+        ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None
+    ),
+    "fused projections": lambda pipe: pipe.unet.fuse_qkv_projections(),
+}
+
+
+@pytest.mark.parametrize("add", EXTRAS.values(), ids=EXTRAS)
+def test_a_model_with_something_added_is_not_saved(pipeline, tmp_path, add):
+    """Its folder could not be loaded; nothing is written."""
+    add(pipeline)
+    with pytest.raises(ValueError, match=r"with which a saved folder cannot be loaded; remove it first: unload_"):
+        pipeline.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+REMOVED = {
+    "LoRA": lambda pipe: (with_lora(pipe.unet, ["to_q"]), pipe.unload_lora_weights()),
+    "IP-Adapter": lambda pipe: (EXTRAS["IP-Adapter"](pipe), pipe.unload_ip_adapter()),
+    "fused projections": lambda pipe: (pipe.unet.fuse_qkv_projections(), pipe.unet.unfuse_qkv_projections()),
+}
+
+
+@pytest.mark.parametrize("names", [["LoRA", "IP-Adapter"]], ids=str)
+def test_a_model_is_saved_again_once_it_is_removed(pipeline, tmp_path, names):
+    for name in names:
+        REMOVED[name](pipeline)
+    pipeline.unet.save_pretrained(tmp_path)
+    torch.testing.assert_close(run(type(pipeline.unet).from_pretrained(tmp_path)), run(pipeline.unet))
+
+
+@pytest.mark.parametrize("save", [lambda pipe: pipe.save_pretrained, lambda pipe: pipe.unet.save_pretrained])
+@pytest.mark.parametrize("options", [{"safe_serialization": False}, {"use_flashpack": True}], ids=str)
+def test_other_files_than_safetensors_are_not_written(pipeline, tmp_path, save, options):
+    with pytest.raises(ValueError, match=r"saved as safetensors; leave out safe_serialization=False"):
+        save(pipeline)(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickle_gives_the_same_model(pipeline):
+    again = pickle.loads(pickle.dumps(pipeline.unet))
+    torch.testing.assert_close(run(again), run(pipeline.unet))
+    assert again.is_quantized and quantized_layers(again).keys() == quantized_layers(pipeline.unet).keys()
+
+
+def test_load_state_dict_takes_a_quantized_state(pipeline):
+    twin = copy.deepcopy(pipeline.unet)
+    twin.mid_block.resnets[0].conv1.codebooks.data.zero_()
+    twin.load_state_dict(pipeline.unet.state_dict())
+    torch.testing.assert_close(run(twin), run(pipeline.unet))
+
+
+def test_the_methods_of_plain_models_are_the_libraries_own(tmp_path):
+    unet = tiny_unet("sdxl")
+    assert unet.to(torch.float16).dtype == unet.half().dtype == torch.float16
+    unet.float().save_pretrained(tmp_path, safe_serialization=False)
+    assert list(tmp_path.glob("*.bin")) and not quantized_layers(ControlNetModel.from_unet(unet))
+
+
+# ------------------------------------------------------------------------------------------- offloading
 
 
 @pytest.fixture(params=["own", "shared"])
@@ -174,7 +341,7 @@ def test_model_offload(offloaded):
     pipeline = offloaded
     expected = picture(pipeline)
     pipeline.enable_model_cpu_offload(device="cpu")
-    assert torch.equal(picture(pipeline), expected)
+    assert_close_outputs(picture(pipeline), expected)
 
 
 def test_sequential_offload(offloaded):
@@ -183,7 +350,7 @@ def test_sequential_offload(offloaded):
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         accelerate.cpu_offload(part, CPU)
     assert {tensor.device.type for tensor in pipeline.unet.parameters()} == {"meta"}
-    assert torch.equal(picture(pipeline), expected)
+    assert_close_outputs(picture(pipeline), expected)
 
 
 @pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
@@ -191,7 +358,7 @@ def test_group_offload(offloaded, options):
     pipeline, expected = offloaded, picture(offloaded)
     options = {"offload_type": "block_level"} | options
     pipeline.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, **options)
-    assert torch.equal(picture(pipeline), expected)
+    assert_close_outputs(picture(pipeline), expected)
 
 
 # ------------------------------------------------------------------------------------------- the rest
@@ -208,7 +375,9 @@ def test_attention_slicing_and_vae_tiling(pipeline):
 
 def test_deepcopy_draws_the_same_and_shares_nothing(pipeline):
     twin = copy.deepcopy(pipeline)
-    assert torch.equal(picture(twin), picture(pipeline))
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        assert_same_tensors(getattr(twin, part), getattr(pipeline, part))
+    assert_close_outputs(picture(twin), picture(pipeline))
     ours, theirs = (next(iter(quantized_layers(one.unet).values())) for one in (pipeline, twin))
     theirs.codebooks.data.zero_()
     assert ours.codebooks.abs().sum() > 0

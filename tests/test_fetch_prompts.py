@@ -105,7 +105,7 @@ def test_the_file_is_plain_csv(tmp_path, mjhq):
     [
         ("coco", "nowhere.json", None, "is not there"),
         ("coco", "a.json", '{"annotations": [{"id": 1}]}', "is not COCO's file of captions"),
-        ("coco", "a.json", "{", "is not COCO's file of captions"),
+        ("coco", "a.json", "{", "cannot be read: line 1, column 2"),
         ("coco", "a.zip", "not a zip", "cannot be read"),
         ("parti", "a.tsv", "Name\tKind\nx\ty\n", "no column named prompt"),
         ("mjhq", "a.json", "3", "expected a list"),
@@ -118,6 +118,21 @@ def test_bad_copies_end_in_one_line(tmp_path, name, file, content, words):
     with pytest.raises(UserError, match=words) as caught:
         fetch(tmp_path, name, path)
     assert "\n" not in str(caught.value) and "--source" in str(caught.value)
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    rows = [{"image_id": 1, "id": 1, "caption": " "}, {"image_id": 2, "id": 2, "caption": "a cat"}]
+    assert len(fetch(tmp_path, "coco", written(tmp_path / "captions.json", {"annotations": rows}))) == 1
+    assert "1 of 2 rows have no prompt and are left out" in capsys.readouterr().out
+    table = written(tmp_path / "parti.tsv", "Prompt\tCategory\tSeed\na cat\tanimals\t3\n")
+    fetch(tmp_path, "parti", table)
+    assert "columns left out: seed; " in capsys.readouterr().out
+
+
+def test_a_copy_in_another_encoding_names_the_line(tmp_path):
+    (tmp_path / "captions.json").write_bytes(b'{"annotations":\n["caf\xe9"]}')
+    with pytest.raises(UserError, match="line 2: byte 0xe9 is not UTF-8; save it as UTF-8"):
+        fetch(tmp_path, "coco", tmp_path / "captions.json")
 
 
 def test_bad_flags(tmp_path, mjhq):

@@ -1,7 +1,10 @@
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-from vqdm.images import pair_sheet, save_png
+from vqdm.diffusion.sampling import compared_pictures
+from vqdm.images import comparable, pair_sheet, problems_of, save_png, to_picture
 
 
 def plain(colour, side=64) -> Image.Image:
@@ -33,3 +36,52 @@ def test_png_appears_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with Image.open(tmp_path / "a.png") as image:
         assert image.getpixel((5, 5)) == (255, 0, 0)
+
+
+def image(value: float, replaced: bool = False) -> Image.Image:
+    return to_picture(torch.full((3, 4, 4), value), replaced).image
+
+
+SOUND, NAN, BLACK, REPLACED = image(0.5), image(float("nan")), image(0.0), image(0.0, True)
+
+
+def test_what_is_wrong_with_an_image_stays_with_its_file(tmp_path):
+    for number, one in enumerate((SOUND, NAN, BLACK, REPLACED)):
+        save_png(one, tmp_path / f"{number}.png")
+    again = [Image.open(path).convert("RGB") for path in sorted(tmp_path.glob("*.png"))]
+    assert (
+        problems_of(again) == problems_of([SOUND, NAN, BLACK, REPLACED]) == {"black": 1, "nan": 1, "safety_checker": 1}
+    )
+    assert [one.info.get("problem") for one in again] == [None, "nan", "black", "safety_checker"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (SOUND, SOUND, True),
+        (SOUND, BLACK, True),  # one that is black by mistake is far from the other
+        (BLACK, BLACK, False),
+        (NAN, SOUND, False),
+        (SOUND, NAN, False),
+        (NAN, NAN, False),
+        (REPLACED, SOUND, False),
+    ],
+)
+def test_pairs_of_images_that_went_wrong_are_not_compared(first, second, expected):
+    assert comparable(first, second) is expected
+
+
+def test_images_that_went_wrong_leave_the_scores_and_are_counted(caplog):
+    prompts = ["a heart", "a star", "a circle"]
+    scores = compared_pictures([SOUND, NAN, BLACK], [SOUND, NAN, BLACK], prompts, "quantized")
+    assert scores["count"] == 1 and scores["psnr_db"] == 100 and scores["mse"] == 0
+    assert scores["problems"] == {"full_precision": {"black": 1, "nan": 1}, "quantized": {"black": 1, "nan": 1}}
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[1] == (
+        "warning: 1 of 3 images of the full-precision model hold NaN or infinity and are black there; "
+        "use --dtype bfloat16 or float32, or a MODEL whose VAE is made for float16 (an fp16-fix VAE); "
+        "the first is of 'a star'"
+    )
+    assert "1 of 3 images of the quantized model are black all over" in lines[2] and "'a circle'" in lines[2]
+    without = compared_pictures([NAN], [SOUND], prompts[:1], "quantized")
+    assert without["count"] == 0 and without["psnr_db"] is None and without["lpips"] is None

@@ -10,6 +10,7 @@ from vqdm.layers.decode import set_decode_path
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
 from vqdm.storage.casting import allow_casting
 from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
+from vqdm.storage.hf_methods import register_methods
 from vqdm.storage.hf_text import VqdmTextQuantizer, register_text
 
 __version__ = "0.1.0"
@@ -30,3 +31,4 @@ __all__ = [
 
 register()
 register_text()
+register_methods()

@@ -11,6 +11,7 @@ from pathlib import Path
 from vqdm.diffusion.pipelines import SCHEDULERS
 from vqdm.documents import first_line, printable, read_yaml, shortened
 from vqdm.errors import RunError, UserError
+from vqdm.library_logs import plain_library_logs
 from vqdm.redaction import redacted
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -64,6 +65,9 @@ class Parser(argparse.ArgumentParser):
         words = value if isinstance(value, list) and action.nargs == "+" else [value]
         if not words or not all(isinstance(word, str | int | float) and word != "--" for word in words):
             raise UserError(f"{where}; expected a value, or leave the line out")
+        if action.type is None and not all(isinstance(word, str) for word in words):
+            # YAML takes no for False, and 1.10 for 1.1.
+            raise UserError(f"{where}, which YAML does not take for text; put it in quotes")
         try:
             return self._get_values(action, [str(word) for word in words])
         except argparse.ArgumentError as error:
@@ -125,6 +129,14 @@ def _number(kind: type, words: str, metavar: str, low, high):
     return parse
 
 
+def learning_rate(text: str) -> float | str:
+    """Parse a number in [0, 1], or "auto"."""
+    try:
+        return text if text == "auto" else real(0, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, and auto") from None
+
+
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Flags of every script that samples: how, and where the pipeline comes from."""
     group.add_argument(
@@ -150,7 +162,8 @@ def add_shared_flags(parser: argparse.ArgumentParser, output: str | None, dtype:
     group.add_argument("--output_dir", "--save", metavar="DIR", default=output, help="where the result goes")
     group.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="start of every random draw")
     if dtype:
-        group.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
+        words = "auto: float32 on a CPU, bfloat16 on a GPU that has it (NVIDIA from Ampere on), float16 on others"
+        group.add_argument("--dtype", choices=DTYPES, default="auto", help=words)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; mps to draw and to score")
     group.add_argument("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="live tracker")
     group.add_argument(
@@ -172,7 +185,8 @@ def run_script(
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout, force=True)
     try:
-        main(argv)
+        with plain_library_logs():
+            main(argv)
     except UserError as error:
         return _complain(error, 2)
     except (RunError, OSError, MemoryError) as error:

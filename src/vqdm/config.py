@@ -16,7 +16,9 @@ from vqdm.redaction import redacted
 
 # Fields that may change between a run and its resumption, because the result does not depend on them.
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
-FREE_FIELDS += ("local_files_only",)
+FREE_FIELDS += ("local_files_only", "visualize_nsamples", "hessian_cache")
+# Those that change memory, and results by rounding at most: what a run that was out of memory is resumed with.
+FREE_FIELDS += ("xtx_batch_size", "hessian_memory_gb", "between.local_batch_size")
 
 # Fields of the format of additive codes, which --target_bits does not use.
 ADDITIVE_FIELDS = (
@@ -62,7 +64,8 @@ class RunConfig:
         model: diffusers pipeline, a folder or a name on the hub; variant, revision and local_files_only belong to it.
         output_dir: folder of the result; resume goes on with what is there.
         seed: of all that is drawn at random.
-        dtype, device: what is computed in, and where; "auto" is float16 on the first GPU, else float32 on the CPU.
+        dtype, device: what is computed in, and where; "auto" is the first GPU, in bfloat16 if it has that (NVIDIA's
+            from compute capability 8.0 on) and else in float16, or the CPU in float32.
         report_to: a tracker of `tracking`.
         dry_run: check, print, and write nothing.
     """
@@ -85,9 +88,24 @@ class RunConfig:
         return asdict(self)
 
 
+# Flags of a run that generating images with its result needs as well.
+REPEATED = ("variant", "revision", "dtype", "device")
+
+
+def generate_command(config: RunConfig, prompts: str) -> str:
+    """The command, quoted for a shell, that generates images with a run's result as the run itself does."""
+    given = {name: getattr(config, name) for name in REPEATED} | asdict(config.sampling)
+    usual = {one.name: one.default for one in (*fields(RunConfig), *fields(SamplingConfig))}
+    words = [config.model, config.output_dir, prompts]
+    for name, value in given.items():
+        words += [f"--{name}", str(value)] if value != usual[name] else []
+    words += ["--local_files_only"] if config.local_files_only else []
+    return shlex.join(["python", "generate.py", *words, "--output_dir", f"{config.output_dir.rstrip('/')}-images"])
+
+
 @dataclass(frozen=True)
 class BetweenConfig:
-    """Fine-tuning between blocks; see `jobs.between`, and `training.config` for the meaning of rates.
+    """Fine-tuning between blocks; see `jobs.between`, and `training.config` for the meaning of learning rates.
 
     Attributes:
         num_intermediate_finetunes: how many; 0 = none.
@@ -100,7 +118,7 @@ class BetweenConfig:
     finetune_max_epochs: int = 1
     finetune_batch_size: int = 32
     local_batch_size: int = 8
-    finetune_lr: float = 2e-3
+    finetune_lr: float | str = "auto"
     finetune_adam_beta1: float = 0.9
     finetune_adam_beta2: float = 0.95
 
@@ -210,7 +228,8 @@ def flatten(settings: dict, prefix: str = "") -> dict:
 def differences(saved: dict, now: dict) -> list[str]:
     """Lines that say which settings differ, and how, leaving out those the result does not depend on."""
     before, after = flatten(saved), flatten(json.loads(json.dumps(now)))
-    names = [name for name in dict.fromkeys([*before, *after]) if name.split(".")[0] not in FREE_FIELDS]
+    free = lambda name: name in FREE_FIELDS or name.split(".")[0] in FREE_FIELDS  # noqa: E731
+    names = [name for name in dict.fromkeys([*before, *after]) if not free(name)]
     return [
         f"{name.split('.')[-1]} was {before.get(name)!r}, now {after.get(name)!r}"
         for name in names

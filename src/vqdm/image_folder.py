@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,8 +23,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from vqdm.documents import parse_json, shortened
 from vqdm.errors import UserError
+from vqdm.parallel import Ranks
 from vqdm.storage.atomic import save_bytes, save_json, save_text, sweep
 from vqdm.storage.fingerprint import file_sha256
+from vqdm.storage.locks import locked
 from vqdm.tracking import log
 
 # Layout → where the picture of (prompt index, sample) goes.
@@ -140,6 +142,14 @@ class ImageFolder:
     shard: tuple[int, int] = (0, 1)
 
     # ------------------------------------------------------------------------------------ claiming
+
+    def held(self, ranks: Ranks) -> AbstractContextManager[None]:
+        """Inside, no other run writes this shard's pictures; the first of several processes holds it for all.
+
+        Raises UserError where another run does.
+        """
+        number, count = self.shard
+        return locked(self.path, part=f"-{number}of{count}") if ranks.main else nullcontext()
 
     def claim(self, about: dict) -> None:
         """Write `run.json`, unless an earlier part of this run has.

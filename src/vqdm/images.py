@@ -1,17 +1,82 @@
-"""Pictures: contact sheets with labels."""
+"""Images: from a pipeline's values, with what is wrong with them; contact sheets with labels."""
 
 from __future__ import annotations
 
 import io
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
+from vqdm.documents import shortened
 from vqdm.storage.atomic import save_bytes
+from vqdm.tracking import log
 
+BLACK, NAN, REPLACED = "black", "nan", "safety_checker"
+PROBLEM = "problem"  # in an image's `info`, and in the text fields of its PNG
+NAN_ADVICE = "use --dtype bfloat16 or float32, or a MODEL whose VAE is made for float16 (an fp16-fix VAE)"
 MARGIN, LINE = 8, 15
 PROMPT_LINES = 3
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A generated image, and what is wrong with it: None, "black", "nan" or "safety_checker"."""
+
+    image: Image.Image
+    problem: str | None
+
+
+def to_pictures(result) -> list[Picture]:
+    """Images of what a pipeline returns for `output_type="pt"`, with what its safety checker replaced."""
+    replaced = getattr(result, "nsfw_content_detected", None) or [False] * len(result.images)
+    return [to_picture(one, bool(flag)) for one, flag in zip(result.images.float().cpu(), replaced, strict=True)]
+
+
+def to_picture(values: Tensor, replaced: bool = False) -> Picture:
+    """8-bit picture of float values [3, H, W] in [0, 1], rounded as diffusers does; NaN and infinity become black."""
+    finite = bool(values.isfinite().all())
+    pixels = (values.nan_to_num(0, 0, 0).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    if replaced:
+        problem = REPLACED
+    elif not finite:
+        problem = NAN
+    else:
+        problem = None if np.any(pixels) else BLACK
+    image = Image.fromarray(pixels)
+    image.info |= {PROBLEM: problem} if problem else {}
+    return Picture(image, problem)
+
+
+def problems_of(images: Sequence[Image.Image]) -> dict[str, int]:
+    """What is wrong with images → how many there are."""
+    return dict(sorted(Counter(image.info[PROBLEM] for image in images if PROBLEM in image.info).items()))
+
+
+def warn_of_problems(images: Sequence[Image.Image], prompts: Sequence[str], whose: str) -> None:
+    """A line for each problem: how many images have it, the first prompt, and what to do."""
+    advice = {
+        NAN: f"hold NaN or infinity and are black there; {NAN_ADVICE}",
+        BLACK: f"are black all over; if that is not what the prompt asks for, {NAN_ADVICE}",
+        REPLACED: "were replaced by MODEL's safety checker",
+    }
+    for problem, count in problems_of(images).items():
+        first = next(k for k, image in enumerate(images) if image.info.get(PROBLEM) == problem)
+        prompt = f"the first is of {shortened(prompts[first])}"
+        log.warning("warning: %d of %d images of %s %s; %s", count, len(images), whose, advice[problem], prompt)
+
+
+def comparable(first: Image.Image, second: Image.Image) -> bool:
+    """Whether the error between two images says how alike models are: not of NaN, of replaced ones, or of two black."""
+    problems = {image.info.get(PROBLEM) for image in (first, second)}
+    return not problems & {NAN, REPLACED} and problems != {BLACK}
 
 
 def pair_sheet(prompts: list[str], left: list[Image.Image], right: list[Image.Image], labels: tuple[str, str]):
@@ -44,7 +109,9 @@ def _pair(prompt: str, left: Image.Image, right: Image.Image, labels: tuple[str,
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG under its final name only when it is whole."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    """Write a PNG, with what is wrong with the image, under its final name only when it is whole."""
+    buffer, about = io.BytesIO(), PngInfo()
+    if PROBLEM in image.info:
+        about.add_text(PROBLEM, image.info[PROBLEM])
+    image.save(buffer, format="PNG", pnginfo=about)
     save_bytes(buffer.getvalue(), path)

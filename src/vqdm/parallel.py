@@ -120,6 +120,16 @@ def _started() -> Iterator[None]:
         alarm.cancel()
 
 
+def use_device(device: torch.device) -> torch.device:
+    """Make a GPU the one that `torch.cuda` means without a number; returns the device with its number."""
+    if device.type not in ("cuda", "xpu"):
+        return device
+    module = getattr(torch, device.type)
+    index = module.current_device() if device.index is None else device.index
+    module.set_device(index)
+    return torch.device(device.type, index)
+
+
 def _left_alone() -> None:
     rank, world = os.environ.get("RANK", "?"), os.environ.get("WORLD_SIZE", "?")
     waited = f"the {world} processes of this launch have not all started in {SECONDS_TO_START:g} s"
@@ -145,7 +155,7 @@ def launched(device: str) -> Iterator[Ranks]:
         raise UserError(f"--device {device} is one device for {world} processes; allowed are auto, cpu and cuda")
     if state.process_index:
         logging.getLogger("vqdm").setLevel(logging.WARNING)
-    ranks = Ranks(state.process_index, world, state.device if world > 1 else chosen, state)
+    ranks = Ranks(state.process_index, world, use_device(state.device if world > 1 else chosen), state)
     peers = Peers.join(ranks.rank, world, state.local_process_index, ranks.agreed) if world > 1 else None
     yield ranks
     # Only after success: a rank that failed leaves at once, and `peers` ends the others.

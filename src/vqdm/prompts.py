@@ -1,24 +1,46 @@
 """Prompt files: read, and draw without replacement.
 
 A file is `.txt` (a prompt a line), `.csv`, `.tsv`, `.json`, `.jsonl`, `.yaml` or `.parquet`; tables need a column named
-`prompt`, `caption`, `captions` or `text`. Anything that is not a file is taken as the name of a `datasets` data set.
+`prompt`, `prompts`, `caption`, `captions` or `text`. Anything that is not a file is taken as the name of a `datasets`
+data set. What is not understood is refused with its line, or counted and named in one line of the log.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import logging
+import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from vqdm.documents import first_line, parse_json, printable, read_json, read_text, read_yaml
+from vqdm.documents import LINE_END, first_line, parse_json, printable, read_text, read_yaml, shortened
 from vqdm.errors import UserError
+from vqdm.tables import check_names, read_table
 
-COLUMNS = ("prompt", "caption", "captions", "text")
+COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
+# Columns by which a row overrules the flags of generate.py; see `diffusion.requests`.
+SETTING_COLUMNS = ("seed", "negative_prompt", "guidance_scale", "num_inference_steps", "height", "width")
+ID_COLUMNS = ("id", "item_id")
+# Around prompts; a byte order mark stands where two files were joined.
+BLANKS = " \t\r\n\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2028\u2029\u3000\ufeff"
+ACTING = {*COLUMNS, *SETTING_COLUMNS, *ID_COLUMNS}
+NOT_A_PROMPT = ("nan", "none", "null", "<na>", "n/a")  # how programs write a missing text
 MOST_CHARACTERS = 2**30  # of all cells of a Parquet file, which may say one long text a billion times in a few bytes
 ROWS_AT_ONCE = 256
+# Types of Parquet columns that are read.
+PLAIN = re.compile(r"int|uint|float|double|bool|halffloat|(large_)?string|dictionary<values=(large_)?string")
+
+
+class Row(dict):
+    """A row of a prompt file, by column, and the place where it stands there: "line 7" or "row 7"."""
+
+    def __init__(self, values: dict, place: str):
+        super().__init__(values)
+        self.place = place
 
 
 def load_prompts(source: str, flag: str) -> list[str]:
@@ -27,10 +49,16 @@ def load_prompts(source: str, flag: str) -> list[str]:
     Raises:
         UserError: missing or unreadable file, unknown suffix, no known column, or no prompt in it; names `flag`.
     """
-    return [row["prompt"] for row in load_rows(source, flag)]
+    rows, notes = _load(source, flag)
+    filled = {plain_name(name) for row in rows for name, value in row.items() if str(value or "").strip()}
+    unused = [name for name in SETTING_COLUMNS if name in filled]
+    if unused:
+        notes.append(f"columns that act in generate.py only: {', '.join(unused)}")
+    log_notes(notes, source, flag)
+    return [row["prompt"] for row in rows]
 
 
-def load_rows(source: str, flag: str) -> list[dict]:
+def load_rows(source: str, flag: str) -> list[Row]:
     """All prompts of a file or data set, in order, each a dict of `prompt` and the row's other columns as read.
 
     An object of named prompts gives its names as the column `id`.
@@ -38,21 +66,33 @@ def load_rows(source: str, flag: str) -> list[dict]:
     Raises:
         UserError: as `load_prompts`.
     """
-    path = Path(source)
-    if not path.exists() and path.suffix.lower() not in _READERS:
-        return _checked(_from_data_set(source, flag), source, flag)
-    if not path.is_file():
-        raise UserError(f"{flag}: {source} is not there, or is not a file")
+    rows, notes = _load(source, flag)
+    log_notes(notes, source, flag)
+    return rows
+
+
+def log_notes(notes: list[str], source: str, flag: str) -> None:
+    """One line for all that a user should know of a file; of several processes the first one logs it."""
+    if notes and os.environ.get("RANK", "0") == "0":
+        logging.getLogger("vqdm").warning("%s: %s: %s", flag, source, printable("; ".join(notes)))
+
+
+def _load(source: str, flag: str) -> tuple[list[Row], list[str]]:
+    """Rows, and notes on what was left out of the file or may not be what is meant."""
+    path, notes = Path(source), []
+    if path.is_dir():
+        raise UserError(f"{flag}: {source} is a folder; give a prompt file ({' '.join(_READERS)})")
     reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    if reader and not path.is_file():
+        raise UserError(f"{flag}: {source} is not there, or is not a file")
+    if not reader and path.exists():
         raise UserError(f"{flag}: {source} ends in {path.suffix!r}; allowed are {' '.join(_READERS)}")
     try:
-        rows = reader(path)
+        return _checked(reader(path, notes) if reader else _from_data_set(source, notes), notes), notes
     except UserError as error:
         raise UserError(f"{flag}: {source}: {error}") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{flag}: {source} cannot be read: {first_line(error)}") from None
-    return _checked(rows, source, flag)
 
 
 def draw(prompts: list[str], count: int, seed: int, source: str, flag: str) -> list[str]:
@@ -66,151 +106,278 @@ def draw(prompts: list[str], count: int, seed: int, source: str, flag: str) -> l
     return random.Random(seed).sample(prompts, count) if count else list(prompts)
 
 
-def _checked(rows: list[dict], source: str, flag: str) -> list[dict]:
-    """Rows with a prompt, stripped of the blanks around it.
+# ------------------------------------------------------------------------------------------- rows of any file
+
+
+def _checked(rows: list[Row], notes: list[str]) -> list[Row]:
+    """Rows with a prompt, stripped of the blanks around it, in the column `prompt`.
 
     Raises:
-        UserError: there is none, one is a list or an object, or a cell is no text that can be written.
+        UserError: there is none, one is no text, or a cell is no text that can be written.
     """
-    for number, row in enumerate(rows, start=1):
-        _check_row(row, f"{flag}: {source}: row {number}")
-    stripped = [row | {"prompt": str(row["prompt"]).strip()} for row in rows if row["prompt"] is not None]
-    kept = [row for row in stripped if row["prompt"]]
-    if not kept:
-        raise UserError(f"{flag}: {source} holds no prompt")
-    return kept
+    found = [_renamed(row) for row in rows]
+    if rows and not any(column for _, column in found):
+        raise UserError(_no_column(list(rows[0])))
+    for row, _ in found:
+        _check_row(row)
+    filled = [row for row, _ in found if row["prompt"]]
+    if not filled:
+        raise UserError("it holds no prompt")
+    empty = [row for row, _ in found if not row["prompt"]]
+    if empty:
+        notes.append(f"{_count(empty, len(found))} without a prompt left out, the first is {empty[0].place}")
+    _note_columns(rows, [column for _, column in found], notes)
+    missing = [row for row in filled if row["prompt"].lower() in NOT_A_PROMPT]
+    if missing:
+        notes.append(f"{_count(missing, len(filled))} read as the prompt {missing[0]['prompt']!r}: {missing[0].place}")
+    return filled
 
 
-def _check_row(row: dict, where: str) -> None:
-    if isinstance(row["prompt"], dict | list | set | tuple | bytes):
-        raise UserError(f"{where}: its prompt is a {type(row['prompt']).__name__}; expected text")
+def _count(some: list[Row], total: int) -> str:
+    return f"{len(some)} of {total} rows"
+
+
+def _renamed(row: Row) -> tuple[Row, str | None]:
+    """The row with its prompt as `prompt`, and the column that held it; None where it has no such column."""
+    check_names([name for name in row if plain_name(name) in ACTING], row.place)
+    column = _pick_column(list(row))
+    others = {str(name).strip(): value for name, value in row.items() if name != column}
+    prompt = None if column is None else row[column]
+    prompt = prompt.strip(BLANKS) if isinstance(prompt, str) else prompt
+    return Row(
+        {"prompt": prompt} | {name: value for name, value in others.items() if name != "prompt"}, row.place
+    ), column
+
+
+def _check_row(row: Row) -> None:
+    prompt = row["prompt"]
+    if isinstance(prompt, dict | list | set | tuple | bytes):
+        raise UserError(f"{row.place}: its prompt is a {type(prompt).__name__}; expected text")
     try:
         json.dumps(row, default=str, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
         # Half a surrogate pair, a number of thousands of digits, a list within itself, a key that is no text.
-        raise UserError(f"{where} cannot be written as JSON: {first_line(error)}") from None
+        raise UserError(f"{row.place} cannot be written as JSON: {first_line(error)}") from None
+    if not isinstance(prompt, str | None):
+        raise UserError(
+            f"{row.place}: its prompt is {prompt}, a {type(prompt).__name__}; put it in quotes if it is text"
+        )
 
 
-def _pick_column(names: list[str]) -> str:
-    for wanted in COLUMNS:
-        for name in names:
-            if name is not None and str(name).strip().lower() == wanted:
-                return name
+def _note_columns(rows: list[Row], columns: list[str | None], notes: list[str]) -> None:
+    """Note where rows have more than one column that could be the prompt, or not all of them the same."""
+    used = Counter(column for column in columns if column is not None)
+    known = {name for row in rows for name in row if str(name).strip().lower() in COLUMNS}
+    others = sorted(str(name) for name in known - used.keys())
+    if len(used) > 1:
+        notes.append("prompts are read from columns " + ", ".join(f"{name} ({used[name]} rows)" for name in used))
+    elif others:
+        notes.append(f"prompts are read from column {next(iter(used))}, not from {', '.join(others)}")
+
+
+def _pick_column(names: list) -> str | None:
+    """The name that stands for the prompt, the first of COLUMNS that is there."""
+    plain = {str(name).strip().lower(): name for name in reversed(names)}
+    return next((plain[wanted] for wanted in COLUMNS if wanted in plain), None)
+
+
+def _no_column(names: list) -> str:
     found = ", ".join(printable(str(name), 40) for name in names[:8]) or "none"
-    raise UserError(f"no column named {', '.join(COLUMNS)}; its columns are {found}")
+    return f"no column named {', '.join(COLUMNS)}; its columns are {found}"
 
 
-def _row(values: dict, column: str) -> dict:
-    """A row whose prompt, in `column`, goes by the name `prompt`."""
-    others = {str(name).strip(): value for name, value in values.items() if name not in (column, None)}
-    return {"prompt": values.get(column)} | {name: value for name, value in others.items() if name != "prompt"}
+def plain_name(name) -> str:
+    """A column's name without what people write differently: "Negative Prompt" is negative_prompt."""
+    return re.sub(r"[\s_-]+", "_", str(name).strip().lower())
 
 
-def _from_rows(rows: list) -> list[dict]:
-    """Rows of a list of strings, or of mappings with a known column."""
-    if not rows or isinstance(rows[0], str):
-        return [{"prompt": row} for row in rows if isinstance(row, str)]
-    if not isinstance(rows[0], dict):
-        raise UserError(f"its entries are {type(rows[0]).__name__}; expected strings or objects")
-    column = _pick_column(list(rows[0]))
-    return [_row(row, column) for row in rows if isinstance(row, dict)]
+# ------------------------------------------------------------------------------------------- kinds of files
 
 
-def _read_lines(path: Path) -> list[dict]:
-    # A prompt may hold other separators of lines, such as U+2028.
-    return [{"prompt": line} for line in re.split(r"\r\n?|\n", read_text(path))]
+def _read_lines(path: Path, notes: list[str]) -> list[Row]:
+    lines = LINE_END.split(read_text(path))
+    while lines and not lines[-1].strip(BLANKS):
+        lines.pop()
+    rows = [Row({"prompt": line}, f"line {number}") for number, line in enumerate(lines, start=1)]
+    comments = [row for row in rows if row["prompt"].lstrip(BLANKS).startswith("#")]
+    if comments:
+        notes.append(f"{_count(comments, len(rows))} begin with # and are prompts, the first is {comments[0].place}")
+    cells = [cell.strip(BLANKS + '"').lower() for cell in re.split(r"[,;\t|]", lines[0])] if lines else []
+    if set(cells) & set(COLUMNS):
+        notes.append("line 1 is a prompt, but looks like the header of a table; name a table .csv or .tsv")
+    return rows
 
 
-def _read_table(delimiter: str) -> Callable[[Path], list[dict]]:
-    def read(path: Path) -> list[dict]:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            table = csv.reader(file, delimiter=delimiter)
-            names = next(table, [])
-            column = _pick_column(names)
-            # Cells that a row lacks stay away: thousands of columns times thousands of short rows would fill memory.
-            return [_row(dict(zip(names, cells, strict=False)), column) for cells in table if cells]
+def _read_table(usual: str) -> Callable[[Path, list[str]], list[Row]]:
+    def read(path: Path, notes: list[str]) -> list[Row]:
+        table = read_table(read_text(path), usual, lambda names: _pick_column(names) is not None)
+        column = _pick_column(table.names)
+        if column is None:
+            raise UserError(f"{_no_column(table.names)}; the first line must name the columns")
+        notes += table.notes
+        # Cells that a row lacks stay away: thousands of columns times thousands of short rows would fill memory.
+        rows = [
+            Row({column: None} | dict(zip(table.names, cells, strict=False)), f"line {number}")
+            for number, cells in table.rows
+        ]
+        long = [row for row in rows if LINE_END.search((row[column] or "").strip())]
+        if long:
+            notes.append(
+                f"{_count(long, len(rows))} have a prompt of several lines, the first begins in {long[0].place}"
+            )
+        return rows
 
     return read
 
 
-def _read_json(path: Path) -> list[dict]:
-    return _from_value(read_json(path))
+def _read_json(path: Path, notes: list[str]) -> list[Row]:
+    text = read_text(path)
+    try:
+        return _from_value(parse_json(text, unique=True), notes)
+    except ValueError as error:
+        if "Extra data" not in str(error) or isinstance(error, UserError):
+            raise
+    rows = _from_lines(text)
+    notes.append("it holds a JSON value a line, and is read so")
+    return rows
 
 
-def _read_json_lines(path: Path) -> list[dict]:
-    lines = read_text(path).split("\n")  # a text may hold other separators of lines, such as U+2028
-    return _from_rows([parse_json(line) for line in lines if line.strip()])
+def _read_json_lines(path: Path, notes: list[str]) -> list[Row]:
+    text = read_text(path)
+    try:
+        return _from_lines(text)
+    except ValueError as error:
+        try:
+            value = parse_json(text, unique=True)
+        except ValueError:
+            raise error from None
+        if not isinstance(value, list | dict):
+            raise
+    notes.append("it holds one JSON value, not one a line, and is read so")
+    return _from_value(value, notes)
 
 
-def _read_yaml(path: Path) -> list[dict]:
-    return _from_value(read_yaml(path))
+def _from_lines(text: str) -> list[Row]:
+    lines = enumerate(LINE_END.split(text), start=1)
+    return [
+        _entry(parse_json(line, unique=True, first=number), f"line {number}") for number, line in lines if line.strip()
+    ]
 
 
-def _from_value(value) -> list[dict]:
+def _read_yaml(path: Path, notes: list[str]) -> list[Row]:
+    return _from_value(read_yaml(path), notes)
+
+
+def _entry(entry, place: str) -> Row:
+    """The row of a text or an object; of null a row without a prompt."""
+    if isinstance(entry, str | None):
+        return Row({"prompt": entry}, place)
+    if not isinstance(entry, dict):
+        raise UserError(f"{place} is {shortened(entry, 40)}, a {type(entry).__name__}; expected strings or objects")
+    return Row(entry, place)
+
+
+def _from_value(value, notes: list[str]) -> list[Row]:
     """Rows of a list, of an object of columns, or of an object of named prompts."""
     if isinstance(value, list):
-        return _from_rows(value)
+        return [_entry(entry, f"row {number}") for number, entry in enumerate(value, start=1)]
     if not isinstance(value, dict):
         raise UserError(f"it holds a {type(value).__name__}; expected a list")
-    known = [name for name in COLUMNS if isinstance(value.get(name), list)]
-    if known:
-        return _from_columns(value, known[0])
-    rows = _from_rows(list(value.values()))
-    return [{"id": name} | row for name, row in zip(value, rows, strict=True)] if len(rows) == len(value) else rows
+    check_names(list(value), "its object")
+    column = _pick_column([name for name, cells in value.items() if isinstance(cells, list)])
+    if column is not None:
+        return _from_columns(value, column, notes)
+    single = _pick_column(list(value))
+    if single is not None and len(value) > 1 and isinstance(value[single], str):
+        raise UserError(f"it is a single object with a {single}; put objects into a list, [{{...}}, ...]")
+    rows = []
+    for number, (name, entry) in enumerate(value.items(), start=1):
+        row = _entry(entry, f"row {number}")
+        rows.append(Row({"id": name} | row, row.place))
+    return rows
 
 
-def _from_columns(value: dict, column: str) -> list[dict]:
-    """Rows of an object of columns; those that are not as long as the prompts' are left out."""
-    count = len(value[column])
-    columns = {name: cells for name, cells in value.items() if isinstance(cells, list) and len(cells) == count}
-    return [_row({name: cells[i] for name, cells in columns.items()}, column) for i in range(count)]
+def _from_columns(value: dict, column: str, notes: list[str]) -> list[Row]:
+    """Rows of an object of columns, or of the list of objects that one of them is.
+
+    Raises:
+        UserError: a column is not as long as that of the prompts.
+    """
+    prompts = value[column]
+    columns = {name: cells for name, cells in value.items() if isinstance(cells, list)}
+    if any(isinstance(entry, dict) for entry in prompts):
+        columns = {column: prompts}
+    left_out = [printable(str(name), 40) for name in value if name not in columns]
+    if left_out:
+        notes.append(f"left out beside the list {column}: {', '.join(left_out)}")
+    for name, cells in columns.items():
+        if len(cells) != len(prompts):
+            raise UserError(f"its list {name} has {len(cells)} entries, and {column} has {len(prompts)}")
+    places = [f"row {number}" for number in range(1, len(prompts) + 1)]
+    if len(columns) == 1:
+        return [_entry(entry, place) for entry, place in zip(prompts, places, strict=True)]
+    return [Row({name: cells[i] for name, cells in columns.items()}, place) for i, place in enumerate(places)]
 
 
-def _read_parquet(path: Path) -> list[dict]:
+def _read_parquet(path: Path, notes: list[str]) -> list[Row]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError("reading .parquet needs pyarrow (pip install pyarrow)") from None
     try:
-        return _parquet_rows(pyarrow.parquet.ParquetFile(path))
+        return _parquet_rows(pyarrow.parquet.ParquetFile(path), notes)
     except pyarrow.ArrowException as error:  # not all of them are ValueError or OSError
         raise ValueError(first_line(error)) from None
 
 
-def _parquet_rows(file) -> list[dict]:
-    column = _pick_column(file.schema_arrow.names)
-    plain = [field.name for field in file.schema_arrow if _is_plain(str(field.type))]
+def _parquet_rows(file, notes: list[str]) -> list[Row]:
+    kinds = [(field.name, str(field.type)) for field in file.schema_arrow]
+    plain = _plain_columns(kinds, notes)
     rows, characters = [], 0
     for batch in file.iter_batches(ROWS_AT_ONCE, columns=plain):
-        rows += [_row(row, column) for row in batch.to_pylist()]
+        rows += [Row(row, f"row {len(rows) + k}") for k, row in enumerate(batch.to_pylist(), start=1)]
         characters += batch.nbytes
         if characters > MOST_CHARACTERS:
             raise UserError(f"it holds more than {MOST_CHARACTERS} bytes of text")
     return rows
 
 
-def _is_plain(kind: str) -> bool:
-    """Whether a column holds text or numbers; pictures beside the prompts are not worth reading."""
-    return kind.startswith(("int", "uint", "float", "double", "bool", "string", "large_string"))
+def _plain_columns(kinds: list[tuple[str, str]], notes: list[str]) -> list[str]:
+    """Columns of text or numbers, given names and types of all; pictures beside the prompts are not worth reading.
+
+    Raises:
+        UserError: no column of prompts, or it is of another type.
+    """
+    check_names([name for name, _ in kinds], "it")
+    column = _pick_column([name for name, _ in kinds])
+    if column is None:
+        raise UserError(_no_column([name for name, _ in kinds]))
+    plain = [name for name, kind in kinds if PLAIN.match(kind)]
+    if column not in plain:
+        raise UserError(f"its column {column} holds {dict(kinds)[column]}; expected text")
+    left_out = [f"{printable(name, 40)} ({printable(kind, 40)})" for name, kind in kinds if name not in plain]
+    if left_out:
+        notes.append(f"columns left out: {', '.join(left_out)}")
+    return plain
 
 
-def _from_data_set(source: str, flag: str) -> list[dict]:
+def _from_data_set(source: str, notes: list[str]) -> list[Row]:
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"{flag}: {source} is not a file; to read it as a data set's name, install datasets (pip install datasets)"
+            "it is not a file; to read it as a data set's name, install datasets (pip install datasets)"
         ) from None
     try:
         rows = datasets.load_dataset(source, split="train")
     except Exception as error:
-        raise UserError(f"{flag}: {source} is neither a file nor a data set: {first_line(error)}") from None
-    column = _pick_column(rows.column_names)
-    plain = [name for name, kind in rows.features.items() if _is_plain(str(getattr(kind, "dtype", "")))]
-    return [_row(row, column) for row in rows.select_columns(plain)]
+        raise UserError(f"it is neither a file nor a data set: {first_line(error)}") from None
+    kinds = [(name, str(getattr(kind, "dtype", type(kind).__name__))) for name, kind in rows.features.items()]
+    plain = _plain_columns(kinds, notes)
+    return [Row(row, f"row {number}") for number, row in enumerate(rows.select_columns(plain), start=1)]
 
 
-_READERS: dict[str, Callable[[Path], list[dict]]] = {
+_READERS: dict[str, Callable[[Path, list[str]], list[Row]]] = {
     ".txt": _read_lines,
     ".csv": _read_table(","),
     ".tsv": _read_table("\t"),

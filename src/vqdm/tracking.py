@@ -124,10 +124,13 @@ class Stopwatch:
         self.phases[self._phase] = round(self.phases.get(self._phase, 0.0) + spent, 3)
 
 
-def peak_memory() -> dict[str, int]:
-    """Bytes: the process's largest resident set, and the most that tensors took on the GPU where there is one."""
+def peak_memory(device: torch.device | None = None) -> dict[str, int]:
+    """Bytes: the process's largest resident set, and the most that tensors took on `device` if that is a CUDA GPU.
+
+    Without a device, that of the current GPU where there is one.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available():
-        peaks["cuda"] = torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        peaks["cuda"] = torch.cuda.max_memory_allocated(device)
     return peaks

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from processors import compiles
 from test_encode import randn
 
 from vqdm.additive import native, scoring
 from vqdm.additive.encode import encode_vectors
 from vqdm.additive.kmeans import nearest
-from vqdm.compiled import compiler
 from vqdm.errors import UserError
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(not compiles(), reason="no C compiler that works")
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +34,11 @@ def remainders(targets, codebooks, codes):
 def test_codes_are_those_of_torch(M, b, d, beam_size, monkeypatch):
     targets, codebooks = randn(67, d), randn(M, 2**b, d, seed=1)
     found, wanted = native.encode(targets, codebooks, beam_size), by_torch(targets, codebooks, beam_size, monkeypatch)
-    assert (found == wanted).all(1).float().mean() > 0.9  # near ties may fall either way
-    torch.testing.assert_close(
-        remainders(targets, codebooks, found).mean(),
-        remainders(targets, codebooks, wanted).mean(),
-        rtol=1e-3,
-        atol=1e-4,
-    )
+    left, right = (remainders(targets, codebooks, codes) for codes in (found, wanted))
+    scores = targets.square().sum(1) + codebooks.square().sum(2).sum(0).max()  # what rounding is relative to
+    tied = (left - right).abs() < 8 * torch.finfo(torch.float32).eps * scores
+    assert ((found == wanted).all(1) | tied).float().mean() > 0.9  # early near ties may end elsewhere
+    torch.testing.assert_close(left.mean(), right.mean(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_beam_of_everything_is_exhaustive():

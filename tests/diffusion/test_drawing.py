@@ -7,9 +7,10 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from vqdm.config import SamplingConfig
-from vqdm.diffusion.drawing import Picture, alike, call_settings, draw, drawn_in_batches, to_picture
+from vqdm.diffusion.drawing import alike, call_settings, draw, drawn_in_batches
 from vqdm.diffusion.requests import SETTINGS, Request
 from vqdm.errors import RunError, UserError
+from vqdm.images import Picture, to_picture
 from vqdm.jobs.plan import predicted_bytes
 
 NONE = dict.fromkeys(SETTINGS)

@@ -6,7 +6,7 @@ from torch import nn
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion import hessians
 from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
-from vqdm.diffusion.hessians import Moment, add_input, input_rows, passes, record_hessians, shared_inputs
+from vqdm.diffusion.hessians import Moment, UnetCall, add_input, input_rows, passes, record_hessians, shared_inputs
 from vqdm.errors import RunError
 
 SPEC = CodeSpec(num_codebooks=2, nbits_per_codebook=4, in_group_size=4)
@@ -119,6 +119,30 @@ def test_counted_samples_are_a_fair_share():
     assert (part.mean() - whole.mean()).norm() < 0.15 * whole.mean().norm()
 
 
+def points_call(points: list[int], branches: int = 2) -> UnetCall:
+    """A UNet call on points of their own inputs, branches outermost."""
+    every = [call(100 * branch + point, 1) for branch in range(branches) for point in points]
+    joined = {name: torch.cat([one[name] for one in every]) for name in ("sample", "timestep", "encoder_hidden_states")}
+    added = {name: torch.cat([one["added_cond_kwargs"][name] for one in every]) for name in ("text_embeds", "time_ids")}
+    return UnetCall(lambda: joined | {"added_cond_kwargs": added}, points)
+
+
+@pytest.mark.parametrize("samples_per_input", [0, 1])
+def test_hessians_do_not_depend_on_the_batch_size(monkeypatch, samples_per_input):
+    """Nor do the samples that are drawn, also where a convolution's input is unfolded in parts."""
+    unet = tiny_unet("sdxl")
+    layers = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
+    groups, first = shared_inputs(unet, layers, call(0)), call(0)
+    found = []
+    for size, at_once in ((6, 2**25), (1, 2**25), (4, 2**14)):
+        monkeypatch.setattr(hessians, "SAMPLES_AT_ONCE", at_once)
+        calls = [points_call(list(range(6))[k : k + size]) for k in range(0, 6, size)]
+        found.append(record_hessians(unet, groups, first, calls, [], samples_per_input))
+    for name, (hessian, _) in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[name][0], hessian, rtol=1e-3, atol=1e-4 * hessian.max().item())
+
+
 def test_samples_per_input_bounds_every_layers_count(monkeypatch):
     unet, counts = tiny_unet("sdxl"), []
     block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
@@ -166,6 +190,23 @@ def test_nan_names_the_layer():
     bad["sample"][0, 0, 0, 0] = float("nan")
     with pytest.raises(RunError, match=r"layer down_blocks\.1\..* its inputs hold NaN"):
         record_hessians(unet, groups, call(0), [lambda: bad], [])
+
+
+@pytest.mark.parametrize("bad", ["first", "training"])
+def test_inputs_that_are_not_finite_stop_at_once(bad):
+    """At the first batch, not after a pass over all of them."""
+    unet, made = tiny_unet("sdxl"), []
+    block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "down_blocks.1"]
+    groups, broken = shared_inputs(unet, block, call(0)), call(1)
+    broken["sample"][0, 0, 0, 0] = float("inf")
+
+    def batch() -> dict:
+        made.append(1)
+        return broken if bad == "training" else call(1)
+
+    with pytest.raises(RunError, match=r"layer down_blocks\.1\.\S+: its inputs hold NaN.*--dtype bfloat16 or float32"):
+        record_hessians(unet, groups, broken if bad == "first" else call(0), [batch] * 5, [])
+    assert len(made) == (1 if bad == "training" else 0)
 
 
 def test_a_layer_that_never_runs_is_named():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vqdm.diffusion.pipelines import check_float64, stored_dtypes, weight_files
+from vqdm.diffusion.pipelines import check_float64, load_pipeline, pick_dtype, stored_dtypes, weight_files
 from vqdm.errors import UserError
 
 
@@ -19,6 +19,21 @@ def test_a_device_without_float64_is_refused_by_name(monkeypatch):
         check_float64(torch.device("mps"))
 
 
+def test_half_precision_may_wait_on_the_cpu(pipelines, capfd):
+    """As generate.py loads what it then moves to a GPU."""
+    pipeline = load_pipeline(str(pipelines["sdxl"]), torch.device("cpu"), torch.float16)
+    assert pipeline.unet.dtype == torch.float16
+    assert "cannot run with" not in capfd.readouterr().err
+
+
+def test_the_automatic_type_follows_the_device():
+    """Of GPUs: tests/emulated/gpu_api.py."""
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("mps")) == torch.float16
+    assert pick_dtype("auto", torch.device("xpu")) == torch.bfloat16
+    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
 def test_files_of_a_variant(tmp_path):
     names = [
         "model.safetensors",
@@ -31,6 +46,25 @@ def test_files_of_a_variant(tmp_path):
         (tmp_path / "unet" / name).touch()
     found = {variant: [file.name for file in weight_files(str(tmp_path), variant)] for variant in (None, "fp16")}
     assert found == {None: sorted(names[::2]), "fp16": sorted(names[1::2])}
+
+
+def test_types_are_those_of_weights_also_in_pickled_files(tmp_path):
+    """The widest of weights and biases; what codes consist of, in float16, does not count."""
+    for name in ("unet", "vae", "text_encoder"):
+        (tmp_path / name).mkdir()
+    wide, narrow = torch.zeros(2), torch.zeros(2, dtype=torch.float16)
+    tensors = {
+        "a.weight": narrow,
+        "b.bias": wide,
+        "c.codebooks": narrow.clone(),
+        "d.codes": torch.zeros(2, dtype=torch.uint8),
+    }
+    save_file(tensors, tmp_path / "unet" / "m.safetensors")
+    torch.save({"a.weight": narrow, "ids": torch.arange(3)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    torch.save({"a.weight": wide}, tmp_path / "text_encoder" / "pytorch_model.bin")
+    save_file({"a.weight": narrow}, tmp_path / "text_encoder" / "model.safetensors")
+    found = stored_dtypes(str(tmp_path), None)
+    assert found == {"unet": torch.float32, "vae": torch.float16, "text_encoder": torch.float16}
 
 
 def test_files_of_a_hub_name_are_those_of_the_cache(tmp_path, monkeypatch):

@@ -1,11 +1,16 @@
+import re
+
 import pytest
 import torch
 from conftest import tiny_unet
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import matrix_of, select_layers, weight_of
-from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
+from vqdm.diffusion.sensitivity import following, output_effects, spread_over_noise
 from vqdm.diffusion.trajectories import Trajectories
+from vqdm.errors import RunError
+
+SPEC = CodeSpec(1, 2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,55 @@ def test_effects_are_those_of_the_changes_one_at_a_time(unet, calls):
             error = (outputs(unet, calls) - expected).square().sum() / expected.square().sum()
             module.weight.copy_(weight)
         assert found[name] == pytest.approx(error.item(), rel=0.25)
+
+
+@pytest.fixture
+def overflowing(calls):
+    """A UNet whose outputs float16 holds, but not the gradients of its weights; and float16 calls of it."""
+    unet = tiny_unet("sd15").eval().requires_grad_(False)
+    unet.conv_out.weight *= 1000
+    half = [lambda call=call: {name: value.half() for name, value in call().items()} for call in calls]
+    return unet.half(), half
+
+
+def changes_of(unet) -> dict:
+    generator = torch.Generator().manual_seed(3)
+    weights = {layer.name: unet.get_submodule(layer.name).weight for layer in select_layers(unet, "all", 0, SPEC, {})}
+    return {
+        name: (0.01 * weight.float().std() * torch.randn(weight.shape, generator=generator)).to(weight.dtype)
+        for name, weight in weights.items()
+    }
+
+
+def test_gradients_that_overflow_float16_are_scaled(overflowing, calls):
+    """The effects are those of float32, where single layers' gradients overflow in a first backward pass."""
+    unet, half = overflowing
+    changes = changes_of(unet)
+    weights = [unet.get_submodule(name).weight for name in changes]
+    with following(unet, weights):
+        gradients = torch.autograd.grad(unet(**half[0]()).sample.float().sum(), weights)
+    assert 0 < sum(gradient.isfinite().all().item() for gradient in gradients) < len(gradients)
+    found = output_effects(unet, changes, half, torch.Generator().manual_seed)
+    changes = {name: change.float() for name, change in changes.items()}
+    exact = output_effects(unet.float(), changes, calls, torch.Generator().manual_seed)
+    assert sum(found.values()) == pytest.approx(sum(exact.values()), rel=0.05)
+    for name, effect in exact.items():
+        assert found[name] == pytest.approx(effect, rel=0.3, abs=1e-3 * max(exact.values())), name
+
+
+@pytest.mark.parametrize("where", ["output", "gradient"])
+def test_what_no_scale_helps_is_an_error_that_names_the_layer(overflowing, where):
+    unet, half = overflowing
+    changes = changes_of(unet)
+    names = list(changes)
+    if where == "output":
+        unet.conv_out.bias += torch.inf
+        words = "the UNet's output holds NaN or infinity in float16; use --dtype bfloat16 or float32"
+    else:
+        unet.get_submodule(names[5]).weight.requires_grad_().register_hook(lambda gradient: gradient * torch.nan)
+        words = f"layer {names[5]}: the gradient of its weight holds NaN or infinity in float16"
+    with pytest.raises(RunError, match=re.escape(words)):
+        output_effects(unet, changes, half, torch.Generator().manual_seed)
 
 
 def test_nothing_stays_behind_after_an_exception(unet):

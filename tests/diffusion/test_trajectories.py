@@ -1,5 +1,9 @@
 import pytest
 import torch
+from conftest import tiny_unet
+from diffusers import StableDiffusionXLPAGPipeline, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from test_compatibility import ip_adapter
 
 from vqdm.diffusion.pipelines import load_pipeline, sample
 from vqdm.diffusion.sampling import (
@@ -11,7 +15,7 @@ from vqdm.diffusion.sampling import (
     record_trajectories,
 )
 from vqdm.diffusion.trajectories import Recorder, Trajectories, held_out, join, spread_points
-from vqdm.errors import UserError
+from vqdm.errors import RunError, UserError
 
 PROMPTS = ["a red circle", "a blue star", "a big green heart"]
 
@@ -99,6 +103,135 @@ def test_points_are_spread_over_the_trajectory():
     assert len(points) == len(set(points)) == 24
     assert {s for _, s in points} == set(range(5))
     assert len(spread_points(random_trajectories(), 0)) == 60
+
+
+def rich_unet() -> UNet2DConditionModel:
+    """A UNet that takes class labels and a guidance embedding too."""
+    config = dict(tiny_unet("sdxl").config) | {"num_class_embeds": 3, "time_cond_proj_dim": 4}
+    config.pop("_use_default_values")
+    torch.manual_seed(0)
+    return UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+
+
+def rich_call(step: int = 0, branches: int = 2, prompts: int = 3) -> dict:
+    """A call with everything that is recorded."""
+    count, generator = branches * prompts, torch.Generator().manual_seed(1)
+    fixed = {
+        "timestep_cond": torch.randn(count, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(count, 5, 64, generator=generator),
+        "class_labels": torch.arange(count) % 3,
+        "encoder_attention_mask": torch.arange(5).repeat(count, 1) < torch.arange(1, count + 1)[:, None],
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(count, 32, generator=generator),
+            "time_ids": torch.ones(count, 6),
+        },
+    }
+    latents = torch.randn(prompts, 4, 8, 8, generator=torch.Generator().manual_seed(10 + step))
+    return {"sample": latents.repeat(branches, 1, 1, 1), "timestep": torch.tensor(900 - 300 * step), **fixed}
+
+
+def positional(unet, call: dict):
+    first = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond")
+    rest = {name: value for name, value in call.items() if name not in first}
+    return unet(*(call[name] for name in first), return_dict=False, **rest)[0]
+
+
+@pytest.mark.parametrize("make", [lambda unet, call: unet(**call).sample, positional], ids=["keywords", "positions"])
+def test_every_recorded_argument_is_replayed(make):
+    unet, outputs = rich_unet(), []
+    with Recorder(unet, 3, outputs=True) as recorder:
+        outputs = [make(unet, rich_call(step)) for step in range(2)]
+    recorded = recorder.trajectories()
+    assert len(recorded.conditioning) == 6
+    for step, output in enumerate(outputs):
+        points = [(n, step) for n in range(3)]
+        torch.testing.assert_close(recorded.expected(points, "cpu"), output)
+        torch.testing.assert_close(unet(**recorded.inputs(points, "cpu", torch.float32)).sample, output)
+    for name in recorded.conditioning:  # each of them changes the output
+        changed = Trajectories(recorded.latents, recorded.timesteps, {**recorded.conditioning})
+        changed.conditioning[name] = changed.conditioning[name].flip(0, 1)
+        changed.conditioning[name] = (
+            changed.conditioning[name] * 2 if name == "time_ids" else changed.conditioning[name]
+        )
+        other = unet(**changed.inputs(points, "cpu", torch.float32)).sample
+        assert not torch.allclose(other, outputs[1], atol=1e-4), name
+
+
+def with_residuals(call: dict) -> dict:
+    shapes = [(16, 8), (16, 8), (16, 4), (32, 4)]
+    residuals = tuple(torch.randn(6, channels, side, side) for channels, side in shapes)
+    return call | {
+        "down_block_additional_residuals": residuals,
+        "mid_block_additional_residual": torch.ones(6, 32, 4, 4),
+    }
+
+
+UNRECORDED = {
+    "cross_attention_kwargs": lambda call: call | {"cross_attention_kwargs": {"scale": 0.5}},
+    "down_block_additional_residuals": with_residuals,
+    "image_embeds": lambda call: (
+        call | {"added_cond_kwargs": call["added_cond_kwargs"] | {"image_embeds": [torch.ones(6, 4)]}}
+    ),
+    "sample, which differs": lambda call: call | {"sample": torch.randn(6, 4, 8, 8)},
+    "timestep, which differs": lambda call: call | {"timestep": torch.arange(6)},
+    "encoder_hidden_states, which has shape": lambda call: (
+        {name: value[:4] if isinstance(value, torch.Tensor) and value.dim() else value for name, value in call.items()}
+        | {"sample": call["sample"][:6]}
+    ),
+}
+
+
+@pytest.mark.parametrize("words", UNRECORDED)
+def test_what_is_not_recorded_is_refused_by_name(words):
+    """Given to the recorder alone; a UNet may complain of them first."""
+    recorder, output = Recorder(rich_unet(), 3), UNet2DConditionOutput(torch.zeros(6, 4, 8, 8))
+    recorder._note(recorder.unet, (), rich_call(), output)
+    with pytest.raises(UserError, match=f"^MODEL's pipeline calls its UNet with {words}"):
+        Recorder(rich_unet(), 3)._note(recorder.unet, (), UNRECORDED[words](rich_call()), output)
+
+
+CHANGES = {
+    "encoder_hidden_states": lambda call: call | {"encoder_hidden_states": call["encoder_hidden_states"] * 2},
+    "text_embeds": lambda call: (
+        call | {"added_cond_kwargs": call["added_cond_kwargs"] | {"text_embeds": torch.zeros(6, 32)}}
+    ),
+    "timestep_cond": lambda call: {name: value for name, value in call.items() if name != "timestep_cond"},
+    "encoder_hidden_states of fewer branches": lambda _: rich_call(1, branches=1),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_conditioning_that_changes_from_step_to_step_is_refused(name):
+    unet = rich_unet()
+    with Recorder(unet, 3) as recorder:
+        unet(**rich_call())
+        recorder._hook.remove()
+        with pytest.raises(UserError, match=f"with {name.split()[0]}, which changes from step to step"):
+            recorder._note(unet, (), CHANGES[name](rich_call(1)), None)
+
+
+def test_an_ip_adapters_images_are_refused_while_the_pipeline_samples(pipelines):
+    pipeline = load(pipelines["sdxl"])
+    weights = ip_adapter(pipeline.unet)
+    pipeline.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    settings = {"num_inference_steps": 1, "ip_adapter_image_embeds": [torch.ones(2, 1, 32)]}
+    with pytest.raises(UserError, match="image_embeds, which is not recorded"):
+        record_trajectories(pipeline, PROMPTS[:1], 0, settings, 1, 0, 1000)
+
+
+def test_a_unet_that_is_another_while_the_pipeline_samples_is_refused(pipelines):
+    """Perturbed attention guidance exchanges attention processors during the call."""
+    pipeline = StableDiffusionXLPAGPipeline.from_pipe(load(pipelines["sdxl"]))
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(UserError, match=r"gives another output .* when called again as recorded"):
+        record_evaluation(pipeline, PROMPTS, 0, {"num_inference_steps": 1}, 3)
+
+
+def test_batches_of_other_timesteps_are_not_joined():
+    one, other = random_trajectories(), random_trajectories()
+    other.timesteps = other.timesteps + 1
+    with pytest.raises(RunError, match="with other timesteps"):
+        join([one, other])
 
 
 def test_recorder_leaves_no_hook(pipelines):

@@ -1,13 +1,15 @@
-"""Starts the four programs at once: a process that has imported everything, and forks for every start.
+"""Starts the programs at once: a process that has imported everything, and forks for every start.
 
 Reads a JSON object a line on standard input and answers with one a line on standard output:
 
 {"start": [script, ...words], "env": {}, "log": path, "file_bytes": limit or null,
- "crash": {"at": n, "signal": s} or null}     → {"pid": n}
+ "crash": {"at": n, "signal": s} or null, "emulated": true or false}     → {"pid": n}
 {"poll": pid}                                 → {"status": exit status, minus the signal that ended it, or null}
 
 With "crash", the program gets the signal as it is about to make its n-th change to the disk: it opens a file for
 writing, fsyncs, renames, or deletes. LOG.changes then says how many there were.
+
+With "emulated", the program finds two emulated GPUs. A script may also be a module of tests that has a `main(words)`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import resource
 import sys
 import traceback
 
-SCRIPTS = ("main_text2image", "finetune", "generate", "metrics")
+import emulated_cuda
+
+SCRIPTS = ("main_text2image", "finetune", "generate", "metrics", "convert")
 CHANGES = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 
 
@@ -69,6 +73,8 @@ def program(order: dict) -> int:
     for target, source in enumerate((null, log, log)):
         os.dup2(source, target)
     os.environ.update(order["env"])
+    if order.get("emulated"):
+        emulated_cuda.install()
     if order.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"],) * 2)
     crash = order.get("crash") or {}
@@ -77,7 +83,7 @@ def program(order: dict) -> int:
 
     parallel.SECONDS_TO_START = 20.0  # a launcher would end at once what waits for a rank that was killed early
     changes = Changes(crash["at"], crash["signal"]) if crash else None
-    status = run_script(sys.modules[script].main, words)
+    status = run_script(importlib.import_module(script).main, words)
     if changes:
         with open(f"{order['log']}.changes", "w") as file:
             file.write(str(changes.count))

@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 FLAGS = shlex.split(
-    "--finetune_nsamples 6 --held_out_nsamples 4 --held_out_points 7 --evaluation_nsamples 3 --visualize_nsamples 0 "
+    "--finetune_nsamples 6 --held_out_nsamples 4 --held_out_points 7 --evaluation_nsamples 2 --visualize_nsamples 0 "
     "--num_inference_steps 2 --xtx_batch_size 2 --finetune_batch_size 5 --local_batch_size 2 --finetune_max_epochs 2 "
     "--finetune_lr 0.005 --lr_warmup_steps 1 --eval_step 2 --finetune_method student+teacher --timestep_sampling error "
-    "--ema_decay 0.5 --finetune_keep_best --device cpu"
+    "--ema_decay 0.5 --no-finetune_keep_best --device cpu"
 )  # two epochs of two steps
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,20 @@ def test_a_bank_that_is_not_worth_its_bits_is_left_out():
 def test_an_impossible_target_names_the_least():
     with pytest.raises(UserError, match=r"--target_bits 0\.5 is too low: codes and scales alone take 1\.250"):
         divided([choices("a", 1.0)], 0.5)
+
+
+def test_shared_codebooks_that_are_too_large_are_named():
+    """Sixteen entries of four values are a quarter of a bit for each of 64×64 weights, and one for 16×64."""
+    small = choices("a", 1.0, 16)
+    with pytest.raises(
+        UserError, match=r"shared codebooks take 1\.000 bits per weight .* and codes and scales 1\.250"
+    ) as e:
+        divided([small], 2.0)
+    assert str(e.value).endswith("choose more layers (--layer_filter), or 2.250 or more")
+    assert divided([small], 2.2501)
+    kinds = [replace(one, spec=one.spec.changed(shared_codebooks=f"linear_{k}")) for k, one in enumerate(small.layers)]
+    with pytest.raises(UserError, match=r"choose --share_codebooks unet, more layers"):
+        divided([replace(small, layers=kinds)], 2.0)
 
 
 def test_samples_fit_into_memory_and_keep_the_order():

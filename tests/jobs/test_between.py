@@ -2,6 +2,7 @@
 
 import shlex
 
+import classroom
 import pytest
 import torch
 from main_text2image import main
@@ -11,6 +12,11 @@ from vqdm.cli import run_script
 from vqdm.errors import UserError
 from vqdm.jobs import between
 from vqdm.jobs.between import turns
+from vqdm.training.config import OptimizerConfig
+from vqdm.training.parameters import stored_types, trainable
+from vqdm.training.points import split
+from vqdm.training.step import Lesson
+from vqdm.training.trainer import Trainer
 from vqdm.training.watching import measure
 
 FAST = shlex.split(
@@ -29,13 +35,13 @@ def test_turns_are_spread_between_the_blocks():
 
 
 def test_blocks_that_are_done_move_and_their_codes_stay(pipelines, prompt_file, tmp_path, monkeypatch):
-    """Also that an interrupted run takes over what was trained."""
+    """Also that an interrupted run takes over what was trained. Evaluates on all points, which twelve can lower."""
     done, real = [], between.train
 
-    def train(lesson, trained, config, points, steps):
+    def train(lesson, trained, config, points, steps, _, types):
         before = {name: tensor.detach().clone() for name, tensor in trained.tensors.items()}
         loss = measure(lesson, points, points.all()).loss
-        real(lesson, trained, config, points, steps)
+        real(lesson, trained, config, points, steps, points.all(), types)
         assert measure(lesson, points, points.all()).loss < loss
         done.append([name for name, tensor in trained.tensors.items() if not torch.equal(before[name], tensor)])
 
@@ -64,3 +70,26 @@ def test_blocks_that_are_done_move_and_their_codes_stay(pipelines, prompt_file, 
     assert torch.equal(plain[f"{key}.codes"], tuned[f"{key}.codes"])
     assert not torch.equal(plain[f"{key}.codebooks"], tuned[f"{key}.codebooks"])
     assert {name: one.dtype for name, one in plain.items()} == {name: one.dtype for name, one in tuned.items()}
+
+
+@pytest.mark.parametrize("harm", ["larger error", "not a number"])
+def test_a_fine_tuning_that_raises_the_held_out_error_is_undone(harm, monkeypatch, caplog):
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    types, real = stored_types(unet), Trainer.step
+
+    def step(self, points, chosen):
+        found = real(self, points, chosen)
+        for name in classroom.NAMES:
+            self.trained.tensors[f"{name}.scales"].data.mul_(3.0 if harm == "larger error" else float("nan"))
+        return found
+
+    monkeypatch.setattr(Trainer, "step", step)
+    config = OptimizerConfig()
+    trained = trainable(unet, config)
+    before = {name: tensor.detach().clone() for name, tensor in trained.tensors.items()}
+    learned, held_out = split(points)
+    lesson = Lesson(unet, None, torch.float32, 8, classroom.ALONE)
+    with caplog.at_level("INFO"):
+        between.train(lesson, trained, config, points, [learned[:4]] * 3, held_out, types)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained.tensors.items())
+    assert "undone: nothing gained" in caplog.text

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.errors import UserError
-from vqdm.jobs.convert import fill
+from vqdm.jobs.convert import fill, new_folder
 from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
 from vqdm.storage import inert
@@ -66,6 +66,22 @@ def test_dequantized_folders_are_plain_and_draw_the_same(quantized, tmp_path, ca
         torch.testing.assert_close(run(UNet2DConditionModel.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_folder_that_another_process_wrote_meanwhile_is_kept(tmp_path):
+    with pytest.raises(UserError, match="has been written by another process meanwhile"), new_folder(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+@pytest.mark.parametrize("part", [".", "unet", "text_encoder"])
+def test_dequantized_folders_are_in_the_type_of_their_source(quantized, tmp_path, part):
+    source, out = tmp_path / "source", tmp_path / "plain"
+    DiffusionPipeline.from_pretrained(quantized, dtype=torch.bfloat16).save_pretrained(source)
+    assert run_script(main, ["dequantize", str(source / part), "--output_dir", str(out)]) == 0
+    tensors = {name: t for path in out.rglob("*.safetensors") for name, t in load_file(path).items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
 def test_dequantized_in_another_type(quantized, tmp_path):
     out = tmp_path / "plain"
     line = ["dequantize", str(quantized / "unet"), "--output_dir", str(out), "--dtype", "bfloat16"]
@@ -106,7 +122,7 @@ def test_a_pickle_of_the_original_becomes_a_quantized_folder(pipelines, tmp_path
         (["pickle", "no/file", "--model", "sdxl", "--trust_pickle"], "pickle no/file is not a file"),
         (["pickle", "README.md", "--model", "sdxl", "--trust_pickle"], "is not a file of torch.save"),
         (["dequantize", "sdxl"], "is not quantized; there is nothing to dequantize"),
-        (["dequantize", "tests"], "tests cannot be loaded"),
+        (["dequantize", "tests"], "SOURCE tests is a folder without model_index.json"),
         (["dequantize", "sdxl", "--trust_pickle"], "--model and --trust_pickle belong to pickle"),
         (["aqlm", "sdxl"], "holds no quantized text encoder"),
         (["aqlm", "sdxl", "--dtype", "float16"], "--dtype belongs to dequantize"),

@@ -16,10 +16,18 @@ from safetensors.torch import load_file
 
 from vqdm.cli import run_script
 from vqdm.config import SamplingConfig
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, output_error, record_evaluation
+from vqdm.diffusion.sampling import (
+    EVALUATION_SEED_OFFSET,
+    error_spread,
+    output_error,
+    point_errors,
+    record_evaluation,
+)
+from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import UserError
 from vqdm.layers.quantized import quantized_layers
 from vqdm.prompts import draw
+from vqdm.training.material import read_material
 from vqdm.training.trainer import Trainer
 
 FAST = shlex.split(
@@ -83,6 +91,11 @@ def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
 
 
+def one_prompt(points: Trajectories, n: int) -> Trajectories:
+    conditioning = {name: value[n : n + 1] for name, value in points.conditioning.items()}
+    return Trajectories(points.latents[n : n + 1], points.timesteps, conditioning, points.outputs[n : n + 1])
+
+
 def test_the_result_is_the_same_pipeline_with_other_numbers(finished, quantized):
     before, after = weights(quantized), weights(finished)
     assert {name: (one.shape, one.dtype) for name, one in before.items()} == {
@@ -108,9 +121,16 @@ def test_summary_measures_what_was_saved(finished, quantized, pipelines, prompt_
     prompts = draw(prompt_file.read_text().splitlines(), 2, 0, "", "")
     settings = SamplingConfig(num_inference_steps=2).call()
     points, _ = record_evaluation(pipeline, prompts, EVALUATION_SEED_OFFSET, settings, 3)
-    for folder, key in ((quantized, "unet_output_error_db_before"), (finished, "unet_output_error_db")):
+    for folder, when, key in ((quantized, "before", "_before"), (finished, "after", "")):
         unet = UNet2DConditionModel.from_pretrained(folder / "unet")
-        assert summary[key] == pytest.approx(output_error(unet, points, 4), abs=0.01)
+        assert summary[f"unet_output_error_db_{when}"] == pytest.approx(output_error(unet, points, 4), abs=0.01)
+        spread = error_spread(*point_errors(unet, points, 4))
+        assert summary[f"unet_output_error_db_by_point{key}"] == pytest.approx(spread, abs=0.01)
+        prompts = [one_prompt(points, n) for n in (0, 1)]
+        median = sum(output_error(unet, one, 4) for one in prompts) / 2
+        assert summary[f"unet_output_error_median_db_{when}"] == pytest.approx(median, abs=0.01)
+    assert summary["unet_output_error_db"] == summary["unet_output_error_db_after"]
+    assert summary["learning_rate"] == 0.005 and summary["step_kept"] == summary["best"]["step"] > 0
     assert summary["unet_output_error_db"] < summary["unet_output_error_db_before"] - 0.3
     size = sum(path.stat().st_size for path in finished.glob("unet/*.safetensors"))
     assert summary["bytes_of_unet"] == size and summary["steps"] == 6 and summary["layers_in_8_bit"] == 1
@@ -159,6 +179,22 @@ def test_a_resumed_run_gives_the_same_bytes(finished, run, tmp_path, monkeypatch
     assert [row.get("loss") for row in left] == [row.get("loss") for row in right]
 
 
+@pytest.mark.parametrize("cache", ["0", "32"])
+def test_a_run_is_resumed_with_less_memory(finished, run, tmp_path, monkeypatch, cache):
+    """Its losses are those of one go but for rounding, though the rest of an epoch is recorded in other batches."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopping_after(3))
+        assert run(out, *EXTRA, "--target_cache_gb", "32" if cache == "0" else "0") == 130
+    for epoch in out.glob("work/epoch-*"):
+        next(epoch.glob("000*-0003.safetensors")).unlink()
+    less = ["--xtx_batch_size", "2", "--local_batch_size", "1", "--visualize_nsamples", "1", "--target_cache_gb", cache]
+    assert run(out, *EXTRA, *less, "--resume") == 0
+    left, right = ([row["loss"] for row in log(folder) if "loss" in row] for folder in (out, finished))
+    assert left == pytest.approx(right, rel=1e-3)
+    assert run(out, *EXTRA, "--finetune_batch_size", "3", "--resume") == 2
+
+
 def test_a_finished_run_is_not_done_again(finished, run):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert run(finished, *EXTRA, "--resume") == 0
@@ -199,12 +235,63 @@ def test_keep_best_takes_the_best_and_not_the_last(run, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(Trainer, "step", step)
-    assert run(tmp_path / "out", "--finetune_keep_best") == 0
+    assert run(tmp_path / "out") == 0
     best = json.loads((tmp_path / "out" / "summary.json").read_text())["best"]
     looks = {row["step"]: row["held_out_loss"] for row in log(tmp_path / "out") if "held_out_loss" in row}
     assert best["loss"] == min(looks.values()) == looks[best["step"]] and 0 < best["step"] < 6
     saved = weights(tmp_path / "out")
     assert all(torch.equal(saved[name], tensor.to(saved[name].dtype)) for name, tensor in seen[best["step"]].items())
+
+
+def ruined(real):
+    """`Trainer.step` that makes the noise that random codes are larger."""
+
+    def step(self, points, chosen):
+        found = real(self, points, chosen)
+        for name in classroom.NAMES:
+            self.trained.tensors[f"{name}.scales"].data.mul_(1.05)
+        return found
+
+    return step
+
+
+@pytest.mark.parametrize("extra", ["", "--ema_decay 0.5", "--update_codes --code_lr 0.3 --code_fraction 0.5"])
+def test_steps_that_do_harm_leave_the_model_as_it_was(run, quantized, tmp_path, capsys, monkeypatch, extra):
+    """By default, to the byte; training ends early, and the last line says that nothing was gained."""
+    monkeypatch.setattr(Trainer, "step", ruined(Trainer.step))
+    flags = f"--eval_step 1 --early_stopping_patience 2 --finetune_lr 1e-5 {extra}"
+    assert run(tmp_path / "out", *shlex.split(flags)) == 0
+    before, after = weights(quantized), weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["step_kept"], summary["steps"], summary["groups_changed"]) == (0, 2, 0)
+    for key in ("unet_output_error_db", "unet_output_error_median_db"):
+        assert summary[f"{key}_after"] == pytest.approx(summary[f"{key}_before"], abs=1e-6)
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("UNet-output error on unseen prompts") and "kept step 0: nothing gained" in last
+
+
+def test_the_last_step_is_kept_on_request(run, quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", ruined(Trainer.step))
+    assert run(tmp_path / "out", "--no-finetune_keep_best", "--max_steps", "2", "--finetune_lr", "1e-5") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["step_kept"], summary["best"]["step"]) == (2, 0)
+    name = f"{classroom.NAMES[0]}.scales"
+    assert not torch.equal(weights(quantized)[name], weights(tmp_path / "out")[name])
+
+
+def test_prompts_that_are_evaluated_on_are_neither_trained_on_nor_held_out(prompt_file, tmp_path, caplog):
+    """Also where both files are one; a prompt that is in the file twice is not trained on where it is held out."""
+    prompts = prompt_file.read_text().splitlines()
+    twice = tmp_path / "twice.txt"
+    twice.write_text("\n".join([*prompts, *prompts]))
+    words = ["model", "quantized", str(twice), str(prompt_file), *FAST, "--evaluation_nsamples", "3"]
+    with caplog.at_level("INFO"):
+        material = read_material(finetune.to_config(vars(finetune.build_parser().parse(words))))
+    parts = [set(material.training), set(material.held_out), set(material.evaluation)]
+    assert len(parts[2]) == 3 and parts[0] and parts[1]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert "holds 18 prompts beside 6 that are evaluated on" in caplog.text
 
 
 def test_an_epoch_that_gains_little_is_the_last(run, tmp_path):
@@ -230,6 +317,7 @@ def test_real_pictures(run, tmp_path, finished):
         (["--finetune_method", "real"], "--real_images FOLDER are given together"),
         (["--held_out_nsamples", "12"], "--held_out_nsamples is 12, but"),
         (["--finetune_nsamples", "9"], "--finetune_nsamples is 9, but"),
+        (["--evaluation_nsamples", "12"], "holds 0 prompts beside 12 that are evaluated on"),
         (["--finetune_batch_size", "13"], "--finetune_batch_size is 13, but an epoch has 12 points"),
         (["--visualize_nsamples", "3"], "--visualize_nsamples 3 is more"),
     ],
@@ -250,21 +338,63 @@ def test_every_flag_reaches_the_settings():
     flags = "--finetune_lr 0.1 --ema_decay 0.9 --codebook_lr 2 --decode call --guidance_scale 0 --use_checkpointing"
     config = finetune.to_config(vars(finetune.build_parser().parse(["a", "b", "c", "d", *shlex.split(flags)])))
     assert (config.optimizer.finetune_lr, config.optimizer.ema_decay, config.optimizer.codebook_lr) == (0.1, 0.9, 2.0)
+    assert (
+        config.finetune_keep_best
+        and not finetune.to_config(
+            vars(finetune.build_parser().parse(["a", "b", "c", "d", "--no-finetune_keep_best"]))
+        ).finetune_keep_best
+    )
     assert (config.decode, config.sampling.guidance_scale, config.use_checkpointing) == ("call", 0.0, True)
     with pytest.raises(UserError, match="--lr is not a flag here: it is called --finetune_lr"):
         finetune.build_parser().parse(["a", "b", "c", "d", "--lr", "1e-6"])
+    with pytest.raises(UserError, match="'fast' is not a number; allowed are numbers from 0 to 1, and auto"):
+        finetune.build_parser().parse(["a", "b", "c", "d", "--finetune_lr", "fast"])
     with pytest.raises(UserError, match="invalid choice"):
         finetune.build_parser().parse(["a", "b", "c", "d", "--lr_scheduler", "sawtooth"])
 
 
-@pytest.mark.parametrize(("after", "worse"), [(-31.5, False), (-29.5, True)])
-def test_a_result_that_is_worse_is_called_so(after, worse):
+def reported(**changes) -> str:
+    """The last line of a run that began at -30 dB, -35 dB of the median prompt, and took seven steps."""
     config = finetune.to_config(vars(finetune.build_parser().parse(["m", "q", "c", "e", "--update_codes"])))
-    changes = {"steps": 7, "groups": 200, "groups_changed": 3}
-    told = finetune.report(config, changes | {"unet_output_error_db_before": -30.0, "unet_output_error_db": after})
-    line = f"UNet-output error -30.00 dB before, {after:.2f} dB after 7 steps, 1.50 % of the groups have other codes"
-    assert told.splitlines()[0] == line and "python generate.py m out/finetuned e" in told
-    assert ("try a lower --finetune_lr, and --finetune_keep_best" in told) == worse
+    summary = {
+        "steps": 7,
+        "step_kept": 7,
+        "learning_rate": 5e-4,
+        "learning_rate_reductions": 0,
+        "groups": 200,
+        "groups_changed": 3,
+    }
+    summary |= {"unet_output_error_db_before": -30.0, "unet_output_error_median_db_before": -35.0}
+    lines = finetune.report(config, summary | changes).splitlines()
+    assert any("python generate.py m out/finetuned e" in line for line in lines)
+    return lines[-1]
+
+
+def test_the_last_line_says_what_was_gained():
+    line = reported(unet_output_error_db_after=-31.5, unet_output_error_median_db_after=-36.25)
+    assert line == (
+        "UNet-output error on unseen prompts: sum -30.00 dB before, -31.50 dB after; median -35.00 dB before, "
+        "-36.25 dB after; learning rate 0.0005; kept step 7 of 7, 1.50 % of the groups have other codes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("db", "median", "words"),
+    [
+        (-29.5, -36.0, "the sum got worse"),
+        (-31.0, -34.0, "the median got worse"),
+        (-29.0, -34.0, "the sum and the med"),
+    ],
+)
+def test_a_result_that_is_worse_is_called_so(db, median, words):
+    line = reported(unet_output_error_db_after=db, unet_output_error_median_db_after=median)
+    assert words in line and "try a lower --finetune_lr" in line
+
+
+def test_a_run_that_gained_nothing_is_called_so():
+    errors = {"unet_output_error_db_after": -30.0, "unet_output_error_median_db_after": -35.0}
+    line = reported(step_kept=0, learning_rate_reductions=3, **errors)
+    assert "learning rate 0.0005, reduced 3×; kept step 0: nothing gained" in line and "worse" not in line
 
 
 def test_codes_learn_and_their_packing_stays(run, quantized, tmp_path, capsys):

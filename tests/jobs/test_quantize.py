@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,16 @@ from conftest import tiny_unet
 from diffusers import DiffusionPipeline
 from main_text2image import main
 from PIL import Image
+from safetensors.torch import load_file
 
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
+from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import select_layers
+from vqdm.jobs import solving
+from vqdm.jobs.recording import hessian_settings
 from vqdm.layers.quantized import quantized_layers
-from vqdm.layers.rounded import rounded_layers
+from vqdm.layers.rounded import round_layer, rounded_layers
 
 FAST = shlex.split(
     "--num_codebooks 2 --nbits_per_codebook 4 --in_group_size 4 --calibration_nsamples 10 --evaluation_nsamples 3 "
@@ -124,6 +129,52 @@ def test_the_first_and_last_convolution_may_be_quantized(pipelines, prompt_file,
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["layers_quantized"] == 3
 
 
+def test_a_run_is_resumed_with_less_memory(finished, pipelines, prompt_file, tmp_path, monkeypatch):
+    """It keeps what is recorded, and its result is that of one go but for rounding."""
+    out, kept = tmp_path / "out", []
+    begin = [
+        "--share_codebooks",
+        "unet",
+        "--layer_filter",
+        r".*(attn1\.to_q|conv1)",
+    ]
+    whole = tmp_path / "whole"
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, whole, *begin)) == 0
+    save = solving.keep
+
+    def killed(job, layer, *result):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        kept.append(layer.name)
+        return save(job, layer, *result)
+
+    monkeypatch.setattr(solving, "keep", killed)
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *begin)) == 130
+    monkeypatch.setattr(solving, "keep", save)
+    recorded = sorted(path.name for path in out.glob("work/calibration/*"))
+    (out / "work" / "calibration" / recorded[-1]).unlink()
+    (out / "work" / "hessians" / "hessians.json").unlink()
+    less = ["--xtx_batch_size", "2", "--hessian_memory_gb", "0.00005", "--visualize_nsamples", "1", "--resume"]
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *begin, *less)) == 0
+    one, other = (json.loads((path / "summary.json").read_text()) for path in (whole, out))
+    assert other["unet_output_error_db"] == pytest.approx(one["unet_output_error_db"], abs=0.3)
+    for before, after in zip(one["layers"], other["layers"], strict=True):
+        assert after["name"] == before["name"] and after["error"] == pytest.approx(before["error"], rel=0.02)
+    changed = [*less, "--hessian_samples_per_input", "3"]
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *begin, *changed)) == 2
+
+
+def test_hessians_hold_for_the_type_that_is_computed_in(pipelines):
+    """Also where the first layer is in 8 bit, whose scales are float16."""
+    pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"], dtype=torch.float32)
+    settings = dict(model=str(pipelines["sdxl"]), calibration_prompts="", evaluation_prompts="", output_dir="")
+    job = SimpleNamespace(config=QuantizeConfig(**settings), unet=pipeline.unet, calibration=["a"])
+    before = hessian_settings(job)
+    round_layer(pipeline.unet, "conv_in")
+    assert hessian_settings(job) == before and before["dtype"] == "torch.float32"
+    assert "xtx_batch_size" not in before
+
+
 def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
     extra = ["--rest_nbits", "8", "--layer_filter", r".*attn1\.to_q"]
     out = tmp_path / "out"
@@ -138,9 +189,40 @@ def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
     assert f"{len(others)} others are in 8 bit" in (out / "README.md").read_text()
     said = capsys.readouterr().out
     assert f"{len(others)} other layers" in said
-    half = sum(8 * min(p.element_size(), 2) * p.numel() for p in unet.parameters())
-    assert f"{half / parameters:.3f} over the whole UNet" in said
+    assert f"{bits / parameters:.3f} over the whole UNet" in said
     assert json.loads((finished / "summary.json").read_text())["layers_in_8_bit"] == 0
+
+
+SAVED = {
+    "float32 in bfloat16": (torch.float32, True, "bfloat16", torch.bfloat16),
+    "float32 in float32": (torch.float32, True, "float32", torch.float32),
+    "bin in bfloat16": (torch.float32, False, "bfloat16", torch.bfloat16),
+    "float16 in float32": (torch.float16, True, "float32", torch.float16),
+    "float16 bin in float32": (torch.float16, False, "float32", torch.float16),
+}
+
+
+@pytest.mark.parametrize(("stored", "safe", "dtype", "saved"), SAVED.values(), ids=SAVED)
+def test_results_are_in_the_type_computed_in_and_no_wider(
+    pipelines, prompt_file, tmp_path, capsys, stored, safe, dtype, saved
+):
+    """So that the size that is printed first is that on disk; the codes' own tensors are float16."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"], dtype=stored)
+    pipeline.save_pretrained(model, safe_serialization=safe)
+    assert bool(list(model.glob("unet/*.bin"))) != safe
+    extra = ["--dtype", dtype, "--layer_filter", r"(mid_block|up_blocks.0).*attn1\.to_q", "--snapshot_step", "1"]
+    assert run_script(main, command(model, prompt_file, out, *extra)) == 0
+    files = [*out.glob("*/*.safetensors"), *out.glob("snapshots/*/unet/*.safetensors")]
+    for file in files:
+        floats = {name: tensor.dtype for name, tensor in load_file(file).items() if tensor.is_floating_point()}
+        assert {kind for name, kind in floats.items() if not name.endswith((".codebooks", ".scales"))} == {saved}
+    assert len(files) == 6
+    held = sum(tensor.nbytes for tensor in load_file(next(out.glob("unet/*.safetensors"))).values())
+    assert f"about {held / 1e6:.2f} MB instead of" in capsys.readouterr().out
+    summary, parameters = json.loads((out / "summary.json").read_text()), pipeline.unet.num_parameters()
+    assert summary["effective_bits_unet"] == pytest.approx(8 * held / parameters)
+    assert summary["bytes_of_original_unet"] == sum(path.stat().st_size for path in model.glob("unet/*model*"))
 
 
 def test_student_latents_snapshots_and_hooks(pipelines, prompt_file, tmp_path):
@@ -234,12 +316,14 @@ def nan_pipeline(folder, target, name):
         ("sdxl", ["--device", "cuda:99"], 2, "--device cuda:99 cannot be used"),
         ("sdxl", ["--output_dir", "tests"], 2, "is not a run of vqdm"),
         ("sdxl", ["--min_timestep", "1", "--max_timestep", "2"], 2, "no step of the scheduler lies between"),
+        ("quantized", [], 2, "is quantized itself (vqdm); give the full-precision model"),
         ("nan", [], 1, "NaN"),
     ],
 )
-def test_bad_input_is_one_line(pipelines, prompt_file, tmp_path, capsys, model, extra, status, words):
+def test_bad_input_is_one_line(finished, pipelines, prompt_file, tmp_path, capsys, model, extra, status, words):
     if model == "nan":
         model = nan_pipeline(pipelines["sdxl"], tmp_path / "nan", "down_blocks.0.resnets.0.conv1")
-    assert run_script(main, command(pipelines.get(model, model), prompt_file, tmp_path / "out", *extra)) == status
+    model = finished if model == "quantized" else pipelines.get(model, model)
+    assert run_script(main, command(model, prompt_file, tmp_path / "out", *extra)) == status
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1

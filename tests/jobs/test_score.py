@@ -284,6 +284,29 @@ def test_problems_of_pictures_are_counted(tmp_path, capsys):
     assert "pictures that went wrong are among those scored: 8 black" in capsys.readouterr().out
 
 
+def test_images_that_held_nan_are_refused(tmp_path, capsys):
+    """Two black images have a PSNR of 100 dB."""
+    sound, broken = (write_folder(tmp_path / str(name), 0, True, problem=name) for name in (None, "nan"))
+    for words, flag in (([broken, "--reference", sound], "IMAGES"), ([sound, "--reference", broken], "--reference")):
+        assert score(*words, "--metrics", "psnr", out=tmp_path / "out") == 2
+        assert f"{flag} {broken}: 8 of 8 images held NaN and are black" in capsys.readouterr().err
+    assert score(sound, "--reference", broken, "--metrics", "psnr", "--force", out=tmp_path / "out") == 0
+    assert "--reference: pictures that went wrong are among those scored: 8 nan" in capsys.readouterr().out
+
+
+def test_what_a_set_leaves_out_is_a_warning_of_the_result(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.png", "b.gif"):
+        Image.new("RGB", (16, 16), "red").save(folder / name)
+    (folder / "c.heic").write_bytes(b"x")
+    assert score(folder, "--reference", folder, "--metrics", "psnr", "--dry_run", out=tmp_path / "out") == 0
+    line = f"IMAGES: {folder}: left out, in formats that are not read: 1 .heic (the first is 'c.heic')"
+    assert f"warning: {line}" in capsys.readouterr().out
+    assert score(folder, "--reference", folder, "--metrics", "psnr", out=tmp_path / "out") == 0
+    assert result(tmp_path / "out")["pictures"] == 2 and line in result(tmp_path / "out")["warnings"]
+
+
 def test_dry_run_writes_nothing(folders, tmp_path, capsys):
     assert score(folders["FULL"], *SHAPES, "--dry_run", out=tmp_path / "out") == 0
     assert "8 pictures of 4 prompts, clip, on 1" in capsys.readouterr().out and not (tmp_path / "out").exists()

@@ -19,6 +19,13 @@ def hidden(model, ids):
         return model(ids, output_hidden_states=True).hidden_states[-1]
 
 
+def test_a_quantized_model_is_not_quantized_again():
+    pipeline = tiny_pipeline("sdxl")
+    vqdm.quantize_text_encoder(pipeline.text_encoder, pipeline.tokenizer, PROMPTS[:2], FAST)
+    with pytest.raises(ValueError, match=r"CLIPTextModel is quantized itself \(vqdm\); give the full-precision model"):
+        vqdm.quantize_text_encoder(pipeline.text_encoder, pipeline.tokenizer, PROMPTS[:2], FAST)
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
 def test_every_linear_of_the_transformer_is_quantized_and_reported_on(part):
     pipeline = tiny_pipeline("sdxl")

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from processors import compiles
 from test_gather import FORMATS, VARIABLE, WIDTHS, stored_of
 
 from vqdm.additive.code import CodeSpec, pack_codes
-from vqdm.compiled import compiler
 from vqdm.layers import native_decode as native
 from vqdm.layers.stored import Stored
 
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(not compiles(), reason="no C compiler that works")
 SIZES = [CodeSpec(M, 5, g) for M in (1, 2, 3, 4, 5) for g in (1, 4, 6, 8, 16)] + [
     CodeSpec(16, 16, 8),
     CodeSpec(8, 7, 8),

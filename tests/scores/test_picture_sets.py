@@ -6,9 +6,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from vqdm.errors import UserError
+from vqdm.errors import RunError, UserError
 from vqdm.scores.picture_sets import open_pictures
 
 
@@ -114,3 +114,109 @@ def test_a_manifest_of_a_zip_file_is_bounded_and_damage_is_said(result, monkeypa
     (result / "manifest.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="1 of 1 lines are not rows of it"):
         open_pictures(zipped(result, result.parent), "IMAGES")
+
+
+# --------------------------------------------------------------------------------------- files that people have
+
+
+FORMATS = ("png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "jp2", "avif")
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, *(suffix.upper() for suffix in FORMATS), "Png"])
+def test_formats_that_pillow_reads_are_read(tmp_path, suffix):
+    if suffix.lower() == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow is built without AVIF")
+    Image.new("RGB", (16, 8), (200, 30, 30)).save(tmp_path / f"a.{suffix}")
+    found = open_pictures(str(tmp_path), "IMAGES")
+    (picture,) = found.pictures.values()
+    image = found.load(picture)
+    assert image.size == (16, 8) and image.mode == "RGB" and not found.notes
+    assert np.abs(np.asarray(image).astype(int) - (200, 30, 30)).max() < 12
+
+
+def frames(path):
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    first.save(path, save_all=True, append_images=[second])
+
+
+def files_of(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name, format="PNG")
+
+
+NOTES = {
+    "other formats": (lambda f: files_of(f, "b.heic", "c.HEIC", "d.svg"), "formats that are not read: 2 .heic, 1 .svg"),
+    "no ending": (lambda f: files_of(f, "b"), "not read: 1 without an ending (the first is 'b')"),
+    "hidden": (lambda f: files_of(f, ".b.png", ".cache/c.jpg"), "hidden: 1 .png, 1 .jpg (the first is '.b.png')"),
+    "below": (
+        lambda f: files_of(f, "thumbs/b.png"),
+        "below the others: 1 .png (the first is 'thumbs/b.png')",
+    ),
+    "gif": (lambda f: frames(f / "b.gif"), "animated, of which the first frame is taken: 1 .gif"),
+    "animated png": (lambda f: frames(f / "b.png"), "animated, of which the first frame is taken: 1 .png"),
+    "animated webp": (lambda f: frames(f / "b.webp"), "animated, of which the first frame is taken: 1 .webp"),
+    "pages": (lambda f: frames(f / "b.tiff"), "animated, of which the first frame is taken: 1 .tiff"),
+    "broken link": (lambda f: (f / "b.png").symlink_to("nowhere.png"), "not followed: 1 .png"),
+    "linked folder": (lambda f: (f / "more").symlink_to(f.parent), "not followed: 1 without an ending"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "zip_it"),
+    [(name, zip_it) for name in NOTES for zip_it in (False, True) if not ("link" in name and zip_it)],
+)
+def test_what_is_left_out_is_counted_and_named(tmp_path, name, zip_it):
+    make, words = NOTES[name]
+    folder = tmp_path / "set"
+    files_of(folder, "a.png")
+    make(folder)
+    (note,) = open_pictures(zipped(folder, folder) if zip_it else str(folder), "IMAGES").notes
+    assert note.startswith("IMAGES: ") and words in note
+
+
+def test_what_lies_beside_images_is_not_mentioned(tmp_path):
+    files_of(tmp_path, "a.png", "__MACOSX/._a.png", "._b.png")
+    for name in ("a.txt", "metadata.csv", "stats.npz", "Thumbs.db", ".DS_Store", "README.md"):
+        (tmp_path / name).write_bytes(b"x")
+    assert not open_pictures(str(tmp_path), "IMAGES").notes
+
+
+def test_images_that_the_manifest_does_not_name_are_counted(result):
+    files_of(result, "grids/p0.png")
+    (note,) = open_pictures(str(result), "IMAGES").notes
+    assert "not named by the manifest: 1 .png (the first is 'grid.png')" in note
+
+
+def test_a_set_of_unread_formats_says_what_it_holds(tmp_path):
+    files_of(tmp_path, "a.heic", "b.heic")
+    with pytest.raises(UserError, match=r"holds no picture .*; left out, in formats that are not read: 2 .heic"):
+        open_pictures(str(tmp_path), "IMAGES")
+
+
+def test_the_first_frame_is_what_is_scored(tmp_path):
+    frames(tmp_path / "a.gif")
+    found = open_pictures(str(tmp_path), "IMAGES")
+    assert found.load(found.pictures["a", 0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_values_of_32_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    found = open_pictures(str(tmp_path), "IMAGES")
+    with pytest.raises(RunError, match="it has values of 32 bits; save it with 8 or 16"):
+        found.load(found.pictures["a", 0])
+
+
+def test_arrays_are_no_images(tmp_path):
+    np.savez(tmp_path / "batch.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="holds arrays, not images; give a folder or zip file"):
+        open_pictures(str(tmp_path / "batch.npz"), "IMAGES")
+
+
+def test_a_zip_file_with_a_name_twice_is_refused(tmp_path):
+    files_of(tmp_path, "a.png")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for _ in range(2):
+            archive.write(tmp_path / "a.png", "a.png")
+    with pytest.raises(UserError, match=r"it holds 'a.png' twice"):
+        open_pictures(str(tmp_path / "set.zip"), "IMAGES")

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_unet
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.quantizers import auto
+from numerics import assert_close_outputs, assert_same_tensors
 from safetensors.torch import load_file, save_file
 from test_quantized import SPECS, random_code
 
@@ -16,6 +17,7 @@ from vqdm.layers.quantized import QuantizedConv2d, cast_plain, quantized_layers,
 from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.storage.hf import VqdmConfig, mark_quantized
 
+pytestmark = pytest.mark.usefixtures("odd_addresses")
 VICTIM = "mid_block.resnets.0.conv1.codebooks"
 ROUNDED_VICTIM = "time_embedding.linear_1.values"
 
@@ -52,10 +54,8 @@ def test_round_trip_is_exact(tmp_path, spec):
     unet = quantized_unet(spec)
     unet.save_pretrained(tmp_path)
     again = UNet2DConditionModel.from_pretrained(tmp_path)
-    before, after = unet.state_dict(), again.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(run(unet), run(again))
+    assert_same_tensors(again, unet)
+    assert_close_outputs(run(again), run(unet))
 
 
 def test_layers_may_differ(tmp_path):
@@ -75,7 +75,8 @@ def test_whole_pipeline_with_stock_diffusers(tmp_path, pipelines):
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     again = StableDiffusionXLPipeline.from_pretrained(tmp_path)
     assert isinstance(again.unet.mid_block.resnets[0].conv1, QuantizedConv2d)
-    assert torch.equal(picture(pipeline), picture(again))
+    assert_same_tensors(again.unet, pipeline.unet)
+    assert_close_outputs(picture(again), picture(pipeline))
 
 
 def test_without_the_format_known_loading_fails_and_names_it(tmp_path, pipelines, monkeypatch):
@@ -93,7 +94,7 @@ def test_device_maps(tmp_path, device_map):
     unet = quantized_unet(rest_nbits=8)
     unet.save_pretrained(tmp_path)
     again = UNet2DConditionModel.from_pretrained(tmp_path, device_map=device_map, dtype=torch.float32)
-    assert torch.equal(run(again), run(unet))
+    assert_close_outputs(run(again), run(unet))
 
 
 def test_a_device_map_that_spills_to_disk(tmp_path):
@@ -104,7 +105,7 @@ def test_a_device_map_that_spills_to_disk(tmp_path):
     options = {"device_map": parts, "offload_folder": tmp_path / "disk", "dtype": torch.float32}
     again = UNet2DConditionModel.from_pretrained(tmp_path / "unet", **options)
     assert again.mid_block.resnets[0].conv1.codes.device.type == "meta"
-    assert torch.equal(run(again), run(unet))
+    assert_close_outputs(run(again), run(unet))
 
 
 def test_half_precision_load(tmp_path):
@@ -122,7 +123,8 @@ def test_layers_in_8_bit_come_back(tmp_path, options):
     names = set(rounded_layers(again))
     assert {"time_embedding.linear_1", "add_embedding.linear_2", "mid_block.resnets.1.conv1"} <= names
     assert names == set(rounded_layers(unet)) and not {"conv_in", "conv_out"} & names
-    assert torch.equal(run(unet), run(again)) and torch.equal(run(unet), run(copy.deepcopy(unet)))
+    assert_same_tensors(again, unet)
+    assert_close_outputs(run(again), run(unet))
     unet.dequantize()
     assert not rounded_layers(unet) and (run(unet.float()) - run(again)).norm() < 0.02 * run(again).norm()
 
@@ -152,7 +154,9 @@ def test_variable_rate_is_version_3_and_round_trips(tmp_path):
     unet = variable_unet()
     unet.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 3
-    assert torch.equal(run(unet), run(UNet2DConditionModel.from_pretrained(tmp_path)))
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert_same_tensors(again, unet)
+    assert_close_outputs(run(again), run(unet), gain=100)  # the bank's entries are of size one
 
 
 @pytest.mark.parametrize("change", [lambda widths: widths.flip(0) + 1, lambda widths: widths * 0 + 255])
@@ -221,7 +225,9 @@ def test_a_whole_pipeline_in_shards_of_a_variant(tmp_path, pipelines):
 
 def test_a_pickled_checkpoint_is_refused(tmp_path):
     unet = quantized_unet()
-    unet.save_pretrained(tmp_path, safe_serialization=False)
+    unet.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(unet.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is not a safetensors file"):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
@@ -230,14 +236,17 @@ def test_sharded_files_load(tmp_path):
     unet = quantized_unet()
     unet.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert torch.equal(run(unet), run(UNet2DConditionModel.from_pretrained(tmp_path)))
+    assert_same_tensors(UNet2DConditionModel.from_pretrained(tmp_path), unet)
 
 
 def test_variants_and_deepcopy(tmp_path):
     unet = quantized_unet()
     unet.save_pretrained(tmp_path, variant="fp16")
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
-    assert torch.equal(run(UNet2DConditionModel.from_pretrained(tmp_path, variant="fp16")), run(copy.deepcopy(unet)))
+    again = UNet2DConditionModel.from_pretrained(tmp_path, variant="fp16")
+    for twin in (again, copy.deepcopy(again), copy.deepcopy(unet)):
+        assert_same_tensors(twin, unet)
+        assert_close_outputs(run(twin), run(unet))
 
 
 def test_dequantize_gives_a_plain_model(tmp_path):

@@ -86,12 +86,18 @@ def points(unet: nn.Module, prompts: int = 6, steps: int = 4) -> Points:
     return Points([part])
 
 
-def trainer(unet: nn.Module, total: int = 10, local: int = 8, decode: str = "step", updates=None, **options) -> Trainer:
+def trainer(
+    unet: nn.Module,
+    total: int = 10,
+    local: int = 8,
+    decode: str = "step",
+    updates=None,
+    dtype: torch.dtype = torch.float32,
+    **options,
+) -> Trainer:
     """One that moves all parameters of `unet`."""
     config = OptimizerConfig(**({"finetune_lr": 0.02, "lr_warmup_steps": 0} | options))
-    return Trainer(
-        Lesson(unet, None, torch.float32, local, ALONE), trainable(unet, config), config, total, decode, updates
-    )
+    return Trainer(Lesson(unet, None, dtype, local, ALONE), trainable(unet, config), config, total, decode, updates)
 
 
 def codes(unet: nn.Module) -> dict[str, torch.Tensor]:

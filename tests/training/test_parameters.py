@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import classroom
 import pytest
 import torch
@@ -5,8 +7,9 @@ import torch
 from vqdm.errors import RunError, UserError
 from vqdm.layers.banks import BANKS
 from vqdm.training.config import OptimizerConfig
-from vqdm.training.optimizer import rate_factor
-from vqdm.training.parameters import kinds_of, parameter_groups, stored_types, trainable, types_on_disk, write_back
+from vqdm.training.optimizer import LEARNING_RATES, adam, learning_rate, rate_factor, set_rate
+from vqdm.training.parameters import as_stored, kinds_of, stored_types, trainable, types_on_disk, write_back
+from vqdm.training.watching import Errors
 
 
 def test_kinds():
@@ -22,10 +25,11 @@ def test_kinds():
 
 def test_rates_are_relative_but_for_biases():
     unet = classroom.student(classroom.FORMATS["own"])
-    config = OptimizerConfig(finetune_lr=0.01, codebook_lr=1.0, scale_lr=2.0, weight_lr=0.0, bias_lr=0.5)
+    config = OptimizerConfig(codebook_lr=1.0, scale_lr=2.0, weight_lr=0.0, bias_lr=0.5)
     trained = trainable(unet, config)
-    groups = parameter_groups(trained, config)
-    rates = {id(tensor): group["lr"] for group in groups for tensor in group["params"]}
+    optimizer = adam(trained, config)
+    set_rate(optimizer, 0.01)
+    rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
     assert len(rates) == len(trained.tensors) and "conv_in.weight" not in trained.tensors
     for name, tensor in trained.tensors.items():
         size, kind = tensor.detach().square().mean().sqrt().item(), trained.kinds[name]
@@ -52,7 +56,8 @@ def test_types_go_back_to_what_was_stored(tmp_path):
     ("settings", "words"),
     [
         ({"finetune_adam_beta2": 1.0}, "--finetune_adam_beta2 is 1.0"),
-        ({"finetune_lr": 0.0}, "nothing would be trained"),
+        ({"finetune_lr": 0.0}, "--finetune_lr is 0.0; allowed are auto and numbers above 0"),
+        ({"finetune_lr": "fast"}, "--finetune_lr is 'fast'; allowed are auto"),
     ],
 )
 def test_impossible_settings(settings, words):
@@ -78,3 +83,28 @@ def test_stored_values_can_be_measured_in_the_type_that_is_computed_in():
     assert all(held[name].dtype == torch.float32 and torch.equal(held[name], wanted[name]) for name in types)
     write_back(unet, types)
     assert all(held[name].dtype == torch.float16 for name in types)
+
+
+def errors_of(db: float) -> Errors:
+    """Four prompts that are all at `db`."""
+    energy = torch.ones(2, 4, dtype=torch.float64)
+    return Errors(energy * 10 ** (db / 10), energy, energy, torch.arange(4), torch.zeros(4, dtype=torch.int64))
+
+
+def test_the_learning_rate_falls_with_the_error_that_is_left():
+    rates = [learning_rate(OptimizerConfig(), errors_of(db)) for db in (-50.0, -60.0, -70.0)]
+    assert all(one / two == pytest.approx(10**0.5, rel=0.05) for one, two in pairwise(rates))
+    assert [learning_rate(OptimizerConfig(), errors_of(db)) for db in (-200.0, 3.0)] == list(LEARNING_RATES)
+    assert learning_rate(OptimizerConfig(finetune_lr=0.03), errors_of(-60.0)) == 0.03
+
+
+def test_parameters_are_as_stored_inside_and_exact_outside():
+    unet = classroom.student(classroom.FORMATS["own"])
+    types = stored_types(unet)
+    trained = trainable(unet, OptimizerConfig())
+    scales = trained.tensors[f"{classroom.NAMES[0]}.scales"]
+    scales.data.mul_(1 + 1e-5)  # less than float16 distinguishes
+    exact = scales.detach().clone()
+    with as_stored(trained, types):
+        assert torch.equal(scales, exact.half().float()) and not torch.equal(scales, exact)
+    assert torch.equal(scales, exact)

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from vqdm.diffusion.trajectories import Trajectories, join
-from vqdm.training.points import Point, Points, bin_of, drawn, shuffled, spread, timestep_weights
+from vqdm.training.points import Point, Points, bin_of, drawn, shuffled, split, spread, timestep_weights
+from vqdm.training.sources import Chunk, divided
 
 
 def two_parts() -> Points:
@@ -68,3 +69,41 @@ def test_a_spread_has_all_prompts_and_different_timesteps():
     chosen = spread(two_parts(), 6)
     assert len(chosen) == 6 and len({(k, n) for k, n, _ in chosen}) == 3 and len({s for *_, s in chosen}) > 2
     assert spread(two_parts(), 100) == two_parts().all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "steps", "apart"),
+    [(20, 2, {9, 19}), (10, 3, {9}), (3, 2, {2}), (1, 20, {0}), (1, 2, {0})],
+)
+def test_prompts_are_split_whole_where_there_are_several(prompts, steps, apart):
+    latents = torch.zeros(prompts, steps, 1, 1, 1)
+    points = Points([Trajectories(latents, torch.arange(float(steps)), {})])
+    learned, held_out = split(points)
+    assert sorted(learned + held_out) == points.all() and learned and held_out
+    assert {point.prompt for point in held_out} == apart
+    assert prompts == 1 or not apart & {point.prompt for point in learned}
+
+
+def test_a_single_point_is_learned_from_and_evaluated_on():
+    points = Points([Trajectories(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1), {})])
+    assert split(points) == ([Point(0, 0, 0)], [Point(0, 0, 0)])
+
+
+def test_a_spread_does_not_depend_on_how_trajectories_are_batched():
+    whole = join(two_parts().parts)
+
+    def cut(first: int, last: int) -> Trajectories:
+        held = {name: value[first:last] for name, value in whole.conditioning.items()}
+        return Trajectories(whole.latents[first:last], whole.timesteps, held)
+
+    chosen = [[(n, s) for _, n, s in spread(Points([whole]), 6)]]
+    for size in (1, 2):
+        parts = Points([cut(k, k + size) for k in range(0, 3, size)])
+        chosen.append([(size * k + n, s) for k, n, s in spread(parts, 6)])
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
+def test_sources_share_the_trajectories_whatever_the_batch_size():
+    assert divided(["teacher"], 5, 4) == [Chunk("teacher", 5, 4)]
+    assert divided(["teacher", "student"], 10, 5) == [Chunk("teacher", 10, 2), Chunk("student", 12, 3)]
+    assert divided(["teacher", "student", "real"], 0, 2) == [Chunk("student", 0, 1), Chunk("real", 1, 1)]

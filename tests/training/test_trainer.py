@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 
 from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.training.parameters import stored_types, write_back
-from vqdm.training.trainer import Diverged
+from vqdm.training.trainer import SMALLEST_SCALE, Diverged
 from vqdm.training.watching import measure
 
 
@@ -110,15 +110,63 @@ def test_average_follows_its_formula():
     torch.testing.assert_close(trainer.average.tensors[name], wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_stay_in_float32_under_autocast(dtype):
     points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["shared"])
     exact = classroom.trainer(classroom.student(classroom.FORMATS["shared"]))
-    trainer = classroom.trainer(unet)
-    trainer.lesson = trainer.lesson.__class__(unet, None, dtype, 8, classroom.ALONE)
+    trainer = classroom.trainer(unet, dtype=dtype)
     found, wanted = (one.step(points, points.all()[:4]) for one in (trainer, exact))
     assert found.loss != wanted.loss and found.loss == pytest.approx(wanted.loss, rel=0.05)
     assert all(tensor.dtype == tensor.grad.dtype == torch.float32 for tensor in trainer.trained)
+
+
+class Overflowing(CodeUpdates):
+    """Has an infinite gradient, of a decoded weight alone, in the first step."""
+
+    overflowed = False
+
+    def gradients(self) -> list[torch.Tensor]:
+        found = super().gradients()
+        if not self.overflowed:
+            self.overflowed, found[0][0, 0] = True, torch.inf
+        return found
+
+
+FROZEN = {
+    "codes and the rest": {"codebook_lr": 0.0, "scale_lr": 0.0},
+    "codes alone": {"codebook_lr": 0.0, "scale_lr": 0.0, "weight_lr": 0.0, "bias_lr": 0.0},
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize(("dtype", "decode"), [(torch.float32, "call"), (torch.float16, "step")])
+def test_infinite_gradients_of_codes_are_seen(dtype, decode, frozen):
+    """float16 skips the step and takes a smaller scale; other types cannot be helped."""
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    updates = Overflowing(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5))
+    trainer = classroom.trainer(unet, 20, decode=decode, updates=updates, dtype=dtype, **FROZEN[frozen])
+    before = {name: tensor.clone() for name, tensor in unet.named_parameters()}
+    chosen = points.all()[:4]
+    if dtype == torch.float16:
+        scale = 2.0**16  # that scalers begin with
+        assert trainer.step(points, chosen).codes == {}
+        assert trainer.scaler.get_scale() == scale / 2
+    else:
+        with pytest.raises(Diverged, match="the gradient is not finite at step 1"):
+            trainer.step(points, chosen)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.named_parameters())
+    assert all(drift.u.isfinite().all() for drift in updates.drifts.values())
+    assert sum(trainer.step(points, chosen).codes["groups_changed"] for _ in range(3)) > 0
+
+
+def test_a_gradient_that_overflows_at_every_scale_ends_training():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    trainer = classroom.trainer(unet, dtype=torch.float16)
+    unet.conv_in.bias.register_hook(lambda gradient: gradient * torch.inf)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4 * SMALLEST_SCALE)
+    with pytest.raises(Diverged, match="the gradient is not finite at step 3"):
+        for _ in range(9):
+            trainer.step(points, points.all()[:1])
 
 
 def test_gradient_checkpointing_changes_nothing():

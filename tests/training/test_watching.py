@@ -1,11 +1,13 @@
 import io
 import json
+import statistics
 
 import classroom
 import pytest
 from PIL import Image
 
-from vqdm.diffusion.sampling import output_error
+from vqdm.diffusion.sampling import error_spread, output_error, point_errors
+from vqdm.diffusion.trajectories import Trajectories
 from vqdm.training.watching import BINS, Speed, duration, loss_plot, measure, read_log
 
 
@@ -19,6 +21,23 @@ def test_errors_are_those_of_the_whole_and_of_each_quarter():
         assert db == pytest.approx(output_error(unet, part.between(250 * k, 250 * k + 250), 4), abs=1e-3)
     few = measure(trainer.lesson, points, [point for point in points.all() if point.step == 0])
     assert few.db_by_timestep[:3] == [None] * 3 and few.loss_by_timestep == pytest.approx([few.loss] * BINS)
+
+
+def test_the_median_is_over_prompts_and_the_spread_over_outputs():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    points.parts[0].outputs[0] *= 30  # an outlier
+    trainer = classroom.trainer(unet)
+    errors, part = measure(trainer.lesson, points, points.all()), points.parts[0]
+    assert errors.by_point == pytest.approx(error_spread(*point_errors(unet, part, 4)), abs=1e-3)
+    each = []
+    for n in range(len(part.latents)):
+        one = Trajectories(
+            part.latents[n : n + 1], part.timesteps, {k: v[n : n + 1] for k, v in part.conditioning.items()}
+        )
+        one.outputs = part.outputs[n : n + 1]
+        each.append(output_error(unet, one, 4))
+    assert errors.median_db == pytest.approx(statistics.median(each), abs=1e-3)
+    assert errors.figures == {"db": errors.db, "median_db": errors.median_db} and errors.median_db < errors.db - 1
 
 
 def test_a_log_is_cut_where_a_run_goes_on(tmp_path):

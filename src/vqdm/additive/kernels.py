@@ -41,7 +41,8 @@ def best_entries(
         blocks = _blocks(B, K, d, count)
         grid = (triton.cdiv(N, blocks["BLOCK_N"]), *(layers or [1]))
         arguments = residuals.contiguous(), codebook.contiguous(), distances, picks, N, d, K, B
-        _best_entries[grid](*arguments, count=count, PRECISION=precision, **blocks)
+        with torch.cuda.device_of(residuals):  # Triton launches on the current device, whatever its tensors lie on
+            _best_entries[grid](*arguments, count=count, PRECISION=precision, **blocks)
     return distances, picks // K, picks % K
 
 

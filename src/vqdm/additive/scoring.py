@@ -24,7 +24,10 @@ PATHS = ("auto", "torch", "native", *PRECISIONS)
 
 BestEntries = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
+SCORES_AT_ONCE = 2**27  # that torch holds where the kernel fails
+
 _wanted: str | None = None
+_failed_shapes: dict[tuple, set[tuple]] = {}  # (device, path) → shapes
 
 
 def set_scoring(path: str | None) -> None:
@@ -36,7 +39,8 @@ def set_scoring(path: str | None) -> None:
 def fused_scoring(vectors: Tensor) -> BestEntries | None:
     """`kernels.best_entries` where it serves `vectors`, else None: plain torch does, and always for other than float32.
 
-    Unless told otherwise CUDA takes the kernel in full float32, or where Triton does not work, torch with a warning.
+    By default CUDA takes the kernel in full float32, or torch with a warning: where Triton does not work at all, and at
+    shapes that the kernel fails at.
 
     Raises:
         UserError: the kernel is asked for by name and does not work.
@@ -46,7 +50,45 @@ def fused_scoring(vectors: Tensor) -> BestEntries | None:
         return None
     if reason := _failure(vectors.device, path):
         raise UserError(f"{ENVIRONMENT} is {path}, which does not work on {vectors.device}: {reason}")
-    return _kernel(path)
+    return partial(_kernel_or_torch, path)
+
+
+def _kernel_or_torch(path: str, residuals: Tensor, codebook: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.best_entries`, or `torch_best_entries` if the kernel has failed at this shape.
+
+    Small problems work nearly always; with long vectors or wide beams a GPU may lack registers or shared memory.
+
+    Raises:
+        UserError: the kernel is asked for by name and fails.
+    """
+    device, (B, d), K = residuals.device, residuals.shape[-2:], codebook.shape[-2]
+    failed = _failed_shapes.setdefault((device, path), set())
+    if (B, d, K, count) not in failed:
+        try:
+            return _kernel(path)(residuals, codebook, count)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what a compiler or a driver may raise is not known
+            words = f"for {B} hypotheses, {d} values and {K} entries on {device}: {_reason(error)}"
+            if (_wanted or os.environ.get(ENVIRONMENT, "auto")) != "auto":
+                raise UserError(f"{ENVIRONMENT} is {path}, which does not work {words}") from None
+            level = logging.DEBUG if failed else logging.WARNING
+            log.log(level, "scoring by torch, slower than Triton, which fails %s", words)
+            failed.add((B, d, K, count))
+    return torch_best_entries(residuals, codebook, count)
+
+
+def torch_best_entries(residuals: Tensor, codebook: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.best_entries` in plain torch, with products in float32; of equal distances any are taken."""
+    K, norms = codebook.shape[-2], codebook.square().sum(-1)[..., None, None, :]  # [..., 1, 1, K]
+    layers, at_once = residuals.shape[:-3].numel(), SCORES_AT_ONCE // (residuals.shape[-2] * K)
+    found = []
+    for part in residuals.split(max(1, at_once // layers), dim=-3):
+        scores = part.square().sum(-1, keepdim=True) + norms - 2 * part @ codebook[..., None, :, :].mT  # [..., n, B, K]
+        scores = scores.flatten(-2)
+        found.append(scores.topk(min(count, scores.shape[-1]), dim=-1, largest=False, sorted=False))
+    distances, picks = (torch.cat([one[k] for one in found], dim=-2) for k in range(2))
+    return distances, picks // K, picks % K
 
 
 def native_scoring(vectors: Tensor) -> bool:
@@ -114,8 +156,12 @@ def _failure(device: torch.device, path: str) -> str | None:
     try:
         found, _, _ = _kernel(path)(residuals.to(device), codebook.to(device), 1)
     except Exception as error:  # what a compiler or a driver may raise is not known
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return f"{type(error).__name__}: {_reason(error)}"
     return None if torch.allclose(found.cpu()[:, 0], wanted, rtol=0.02, atol=0.02) else "its results are wrong"
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 @cache

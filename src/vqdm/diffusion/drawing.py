@@ -5,29 +5,17 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
 
 from vqdm.diffusion.pipelines import generators, picture_size
 from vqdm.diffusion.requests import Request
 from vqdm.errors import RunError
+from vqdm.images import Picture, to_pictures
 from vqdm.tracking import say
-
-BLACK, NAN, REPLACED = "black", "nan", "safety_checker"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn picture, and what is wrong with it: None, "black", "nan" or "safety_checker"."""
-
-    image: Image.Image
-    problem: str | None
 
 
 def alike(requests: list[Request]) -> list[list[Request]]:
@@ -100,8 +88,7 @@ def draw(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
         output_type="pt",
         **call_settings(pipeline, batch[0].settings),
     )
-    replaced = getattr(result, "nsfw_content_detected", None) or [False] * len(batch)
-    return [to_picture(one, bool(flag)) for one, flag in zip(result.images.float().cpu(), replaced, strict=True)]
+    return to_pictures(result)
 
 
 def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:
@@ -110,19 +97,6 @@ def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:
     height, width = picture_size(pipeline, given.get("height"), given.get("width"))
     # Some pipelines fall back to their own size unless both sides are given.
     return given | {"height": height, "width": width} if given.keys() & {"height", "width"} else given
-
-
-def to_picture(values: Tensor, replaced: bool = False) -> Picture:
-    """8-bit picture of float values [3, H, W] in [0, 1], rounded as diffusers does; NaN and infinity become black."""
-    finite = bool(values.isfinite().all())
-    pixels = (values.nan_to_num(0, 0, 0).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    if replaced:
-        problem = REPLACED
-    elif not finite:
-        problem = NAN
-    else:
-        problem = None if np.any(pixels) else BLACK
-    return Picture(Image.fromarray(pixels), problem)
 
 
 def settings_used(pipeline: DiffusionPipeline, request: Request, image: Image.Image) -> dict:

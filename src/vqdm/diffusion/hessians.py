@@ -2,10 +2,11 @@
 
 Every token of a Linear and every output position of a Conv2d is one sample; both guidance branches count.
 
-The result is the same to the last bit on any number of processes. A batch gives the same products wherever it is run:
-its samples are drawn with a generator of its own. And sums cannot depend on their order, because they are exact: every
-product is rounded to a multiple of a power of two, the layer's grid, and float64 adds whole numbers below 2^53 without
-error. The grid comes from one call that every process makes; should a sum outgrow it, it is recorded on a coarser one.
+The result is the same to the last bit on any number of processes, and within rounding for any batch size. A point's
+samples are drawn with a generator of its own, in whichever batch it is. And sums cannot depend on their order, because
+they are exact: every product is rounded to a multiple of a power of two, the layer's grid, and float64 adds whole
+numbers below 2^53 without error. The grid comes from one call that every process makes; should a sum outgrow it, it is
+recorded on a coarser one.
 
 Letters: I inputs of the layer seen as a matrix, N samples, C channels.
 """
@@ -13,8 +14,9 @@ Letters: I inputs of the layer seen as a matrix, N samples, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,21 @@ COARSER = 2.0**12
 EXACT_BELOW = 2.0**52  # half of what float64 counts to, for what rounding adds
 
 
+@dataclass(frozen=True)
+class UnetCall:
+    """A function that makes the keyword arguments of a UNet call.
+
+    Attributes:
+        points: numbers of the points it is called on, which are the same whatever the batch size.
+    """
+
+    make: Callable[[], dict]
+    points: Sequence[int]
+
+    def __call__(self) -> dict:
+        return self.make()
+
+
 class Moment:
     """A second moment: the sum of x xᵀ [I, I] in multiples of `grid`, and the number of samples.
 
@@ -38,7 +55,7 @@ class Moment:
         grid: a power of two.
 
     Attributes:
-        share: the part of all samples that is counted, drawn from every batch with its own generator.
+        share: the part of all samples that is counted, drawn for every point with its own generator.
     """
 
     def __init__(self, size: int, device: torch.device, grid: float = 2.0**-20):
@@ -46,16 +63,29 @@ class Moment:
         self.count, self.grid, self.share = 0, grid, 1.0
         self.start(0)
 
-    def start(self, batch: int) -> None:
-        """What is added from here on belongs to this batch."""
-        self.generator = torch.Generator().manual_seed(len(self.total) + (batch << 32))
+    def start(self, *points: int) -> None:
+        """What is added from here on belongs to the points of these numbers, in this order in every branch."""
+        self.points = points
+
+    def drawn(self, images: int, each: int) -> Tensor:
+        """Which rows of a call's inputs are counted, sorted: a share of every point's, at least one.
+
+        Args:
+            images: A·B inputs of A branches and B points, branches outermost.
+            each: L samples of an input.
+        """
+        if self.share >= 1:
+            return torch.arange(images * each)
+        points, rows = len(self.points), []
+        kept = max(1, round(self.share * images * each / points))
+        for place, point in enumerate(self.points):
+            generator = torch.Generator().manual_seed(len(self.total) + (point << 32))
+            chosen = torch.randperm(images // points * each, generator=generator)[:kept]  # of A·L
+            rows.append((chosen // each * points + place) * each + chosen % each)
+        return torch.cat(rows).sort().values
 
     def add(self, samples: Tensor) -> None:
-        """Count `samples` [N, I] in, or their share."""
-        if self.share < 1:
-            kept = max(1, round(self.share * len(samples)))
-            rows = torch.randperm(len(samples), generator=self.generator)[:kept].sort().values
-            samples = samples[rows.to(samples.device)]
+        """Count `samples` [N, I] in."""
         for start in range(0, len(self.total), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             product = samples[:, rows].T @ samples  # [rows, I]
@@ -94,13 +124,17 @@ def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def add_input(moment: Moment, module: nn.Module, x: Tensor, group_channels: bool) -> None:
-    """Count a layer's input in, a few images at a time so that no unfolded copy grows beyond bounds."""
-    if isinstance(module, nn.Linear):
-        moment.add(input_rows(module, x, group_channels))
-        return
-    positions = x.shape[-2] * x.shape[-1] * len(moment.total)
-    for part in x.split(max(1, SAMPLES_AT_ONCE // positions)):
-        moment.add(input_rows(module, part, group_channels))
+    """Count a layer's input in, or its share, a few images at a time so that no unfolded copy grows beyond bounds."""
+    linear, done = isinstance(module, nn.Linear), 0
+    positions = 1 if linear else x.shape[-2] * x.shape[-1] * len(moment.total)
+    for part in x.split(len(x) if linear else max(1, SAMPLES_AT_ONCE // positions)):
+        rows = input_rows(module, part, group_channels)  # [b·L, I]
+        if moment.share < 1:
+            each = len(rows) // len(part)
+            counted = moment.drawn(len(x), each) - done * each
+            rows = rows[counted[(counted >= 0) & (counted < len(rows))].to(rows.device)]
+        done += len(part)
+        moment.add(rows)
 
 
 def sample_count(module: nn.Linear | nn.Conv2d, x: Tensor) -> int:
@@ -208,9 +242,9 @@ def record_hessians(
     Args:
         groups: layers that share an input, as `shared_inputs` finds them.
         first: keyword arguments of a UNet call that shows how large inputs are; every rank makes it.
-        training, held_out: functions that make the keyword arguments of one UNet call each; ranks share the calls, and
-            have the same result.
-        samples_per_input: about this many samples are counted for every input of a layer, spread over all batches;
+        training, held_out: functions that make the keyword arguments of one UNet call each, `UnetCall`s where samples
+            are drawn; another one counts as a single point. Ranks share the calls, and have the same result.
+        samples_per_input: about this many samples are counted for every input of a layer, spread over all points;
             a second moment needs a small multiple of its size. 0 counts all.
         tick: called after every batch of this rank.
 
@@ -234,12 +268,18 @@ def record_hessians(
 
 
 def first_grids(unet: nn.Module, leaders: list[Layer], call: dict) -> dict[str, float]:
-    """By layer name, a grid that suits the inputs that it sees in one UNet call."""
+    """By layer name, a grid that suits the inputs that it sees in one UNet call.
+
+    Raises:
+        RunError: as `record_hessians`.
+    """
     squares, by_name = {}, {layer.name: layer for layer in leaders}
 
     def seen(name: str, module: nn.Module, x: Tensor) -> None:
         rows = input_rows(module, x, by_name[name].spec.group_channels)
         squares[name] = rows.square().mean(0).max().item()
+        if not math.isfinite(squares[name]):
+            raise _not_finite(name)
 
     with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(by_name), seen):
         run(call)
@@ -262,18 +302,21 @@ def record_moments(
     """By layer name, the moment over the calls of all ranks. Raises RunError as `record_hessians`."""
     by_name, device = {layer.name: layer for layer in leaders}, next(unet.parameters()).device
     moments = {name: Moment(layer.columns, device, grids[name]) for name, layer in by_name.items()}
-    wanted = samples_per_input / len(calls)
+    points = [getattr(call, "points", (index,)) for index, call in enumerate(calls)]
+    wanted = samples_per_input / sum(map(len, points))
 
     def seen(name: str, module: nn.Module, x: Tensor) -> None:
         if wanted:
-            moments[name].share = wanted * by_name[name].columns / sample_count(module, x)
+            samples = sample_count(module, x) / len(moments[name].points)
+            moments[name].share = wanted * by_name[name].columns / samples
         add_input(moments[name], module, x, by_name[name].spec.group_channels)
 
     with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(by_name), seen):
         for batch in ranks.share(range(len(calls))):
             for moment in moments.values():
-                moment.start(batch)
+                moment.start(*points[batch])
             run(calls[batch]())
+            _check_finite(moments)  # now rather than after a pass that takes hours
             tick()
     add_up(moments, ranks)
     _check_finite(moments)
@@ -289,8 +332,11 @@ def add_up(moments: dict[str, Moment], ranks: Ranks) -> None:
 
 
 def _check_finite(moments: dict[str, Moment]) -> None:
-    for name, moment in moments.items():
-        if not moment.total.diagonal().isfinite().all():
-            raise RunError(
-                f"layer {name}: its inputs hold NaN or infinity; run the model in another --dtype (float32 or bfloat16)"
-            )
+    finite = torch.stack([moment.total.diagonal().isfinite().all() for moment in moments.values()])
+    for name, sound in zip(moments, finite.tolist(), strict=True):  # one transfer from the GPU for all layers
+        if not sound:
+            raise _not_finite(name)
+
+
+def _not_finite(name: str) -> RunError:
+    return RunError(f"layer {name}: its inputs hold NaN or infinity; use --dtype bfloat16 or float32")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import diffusers
@@ -16,8 +18,12 @@ from safetensors import safe_open
 from torch import nn
 
 from vqdm.config import RunConfig
+from vqdm.diffusion.model_folders import check_place, check_variant, not_found, pickled
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
+from vqdm.images import to_pictures
+from vqdm.layers.quantized import narrowed
+from vqdm.tracking import log, say
 
 SCHEDULERS = {
     "default": None,
@@ -30,8 +36,11 @@ SCHEDULERS = {
 }
 
 
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
+
 # What a model's config.json may declare: layers one after another, entries of a list, and any other number.
 MOST_LAYERS, MOST_ENTRIES, MOST_CHANNELS = 64, 64, 2**20
+MOST_TOKENS = 2**20  # of a prompt, where a tokenizer has a limit at all
 
 
 def pick_device(name: str) -> torch.device:
@@ -54,10 +63,20 @@ def check_float64(device: torch.device) -> None:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on a CPU and float16 elsewhere."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    return getattr(torch, name)
+    """ "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it, and float16 on other GPUs."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float16
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU has units for bfloat16: those of Intel, of NVIDIA from compute capability 8.0 on."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "xpu"
 
 
 def load_pipeline(
@@ -74,7 +93,7 @@ def load_pipeline(
     Raises:
         UserError: MODEL is not a pipeline folder or cannot be had from the hub, or has no UNet.
     """
-    check_model(model)
+    check_model(model, variant)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     offline = local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
@@ -85,15 +104,22 @@ def load_pipeline(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the libraries answer to files of wrong types or shapes
-        raise UserError(f"MODEL {model} cannot be loaded: {first_line(error)}") from None
+        if Path(model).is_dir():
+            raise UserError(f"MODEL {model} cannot be loaded: {first_line(error)}") from None
+        place = f"is not a folder here{not_found(model)}, and cannot be loaded from the hub"
+        raise UserError(f"MODEL {model} {place}: {first_line(error)}") from None
     if not isinstance(getattr(pipeline, "unet", None), nn.Module):
         raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
+    bins = pickled(model) if Path(model).is_dir() else []
+    if bins:
+        say(f"MODEL {model}: {', '.join(bins)}: .bin files are read, as tensors only; there is no .safetensors")
     pipeline.set_progress_bar_config(disable=True)
     set_scheduler(pipeline, scheduler)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
-    return pipeline.to(device)
+    # Half precision may wait on the CPU for a GPU; diffusers warns of it for every component.
+    return pipeline.to(device, silence_dtype_warnings=True)
 
 
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
@@ -102,17 +128,16 @@ def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dt
     return load_pipeline(config.model, device, dtype, scheduler, *where)
 
 
-def check_model(model: str) -> None:
-    """Raise UserError for a folder that is not a pipeline, before anything slow is tried."""
+def check_model(model: str, variant: str | None = None) -> None:
+    """Raise UserError for a path that is not a pipeline folder, or lacks a variant, before anything slow is tried."""
+    check_place(model)
     path = Path(model)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"MODEL {model} is a folder without model_index.json, so not a diffusers pipeline")
     if path.is_dir():
         _check_index(path / "model_index.json", model)
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1 or path.is_file()
-    offline_only = not path.is_dir() and (looks_local or "/" not in model)
-    if offline_only:
-        raise UserError(f"MODEL {model} is not there; give a diffusers pipeline folder, or a hub name like owner/name")
+        check_variant(model, variant)
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1:
+        advice = "give a diffusers pipeline folder, or a hub name like owner/name"
+        raise UserError(f"MODEL {model} is not there{not_found(model)}; {advice}")
 
 
 def _check_index(index: Path, model: str) -> None:
@@ -164,24 +189,52 @@ def local_folder(model: str, revision: str | None) -> Path:
 
 
 def weight_files(model: str, variant: str | None, component: str = "*", revision: str | None = None) -> list[Path]:
-    """Safetensors files of one variant of a pipeline that has been loaded, sorted."""
-    files = sorted(local_folder(model, revision).glob(f"{component}/*.safetensors"))
+    """Weight files of one variant of a pipeline that has been loaded, sorted; `.bin` where there is no safetensors."""
+    folder = local_folder(model, revision)
+    files = sorted(folder.glob(f"{component}/*.safetensors"))
+    safe = {file.parent for file in files}
+    files += [file for file in sorted(folder.glob(f"{component}/*_model*.bin")) if file.parent not in safe]
     if variant:
         return [file for file in files if file.name.partition(".")[2].startswith((f"{variant}.", f"{variant}-"))]
     return [file for file in files if file.name.count(".") == 1]
 
 
-def stored_dtypes(model: str, variant: str | None, revision: str | None = None) -> dict[str, torch.dtype]:
-    """Component name → floating-point type of its files, of a pipeline that has been loaded."""
-    found = {}
-    for file in weight_files(model, variant, revision=revision):
-        with safe_open(file, "pt") as tensors:
-            kinds = {tensors.get_slice(name).get_dtype() for name in list(tensors.keys())[:50]}
-        known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-        floats = [known[kind] for kind in sorted(kinds) if kind in known]
-        if floats:
-            found.setdefault(file.parent.name, floats[0])
+def stored_dtypes(
+    model: str, variant: str | None, revision: str | None = None, component: str = "*"
+) -> dict[str, torch.dtype]:
+    """Component name → the widest type of the weights and biases in its files, of a pipeline that has been loaded.
+
+    Codebooks and scales of quantized layers do not count.
+    """
+    found: dict[str, torch.dtype] = {}
+    for file in weight_files(model, variant, component, revision):
+        kinds = {dtype for name, dtype in dtypes_in(file).items() if name.endswith(("weight", "bias"))}
+        for dtype in kinds:
+            widest = found.setdefault(file.parent.name, dtype)
+            found[file.parent.name] = dtype if dtype.itemsize > widest.itemsize else widest
     return found
+
+
+def dtypes_in(file: Path) -> dict[str, torch.dtype]:
+    """Name of every tensor in 16 or 32-bit floating point in a weight file → its type; no tensor is read."""
+    if file.suffix == ".bin":
+        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        kinds = {name: tensor.dtype for name, tensor in tensors.items()}
+    else:
+        with safe_open(file, "pt") as tensors:
+            kinds = {name: TYPES.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+    return {name: dtype for name, dtype in kinds.items() if dtype in TYPES.values()}
+
+
+@contextmanager
+def saved_types(pipeline: DiffusionPipeline, stored: dict[str, torch.dtype]) -> Iterator[None]:
+    """Inside, every component is in the type that is saved: that it computes in, or a narrower one of its files."""
+    with ExitStack() as narrowing:
+        for name, dtype in stored.items():
+            part = getattr(pipeline, name, None)
+            if isinstance(part, nn.Module):
+                narrowing.enter_context(narrowed(part, dtype))
+        yield
 
 
 def picture_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
@@ -202,19 +255,42 @@ def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]
 
 
+def log_truncated(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> None:
+    """One line where prompts are longer than a text encoder reads: how many, and the first of them."""
+    names = [name for name in pipeline.components if name.startswith("tokenizer")]
+    tokenizers = [part for name in names if (part := getattr(pipeline, name)) is not None]
+    tokenizers = [one for one in tokenizers if one.model_max_length < MOST_TOKENS]
+    every, long = list(dict.fromkeys(prompts)), set()
+    for one in tokenizers:
+        lengths = map(len, one(every).input_ids if every else [])
+        long |= {text for text, length in zip(every, lengths, strict=True) if length > one.model_max_length}
+    if long:
+        most = min(one.model_max_length for one in tokenizers)
+        log.warning(
+            "warning: %d of %d prompts are longer than the %d tokens that a text encoder reads, and are cut off there; "
+            "the first begins %s",
+            *(len(long), len(every), most, shortened(next(text for text in every if text in long))),
+        )
+
+
 @torch.no_grad()
 def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: int, settings: dict) -> list[Image.Image]:
-    """Pictures for a batch of prompts; the k-th uses seed `seed + first + k`.
+    """Images for a batch of prompts, or latents [N, C, h, w]; the k-th uses seed `seed + first + k`.
 
     Args:
         settings: keyword arguments of the pipeline call; None values are left to the pipeline.
 
+    Returns:
+        PIL images, with what is wrong with one in its `info` (see `images`); for `output_type="latent"` a tensor.
+
     Raises:
-        RunError: the UNet gave NaN.
+        RunError: latents hold NaN or infinity.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    given.setdefault("output_type", "pil")
-    result = pipeline(prompt=prompts, generator=generators(seed, range(first, first + len(prompts))), **given).images
-    if isinstance(result, torch.Tensor) and not result.isfinite().all():
+    given.setdefault("output_type", "pt")
+    result = pipeline(prompt=prompts, generator=generators(seed, range(first, first + len(prompts))), **given)
+    if given["output_type"] != "latent":
+        return [picture.image for picture in to_pictures(result)]
+    if not result.images.isfinite().all():
         raise RunError("sampling gave NaN or infinity; run the model in another --dtype (float32 or bfloat16)")
-    return result
+    return result.images

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from vqdm.diffusion.model_folders import not_found, only_variant
 from vqdm.diffusion.pipelines import check_sizes
 from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
@@ -25,7 +26,9 @@ def find_quantized_unet(path: str) -> Path:
     """
     candidates = [folder for folder in (Path(path) / "unet", Path(path)) if (folder / "config.json").is_file()]
     if not candidates:
-        raise UserError(f"QUANTIZED {path} holds neither unet/config.json nor config.json; give what quantizing wrote")
+        what = "" if Path(path).is_dir() else f", since it is not a folder{not_found(path)}"
+        files = "neither unet/config.json nor config.json"
+        raise UserError(f"QUANTIZED {path} holds {files}{what}; give the folder that quantizing wrote")
     try:
         config = read_json(candidates[0] / "config.json")
         check_sizes(config)
@@ -46,8 +49,9 @@ def load_quantized_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionMode
     Raises:
         UserError: the folder cannot be loaded, or nothing in it is quantized.
     """
+    variant = only_variant(folder)  # no flag is needed for the only one that there is
     try:
-        unet = UNet2DConditionModel.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        unet = UNet2DConditionModel.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever diffusers answers to a config.json of wrong types or weights of wrong shapes

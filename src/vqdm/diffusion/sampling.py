@@ -11,12 +11,14 @@ from PIL import Image
 from vqdm.diffusion.pipelines import sample
 from vqdm.diffusion.trajectories import Recorder, Trajectories, batches, join
 from vqdm.errors import RunError, UserError
+from vqdm.images import comparable, problems_of, warn_of_problems
 from vqdm.parallel import Ranks
-from vqdm.scores.fidelity import decibels
+from vqdm.scores.fidelity import PAIR_SCORES, decibels, pair_scores, to_tensor
 from vqdm.tracking import bar
 
 # Pictures for evaluation use seeds far from those of calibration.
 EVALUATION_SEED_OFFSET = 1_000_000
+LARGEST_REPLAY_ERROR = 1e-2  # of the output's energy; rounding in 16 bit is far below
 
 
 def sampled(pipeline, prompts: list[str], seed: int, settings: dict, size: int, what: str) -> Iterator[tuple]:
@@ -63,13 +65,37 @@ def check_timestep_range(scheduler, steps: int | None, low: float, high: float) 
 def record_evaluation(
     pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int
 ) -> tuple[Trajectories, list[Image.Image]]:
-    """The teacher's UNet inputs and outputs, and its pictures."""
+    """The teacher's UNet inputs and outputs, and its pictures.
+
+    Raises:
+        RunError: the UNet gives NaN or infinity, so that nothing can be measured against it.
+    """
     parts, pictures = [], []
     for chunk, draw in sampled(pipeline, prompts, seed, settings, size, "teacher pictures"):
         with Recorder(pipeline.unet, len(chunk), outputs=True) as recorder:
             pictures += draw()
         parts.append(recorder.trajectories())
+        if not (parts[-1].latents.isfinite().all() and parts[-1].outputs.isfinite().all()):
+            raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
+        if len(parts) == 1:
+            check_replay(pipeline.unet, parts[0])
     return join(parts), pictures
+
+
+def check_replay(unet: torch.nn.Module, recorded: Trajectories) -> None:
+    """Call the UNet again on the last step of a recorded batch.
+
+    Raises UserError where its output is not the recorded one: something else changed it, such as other attention while
+    the pipeline samples.
+    """
+    last = [(n, len(recorded.timesteps) - 1) for n in range(len(recorded.latents))]
+    pairs = _errors_and_energies(unet, recorded, last)
+    error, energy = (sum(values) for values in zip(*pairs, strict=True))
+    if error > LARGEST_REPLAY_ERROR * energy:
+        raise UserError(
+            f"MODEL's UNet gives another output ({decibels(error, energy):.1f} dB) when called again as recorded: "
+            "the pipeline changes it while it samples, which is unsupported"
+        )
 
 
 def pictures(
@@ -77,6 +103,22 @@ def pictures(
 ) -> list[Image.Image]:
     """Pictures of every prompt."""
     return [one for _, draw in sampled(pipeline, prompts, seed, settings, size, "student pictures") for one in draw()]
+
+
+def compared_pictures(
+    teacher: list[Image.Image], student: list[Image.Image], prompts: list[str], name: str
+) -> dict[str, float | dict | None]:
+    """`pair_scores` of the pairs that can be compared, None without any; `count` of them, and problems of all.
+
+    Warns of images that went wrong, of the full-precision model and of the `name`d one.
+    """
+    problems = {}
+    for whose, images in (("full-precision", teacher), (name, student)):
+        warn_of_problems(images, prompts, f"the {whose} model")
+        problems[whose.replace("-", "_")] = problems_of(images)
+    pairs = [pair for pair in zip(teacher, student, strict=True) if comparable(*pair)]
+    scores = pair_scores(*map(to_tensor, zip(*pairs, strict=True))) if pairs else dict.fromkeys(PAIR_SCORES)
+    return scores | {"count": len(pairs), "problems": problems}
 
 
 def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int, ranks: Ranks | None = None) -> float:

@@ -3,10 +3,14 @@
 To first order a change Δ of one layer's weight moves the outputs f by J Δ. For random signs v the expected value of
 (vᵀ J Δ)² is ‖J Δ‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for every layer: a pass a recorded point,
 instead of a pass a layer. The effects of layers nearly add up, so that their sum predicts the error of the whole.
+
+In float16 vᵀ J of an inner layer may overflow where that of an outer one is small. A backward pass that overflows is
+repeated with smaller signs, and each layer keeps its first finite result.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vqdm.diffusion.trajectories import Trajectories
+from vqdm.errors import RunError
 from vqdm.parallel import Ranks
+
+SIGN_SIZES = (1.0, 2.0**-6, 2.0**-12, 2.0**-18)  # of v, tried in turn until no gradient overflows
 
 
 def spread_over_noise(trajectories: Trajectories, count: int) -> list[tuple[int, int]]:
@@ -40,6 +47,9 @@ def output_effects(
             They are spread over the ranks, and added up in their order.
         generator: gives the random numbers of the call of a number.
         tick: called after every call of this rank.
+
+    Raises:
+        RunError: the output or a gradient holds NaN or infinity; names the layer.
     """
 
     def effects(index: int) -> tuple[Tensor, float]:
@@ -58,17 +68,38 @@ def _effects_of_call(
 ) -> tuple[Tensor, float]:
     """(vᵀ J Δ)² of every change [layers] on the CPU in float64, and the output's energy."""
     weights = [unet.get_submodule(name).weight for name in changes]
-    output = unet(**call).sample.float()
-    signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
-    gradients = torch.autograd.grad((output * signs).sum(), weights)
-    moved = [(g.float() * change).sum() for g, change in zip(gradients, changes.values(), strict=True)]
-    return torch.stack(moved).double().cpu().square(), output.detach().double().square().sum().item()
+    signs = None
+    moved = torch.full((len(weights),), torch.nan)
+    for size in SIGN_SIZES:
+        # The graph is rebuilt each time: retaining it would also retain what checkpointing recomputes.
+        output = unet(**call).sample.float()
+        if signs is None:
+            signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
+        gradients = torch.autograd.grad((output * signs * size).sum(), weights)
+        found = [(g.float() * change).sum() for g, change in zip(gradients, changes.values(), strict=True)]
+        moved = torch.where(moved.isfinite(), moved, torch.stack(found).cpu() / size)
+        energy = output.detach().double().square().sum().item()
+        if moved.isfinite().all() or not math.isfinite(energy):
+            break
+    _check_finite(dict(zip(changes, moved.tolist(), strict=True)), energy, weights[0].dtype)
+    return moved.double().square(), energy
+
+
+def _check_finite(moved: dict[str, float], energy: float, dtype: torch.dtype) -> None:
+    """Raise RunError where the output's energy or what a layer moves it by is not finite."""
+    advice = f"NaN or infinity in {str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
+    if not math.isfinite(energy):
+        raise RunError(f"the UNet's output holds {advice}")
+    # Gradients flow from the last layer to the first: the last one that overflows is where it began.
+    for name, value in reversed(moved.items()):
+        if not math.isfinite(value):
+            raise RunError(f"layer {name}: the gradient of its weight holds {advice}")
 
 
 @contextmanager
 def following(unet: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """Inside, gradients reach `weights`; on a GPU activations are computed again rather than kept."""
-    checkpointing = weights[0].is_cuda and not unet.is_gradient_checkpointing
+    checkpointing = weights[0].device.type != "cpu" and not unet.is_gradient_checkpointing
     try:
         if checkpointing:
             unet.enable_gradient_checkpointing()

@@ -5,6 +5,7 @@ Letters: N prompts, S steps, A guidance branches (2 with classifier-free guidanc
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqdm.errors import RunError
+from vqdm.errors import RunError, UserError
 from vqdm.storage.atomic import Damaged, load_sealed, save_sealed
 
-CONDITIONING = ("encoder_hidden_states", "timestep_cond")
+CONDITIONING = ("encoder_hidden_states", "timestep_cond", "class_labels", "attention_mask", "encoder_attention_mask")
 ADDED_CONDITIONING = ("text_embeds", "time_ids")
 
 
@@ -86,13 +87,16 @@ class Trajectories:
 class Recorder:
     """Context manager that notes every call of a UNet while a pipeline samples `prompts` images a batch.
 
-    Leaves no hook behind, also after an exception.
+    Leaves no hook behind, also after an exception. Inside, a call raises UserError, naming the argument, that a
+    `Trajectories` cannot hold: with what is not recorded, or is not the same at every step.
     """
 
     def __init__(self, unet: nn.Module, prompts: int, outputs: bool = False):
         self.unet, self.prompts, self.with_outputs = unet, prompts, outputs
         self.latents, self.timesteps, self.outputs = [], [], []
         self.conditioning: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] | None = None  # of the first call, as it was given
+        self._signature = inspect.signature(type(unet).forward)
 
     def __enter__(self) -> Recorder:
         self._hook = self.unet.register_forward_hook(self._note, with_kwargs=True)
@@ -101,26 +105,71 @@ class Recorder:
     def __exit__(self, *_) -> None:
         self._hook.remove()
 
-    def _note(self, _module, args, kwargs, output) -> None:
-        sample = args[0] if args else kwargs["sample"]  # [A·B, C, h, w]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.latents.append(sample[: self.prompts].detach().cpu())
-        self.timesteps.append(torch.as_tensor(timestep).detach().cpu().float().reshape(-1)[0])
+    def _note(self, module, args, kwargs, output) -> None:
+        call = self._signature.bind(module, *args, **kwargs).arguments
+        given = {name: value for name, value in _given(call).items() if name not in ("sample", "timestep")}
+        self._check_same(given)
+        self.latents.append(self._shared(call["sample"], "sample").detach().cpu())
+        timesteps = torch.as_tensor(call["timestep"]).detach().cpu().float().reshape(-1)
+        if (timesteps != timesteps[0]).any():
+            raise _unsupported("timestep", "differs between the images of a batch")
+        self.timesteps.append(timesteps[0])
         if self.with_outputs:
             guess = output[0] if isinstance(output, tuple) else output.sample
-            self.outputs.append(guess.detach().cpu().unflatten(0, (-1, self.prompts)).transpose(0, 1))  # [B, A, ...]
+            self.outputs.append(self._by_prompt(guess, "sample"))
         if not self.conditioning:
-            given = {name: kwargs.get(name) for name in CONDITIONING}
-            given |= {name: (kwargs.get("added_cond_kwargs") or {}).get(name) for name in ADDED_CONDITIONING}
-            self.conditioning = {name: self._by_prompt(value) for name, value in given.items() if value is not None}
+            self.conditioning = {name: self._by_prompt(value, name) for name, value in given.items()}
 
-    def _by_prompt(self, value: Tensor) -> Tensor:
-        return value.detach().cpu().unflatten(0, (-1, self.prompts)).transpose(0, 1).contiguous()  # [B, A, ...]
+    def _check_same(self, given: dict[str, Tensor]) -> None:
+        """Raise UserError unless conditioning is that of the first call."""
+        held = self._given = given if self._given is None else self._given
+        for name in (*held, *given):
+            before, now = held.get(name), given.get(name)
+            if before is None or now is None or before.shape != now.shape or not torch.equal(before, now):
+                raise _unsupported(name, "changes from step to step")
+
+    def _shared(self, sample: Tensor, name: str) -> Tensor:
+        """The latents [B, C, h, w] of [A·B, C, h, w], which are the same in every branch."""
+        branches = self._split(sample, name)
+        if not (branches == branches[:1]).logical_or(branches.isnan()).all():
+            raise _unsupported(name, "differs between the guidance branches")
+        return branches[0]
+
+    def _by_prompt(self, value: Tensor, name: str) -> Tensor:
+        return self._split(value, name).detach().cpu().transpose(0, 1).contiguous()  # [B, A, ...]
+
+    def _split(self, value: Tensor, name: str) -> Tensor:
+        """[A·B, ...] → [A, B, ...]."""
+        if value.dim() == 0 or len(value) % self.prompts:
+            raise _unsupported(name, f"has shape {list(value.shape)} for {self.prompts} prompts")
+        return value.unflatten(0, (-1, self.prompts))
 
     def trajectories(self) -> Trajectories:
         """What was noted, as one batch of trajectories."""
         outputs = torch.stack(self.outputs, dim=1) if self.with_outputs else None
         return Trajectories(torch.stack(self.latents, 1), torch.stack(self.timesteps), self.conditioning, outputs)
+
+
+def _given(call: dict) -> dict[str, Tensor]:
+    """The arguments that change the output of a UNet call, those inside `added_cond_kwargs` by their names.
+
+    Raises UserError, naming the argument, for one that is not recorded.
+    """
+    call = {name: value for name, value in call.items() if name not in ("self", "return_dict") and value is not None}
+    added = {name: value for name, value in (call.pop("added_cond_kwargs", None) or {}).items() if value is not None}
+    rest = {name: value for name, value in call.items() if not (isinstance(value, dict | list | tuple) and not value)}
+    for known, values in ((("sample", "timestep", *CONDITIONING), rest), (ADDED_CONDITIONING, added)):
+        for name, value in values.items():
+            if name not in known or (name != "timestep" and not isinstance(value, Tensor)):
+                raise _unsupported(name, "is not recorded")
+    return rest | added
+
+
+def _unsupported(name: str, why: str) -> UserError:
+    return UserError(
+        f"MODEL's pipeline calls its UNet with {name}, which {why}; vqdm calibrates text-to-image pipelines that give "
+        f"{', '.join((*CONDITIONING, *ADDED_CONDITIONING))}, the same at every step"
+    )
 
 
 def unet_call(latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], device, dtype) -> dict:
@@ -135,12 +184,20 @@ def unet_call(latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor
     }
     for name, value in conditioning.items():
         target = call.setdefault("added_cond_kwargs", {}) if name in ADDED_CONDITIONING else call
-        target[name] = value.transpose(0, 1).flatten(0, 1).to(device, dtype)  # [B, A, ...] → [A·B, ...]
+        kind = dtype if value.is_floating_point() else value.dtype  # labels and masks stay as they are
+        target[name] = value.transpose(0, 1).flatten(0, 1).to(device, kind)  # [B, A, ...] → [A·B, ...]
     return call
 
 
 def join(parts: list[Trajectories]) -> Trajectories:
-    """Concatenate over prompts."""
+    """Concatenate over prompts.
+
+    Raises RunError where they were not all sampled with the same steps and conditioning.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if not torch.equal(part.timesteps, first.timesteps) or part.conditioning.keys() != first.conditioning.keys():
+            raise RunError("the pipeline samples some prompts with other timesteps, or calls its UNet in another way")
     outputs = None if parts[0].outputs is None else torch.cat([part.outputs for part in parts])
     names = parts[0].conditioning
     conditioning = {name: torch.cat([part.conditioning[name] for part in parts]) for name in names}
@@ -152,12 +209,15 @@ def batches(points: list, size: int) -> Iterator[list]:
     yield from (points[i : i + size] for i in range(0, len(points), size))
 
 
-def spread_points(trajectories: Trajectories, steps: int) -> list[tuple[int, int]]:
-    """`steps` points a prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all."""
+def spread_points(trajectories: Trajectories, steps: int, first: int = 0) -> list[tuple[int, int]]:
+    """`steps` points per prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all.
+
+    `first` is the number of the first prompt, where others came before.
+    """
     prompts, total = trajectories.latents.shape[:2]
     if not 0 < steps < total:
         return trajectories.points()
-    return [(n, (k * total // steps + n) % total) for n in range(prompts) for k in range(steps)]
+    return [(n, (k * total // steps + first + n) % total) for n in range(prompts) for k in range(steps)]
 
 
 def held_out(points: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

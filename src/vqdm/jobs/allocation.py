@@ -225,10 +225,12 @@ def divide(
     try:
         chosen = allocate(bits, expected, int(job.config.target_bits * weights) - aside)
     except ValueError:
-        least = sum(min(one) for one in bits) + aside
+        table, coded = bank_bits(fixed + layers) / weights, sum(min(one) for one in bits) / weights
+        others = "" if not fixed else f", and overridden layers {sum(map(layer_bits, fixed)) / weights:.3f}"
         raise UserError(
-            f"--target_bits {job.config.target_bits} is too low: with {LEAST_BITS:g} bit per weight in every layer, "
-            f"scales and the shared table, the layers take {least / weights:.3f}"
+            f"--target_bits {job.config.target_bits} is too low: codes of {LEAST_BITS:g} bit and scales take {coded:.3f} "
+            f"bits per weight, the shared table {table:.3f} of so few weights{others}; choose "
+            f"{coded + aside / weights:.3f} or more, smaller --state_bits, or more layers (--layer_filter)"
         ) from None
     found = [options[k] for options, k in zip(choices, chosen, strict=True)]
     return found, sum(one[k] for one, k in zip(expected, chosen, strict=True))

@@ -101,7 +101,7 @@ def load_codebooks(job: Job, name: str) -> Tensor:
 
 def draw_samples(job: Job, store: HessianStore, layers: list[Layer], config: SolverConfig) -> dict[str, Sample]:
     """By name, rows of some of the layers, drawn with a seed: as many layers as memory holds the Hessians of."""
-    chosen = choose_layers(layers, job.config.hessian_memory_gb, job.config.seed)
+    chosen = choose_layers(layers, job.bank_memory_gb, job.config.seed)
     rows = max(8, GROUPS * config.spec.in_group_size // sum(layer.columns for layer in chosen))
     samples = {}
     for layer in bar(chosen, what="layers of the bank"):

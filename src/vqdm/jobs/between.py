@@ -3,11 +3,14 @@
 Codebooks of the layers' own, scales, biases, norms and plain layers move in the blocks that are done. Codes stay, and
 so do codebooks that layers share, because the codes of later blocks are searched for with them. Later blocks that are
 calibrated on the student see the change; Hessians that were stored of the full-precision model still serve, as they
-depend on nothing that is trained.
+depend on nothing that is trained. A fine-tuning that raises the held-out error is undone.
 """
 
 from __future__ import annotations
 
+import random
+
+import torch
 from torch import Tensor, nn
 
 from vqdm.config import BetweenConfig, QuantizeConfig
@@ -22,15 +25,16 @@ from vqdm.layers.banks import BANKS
 from vqdm.storage.atomic import save_sealed
 from vqdm.tracking import bar, say
 from vqdm.training.config import OptimizerConfig
-from vqdm.training.parameters import Trained, stored_types, trainable, write_back
-from vqdm.training.points import Point, Points, shuffled
-from vqdm.training.sources import Chunk, chunks_of, sampled
+from vqdm.training.loop import is_better
+from vqdm.training.optimizer import learning_rate
+from vqdm.training.parameters import Trained, as_stored, stored_types, trainable, write_back
+from vqdm.training.points import Point, Points, split
+from vqdm.training.sources import Chunk, divided, sampled
 from vqdm.training.step import Lesson
-from vqdm.training.trainer import Trainer
-from vqdm.training.watching import measure
+from vqdm.training.trainer import Diverged, Trainer
+from vqdm.training.watching import Errors, measure
 
 SEED_OFFSET = 4_000_000  # far from the seeds of other points
-EVERY = 7  # of the points, is looked at before and after
 
 
 def turns(count: int, blocks: int) -> list[int]:
@@ -61,8 +65,8 @@ def teacher_points(job: Job) -> Points:
         seed = config.seed + SEED_OFFSET + chunk.first
         return sampled(job.pipeline, job.unet, some, seed, config.sampling.call(), True)
 
-    chunks = chunks_of(["teacher"], 0, len(prompts), config.xtx_batch_size)
-    return recorded(job.folder.work / "finetune", chunks, record, job.ranks)
+    parts = divided(["teacher"], 0, len(prompts))
+    return recorded(job.folder.work / "finetune", parts, config.xtx_batch_size, record, job.ranks)
 
 
 def finetune_between(job: Job, index: int, points: Points) -> None:
@@ -78,28 +82,57 @@ def finetune_between(job: Job, index: int, points: Points) -> None:
     settings = job.config.between
     lesson = Lesson(job.unet, None, dtype, settings.local_batch_size, job.ranks)
     with job.clock("fine-tuning"):
-        train(lesson, trained, config, points, steps_of(points, settings, f"{job.config.seed}:{index}"))
+        learned, held_out = split(points)
+        steps = steps_of(learned, settings, f"{job.config.seed}:{index}")
+        train(lesson, trained, config, points, steps, held_out, types)
     write_back(job.unet, types)
     if job.ranks.main:
         save_sealed(trained.tensors, path)
     job.ranks.wait()
 
 
-def train(lesson: Lesson, trained: Trained, config: OptimizerConfig, points: Points, steps: list[list[Point]]) -> None:
-    """Take the steps, and say what they were good for."""
-    seen = points.all()[::EVERY]
-    trainer, before = Trainer(lesson, trained, config, len(steps)), measure(lesson, points, seen).db
-    for chosen in bar(steps, what="fine-tuning"):
-        trainer.step(points, chosen)
-    after = measure(lesson, points, seen).db
-    say(f"fine-tuned in {len(steps)} steps: error of the UNet's output {before:.2f} dB before, {after:.2f} dB after")
+def train(
+    lesson: Lesson,
+    trained: Trained,
+    config: OptimizerConfig,
+    points: Points,
+    steps: list[list[Point]],
+    held_out: list[Point],
+    types: dict[str, torch.dtype],
+) -> None:
+    """Take the steps, report what they gained on held-out points, and undo them where they gained nothing."""
+    before = measure(lesson, points, held_out)
+    start = {name: tensor.detach().clone() for name, tensor in trained.tensors.items()}
+    trainer = Trainer(lesson, trained, config, len(steps))
+    trainer.learning_rate = learning_rate(config, before)
+    try:
+        for chosen in bar(steps, what="fine-tuning"):
+            trainer.step(points, chosen)
+        with as_stored(trained, types):
+            after = measure(lesson, points, held_out)
+        kept, found = is_better(after, before.figures, before.figures), f"{figures_of(after)} after"
+    except Diverged as error:
+        kept, found = False, f"then {error}"
+    if not kept:
+        for name, tensor in trained.tensors.items():
+            tensor.data.copy_(start[name])
+    say(
+        f"fine-tuned in {len(steps)} steps at learning rate {trainer.learning_rate:g}: held-out error "
+        f"{figures_of(before)} before, {found}{'' if kept else '; undone: nothing gained'}"
+    )
 
 
-def steps_of(points: Points, settings: BetweenConfig, seed: str) -> list[list[Point]]:
+def figures_of(errors: Errors) -> str:
+    return f"{errors.db:.2f} dB (median {errors.median_db:.2f} dB)"
+
+
+def steps_of(learned: list[Point], settings: BetweenConfig, seed: str) -> list[list[Point]]:
     """The points of each step: every point at most once an epoch, what does not fill a batch left out."""
-    size = min(settings.finetune_batch_size, len(points.all()))
-    count = len(points.all()) // size
-    orders = [shuffled(points, None, f"{seed}:{epoch}") for epoch in range(settings.finetune_max_epochs)]
+    size = min(settings.finetune_batch_size, len(learned))
+    count = len(learned) // size
+    orders = [
+        random.Random(f"{seed}:{epoch}").sample(learned, len(learned)) for epoch in range(settings.finetune_max_epochs)
+    ]
     return [order[k * size : (k + 1) * size] for order in orders for k in range(count)]
 
 

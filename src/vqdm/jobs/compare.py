@@ -18,6 +18,7 @@ from vqdm.scores.comparison import (
 )
 from vqdm.scores.pareto import draw_pareto, panels
 from vqdm.storage.atomic import save_bytes, save_text
+from vqdm.storage.locks import locked
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,12 @@ def compare_runs(config: CompareConfig) -> Compared:
     comparison = compare(runs)
     drawn = panels(comparison, config.plot)
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
     writers = {"md": markdown, "tex": latex, "csv": table_csv}
-    for suffix, write in writers.items():
-        save_text(write(comparison), folder / f"comparison.{suffix}")
-    for suffix, data in draw_pareto(comparison, drawn).items():
-        save_bytes(data, folder / f"pareto.{suffix}")
+    with locked(folder):
+        for suffix, write in writers.items():
+            save_text(write(comparison), folder / f"comparison.{suffix}")
+        for suffix, data in draw_pareto(comparison, drawn).items():
+            save_bytes(data, folder / f"pareto.{suffix}")
     unknown = [row.name for row in comparison.runs if row.bits is None]
     lines = [f"not comparable: {line}" for line in differing]
     lines += [f"not in the figure, since no summary.json tells their bits: {', '.join(unknown)}"] if unknown else []

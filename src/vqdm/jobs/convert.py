@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,13 +16,16 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
-from vqdm.diffusion.pipelines import load_pipeline, stored_dtypes
+from vqdm.diffusion.model_folders import check_place, check_variant, not_found, only_variant
+from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
+from vqdm.diffusion.supported import check_full_precision, check_loaded
+from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
-from vqdm.layers.quantized import cast_plain, quantized_layers
+from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
 from vqdm.redaction import without_secrets
 from vqdm.storage.aqlm import export_aqlm
@@ -42,7 +46,8 @@ class ConvertConfig:
         model: the full-precision pipeline that a pickle belongs to.
         trust_pickle: the user's word that the pickle comes from a source they trust.
         dtype: of what "dequantize" writes; "auto" is that of the parts that are not quantized.
-        variant, local_files_only: of `model`.
+        variant: of `model`, or of `source` where it is a folder.
+        local_files_only: of `model`.
 
     Raises:
         UserError: settings that contradict each other, naming the flags.
@@ -97,6 +102,10 @@ def new_folder(path: str) -> Iterator[Path]:
         staged.chmod(0o755)
         yield staged
         staged.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UserError(f"--output_dir {path} has been written by another process meanwhile; choose another") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -106,7 +115,7 @@ def new_folder(path: str) -> Iterator[Path]:
 
 def dequantize(config: ConvertConfig, folder: Path) -> str:
     """The plain model of a quantized pipeline, or of its UNet's or a text encoder's own folder."""
-    source = load_source(config.source)
+    source = load_source(config.source, config.variant)
     parts = models_of(source)
     quantized = {name: part for name, part in parts.items() if quantized_layers(part) or rounded_layers(part)}
     if not quantized:
@@ -135,23 +144,36 @@ def _stored(module: nn.Module) -> list[torch.Tensor]:
     return list(module.stored_tensors().values()) if hasattr(module, "stored_tensors") else []
 
 
-def load_source(path: str) -> DiffusionPipeline | nn.Module:
+def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn.Module:
     """A pipeline, a UNet or a text encoder from its folder, in the types it is stored in.
 
     Raises:
-        UserError: none of these is there, or it cannot be loaded.
+        UserError: none of these is there, it lacks the variant, or it cannot be loaded.
     """
     folder = Path(path)
+    if folder.is_file() or not (folder / "config.json").is_file():
+        check_place(path, "SOURCE")
+    if not folder.is_dir():
+        raise UserError(f"SOURCE {path} is not there{not_found(path)}; give a folder")
     try:
         if (folder / "model_index.json").is_file():
-            return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            check_variant(path, variant, "SOURCE")
+            named = read_json(folder / "model_index.json")
+            stored = {name: dtype for name, dtype in stored_dtypes(path, variant).items() if name in named}
+            dtypes = stored | {"default": torch.float32}
+            return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, variant=variant, local_files_only=True)
+        config = read_json(folder / "config.json")
+        variant = variant or only_variant(folder)
+        own = folder.resolve()
+        dtype = stored_dtypes(str(own.parent), variant, component=own.name).get(own.name, torch.float32)
         if "_class_name" in config:
-            return UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
+            return UNet2DConditionModel.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
         kind = TEXT_CLASSES.get((config.get("architectures") or [None])[0], AutoModel)
-        return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        return kind.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}") from None
 
 
 def models_of(source: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
@@ -166,7 +188,7 @@ def models_of(source: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
 
 def to_aqlm(config: ConvertConfig, folder: Path) -> str:
     """A text encoder in the aqlm format; of a pipeline, each quantized text encoder in a folder of its name."""
-    source = load_source(config.source)
+    source = load_source(config.source, config.variant)
     found = {name: part for name, part in models_of(source).items() if isinstance(part, PreTrainedModel)}
     quantized = {name: part for name, part in found.items() if quantized_layers(part)}
     if not quantized:
@@ -183,6 +205,7 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
     """The pipeline `config.model` with the UNet of a pickle, as a quantized folder."""
     if not Path(config.source).is_file():
         raise UserError(f"pickle {config.source} is not a file")
+    check_full_precision(config.model, None, config.local_files_only, "--model")
     pipeline = load_pipeline(
         config.model,
         torch.device("cpu"),
@@ -190,15 +213,14 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
         variant=config.variant,
         local_files_only=config.local_files_only,
     )
+    check_loaded(pipeline.unet, config.model, "--model")
     with tempfile.TemporaryDirectory() as apart:
         converted = Path(apart) / "unet.safetensors"
         read_apart(config.source, converted)
         fill(pipeline.unet, converted, config.source)
     mark_quantized(pipeline.unet)
-    for name, dtype in stored_dtypes(config.model, config.variant).items():
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            cast_plain(getattr(pipeline, name), dtype)
-    pipeline.save_pretrained(folder)
+    with saved_types(pipeline, stored_dtypes(config.model, config.variant)):
+        pipeline.save_pretrained(folder)
     return f"{len(quantized_layers(pipeline.unet))} layers of the original"
 
 

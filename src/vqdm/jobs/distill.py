@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, pick_dtype
+from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, log_truncated, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.errors import RunError, UserError
 from vqdm.jobs.distill_job import Distillation
 from vqdm.jobs.distill_points import epoch_points, evaluation_points, forget_epochs, held_out_points, keeps_outputs
 from vqdm.jobs.distill_result import draw_pairs, finish
 from vqdm.jobs.plan import predicted_bytes
-from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.storage.fingerprint import folder_fingerprint
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, say
 from vqdm.training.checkpoints import Checkpoints
 from vqdm.training.code_updates import CodeUpdates
-from vqdm.training.config import FinetuneConfig
-from vqdm.training.loop import Course, Looks, Loop
+from vqdm.training.config import AUTO, FinetuneConfig
+from vqdm.training.loop import Course, Loop, Monitor
 from vqdm.training.material import Material, read_material
 from vqdm.training.parameters import KINDS, Trained, trainable, types_on_disk, write_back
 from vqdm.training.points import Points, spread
@@ -38,11 +39,13 @@ from vqdm.training.trainer import Diverged, Trainer
 from vqdm.training.watching import measure, read_log
 from vqdm.versions import versions
 
+ROLE = ", which is the teacher"
 SMALL_RATE = 1e-5  # such as the published 1e-6, which was absolute
 
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
-FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "local_files_only")
+FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "visualize_nsamples", "local_files_only")
+FREE_FIELDS += ("xtx_batch_size",)
 
 
 def distill(config: FinetuneConfig) -> dict | None:
@@ -54,19 +57,23 @@ def distill(config: FinetuneConfig) -> dict | None:
             parameters of a training that diverged become the result all the same.
     """
     material = read_material(config)
-    check_model(config.model)
+    check_model(config.model, config.variant)
+    check_supported(config.model, config.revision, config.local_files_only, role=ROLE)
     source = find_quantized_unet(config.quantized)
-    with launched(config.device) as ranks:
+    with launched(config.device) as ranks, ExitStack() as held:
         check_float64(ranks.device)
         pipeline, student = load(config, ranks, source)
         types = types_on_disk(source)
         trained = trainable(student, config.optimizer)
         say(plan(config, ranks, trained))
-        if config.optimizer.finetune_lr < SMALL_RATE:
+        if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_RATE:
             say(f"--finetune_lr {config.optimizer.finetune_lr} is relative here, and will hardly move anything")
+        if ranks.main:
+            log_truncated(pipeline, [*material.training, *material.held_out, *material.evaluation])
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)
+        held.enter_context(folder.held(ranks))
         if ranks.main:
             folder.open(
                 settings_of(config, material, source), versions(), config.resume, needed_bytes(config, pipeline)
@@ -103,8 +110,7 @@ def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionP
     student = load_quantized_unet(source, torch.float32)
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
     check_fits(student, pipeline.unet, config.quantized, config.model)
-    if quantized_layers(pipeline.unet):
-        raise UserError(f"MODEL {config.model} is quantized itself; give the original model, which is the teacher")
+    check_loaded(pipeline.unet, config.model, role=ROLE)
     pipeline.scheduler.set_timesteps(config.sampling.num_inference_steps or 50)
     steps_an_epoch(config, len(pipeline.scheduler.timesteps))
     if config.real_images:
@@ -148,7 +154,10 @@ def run(job: Distillation, trained: Trained) -> dict | None:
         evaluation, held_out = evaluation_points(job), held_out_points(job)
     with job.clock("evaluation"):
         before = measure(job.lesson, evaluation, evaluation.all())
-    say(f"UNet-output error on {len(job.material.evaluation)} unseen prompts: {before.db:.2f} dB before")
+    say(
+        f"UNet-output error on {len(job.material.evaluation)} unseen prompts before: {before.db:.2f} dB, "
+        f"median {before.median_db:.2f} dB"
+    )
     loop = make_loop(job, trained, held_out)
     fault, whole = None, Stopwatch()
     try:
@@ -157,32 +166,39 @@ def run(job: Distillation, trained: Trained) -> dict | None:
     except Diverged as error:
         fault = error
     job.clock.phases["training"] = round(whole.phases["training"] - job.clock.phases.get("points", 0.0), 3)
-    keep(job, loop, fault)
+    step_kept = keep(job, loop, fault)
     with job.clock("evaluation"):
         after = measure(job.lesson, evaluation, evaluation.all())
-    summary = finish(job, loop, before, after) if job.ranks.main else None
+    summary = finish(job, loop, step_kept, before, after) if job.ranks.main else None
     job.ranks.wait()
     if fault:
         raise RunError(f"{fault}: {kept_words(loop)}, is in {job.folder.path}; try a lower --finetune_lr")
     return summary
 
 
-def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> None:
-    """Leave in the student what is to be saved: the values that are stored, in the type that is computed in."""
+def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> int:
+    """Leave in the student what is to be saved: the values that are stored, in the type that is computed in.
+
+    Returns the step whose parameters they are.
+    """
+    step = loop.trainer.done
     job.ranks.wait()  # the first process has written the best
     if fault or job.config.finetune_keep_best:
-        loop.trainer.restore(loop.checkpoints.load_best(loop.progress.best["step"]))
+        step = loop.progress.best["step"]
+        loop.trainer.restore(loop.checkpoints.load_best(step))
         say(f"kept: {kept_words(loop)}")
     else:
         loop.trainer.average.adopt()
     write_back(job.student, job.types, torch.float32)
     if loop.trainer.updates:
         loop.trainer.updates.close()
+    return step
 
 
 def kept_words(loop: Loop) -> str:
     best = loop.progress.best
-    return f"the best, of step {best['step']} at {best['db']:.2f} dB on held-out points"
+    error = f"{best['db']:.2f} dB, median {best['median_db']:.2f} dB on held-out points"
+    return f"the best, of step {best['step']} at {error}"
 
 
 def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
@@ -193,12 +209,15 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
     lesson = job.lesson
     updates = CodeUpdates(job.student, config.code_updates) if config.code_updates else None
     trainer = Trainer(lesson, trained, config.optimizer, course.total, config.decode, updates)
-    checkpoints = Checkpoints(folder, config.checkpoints_total_limit)
-    looks = Looks(
+    checkpoints = Checkpoints(folder, config.checkpoints_total_limit, job.ranks.device)
+    monitor = Monitor(
         config.eval_step,
         config.checkpointing_steps,
         config.visualize_step,
+        config.finetune_keep_best,
+        config.early_stopping_patience,
         config.finetune_relative_mse_tolerance,
+        job.types,
         lambda step: draw_pairs(job, folder / "pictures" / f"step-{step:06d}.png", config.visualize_nsamples),
     )
     saved = checkpoints.steps()
@@ -206,10 +225,10 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
     if job.ranks.main:
         read_log(log, saved[-1] if saved else -1)
     chosen = spread(held_out, config.held_out_points)
-    loop = Loop(trainer, course, (held_out, chosen), looks, checkpoints, JsonLines(log), job.tracker)
+    loop = Loop(trainer, course, (held_out, chosen), monitor, checkpoints, JsonLines(log), job.tracker)
     if saved:
         loop.resume(saved[-1])
-        say(f"going on after step {saved[-1]} of {course.total}")
+        say(f"continuing after step {saved[-1]} of {course.total}")
     return loop
 
 

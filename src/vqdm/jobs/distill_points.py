@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 
@@ -14,25 +12,27 @@ from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.images import save_png
 from vqdm.jobs.distill_job import Distillation
-from vqdm.jobs.pieces import appear
+from vqdm.jobs.pieces import appear, span_name, spans
 from vqdm.parallel import Ranks
 from vqdm.tracking import bar, say
 from vqdm.training.config import sources
 from vqdm.training.points import Points
-from vqdm.training.sources import Chunk, Studio, chunks_of
+from vqdm.training.sources import Chunk, Studio, divided
 
 HELD_OUT_SEED_OFFSET, TRAINING_SEED_OFFSET = 2_000_000, 3_000_000  # far from those of calibration and evaluation
 
-C = TypeVar("C")
 
-
-def recorded(folder: Path, chunks: Sequence[C], record: Callable[[C], Trajectories], ranks: Ranks) -> Points:
-    """The points of all chunks; those that `folder` lacks are recorded, each by one of the processes.
+def recorded(
+    folder: Path, parts: Sequence[Chunk], size: int, record: Callable[[Chunk], Trajectories], ranks: Ranks
+) -> Points:
+    """The points of all parts, in chunks of at most `size`; those that `folder` lacks are recorded, each by one rank.
 
     Raises:
         RunError: what another process wrote is not here, or damaged.
     """
-    files = [folder / f"part-{k:05d}.safetensors" for k in range(len(chunks))]
+    places = [(part.source, spans(ranks, folder, part.first, part.count, size)) for part in parts]
+    chunks = [Chunk(source, *span) for source, found in places for span in found]
+    files = [folder / f"{span_name(chunk.first, chunk.count)}.safetensors" for chunk in chunks]
     missing = ranks.agreed([k for k, file in enumerate(files) if not file.is_file()])
     for k in bar(ranks.share(missing), what=f"points of {folder.name}"):
         record(chunks[k]).save(files[k])
@@ -60,8 +60,7 @@ def held_out_points(job: Distillation) -> Points:
     prompts, size = job.material.held_out, job.config.xtx_batch_size
     studio = studio_of(job, HELD_OUT_SEED_OFFSET, True)
     studio = Studio(**vars(studio) | {"prompts": lambda first, count: prompts[first : first + count]})
-    chunks = chunks_of(["teacher"], 0, len(prompts), size)
-    return recorded(job.folder.work / "held_out", chunks, studio.record, job.ranks)
+    return recorded(job.folder.work / "held_out", divided(["teacher"], 0, len(prompts)), size, studio.record, job.ranks)
 
 
 def evaluation_points(job: Distillation) -> Points:
@@ -77,7 +76,8 @@ def evaluation_points(job: Distillation) -> Points:
             save_png(picture, folder / f"{chunk.first + k:06d}.png")
         return found
 
-    points = recorded(folder, chunks_of(["teacher"], 0, len(prompts), config.xtx_batch_size), record, job.ranks)
+    parts = divided(["teacher"], 0, len(prompts))
+    points = recorded(folder, parts, config.xtx_batch_size, record, job.ranks)
     if job.ranks.main:
         job.teacher_pictures = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))]
     return points
@@ -88,9 +88,14 @@ def epoch_points(job: Distillation, epoch: int, keep_outputs: bool) -> Points:
     config = job.config
     studio = studio_of(job, TRAINING_SEED_OFFSET, keep_outputs)
     first = epoch * config.finetune_nsamples
-    chunks = chunks_of(sources(config.finetune_method), first, config.finetune_nsamples, config.xtx_batch_size)
-    with job.clock("points"), teacher_at_hand(job, keep_outputs):
-        return recorded(job.folder.work / f"epoch-{epoch:04d}", chunks, studio.record, job.ranks)
+    parts = divided(sources(config.finetune_method), first, config.finetune_nsamples)
+    folder = job.folder.work / f"epoch-{epoch:04d}"
+    with job.clock("points"):
+        job.teacher.to(job.ranks.device)
+        points = recorded(folder, parts, config.xtx_batch_size, studio.record, job.ranks)
+        if all(part.outputs is not None for part in points.parts):  # a run before may have kept none
+            job.teacher.to("cpu")  # where nobody will ask it
+    return points
 
 
 def forget_epochs(job: Distillation, oldest: int) -> None:
@@ -108,14 +113,3 @@ def keeps_outputs(job: Distillation, points: Points) -> bool:
     fits = job.ranks.agreed(need <= 1e9 * job.config.target_cache_gb and 2 * need < free)
     say(f"outputs of the teacher: {need / 1e9:.2f} GB an epoch, {'kept on disk' if fits else 'computed at every step'}")
     return fits
-
-
-@contextmanager
-def teacher_at_hand(job: Distillation, keep_outputs: bool) -> Iterator[None]:
-    """Inside, the teacher is on the device; afterwards it leaves, where nobody will ask it."""
-    job.teacher.to(job.ranks.device)
-    try:
-        yield
-    finally:
-        if keep_outputs:
-            job.teacher.to("cpu")

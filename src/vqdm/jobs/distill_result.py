@@ -8,13 +8,12 @@ from pathlib import Path
 from PIL import Image
 
 from vqdm.diffusion.pipelines import weight_files
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, pictures
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compared_pictures, pictures
 from vqdm.images import pair_sheet, save_png
 from vqdm.jobs.distill_job import Distillation
 from vqdm.layers.quantized import quantized_layers
 from vqdm.layers.rounded import rounded_layers
 from vqdm.redaction import own_command
-from vqdm.scores.fidelity import pair_scores, to_tensor
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.tracking import peak_memory
@@ -22,7 +21,6 @@ from vqdm.training.loop import Loop
 from vqdm.training.parameters import write_back
 from vqdm.training.result import sizes, stage
 from vqdm.training.sources import using
-from vqdm.training.step import computing
 from vqdm.training.trainer import Trainer
 from vqdm.training.watching import Errors, read_log, save_loss_plot
 from vqdm.versions import versions
@@ -34,7 +32,7 @@ def draw_pairs(job: Distillation, path: Path, count: int) -> list[Image.Image]:
     if not (job.ranks.main and count):
         return []
     seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
-    with using(job.pipeline, job.student), computing(job.ranks.device, job.teacher.dtype):
+    with using(job.pipeline, job.student):
         drawn = pictures(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
     shown = config.visualize_nsamples
     if shown:
@@ -45,16 +43,18 @@ def draw_pairs(job: Distillation, path: Path, count: int) -> list[Image.Image]:
     return drawn
 
 
-def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
+def finish(job: Distillation, loop: Loop, step_kept: int, before: Errors, after: Errors) -> dict:
     """Write the pipeline folder, the card, the plots and the summary, then drop the working data."""
     folder, staged = job.folder, job.folder.work / "pipeline"
     drawn = draw_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples)
-    scores = pair_scores(to_tensor(job.teacher_pictures), to_tensor(drawn)) | {"count": len(drawn)}
+    scores = compared_pictures(job.teacher_pictures, drawn, job.material.evaluation, "fine-tuned")
     parameters = sum(tensor.numel() for tensor in job.teacher.parameters())
     write_back(job.student, job.types)
     stage(job.pipeline, job.student, job.source, job.config, staged)
     save_loss_plot(read_log(loop.log.path, loop.trainer.done), folder.path / "loss.png")
-    summary = summary_of(job, loop, before, after) | sizes(job.student, parameters, staged) | {"pictures": scores}
+    summary = (
+        summary_of(job, loop, step_kept, before, after) | sizes(job.student, parameters, staged) | {"pictures": scores}
+    )
     save_text(model_card(job.config.model, summary), staged / "README.md")
     folder.publish(staged)
     save_json(summary, folder.path / "summary.json")
@@ -64,8 +64,8 @@ def finish(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict
     return summary
 
 
-def summary_of(job: Distillation, loop: Loop, before: Errors, after: Errors) -> dict:
-    """What the run has done, and at what cost."""
+def summary_of(job: Distillation, loop: Loop, step_kept: int, before: Errors, after: Errors) -> dict:
+    """What the run has done, and at what cost. `unet_output_error_db`, as of quantization, is the error after."""
     config = job.config
     files = weight_files(config.model, config.variant, "unet", config.revision)
     original = sum(file.stat().st_size for file in files)
@@ -76,14 +76,22 @@ def summary_of(job: Distillation, loop: Loop, before: Errors, after: Errors) -> 
         "layers_in_8_bit": len(rounded_layers(job.student)),
         "bytes_of_original_unet": original or None,
         "unet_output_error_db_before": before.db,
+        "unet_output_error_db_after": after.db,
+        "unet_output_error_median_db_before": before.median_db,
+        "unet_output_error_median_db_after": after.median_db,
         "unet_output_error_db": after.db,
+        "unet_output_error_db_by_point_before": before.by_point,
+        "unet_output_error_db_by_point": after.by_point,
         "unet_output_error_db_by_timestep_before": before.db_by_timestep,
         "unet_output_error_db_by_timestep": after.db_by_timestep,
+        "learning_rate": loop.progress.learning_rate,
+        "learning_rate_reductions": loop.progress.reductions,
         "steps": loop.trainer.done,
+        "step_kept": step_kept,
         "best": loop.progress.best,
         **groups_changed(loop.trainer),
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak_memory(job.ranks.device),
         "versions": versions(),
         "command": own_command(),
     }

@@ -29,8 +29,10 @@ class Job:
     Attributes:
         parameters: of the whole UNet.
         rest: what goes into 8 bit.
+        stored: types of the model's components in their files.
         store: Hessians of the full-precision model, where the run keeps them.
         banks: shared codebooks by name.
+        bank_memory_gb: of Hessians of the layers that shared codebooks are trained on, as the run was started with.
         ranks: the processes that work on it, each of which has this same job.
     """
 
@@ -46,7 +48,9 @@ class Job:
     rest: Rest
     store: HessianStore | None = None
     banks: dict[str, Bank] = field(default_factory=dict)
+    bank_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
+    stored: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def unet(self) -> torch.nn.Module:

@@ -6,6 +6,7 @@ is the same for any number of them. After an interruption only pieces that are n
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,28 @@ def pieces(ranks: Ranks, folder: Path, names: Sequence[str], make: Callable[[str
         save_sealed(make(name), _file(folder, name))
     ranks.wait()
     return [read(_file(folder, name)) for name in names]
+
+
+def spans(ranks: Ranks, folder: Path, first: int, count: int, size: int) -> list[tuple[int, int]]:
+    """Cover items `first` to `first + count` by spans (first, count); all ranks must call it.
+
+    Spans whose pieces the folder holds stay, and between them there are new ones of at most `size`: a run that is
+    resumed with another batch size keeps what it has, and one with the same gets the spans that it would have had.
+    """
+    files = [re.fullmatch(r"(\d+)-(\d+)\.safetensors", path.name) for path in folder.glob("*.safetensors")]
+    held = sorted((int(file[1]), int(file[2])) for file in files if file)
+    place, end, found = first, first + count, []
+    for start, number in [*held, (end, 0)]:
+        if place <= start and start + number <= end:
+            found += [(k, min(size, start - k)) for k in range(place, start, size)]
+            found += [(start, number)] * (number > 0)
+            place = start + number
+    return ranks.agreed(found)
+
+
+def span_name(first: int, count: int) -> str:
+    """The name of a span's piece."""
+    return f"{first:06d}-{count:04d}"
 
 
 def read(path: Path) -> Tensors:

@@ -11,6 +11,7 @@ from torch import nn
 from vqdm.config import SamplingConfig
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.pipelines import picture_size
+from vqdm.diffusion.sampling import unet_dtype
 
 
 def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
@@ -48,12 +49,19 @@ class Rest:
         return cls(len(names), sum(sizes), 8 * sum(sizes) + 16 * sum(map(len, weights)))
 
 
-def layer_table(layers: list[Layer], parameters: int, rest: Rest) -> str:
+def plain_bits(unet: nn.Module, stored: torch.dtype | None) -> int:
+    """Bits that a value that stays plain is saved in: of the type computed in, or of a narrower one of its files."""
+    computed = unet_dtype(unet).itemsize
+    return 8 * (min(computed, stored.itemsize) if stored else computed)
+
+
+def layer_table(layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
     """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size.
 
     Args:
         parameters: of the whole UNet.
         rest: what goes into 8 bit.
+        plain: bits of every other value.
     """
     width = max(len(layer.name) for layer in layers)
     lines = [f"{'layer':{width}}  kind    rows × columns    code      stored bits a weight"]
@@ -69,14 +77,14 @@ def layer_table(layers: list[Layer], parameters: int, rest: Rest) -> str:
     if rest.layers:
         each = rest.bits / rest.weights
         lines.append(f"{rest.layers} other layers, {rest.weights / 1e6:.2f} M weights: {each:.3f} bits each")
-    lines.append(totals(layers, parameters, rest, sum(map(layer_bits, layers)) + bank_bits(layers)))
+    lines.append(totals(layers, parameters, rest, plain, sum(map(layer_bits, layers)) + bank_bits(layers)))
     return "\n".join(lines)
 
 
-def totals(layers: list[Layer], parameters: int, rest: Rest, bits: float) -> str:
+def totals(layers: list[Layer], parameters: int, rest: Rest, plain: int, bits: float) -> str:
     """The last line of the table, for layers that take so many `bits` together; also before a plan is made."""
     weights = sum(layer.rows * layer.columns for layer in layers)
-    whole = bits + rest.bits + 16 * (parameters - weights - rest.weights)
+    whole = bits + rest.bits + plain * (parameters - weights - rest.weights)
     return (
         f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
         f"{bits / weights:.3f} stored bits a weight, {whole / parameters:.3f} over the whole UNet, "

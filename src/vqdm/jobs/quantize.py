@@ -26,11 +26,20 @@ from vqdm.diffusion.pipelines import (
     check_model,
     configured_pipeline,
     load_pipeline,
+    log_truncated,
     pick_dtype,
+    saved_types,
     stored_dtypes,
     weight_files,
 )
-from vqdm.diffusion.sampling import check_timestep_range, error_spread, output_error, point_errors
+from vqdm.diffusion.sampling import (
+    check_timestep_range,
+    compared_pictures,
+    error_spread,
+    output_error,
+    point_errors,
+)
+from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError
@@ -39,7 +48,7 @@ from vqdm.jobs.allocation import allocated
 from vqdm.jobs.banks import make_banks, shared
 from vqdm.jobs.between import check_between, finetune_between, teacher_points, turns
 from vqdm.jobs.job import Job, on_save
-from vqdm.jobs.plan import Rest, bank_bits, bank_users, hessian_bytes, layer_table, predicted_bytes, totals
+from vqdm.jobs.plan import Rest, bank_bits, bank_users, hessian_bytes, layer_table, plain_bits, predicted_bytes, totals
 from vqdm.jobs.recording import (
     calibration_trajectories,
     digest,
@@ -49,12 +58,12 @@ from vqdm.jobs.recording import (
     teacher_trajectories,
 )
 from vqdm.jobs.solving import layer_row, load_solved, solve_block
-from vqdm.layers.quantized import QuantizedLayer, cast_plain, decoded_once, quantized_layers, swap
+from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import draw, load_prompts
 from vqdm.redaction import own_command
-from vqdm.scores.fidelity import decibels, pair_scores, to_tensor
+from vqdm.scores.fidelity import decibels
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.storage.hf import mark_quantized
@@ -71,7 +80,8 @@ def quantize(config: QuantizeConfig) -> dict | None:
         RunError: the work failed; what is finished stays on disk for `resume`.
     """
     prompts = read_prompts(config)
-    check_model(config.model)
+    check_model(config.model, config.variant)
+    check_supported(config.model, config.revision, config.local_files_only)
     with launched(config.device) as ranks:
         check_float64(ranks.device)
         return quantize_on(ranks, config, *prompts)
@@ -80,36 +90,45 @@ def quantize(config: QuantizeConfig) -> dict | None:
 def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], evaluation: list[str]) -> dict | None:
     """The whole job of one of several processes; the summary on the first, None on the others."""
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
+    check_loaded(pipeline.unet, config.model)
     layers = chosen_layers(config, pipeline.unet)
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
     rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
+    stored = stored_dtypes(config.model, config.variant, config.revision)
+    plain = plain_bits(pipeline.unet, stored.get("unet"))
     if config.target_bits:
         weights = sum(layer.rows * layer.columns for layer in layers)
-        say(totals(layers, parameters, rest, config.target_bits * weights) + "; allocated after calibration")
+    check_loaded(pipeline.unet, config.model)
+    layers = chosen_layers(config, pipeline.unet)
     else:
-        say(layer_table(layers, parameters, rest))
+        say(layer_table(layers, parameters, rest, plain))
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
     check_between(config, len({layer.block for layer in layers}))
+    if ranks.main:
+        log_truncated(pipeline, calibration + evaluation)
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)
-    settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-    if ranks.main:
-        need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-        need += hessian_bytes(layers, config.hessian_memory_gb)
-        folder.open(settings, versions(), config.resume, need)
-    if ranks.agreed(folder.finished):
-        return close_finished(folder) if ranks.main else None
-    about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
-    tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
-    job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
-    job.ranks = ranks
-    try:
-        return run(job)
-    finally:
-        tracker.finish()
+    with folder.held(ranks):
+        settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+        settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
+        if ranks.main:
+            need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
+            need += hessian_bytes(layers, config.hessian_memory_gb)
+            folder.open(settings, versions(), config.resume, need)
+        if ranks.agreed(folder.finished):
+            return close_finished(folder) if ranks.main else None
+        about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
+        tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
+        job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
+        job.ranks, job.stored = ranks, stored
+        job.bank_memory_gb = ranks.agreed(folder.started_with("hessian_memory_gb") if ranks.main else None)
+        try:
+            return run(job)
+        finally:
+            tracker.finish()
 
 
 def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
@@ -175,7 +194,7 @@ def prepare(job: Job) -> None:
     if config.target_bits:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
-            say(layer_table(job.layers, job.parameters, job.rest))
+            say(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
     with job.clock("banks"):
         job.banks = make_banks(job, job.store) if bank_users(job.layers) else {}
 
@@ -253,21 +272,22 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
     if config.snapshot_step and index % config.snapshot_step == 0 and job.ranks.main:
         mark_quantized(job.unet)
         path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / "unet"
-        job.unet.save_pretrained(path)
+        with saved_types(job.pipeline, job.stored):
+            job.unet.save_pretrained(path)
         on_save(config.on_save, path)
 
 
 # ------------------------------------------------------------------------------------------- the end
 
 
-def compare_pictures(job: Job, teacher: list[Image.Image], drawn: list[Image.Image]) -> dict[str, float | None]:
+def compare_pictures(job: Job, teacher: list[Image.Image], drawn: list[Image.Image]) -> dict:
     """Save the sheet of pairs, and score the student's pictures by the teacher's."""
     count = job.config.visualize_nsamples
     if count:
         sheet = pair_sheet(job.evaluation[:count], teacher[:count], drawn[:count], ("full precision", "quantized"))
         save_png(sheet, job.folder.path / "image_pairs.png")
         job.tracker.images("image_pairs", [sheet])
-    return pair_scores(to_tensor(teacher), to_tensor(drawn))
+    return compared_pictures(teacher, drawn, job.evaluation, "quantized")
 
 
 def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], scores: dict) -> dict:
@@ -275,8 +295,9 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
     config = job.config
     files = weight_files(config.model, config.variant, "unet", config.revision)
     staged = job.folder.work / "pipeline"
-    save_pipeline(job, staged)
-    sizes = stored_sizes(job, staged)
+    with saved_types(job.pipeline, job.stored):
+        save_pipeline(job, staged)
+        sizes = stored_sizes(job, staged)
     summary = {
         "model": job.config.model,
         "layers_quantized": len(job.layers),
@@ -285,9 +306,9 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
         "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
         "unet_output_error_db": decibels(*map(sum, errors)),
         "unet_output_error_db_by_point": error_spread(*errors),
-        "pictures": scores | {"count": len(job.evaluation)},
+        "pictures": scores,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak_memory(job.ranks.device),
         "versions": versions(),
         "command": own_command(),
         "layers": [done.report for done in solved.values()],
@@ -296,19 +317,16 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
     job.folder.publish(staged)
     save_json(summary, job.folder.path / "summary.json")
     shutil.rmtree(job.folder.work)
-    job.tracker.log({key: value for key, value in summary.items() if not isinstance(value, dict | list)} | scores)
+    measured = {key: value for key, value in scores.items() if key != "problems"}
+    job.tracker.log({key: value for key, value in summary.items() if not isinstance(value, dict | list)} | measured)
     on_save(job.config.on_save, job.folder.path)
     return summary
 
 
 def save_pipeline(job: Job, staged: Path) -> None:
-    """The whole pipeline as diffusers saves it, every component in the type it was stored in."""
+    """The whole pipeline as diffusers saves it."""
     shutil.rmtree(staged, ignore_errors=True)
     mark_quantized(job.unet)
-    for name, dtype in stored_dtypes(job.config.model, job.config.variant, job.config.revision).items():
-        part = getattr(job.pipeline, name, None)
-        if isinstance(part, torch.nn.Module):
-            cast_plain(part, dtype)
     forget_calls(job.pipeline)
     try:
         job.pipeline.save_pretrained(staged)

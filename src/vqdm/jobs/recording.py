@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from vqdm.diffusion.blocks import Layer
-from vqdm.diffusion.hessians import passes, record_hessians, shared_inputs
+from vqdm.diffusion.hessians import UnetCall, passes, record_hessians, shared_inputs
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
     pictures,
@@ -25,22 +25,32 @@ from vqdm.diffusion.sampling import (
     unet_dtype,
 )
 from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, spread_points
+from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.jobs.job import Job
-from vqdm.jobs.pieces import Tensors, pieces
+from vqdm.jobs.pieces import Tensors, pieces, span_name, spans
 from vqdm.layers.quantized import decoded_once
+from vqdm.storage.atomic import sweep
 from vqdm.storage.fingerprint import pipeline_fingerprint
 from vqdm.storage.hessians import HessianStore
+from vqdm.storage.locks import locked
 from vqdm.tracking import bar, say
+
+PROBLEMS = (None, BLACK, NAN, REPLACED)
 
 # ------------------------------------------------------------------------------------------- prompts
 
 
 def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str], int], Tensors]) -> list[Tensors]:
     """`work` of `xtx_batch_size` prompts and the number of their first, for all of them; kept in the run's folder."""
-    size = job.config.xtx_batch_size
-    starts = [f"{start:06d}" for start in range(0, len(prompts), size)]
-    make = lambda start: work(prompts[int(start) : int(start) + size], int(start))  # noqa: E731
-    return pieces(job.ranks, job.folder.work / name, starts, make)
+    folder = job.folder.work / name
+    found = spans(job.ranks, folder, 0, len(prompts), job.config.xtx_batch_size)
+    by_name = {span_name(*span): span for span in found}
+
+    def make(piece: str) -> Tensors:
+        first, count = by_name[piece]
+        return work(prompts[first : first + count], first)
+
+    return pieces(job.ranks, folder, list(by_name), make)
 
 
 def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
@@ -52,7 +62,7 @@ def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
 def _teacher_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
     recorded, drawn = record_evaluation(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size)
-    return recorded.to_tensors() | {"pictures": _pixels(drawn)}
+    return recorded.to_tensors() | _pixels(drawn)
 
 
 def student_pictures(job: Job) -> list[Image.Image]:
@@ -62,15 +72,20 @@ def student_pictures(job: Job) -> list[Image.Image]:
 
 def _student_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
-    return {"pictures": _pixels(pictures(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size))}
+    return _pixels(pictures(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size))
 
 
-def _pixels(images: list[Image.Image]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))  # [B, H, W, 3] uint8
+def _pixels(images: list[Image.Image]) -> Tensors:
+    """Images as tensors: `pictures` uint8 [B, H, W, 3], and `problems` [B], numbers of `PROBLEMS`."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return {"pictures": pixels, "problems": torch.tensor([PROBLEMS.index(one.info.get(PROBLEM)) for one in images])}
 
 
 def _images(parts: list[Tensors]) -> list[Image.Image]:
-    return [Image.fromarray(image.numpy()) for part in parts for image in part["pictures"]]
+    images = [Image.fromarray(image.numpy()) for part in parts for image in part["pictures"]]
+    for image, number in zip(images, (number for part in parts for number in part["problems"].tolist()), strict=True):
+        image.info |= {PROBLEM: PROBLEMS[number]} if number else {}
+    return images
 
 
 def teacher_trajectories(job: Job) -> Trajectories:
@@ -102,15 +117,20 @@ def _calibration_batch(job: Job, prompts: list[str], first: int) -> Tensors:
 
 def teacher_hessians(job: Job) -> HessianStore:
     """The full-precision model's Hessians of all layers; those that the cache lacks are recorded."""
-    folder = Path(job.config.hessian_cache) if job.config.hessian_cache else job.folder.work / "hessians"
-    store = HessianStore(folder, hessian_settings(job))
-    store.leaders = job.ranks.agreed(store.leaders)
-    missing = [layer for layer in job.layers if layer not in store]
-    say(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are there")
-    if missing:
-        recorder = Recorder(job, store, teacher_trajectories(job))
-        for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
-            recorder.record(groups)
+    cache = job.config.hessian_cache
+    folder = Path(cache) if cache else job.folder.work / "hessians"
+    # Another run that shares the cache may be recording what this one needs.
+    with locked(folder, "--hessian_cache", wait=True) if cache and job.ranks.main else nullcontext():
+        if job.ranks.main:
+            sweep(folder, below=False)
+        store = HessianStore(folder, hessian_settings(job))
+        store.leaders = job.ranks.agreed(store.leaders)
+        missing = [layer for layer in job.layers if layer not in store]
+        say(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are there")
+        if missing:
+            recorder = Recorder(job, store, teacher_trajectories(job))
+            for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
+                recorder.record(groups)
     return store
 
 
@@ -148,10 +168,11 @@ class Recorder:
         self.store.enter(groups, on_disk=ranks.main)
 
 
-def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[partial]:
-    """Functions that make the keyword arguments of a UNet call each, on at most `xtx_batch_size` points."""
+def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[UnetCall]:
+    """UNet calls, each on at most `xtx_batch_size` points."""
+    steps, where = trajectories.latents.shape[1], (job.unet.device, unet_dtype(job.unet))
     return [
-        partial(trajectories.inputs, batch, job.unet.device, unet_dtype(job.unet))
+        UnetCall(partial(trajectories.inputs, batch, *where), [n * steps + s for n, s in batch])
         for batch in batches(points, job.config.xtx_batch_size)
     ]
 
@@ -162,7 +183,7 @@ def hessian_settings(job: Job) -> dict:
     return {
         "model": pipeline_fingerprint(folder) if folder.is_dir() else f"{config.model}@{config.revision}",
         "variant": config.variant,
-        "dtype": str(job.unet.dtype),
+        "dtype": str(unet_dtype(job.unet)),
         "rest_nbits": config.rest_nbits,
         "calibration_prompts_sha256": digest(job.calibration),
         "seed": config.seed,
@@ -171,7 +192,6 @@ def hessian_settings(job: Job) -> dict:
         "min_timestep": config.min_timestep,
         "max_timestep": config.max_timestep,
         "hessian_samples_per_input": config.hessian_samples_per_input,
-        "xtx_batch_size": config.xtx_batch_size,
     }
 
 

@@ -24,15 +24,17 @@ from tqdm import tqdm
 
 import vqdm
 from vqdm.config import RunConfig
-from vqdm.diffusion.drawing import NAN, Picture, alike, draw, drawn_in_batches, settings_used
-from vqdm.diffusion.pipelines import check_model, configured_pipeline, pick_dtype
+from vqdm.diffusion.drawing import alike, draw, drawn_in_batches, settings_used
+from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
-from vqdm.diffusion.requests import Request, check_size, make_requests
+from vqdm.diffusion.requests import Request, check_size, make_requests, unused_columns
+from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
+from vqdm.images import NAN, NAN_ADVICE, Picture
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
-from vqdm.prompts import load_rows
+from vqdm.prompts import load_rows, log_notes
 from vqdm.redaction import own_command
 from vqdm.storage.claims import check_claim
 from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
@@ -122,8 +124,11 @@ def sample_images(config: SampleConfig) -> Drawn | None:
     """
     rows = load_rows(config.prompts, "PROMPTS")
     requests = wanted_requests(config, rows)
+    log_notes(unused_columns(rows), config.prompts, "PROMPTS")
     check_layout(config.layout, [request.id for request in requests], config.num_samples_per_prompt)
-    check_model(config.model)
+    check_model(config.model, config.variant)
+    if config.teacher:
+        check_full_precision(config.model, config.revision, config.local_files_only, "--teacher: MODEL")
     unet_folder = find_quantized_unet(config.quantized) if config.quantized else None
     with launched(config.device) as ranks:
         check_offload(config.offload, ranks.device)
@@ -135,9 +140,14 @@ def sample_images(config: SampleConfig) -> Drawn | None:
         if config.dry_run:
             return None
         pipeline = load(config, ranks, unet_folder)
-        if ranks.main:
-            folder.claim(record(config, settings, ranks, pipeline))
-        return run(config, ranks, folder, pipeline, rows, requests)
+        with folder.held(ranks):
+            if ranks.main:
+                log_truncated(
+                    pipeline, (text for one in requests for text in (one.prompt, one.negative_prompt) if text)
+                )
+                check_claim(folder.path, settings, config.resume)  # another may have begun since
+                folder.claim(record(config, settings, ranks, pipeline))
+            return run(config, ranks, folder, pipeline, rows, requests)
 
 
 def run(
@@ -239,9 +249,9 @@ def load(config: SampleConfig, ranks: Ranks, unet_folder: Path | None) -> Diffus
     if unet is not None:
         check_fits(unet, pipeline.unet, config.quantized, config.model)
         pipeline.register_modules(unet=unet)
+    elif config.teacher:
+        check_loaded(pipeline.unet, config.model, "--teacher: MODEL")
     elif quantized_layers(pipeline.unet):
-        if config.teacher:
-            raise UserError(f"--teacher: MODEL {config.model} is quantized itself; give the original model")
         say(f"MODEL {config.model} is quantized itself; its own UNet draws")
     return placed(pipeline, config, ranks.device)
 
@@ -307,7 +317,7 @@ def draw_share(job: Job, batches: list[list[Request]], pending: list[Request]) -
     with progress(job.ranks, sum(map(len, batches))) as ticks:
         for batch, pictures in drawn_in_batches(partial(draw, job.pipeline), batches, job.config.bs):
             if not done and all(picture.problem == NAN for picture in pictures):
-                raise RunError("every picture of the first batch holds NaN; use another --dtype (float32 or bfloat16)")
+                raise RunError(f"every picture of the first batch holds NaN; {NAN_ADVICE}")
             for request, picture in zip(batch, pictures, strict=True):
                 if request.key in missing:
                     lines.write(sealed(keep(job, request, picture) | {"batch_size": len(batch)}))

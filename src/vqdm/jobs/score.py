@@ -7,6 +7,7 @@ network over this rank's share, gather, and write. Only the first rank looks for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torchvision
 
 from vqdm.documents import read_json
 from vqdm.errors import UserError
+from vqdm.images import NAN
 from vqdm.jobs.score_job import Job, Plan, ScoreConfig
 from vqdm.jobs.score_plan import make_plan
 from vqdm.jobs.score_sets import SET_METRICS, set_pass
@@ -39,6 +41,7 @@ from vqdm.scores.picture_sets import PictureSet, mismatches, open_pictures, shar
 from vqdm.scores.report import Material, write_page
 from vqdm.scores.results import SCHEMA, Score, Table, global_psnr, mean_score, per_image_csv, winrate
 from vqdm.storage.atomic import probe, save_json, save_text, sweep
+from vqdm.storage.locks import locked
 from vqdm.tracking import Tracker, say
 from vqdm.versions import versions
 
@@ -71,17 +74,25 @@ def score_images(config: ScoreConfig) -> Scored | None:
     reference = open_pictures(config.reference, "--reference") if config.reference else None
     target = open_target(config.fid_reference) if config.fid_reference else None
     differing = check_pairs(images, reference, config.force) if reference else []
+    given = {"IMAGES": images, "--reference": reference, "--fid_reference": target}
+    sets = {flag: one for flag, one in given.items() if isinstance(one, PictureSet)}
+    check_finite(sets, config.force)
     with launched(config.device) as ranks:
         plan = ranks.agreed(make_plan(config, images, reference, target) if ranks.main else None)
         say(describe(config, images, ranks, plan))
+        notes = [note for one in sets.values() for note in one.notes]
+        notes += [line for flag, one in sets.items() for line in problem_lines(flag, one)]
         if config.dry_run:
+            for note in notes:
+                say(f"warning: {note}")
             return None
-        check_writable(config.folder)
-        job = Job(config, Work(ranks, config.bs, config.threads), images, reference, target, plan, differing)
-        job.warnings += [f"compared by --force: {line}" for line in differing]
-        with exact():
-            measure(job)
-        return finish(job) if ranks.main else None
+        with locked(config.folder) if ranks.main else nullcontext():
+            check_writable(config.folder)
+            job = Job(config, Work(ranks, config.bs, config.threads), images, reference, target, plan, differing)
+            job.warnings += [*notes, *(f"compared by --force: {line}" for line in differing)]
+            with exact():
+                measure(job)
+            return finish(job) if ranks.main else None
 
 
 # --------------------------------------------------------------------------------------------- what is given
@@ -89,7 +100,7 @@ def score_images(config: ScoreConfig) -> Scored | None:
 
 def open_target(path: str) -> PictureSet | Statistics:
     """What `--fid_reference` names: statistics, a folder or a zip file."""
-    if path.endswith(".npz"):
+    if path.lower().endswith(".npz"):
         if not Path(path).is_file():
             raise UserError(f"--fid_reference: {path} is not there")
         return load_statistics(Path(path), "--fid_reference")
@@ -110,6 +121,23 @@ def check_pairs(images: PictureSet, reference: PictureSet, force: bool) -> list[
             f"--reference {reference.path} does not match: {'; '.join(found)}; --force scores it all the same"
         )
     return found
+
+
+def check_finite(sets: dict[str, PictureSet], force: bool) -> None:
+    """Raise UserError for images that held NaN when they were generated: two of them are alike for no good reason."""
+    for flag, one in sets.items():
+        count = one.problems().get(NAN, 0)
+        if count and not force:
+            raise UserError(
+                f"{flag} {one.path}: {count} of {len(one.pictures)} images held NaN and are black; generate them again "
+                "with --dtype float32 or bfloat16; --force scores them all the same"
+            )
+
+
+def problem_lines(flag: str, pictures: PictureSet) -> list[str]:
+    """A line about images that went wrong when they were generated, where there are any."""
+    words = ", ".join(f"{count} {problem}" for problem, count in pictures.problems().items())
+    return [f"{flag}: pictures that went wrong are among those scored: {words}"] if words else []
 
 
 def check_place(config: ScoreConfig, images: PictureSet) -> None:
@@ -202,10 +230,6 @@ def collect(job: Job) -> None:
     for name, smallest in (("ssim", SMALLEST_FOR_SSIM), ("lpips", SMALLEST_FOR_LPIPS[job.config.lpips_net])):
         if name in chosen and name not in job.scores:
             job.warnings.append(f"{name}: pictures of less than {smallest} pixels have none")
-    problems = job.images.problems()
-    if problems:
-        words = ", ".join(f"{count} {problem}" for problem, count in problems.items())
-        job.warnings.append(f"pictures that went wrong are among those scored: {words}")
 
 
 def finish(job: Job) -> Scored:

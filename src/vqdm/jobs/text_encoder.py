@@ -13,6 +13,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import LayerReport, solve_layer
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import record_hessians, shared_inputs
+from vqdm.diffusion.supported import quantized_by
 from vqdm.diffusion.trajectories import batches
 from vqdm.layers.quantized import decoded_once, swap
 from vqdm.storage.hf_text import mark_text_quantized, short_name
@@ -65,11 +66,14 @@ def quantize_text_encoder(
         Name of the layer → what its code is worth; `held_out_error` is None for fewer than 8 batches.
 
     Raises:
-        ValueError: no prompts, another kind of model, or layers that do not divide into groups.
+        ValueError: no prompts, a model of another kind or quantized itself, or layers that do not divide into groups.
     """
     config = config or SolverConfig()
     if not prompts:
         raise ValueError("prompts is empty")
+    method = quantized_by(model)
+    if method:
+        raise ValueError(f"{type(model).__name__} is quantized itself ({method}); give the full-precision model")
     calls = [partial(_call, model, tokenizer, batch) for batch in batches(prompts, batch_size)]
     reports = {}
     for _, layers in groupby(text_layers(model, config), key=lambda layer: layer.block):

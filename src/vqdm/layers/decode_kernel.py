@@ -7,6 +7,7 @@ Letters as in `vqdm.additive.code`; group n = r·G + j is the j-th of row group 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,30 +28,31 @@ def decode(stored: Stored, out: Tensor) -> None:
     scales, scale_codes, kind = _scales(stored)
     widths = stored.codes if stored.code_widths is None else stored.code_widths
     places = stored.codes if stored.code_widths is None else offsets(stored.code_widths)
-    _decode[(triton.cdiv(R * G, block),)](
-        stored.codes,
-        stored.codebooks.contiguous(),
-        scales.contiguous(),
-        scale_codes,
-        out if stored.input_scales is None else stored.input_scales,
-        widths,
-        places,
-        out,
-        R * G,
-        G,
-        spec.row_bits,
-        M=spec.num_codebooks,
-        b=spec.nbits_per_codebook,
-        p=spec.out_group_size,
-        g=spec.in_group_size,
-        OWN_CODEBOOKS=spec.groupwise_codebooks,
-        SCALES=kind,
-        scale_bits=spec.scale_nbits,
-        INPUT_SCALES=stored.input_scales is not None,
-        VARIABLE=stored.code_widths is not None,
-        BLOCK=block,
-        BLOCK_D=triton.next_power_of_2(D),
-    )
+    with torch.cuda.device_of(out):  # Triton launches on the current device, whatever its tensors lie on
+        _decode[(triton.cdiv(R * G, block),)](
+            stored.codes,
+            stored.codebooks.contiguous(),
+            scales.contiguous(),
+            scale_codes,
+            out if stored.input_scales is None else stored.input_scales,
+            widths,
+            places,
+            out,
+            R * G,
+            G,
+            spec.row_bits,
+            M=spec.num_codebooks,
+            b=spec.nbits_per_codebook,
+            p=spec.out_group_size,
+            g=spec.in_group_size,
+            OWN_CODEBOOKS=spec.groupwise_codebooks,
+            SCALES=kind,
+            scale_bits=spec.scale_nbits,
+            INPUT_SCALES=stored.input_scales is not None,
+            VARIABLE=stored.code_widths is not None,
+            BLOCK=block,
+            BLOCK_D=triton.next_power_of_2(D),
+        )
 
 
 def _scales(stored: Stored) -> tuple[Tensor, Tensor, int]:

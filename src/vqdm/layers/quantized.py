@@ -255,13 +255,38 @@ def dequantize_layers(model: nn.Module) -> None:
     drop_banks(model)
 
 
+@contextmanager
+def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, plain floating tensors that are wider than `dtype` are of that type, so that they are saved in it.
+
+    Values that came from files of that type are the same in it. Codes stay, and so does a model that another library
+    quantized.
+    """
+    coded, before = _coded_tensors(model), []
+    if not getattr(model, "is_quantized", False) or coded:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and tensor.element_size() > dtype.itemsize and id(tensor) not in coded:
+                before.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(dtype)
+    try:
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _coded_tensors(model: nn.Module) -> set[int]:
+    """The `id` of every tensor that codes consist of."""
+    stored = [module.stored_tensors() for module in model.modules() if hasattr(module, "stored_tensors")]
+    return {id(tensor) for tensors in stored for tensor in tensors.values()}
+
+
 def cast_plain(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast floating tensors in place, except those that codes consist of: these stay in 16 bit.
 
     diffusers refuses `.to(dtype)` on a quantized model.
     """
-    stored = [module.stored_tensors() for module in model.modules() if hasattr(module, "stored_tensors")]
-    coded = {id(tensor) for tensors in stored for tensor in tensors.values()}
+    coded = _coded_tensors(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in coded:
             tensor.data = tensor.data.to(dtype)

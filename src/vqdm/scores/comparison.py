@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -98,7 +99,8 @@ def read_run(path: str, name: str | None = None) -> Run:
     places = [Path(path), Path(path) / "metrics.json", Path(path) / "metrics" / "metrics.json"]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        raise UserError(f"RUN {path} holds no metrics.json; score it first: python metrics.py {path}")
+        command = shlex.join(["python", "metrics.py", path])
+        raise UserError(f"RUN {path} holds no metrics.json; score it first: {command}")
     try:
         return _run(file, read_json(file), name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -15,6 +15,7 @@ from vqdm.documents import first_line
 from vqdm.errors import UserError
 from vqdm.tracking import log
 
+PAIR_SCORES = ("mse", "mae", "psnr_db", "lpips")
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 SMALLEST_FOR_LPIPS = {"alex": 31, "vgg": 16}  # pixels of the shorter side that leave each layer of the backbone one
 

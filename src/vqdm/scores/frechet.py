@@ -35,8 +35,8 @@ class Moments:
 
     def add(self, features: Tensor) -> None:
         """Count features [N, d] of any floating type in."""
-        # Apple's GPUs know no float64.
-        rows = (features.cpu() if features.device.type == "mps" else features).double()
+        # GPUs of Apple and some of Intel know no float64.
+        rows = (features if features.device.type in ("cpu", "cuda") else features.cpu()).double()
         self.count += len(rows)
         self.total += rows.sum(0).cpu()
         self.products += (rows.T @ rows).cpu()
@@ -136,7 +136,7 @@ def _numbers(arrays: dict[str, np.ndarray], name: str) -> Tensor:
     """An array as float64. Raises ValueError where it holds no finite real numbers, KeyError where it is not there."""
     if arrays[name].dtype.kind not in "fiu":
         raise ValueError(f"{name} is of type {arrays[name].dtype}")
-    values = torch.from_numpy(arrays[name].astype(np.float64))
+    values = torch.from_numpy(arrays[name].astype(np.float64)).clone()  # aligned as torch's own tensors are
     if not values.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite")
     return values

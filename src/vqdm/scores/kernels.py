@@ -63,7 +63,7 @@ def mind(first: Tensor, second: Tensor, seed: int) -> float:
     size, width = min(len(first), len(second)), first.shape[1]
     x, y = (_subset(features, size, rng) for features in (first, second))
     directions = torch.from_numpy(rng.standard_normal((width, MIND_DIRECTIONS)))
-    directions /= directions.norm(dim=0)
+    directions = directions / directions.norm(dim=0)  # not in place: numpy's memory is aligned by chance
     gaps = [
         ((x @ block).sort(0).values - (y @ block).sort(0).values).square().mean(0)  # [directions]
         for block in directions.split(100, dim=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Protocol
 
-from vqdm.documents import read_text
+from vqdm.documents import decoded, read_text
 
 MOST_TEXT = 2**28  # bytes of a text file once unpacked
 MANIFEST = "manifest.jsonl"
@@ -20,7 +21,10 @@ class PictureFiles(Protocol):
     path: Path
 
     def names(self) -> list[str]:
-        """All files, at any depth."""
+        """All files, at any depth. Raises OSError where a folder cannot be looked into."""
+
+    def unreachable(self) -> list[str]:
+        """What is neither a file nor a folder to look into: links to folders, or to nowhere."""
 
     def matching(self, pattern: str) -> list[str]:
         """Files beside the manifest whose names match."""
@@ -44,7 +48,19 @@ class FolderFiles:
         self.path = path
 
     def names(self) -> list[str]:
-        return [path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()]
+        return [name for name in self._entries if (self.path / name).is_file()]
+
+    def unreachable(self) -> list[str]:
+        return [name for name in self._entries if not (self.path / name).is_file()]
+
+    @cached_property
+    def _entries(self) -> list[str]:
+        """Everything at any depth but folders; os.walk, unlike glob, says which folder cannot be read."""
+        found = []
+        for folder, folders, files in os.walk(self.path, onerror=_raise):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            found += [Path(folder, name).relative_to(self.path).as_posix() for name in (*files, *links)]
+        return found
 
     def matching(self, pattern: str) -> list[str]:
         return [path.name for path in self.path.glob(pattern)]
@@ -89,6 +105,9 @@ class ZipFiles:
     def names(self) -> list[str]:
         return [name for name in self._archive.namelist() if not name.endswith("/")]
 
+    def unreachable(self) -> list[str]:
+        return []
+
     def matching(self, pattern: str) -> list[str]:
         return [name for name in self._names if fnmatchcase(name, self._top + pattern)]
 
@@ -107,7 +126,11 @@ class ZipFiles:
     def text(self, name: str) -> str:
         if self._archive.getinfo(name).file_size > MOST_TEXT:
             raise ValueError(f"it has more than {MOST_TEXT} bytes")
-        return self._archive.read(name).decode("utf-8-sig")
+        return decoded(self._archive.read(name))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def open_files(path: Path) -> PictureFiles:

@@ -14,16 +14,48 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
+from PIL import Image, features
 
 from vqdm.documents import first_line, parse_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import is_encodable, parse_rows
 from vqdm.scores.picture_files import MANIFEST, PictureFiles, open_files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Whatever a file is called: other decoders of PIL are less used to hostile input, and that of EPS starts a program.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# Format as PIL names it → endings of its files, in any case. Whatever a file is called, no other decoder sees it: the
+# rest of them are less used to hostile input, and that of EPS starts a program.
+KINDS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "AVIF": (".avif",),
+}
+BUILT_IN = {"JPEG2000": "jpg_2000", "TIFF": "libtiff", "AVIF": "avif", "WEBP": "webp"}  # names of `PIL.features`
+FORMATS = tuple(kind for kind in KINDS if kind not in BUILT_IN or features.check(BUILT_IN[kind]))
+SUFFIXES = tuple(suffix for kind in FORMATS for suffix in KINDS[kind])
+# What lies beside images and is none; any other file that is not read is named, for it may be an image.
+BESIDE = (
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".html",
+    ".md",
+    ".npz",
+    ".yaml",
+    ".yml",
+    ".log",
+    ".lock",
+    ".parquet",
+)
+BESIDE += (".tex", ".db", ".ini", ".py", ".sh", ".caption")
+ANIMATED = (".png", ".apng", ".gif", ".webp", ".tif", ".tiff", ".avif")  # endings of files that may hold several images
 MOST_PIXELS = 2**26
 # What two pictures of one prompt must share, so that only the UNet differs between them.
 SHARED_BY_PICTURES = ("prompt", "negative_prompt", "seed", "settings")
@@ -63,11 +95,13 @@ class PictureSet:
     Attributes:
         path: a folder or a zip file.
         run: content of `run.json`; empty where there is none.
+        notes: lines about what is left out of the set, or is not as it seems.
     """
 
     path: Path
     pictures: dict[Key, Picture]
     run: dict
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def _files(self) -> PictureFiles:
@@ -100,7 +134,13 @@ class PictureSet:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey by its high byte, as PIL reads 16-bit colours; converted as it is, nearly all of it were white."""
+    """16-bit grey by its high byte, as PIL reads 16-bit colours; converted as it is, nearly all of it were white.
+
+    Raises:
+        ValueError: values of 32 bits, of which nothing says what white is.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError("it has values of 32 bits; save it with 8 or 16")
     return image.point(lambda level: level / 256).convert("L") if image.mode.startswith("I;16") else image
 
 
@@ -113,22 +153,82 @@ def open_pictures(path: str, flag: str) -> PictureSet:
     place = Path(path)
     if not place.exists():
         raise UserError(f"{flag}: {path} is not there; give a folder of pictures")
+    if place.suffix.lower() in (".npz", ".npy"):
+        raise UserError(
+            f"{flag}: {path} holds arrays, not images; give a folder or zip file (--fid_reference takes statistics)"
+        )
     if place.is_file() and not zipfile.is_zipfile(place):
         raise UserError(f"{flag}: {path} is neither a folder nor a zip file")
     files = open_files(place)
     try:
-        pictures = _of_manifest(files, flag) or _of_names(_names(files))
+        pictures = _of_manifest(files, flag)
+        named = bool(pictures)
+        pictures = pictures or _of_names(_names(files))
         run = _read_run(files, flag)
+        left_out = _left_out(files, {picture.file for picture in pictures.values()})
+        notes = left_out if named else left_out + _unexpected(files, [one.file for one in pictures.values()])
     except UserError:
         raise
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as error:
         raise UserError(f"{flag}: {path} cannot be read: {first_line(error)}") from None
     if not pictures:
-        raise UserError(f"{flag}: {path} holds no picture ({' '.join(SUFFIXES)})")
+        raise UserError(f"{flag}: {'; '.join([f'{path} holds no picture ({chr(32).join(SUFFIXES)})', *notes])}")
     unfit = [name for one in pictures.values() for name in (one.id, one.file) if not is_encodable(name)]
     if unfit:
         raise UserError(f"{flag}: {path} holds {shortened(unfit[0])}, whose name is not UTF-8; rename it")
-    return PictureSet(place, pictures, run)
+    return PictureSet(place, pictures, run, tuple(f"{flag}: {path}: {note}" for note in notes))
+
+
+def _left_out(files: PictureFiles, used: set[str]) -> list[str]:
+    """Lines about images that are not in the set: of other formats, hidden, or not in its manifest."""
+    every = [name for name in files.names() if not name.startswith("__MACOSX/")]
+    every = [name for name in every if name not in used and not PurePosixPath(name).name.startswith("._")]
+    reasons = {
+        "in formats that are not read": [
+            name for name in every if not name.lower().endswith(SUFFIXES + BESIDE) and not _is_hidden(name)
+        ],
+        "hidden": [name for name in every if name.lower().endswith(SUFFIXES) and _is_hidden(name)],
+        "not named by the manifest": [
+            name for name in every if name.lower().endswith(SUFFIXES) and not _is_hidden(name) and not _is_sheet(name)
+        ],
+        "links to folders or to nothing, which are not followed": files.unreachable(),
+    }
+    return [f"left out, {reason}: {_listed(names)}" for reason, names in reasons.items() if names]
+
+
+def _unexpected(files: PictureFiles, names: list[str]) -> list[str]:
+    """Lines about images of a set without a manifest that a user may not know of: in folders below, or animated."""
+    depths = [len(PurePosixPath(name).parts) for name in names]
+    below = [name for name, depth in zip(names, depths, strict=True) if depth > min(depths)]
+    animated = [name for name in names if name.lower().endswith(ANIMATED) and _frames(files, name) > 1]
+    lines = [f"in folders below the others: {_listed(below)}"] if below else []
+    return lines + ([f"animated, of which the first frame is taken: {_listed(animated)}"] if animated else [])
+
+
+def _frames(files: PictureFiles, name: str) -> int:
+    """Frames of a file; 1 for one that cannot be read, which `PictureSet.load` refuses."""
+    try:
+        with files.open(name) as source, Image.open(source, formats=FORMATS) as image:
+            return getattr(image, "n_frames", 1)
+    except Exception:  # as in `load`
+        return 1
+
+
+def _listed(names: list[str]) -> str:
+    """How many, of which endings, and the first."""
+    endings = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in names)
+    return (
+        f"{', '.join(f'{count} {ending}' for ending, count in endings.items())} (the first is {shortened(min(names))})"
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def _is_sheet(name: str) -> bool:
+    """Whether a file is what generate.py and metrics.py add to their images."""
+    return bool({"grids", "metrics"} & set(PurePosixPath(name).parts[:-1]))
 
 
 def _of_manifest(files: PictureFiles, flag: str) -> dict[Key, Picture]:
@@ -169,11 +269,12 @@ def _of_names(names: Iterable[str]) -> dict[Key, Picture]:
 
 
 def _names(files: PictureFiles) -> list[str]:
-    """Pictures at any depth; hidden ones are left out."""
-    visible = [
-        name for name in files.names() if not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-    ]
-    return [name for name in visible if name.lower().endswith(SUFFIXES)]
+    """Pictures at any depth; hidden ones are left out. Raises UserError where a zip file has a name twice."""
+    names = [name for name in files.names() if not _is_hidden(name) and name.lower().endswith(SUFFIXES)]
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise ValueError(f"it holds {shortened(twice)} twice")
+    return names
 
 
 def _read_run(files: PictureFiles, flag: str) -> dict:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import secrets
+import socket
+import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor
 from vqdm.documents import first_line, read_json
 
 UNFINISHED = ".vqdm-tmp"
+SECONDS_OF_SILENCE = 3600.0  # after which a writer on another machine counts as gone
 CHECK = "sha256"  # name of a file's own digest: in a safetensors header, or in a sealed JSON file
 
 
@@ -28,7 +34,7 @@ def save_bytes(data: bytes, path: Path) -> None:
     Raises:
         OSError: names `path` also where the system does not, as on a full disk.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    beside = path.with_name(f".{path.name}.{_writer()}-{secrets.token_hex(3)}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -46,15 +52,49 @@ def save_bytes(data: bytes, path: Path) -> None:
 def probe(folder: Path) -> None:
     """Raise OSError unless files can be made in `folder`, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".probe.{os.getpid()}{UNFINISHED}"
+    path = folder / f".probe.{_writer()}{UNFINISHED}"
     path.touch()
     path.unlink()
 
 
 def sweep(folder: Path, below: bool = True) -> None:
-    """Delete what killed writers left in `folder`, and below it; nobody may be writing there."""
+    """Delete what killed writers left in `folder`, and below it, but nothing that may still be being written."""
     for path in folder.glob(f"{'**/' if below else ''}.*{UNFINISHED}"):
-        path.unlink(missing_ok=True)
+        if _abandoned(path):
+            path.unlink(missing_ok=True)
+
+
+def _writer() -> str:
+    """This process among those of all machines that may share a folder, in few letters: file names are limited."""
+    return f"{_host()}-{os.getpid()}"
+
+
+@cache
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether a temporary file's writer has ended; of one on another machine, whether it has not written for long."""
+    writer = re.search(r"\.([0-9a-f]{8})-(\d+)(-[0-9a-f]+)?" + re.escape(UNFINISHED), path.name)
+    if not writer:  # an older version's
+        return True
+    if writer[1] == _host():
+        return int(writer[2]) == os.getpid() or not _is_alive(int(writer[2]))
+    try:
+        return time.time() - path.stat().st_mtime > SECONDS_OF_SILENCE
+    except FileNotFoundError:
+        return False
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def save_text(text: str, path: Path) -> None:
@@ -103,7 +143,11 @@ def save_sealed(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
 
 
 def load_sealed(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata that were saved. Raises Damaged, or OSError where the file cannot be read."""
+    """Tensors and metadata that were saved. Raises Damaged, or OSError where the file cannot be read.
+
+    Tensors are copied from the mapped file to where torch allocates: with some processors the last bits of a product
+    depend on the alignment of its operands, and a resumed run must compute as one that holds its tensors in memory.
+    """
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -114,7 +158,7 @@ def load_sealed(path: Path, device: torch.device | str = "cpu") -> tuple[dict[st
         raise Damaged("it has no checksum, or an older version wrote it")
     if metadata.pop(CHECK) != _tensor_digest(tensors, metadata):
         raise Damaged("its checksum does not match")
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, metadata
 
 
 def _tensor_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

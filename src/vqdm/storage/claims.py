@@ -8,6 +8,14 @@ from vqdm.config import differences
 from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.storage.atomic import UNFINISHED
+from vqdm.storage.locks import LOCK
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError where something else than a run is in a folder."""
+    occupied = folder.exists() and not (folder / "run.json").is_file()
+    if occupied and (not folder.is_dir() or _foreign(folder)):
+        raise UserError(f"--output_dir {folder} exists and is not a run of vqdm; choose an empty or new folder")
 
 
 def check_claim(folder: Path, settings: dict, resume: bool) -> None:
@@ -19,13 +27,13 @@ def check_claim(folder: Path, settings: dict, resume: bool) -> None:
     record = folder / "run.json"
     if record.is_file():
         _check_resumable(record, settings, resume)
-    elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
-        raise UserError(f"--output_dir {folder} exists and is not a run of vqdm; choose an empty or new folder")
+    check_free(folder)
 
 
 def _foreign(folder: Path) -> bool:
     """Whether there is more in it than a run leaves that was killed before it had claimed the folder."""
-    return any(path != folder / "work" and not path.name.endswith(UNFINISHED) for path in folder.rglob("*"))
+    left = lambda path: path.name.endswith(UNFINISHED) or path.name.startswith(LOCK)  # noqa: E731
+    return any(path != folder / "work" and not left(path) for path in folder.rglob("*"))
 
 
 def _check_resumable(record: Path, settings: dict, resume: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
@@ -10,7 +11,7 @@ from huggingface_hub import HfApi, constants, get_token
 from vqdm.errors import RunError, UserError
 
 # Paths of this machine and the data of the run; the card has the figures.
-KEPT_HERE = ["run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
+KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
 # Half-quantized UNets, pictures of steps in between, and what trackers write: tensorboard under the program's name.
 KEPT_HERE += ["work/*", "snapshots/*", "pictures/*", "wandb/*", "vqdm-*/*", "runs/*"]
 
@@ -49,7 +50,7 @@ def push_folder(folder: Path, name: str) -> str:
             repo_id=name, folder_path=folder, ignore_patterns=KEPT_HERE, commit_message="Add the quantized pipeline"
         )
     except Exception as error:  # as above
-        again = f"`hf upload {name} {folder}` or the same command with --resume tries again"
+        again = f"`{shlex.join(['hf', 'upload', name, str(folder)])}` or the same command with --resume tries again"
         raise RunError(f"{folder} is finished but not on the hub: {_first_line(error)}; {again}") from None
     return address
 

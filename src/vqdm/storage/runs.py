@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.diffusion.blocks import Layer
-from vqdm.documents import parse_json
+from vqdm.documents import parse_json, read_json
 from vqdm.errors import RunError, UserError
+from vqdm.parallel import Ranks
 from vqdm.storage.atomic import load_sealed, probe, save_json, save_sealed, save_text, sweep
-from vqdm.storage.claims import check_claim
+from vqdm.storage.claims import check_claim, check_free
+from vqdm.storage.locks import locked
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,16 @@ class RunFolder:
     def __init__(self, path: str):
         self.path = Path(path)
         self.work = self.path / "work"
+
+    def held(self, ranks: Ranks) -> AbstractContextManager[None]:
+        """Inside, no other run writes into the folder; the first of several processes holds it for all.
+
+        Raises UserError where another run does, or the folder holds something else.
+        """
+        if not ranks.main:
+            return nullcontext()
+        check_free(self.path)
+        return locked(self.path)
 
     def open(self, settings: dict, versions: dict, resume: bool, need_bytes: int) -> None:
         """Claim the folder for a run.
@@ -76,6 +89,10 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
+
+    def started_with(self, name: str):
+        """A setting that the run was started with; its resumption may have another."""
+        return read_json(self.path / "run.json")["settings"][name]
 
     def layer_path(self, name: str) -> Path:
         return self.work / "layers" / f"{name}.safetensors"

@@ -19,6 +19,7 @@ from vqdm.errors import RunError
 from vqdm.storage.atomic import Damaged, load_sealed, load_sealed_json, save_sealed, save_sealed_json
 
 Tensors = dict[str, dict[str, Tensor]]
+CPU = torch.device("cpu")
 
 
 class Checkpoints:
@@ -26,10 +27,11 @@ class Checkpoints:
 
     Args:
         limit: checkpoints that are kept.
+        device: where training computes; the state of its random numbers is kept beside the CPU's.
     """
 
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int, device: torch.device = CPU):
+        self.folder, self.limit, self.device = folder, limit, device
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, ascending."""
@@ -46,7 +48,7 @@ class Checkpoints:
         """Write a checkpoint whole or not at all, then drop the oldest, and best parameters that none names."""
         beside = self.folder / "checkpoint-partial"
         shutil.rmtree(beside, ignore_errors=True)
-        for name, part in (tensors | {"random": random_state()}).items():
+        for name, part in (tensors | {"random": random_state(self.device)}).items():
             if part:
                 save_sealed(part, beside / f"{name}.safetensors")
         save_sealed_json(state | {"step": step}, beside / "state.json")
@@ -75,7 +77,7 @@ class Checkpoints:
         names = ("parameters", "optimizer", "average", "code_updates", "random")
         files = {name: self.path(step) / f"{name}.safetensors" for name in names}
         tensors = {name: _intact(file, load_sealed)[0] if file.is_file() else {} for name, file in files.items()}
-        set_random_state(tensors.pop("random"))
+        set_random_state(tensors.pop("random"), self.device)
         return tensors
 
     def save_best(self, step: int, tensors: dict[str, Tensor]) -> None:
@@ -99,16 +101,16 @@ def _intact(file: Path, read: Callable[[Path], Any]) -> Any:
         raise RunError(f"{file} is missing or damaged ({error}); delete {file.parent} and --resume") from None
 
 
-def random_state() -> dict[str, Tensor]:
-    """The state of torch's generators, by device."""
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators, of the CPU and of `device`, by type of device."""
     held = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        held["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        held["cuda"] = torch.cuda.get_rng_state(device)
     return held
 
 
-def set_random_state(held: dict[str, Tensor]) -> None:
+def set_random_state(held: dict[str, Tensor], device: torch.device) -> None:
     if "cpu" in held:
         torch.set_rng_state(held["cpu"])
-    if "cuda" in held and torch.cuda.is_available():
-        torch.cuda.set_rng_state(held["cuda"])
+    if "cuda" in held and device.type == "cuda":
+        torch.cuda.set_rng_state(held["cuda"], device)

@@ -184,6 +184,10 @@ class CodeUpdates:
         for name, layer in self.layers.items():
             layer.latent = _stand_in(self.drifts[name].u)
 
+    def latents(self) -> list[Tensor]:
+        """What collects the gradients of the decoded weights, layer by layer."""
+        return [layer.latent for layer in self.layers.values()]
+
     def gradients(self) -> list[Tensor]:
         """Gradients of the decoded weights [O, I], layer by layer; zeros where there was none."""
         for layer in self.layers.values():
@@ -238,6 +242,13 @@ class CodeUpdates:
             differs = by_group(layer.code().codes != _unpacked(layer, self.first[name]), layer.spec).any(2)  # [R, G]
             tried, changed = tried + differs.numel(), changed + int(differs.sum())
         return CodeStep(tried, changed)
+
+    def restart(self) -> None:
+        """Forget all pulls and averages; codes stay."""
+        self.steps = 0
+        for name, layer in self.layers.items():
+            for key, value in vars(Drift.of(layer)).items():
+                getattr(self.drifts[name], key).copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next step depends on, besides the model."""

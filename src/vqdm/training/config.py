@@ -12,6 +12,7 @@ SOURCES = ("teacher", "student", "real")
 TIMESTEP_SAMPLING = ("uniform", "beta", "error")
 LR_SCHEDULERS = ("cosine", "linear", "constant")
 DECODE = ("step", "call")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,16 @@ class OptimizerConfig:
     """How parameters move. Raises UserError, naming the flag, on impossible settings.
 
     Attributes:
-        finetune_lr: Adam's rate. Of biases and norms it is the rate itself; codebooks, scales and plain weights move
-            by it times their own root mean square, so that it means a relative change.
+        finetune_lr: Adam's learning rate, or "auto": chosen by the error before training. It is that of biases and
+            norms; codebooks, scales and plain weights move by it times their own root mean square, so that it means a
+            relative change.
         codebook_lr, scale_lr, weight_lr, bias_lr: factors of it by kind of parameter; 0 leaves a kind as it is.
         lr_warmup_steps: steps in which it rises from 0.
         max_grad_norm: gradients are scaled down to this norm; 0 = never.
         ema_decay: of the average of parameters that is evaluated and saved; 0 = the last ones.
     """
 
-    finetune_lr: float = 5e-4
+    finetune_lr: float | str = AUTO
     finetune_adam_beta1: float = 0.9
     finetune_adam_beta2: float = 0.95
     lr_scheduler: str = "cosine"
@@ -43,8 +45,14 @@ class OptimizerConfig:
         for name in ("finetune_adam_beta1", "finetune_adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; allowed are numbers from 0 to below 1")
-        if not (self.finetune_lr > 0 and max(self.codebook_lr, self.scale_lr, self.weight_lr, self.bias_lr) > 0):
-            raise UserError("nothing would be trained: --finetune_lr, or its factors for all kinds, are 0")
+        number = isinstance(self.finetune_lr, int | float) and self.finetune_lr > 0
+        if self.finetune_lr != AUTO and not number:
+            raise UserError(f"--finetune_lr is {self.finetune_lr!r}; allowed are {AUTO} and numbers above 0")
+
+    @property
+    def moves_parameters(self) -> bool:
+        """Whether any kind of parameter has a learning rate."""
+        return max(self.codebook_lr, self.scale_lr, self.weight_lr, self.bias_lr) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +85,9 @@ class FinetuneConfig(RunConfig):
     evaluation_nsamples: int = 32
     visualize_nsamples: int = 16
     finetune_relative_mse_tolerance: float = 0.0
-    finetune_keep_best: bool = False
-    eval_step: int = 50
+    finetune_keep_best: bool = True
+    early_stopping_patience: int = 4
+    eval_step: int = 25
     visualize_step: int = 0
     checkpointing_steps: int = 100
     checkpoints_total_limit: int = 2
@@ -87,6 +96,11 @@ class FinetuneConfig(RunConfig):
         sources(self.finetune_method)
         if ("real" in sources(self.finetune_method)) != (self.real_images is not None):
             raise UserError("--finetune_method real and --real_images FOLDER are given together, or neither")
+        if not (self.optimizer.moves_parameters or self.code_updates):
+            raise UserError(
+                "nothing would be trained: --codebook_lr, --scale_lr, --weight_lr and --bias_lr are all 0; "
+                "set one of them above 0, or add --update_codes"
+            )
         check_pictures(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vqdm.errors import UserError
 from vqdm.prompts import draw, load_prompts
+from vqdm.tracking import say
 from vqdm.training.config import FinetuneConfig
 from vqdm.training.points import drawn
 from vqdm.training.real import Captioned, captioned_pictures
@@ -19,8 +20,8 @@ class Material:
 
     Attributes:
         training: prompts whose trajectories are learned from.
-        held_out: prompts of the same file that tell which parameters are best.
-        evaluation: prompts of another file that tell how good the result is.
+        held_out: prompts of the same file that choose the step to keep.
+        evaluation: prompts of another file that tell how good the result is; in none of the others.
         pictures: real ones with captions, where they are learned from.
     """
 
@@ -47,21 +48,25 @@ class Material:
 
 def read_material(config: FinetuneConfig) -> Material:
     """Raises UserError where a file cannot be read or holds too few prompts or pictures, naming the flag."""
-    every = load_prompts(config.calibration_prompts, "CALIBRATION_PROMPTS")
-    if config.held_out_nsamples >= len(every):
-        raise UserError(
-            f"--held_out_nsamples is {config.held_out_nsamples}, but {config.calibration_prompts} holds {len(every)} "
-            "prompts, of which some must be left to learn from"
-        )
-    order = random.Random(f"{config.seed}:held out").sample(every, len(every))
-    held_out, training = order[: config.held_out_nsamples], order[config.held_out_nsamples :]
-    if config.finetune_nsamples > len(training):
-        raise UserError(
-            f"--finetune_nsamples is {config.finetune_nsamples}, but {config.calibration_prompts} holds {len(training)}"
-            f" prompts beside {len(held_out)} held-out ones"
-        )
     evaluation = load_prompts(config.evaluation_prompts, "EVALUATION_PROMPTS")
     count, source = config.evaluation_nsamples, config.evaluation_prompts
     evaluation = draw(evaluation, count, config.seed, source, "--evaluation_nsamples")
+    every = load_prompts(config.calibration_prompts, "CALIBRATION_PROMPTS")
+    usable = [prompt for prompt in every if prompt not in set(evaluation)]
+    words = f"{config.calibration_prompts} holds {len(usable)} prompts"
+    if len(usable) < len(every):
+        words += f" beside {len(every) - len(usable)} that are evaluated on"
+        say(f"{words}: only the former are trained on and held out")
+    if config.held_out_nsamples >= len(usable):
+        raise UserError(
+            f"--held_out_nsamples is {config.held_out_nsamples}, but {words}, of which some must be left to learn from"
+        )
+    order = random.Random(f"{config.seed}:held out").sample(usable, len(usable))
+    held_out = order[: config.held_out_nsamples]
+    training = [prompt for prompt in order[config.held_out_nsamples :] if prompt not in set(held_out)]
+    if config.finetune_nsamples > len(training):
+        raise UserError(
+            f"--finetune_nsamples is {config.finetune_nsamples}, but {words}, {len(training)} of them not held out"
+        )
     pictures = captioned_pictures(config.real_images) if config.real_images else []
     return Material(training, held_out, evaluation, pictures, config.seed)

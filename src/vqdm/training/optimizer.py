@@ -1,4 +1,4 @@
-"""Adam over groups of one rate, its schedule, the average of parameters, and all of that as plain tensors."""
+"""Adam, its learning rate and schedule, the average of parameters, and all of that as plain tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from vqdm.training.config import OptimizerConfig
+from vqdm.training.config import AUTO, OptimizerConfig
 from vqdm.training.parameters import Trained, parameter_groups
+from vqdm.training.watching import Errors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+LEARNING_RATE_OF_ERROR = 0.15  # of the median prompt's relative error, as an amplitude
+LEARNING_RATES = (1e-5, 2e-3)  # the least and the most that is chosen
 
 
 def adam(trained: Trained, config: OptimizerConfig) -> torch.optim.Adam:
@@ -22,17 +25,33 @@ def adam(trained: Trained, config: OptimizerConfig) -> torch.optim.Adam:
     return torch.optim.Adam(parameter_groups(trained, config), betas=betas)
 
 
-def rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
-    """What a step's rate is of the full one; steps count from 0. Linear warm-up, then the schedule down to 0."""
+def learning_rate(config: OptimizerConfig, errors: Errors) -> float:
+    """`finetune_lr`; where it is "auto", in proportion to the error that `errors` says is left.
+
+    Adam's steps are as long for a small gradient as for a large one: each moves every parameter by about the learning
+    rate, relative to its size, and the outputs with them. Steps that move outputs by more than their error do harm.
+    """
+    if config.finetune_lr != AUTO:
+        return config.finetune_lr
+    least, most = LEARNING_RATES
+    return float(f"{min(most, max(least, LEARNING_RATE_OF_ERROR * 10 ** (errors.median_db / 20))):.2g}")
+
+
+def rate_factor(step: int, total: int, config: OptimizerConfig, began: int = 0) -> float:
+    """Part of the learning rate that a step has; steps count from 0. Linear warmup, then the schedule down to 0.
+
+    The warmup is that of Adam's moments, which began with step `began`.
+    """
     done = step / max(1, total)
     falling = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    warm = min(1.0, (step + 1) / (config.lr_warmup_steps + 1))
+    warm = min(1.0, (step - began + 1) / (config.lr_warmup_steps + 1))
     return warm * falling[config.lr_scheduler]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its part of a learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = group["full_rate"] * factor
+        group["lr"] = group["full_rate"] * rate
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: Trained) -> dict[str, Tensor]:

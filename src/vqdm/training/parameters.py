@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from vqdm.diffusion.pipelines import dtypes_in
 from vqdm.errors import RunError
 from vqdm.layers.banks import CodebookBanks
 from vqdm.training.config import OptimizerConfig
@@ -74,23 +75,25 @@ def _kind(module: nn.Module, name: str, tensor: nn.Parameter) -> str:
 
 
 def kind_factors(config: OptimizerConfig) -> dict[str, float]:
-    """Kind → what its rate is of `finetune_lr`."""
+    """Kind → what its learning rate is of `finetune_lr`."""
     return dict(zip(KINDS, (config.codebook_lr, config.scale_lr, config.weight_lr, config.bias_lr), strict=True))
 
 
 def parameter_groups(trained: Trained, config: OptimizerConfig) -> list[dict]:
-    """Adam's groups: parameters whose rate is the same, kinds and powers of two of their size apart.
+    """Adam's groups: parameters whose learning rate is the same, kinds and powers of two of their size apart.
 
-    Biases and norms have an absolute rate; all else moves relative to its size, or a rate that suits codebooks of size
-    1 would scatter scales of size 0.01.
+    `full_rate` is what a group's learning rate is of the one that training has. Biases and norms have an absolute one;
+    all else moves relative to its size, or a learning rate that suits codebooks of size 1 would scatter scales of size
+    0.01.
     """
     factors = kind_factors(config)
     groups: dict[float, list[nn.Parameter]] = {}
     for name, tensor in trained.tensors.items():
         kind = trained.kinds[name]
         absolute = kind == "bias" or trained.sizes[name] == 0
-        rate = config.finetune_lr * factors[kind] * (1.0 if absolute else _power_of_two(trained.sizes[name]))
+        rate = factors[kind] * (1.0 if absolute else _power_of_two(trained.sizes[name]))
         groups.setdefault(rate, []).append(tensor)
+    groups = groups or {0.0: []}  # where codes alone are trained
     return [{"params": tensors, "lr": rate, "full_rate": rate} for rate, tensors in groups.items()]
 
 
@@ -101,19 +104,26 @@ def _power_of_two(size: float) -> float:
 
 def types_on_disk(folder: Path) -> dict[str, torch.dtype]:
     """Name of every floating-point tensor in a model's safetensors files → its type there."""
-    known = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        found |= {name: known[kind] for name, kind in kinds.items() if kind in known}
-    return found
+    return {name: dtype for path in sorted(folder.glob("*.safetensors")) for name, dtype in dtypes_in(path).items()}
 
 
 def stored_types(model: nn.Module) -> dict[str, torch.dtype]:
     """Name of every floating-point parameter → its type."""
     held = dict(model.named_parameters())
     return {name: held[name].dtype for name in kinds_of(model)}
+
+
+@contextmanager
+def as_stored(trained: Trained, types: dict[str, torch.dtype]) -> Iterator[None]:
+    """Inside, parameters have the values that will be read back from disk: rounded to their stored types."""
+    exact = {name: tensor.data for name, tensor in trained.tensors.items()}
+    for name, tensor in trained.tensors.items():
+        tensor.data = tensor.data.to(types[name]).to(tensor.dtype)
+    try:
+        yield
+    finally:
+        for name, tensor in trained.tensors.items():
+            tensor.data = exact[name]
 
 
 def write_back(model: nn.Module, types: dict[str, torch.dtype], computing: torch.dtype | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -67,8 +68,24 @@ class Points:
 
 def spread(points: Points, count: int) -> list[Point]:
     """About `count` points, as many of every prompt (at least one), at timesteps that shift from prompt to prompt."""
-    each = max(1, count // sum(len(part.latents) for part in points.parts))
-    return [Point(k, n, s) for k, part in enumerate(points.parts) for n, s in spread_points(part, each)]
+    sizes = [len(part.latents) for part in points.parts]
+    each, firsts = max(1, count // sum(sizes)), accumulate(sizes, initial=0)
+    parts = enumerate(zip(points.parts, firsts, strict=False))
+    return [Point(k, n, s) for k, (part, first) in parts for n, s in spread_points(part, each, first)]
+
+
+def split(points: Points) -> tuple[list[Point], list[Point]]:
+    """Points to train on, and held-out ones: those of every tenth prompt, of the last where there are fewer.
+
+    Of a single prompt every tenth point, or the last; a single point is both.
+    """
+    every = points.all()
+    keys = [point[:2] for point in every]
+    if len(set(keys)) == 1:
+        keys = every
+    apart = set(list(dict.fromkeys(keys))[9::10] or keys[-1:])
+    learned = [point for point, key in zip(every, keys, strict=True) if key not in apart]
+    return learned or every, [point for point, key in zip(every, keys, strict=True) if key in apart]
 
 
 def shuffled(points: Points, weights: Sequence[float] | None, seed: str) -> list[Point]:

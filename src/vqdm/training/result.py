@@ -9,9 +9,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vqdm.diffusion.pipelines import stored_dtypes
+from vqdm.diffusion.pipelines import saved_types, stored_dtypes
 from vqdm.layers.banks import BANKS
-from vqdm.layers.quantized import cast_plain, quantized_layers
+from vqdm.layers.quantized import quantized_layers
 from vqdm.training.config import FinetuneConfig
 
 
@@ -21,7 +21,7 @@ def stage(
     """Write a whole pipeline with the student as its UNet into `staged`.
 
     Everything else is copied from the folder around the quantized UNet; where there is none, it is the model's, every
-    component in the type it was stored in.
+    component in the type that it computes in, or a narrower one of its files.
     """
     shutil.rmtree(staged, ignore_errors=True)
     index = quantized.parent / "model_index.json"
@@ -32,12 +32,11 @@ def stage(
             shutil.copytree(quantized.parent / name, staged / name)
         student.save_pretrained(staged / "unet")
     else:
-        for name, dtype in stored_dtypes(config.model, config.variant, config.revision).items():
-            part = getattr(pipeline, name, None)
-            if isinstance(part, nn.Module) and name != "unet":
-                cast_plain(part, dtype)
+        stored = stored_dtypes(config.model, config.variant, config.revision)
+        stored.pop("unet", None)
         pipeline.register_modules(unet=student)
-        pipeline.save_pretrained(staged)
+        with saved_types(pipeline, stored):
+            pipeline.save_pretrained(staged)
 
 
 def components(index: Path) -> list[str]:

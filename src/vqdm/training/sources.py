@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from vqdm.diffusion.pipelines import sample
+from vqdm.diffusion.sampling import unet_dtype
 from vqdm.diffusion.trajectories import Recorder, Trajectories, batches
 from vqdm.errors import RunError
 from vqdm.layers.quantized import decoded_once
@@ -32,10 +33,11 @@ class Chunk:
     count: int
 
 
-def chunks_of(sources: Sequence[str], first: int, count: int, size: int) -> list[Chunk]:
-    """`count` items from `first` on, at most `size` a chunk, the sources taking turns."""
-    starts = range(first, first + count, size)
-    return [Chunk(sources[k % len(sources)], start, min(size, first + count - start)) for k, start in enumerate(starts)]
+def divided(sources: Sequence[str], first: int, count: int) -> list[Chunk]:
+    """`count` items from `first` on, the same number for every source as far as they divide, whatever a batch holds."""
+    ends = [first + count * k // len(sources) for k in range(len(sources) + 1)]
+    parts = zip(sources, ends, ends[1:], strict=False)
+    return [Chunk(source, start, end - start) for source, start, end in parts if end > start]
 
 
 @dataclass(frozen=True)
@@ -85,22 +87,34 @@ def sampled(
     pipeline: DiffusionPipeline, unet: nn.Module, prompts: list[str], seed: int, settings: dict, outputs: bool
 ) -> Trajectories:
     """UNet inputs, and outputs if wanted, of sampling with `unet` in the pipeline; the k-th prompt uses `seed + k`."""
-    dtype = pipeline.unet.dtype
-    with using(pipeline, unet), computing(pipeline.device, dtype), Recorder(unet, len(prompts), outputs) as recorder:
+    with using(pipeline, unet), Recorder(unet, len(prompts), outputs) as recorder:
         sample(pipeline, prompts, seed, 0, settings | {"output_type": "latent"})
     return recorder.trajectories()
 
 
 @contextmanager
 def using(pipeline: DiffusionPipeline, unet: nn.Module) -> Iterator[None]:
-    """Inside, the pipeline samples with another UNet, its weights decoded once."""
-    own = pipeline.unet
-    pipeline.unet = unet
+    """Inside, the pipeline samples with another UNet, its weights decoded once.
+
+    It computes in the type of the UNet that it replaces, by autocast. Text encoders and VAE are not under autocast:
+    VAEs that choose float32, because they overflow in 16 bit, would lose it.
+    """
+    own, forward = pipeline.unet, unet.forward
+    device, dtype = pipeline.device, unet_dtype(own)
+
+    def in_own_type(*args, **kwargs):
+        with computing(device, dtype):
+            return forward(*args, **kwargs)
+
+    if unet is not own:
+        unet.forward, pipeline.unet = in_own_type, unet
     try:
         with torch.no_grad(), decoded_once(unet):
             yield
     finally:
-        pipeline.unet = own
+        if unet is not own:
+            del unet.forward
+            pipeline.unet = own
 
 
 @torch.no_grad()

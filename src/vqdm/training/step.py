@@ -72,9 +72,13 @@ class Lesson:
 
 
 def _cast(call: dict, dtype: torch.dtype) -> dict:
-    """The same arguments in another type, timesteps aside."""
+    """The same arguments in another type; timesteps, labels and masks stay as they are."""
     return {
-        name: _cast(value, dtype) if isinstance(value, dict) else value if name == "timestep" else value.to(dtype)
+        name: _cast(value, dtype)
+        if isinstance(value, dict)
+        else value
+        if name == "timestep" or not value.is_floating_point()
+        else value.to(dtype)
         for name, value in call.items()
     }
 

@@ -20,6 +20,8 @@ from vqdm.training.parameters import Trained
 from vqdm.training.points import Point, Points
 from vqdm.training.step import Lesson, add_up, add_up_number
 
+SMALLEST_SCALE = 2.0**-16  # of the loss in float16; a gradient that overflows even then is not a matter of scale
+
 
 class Diverged(RunError):
     """Training has gone wrong, and going on is of no use."""
@@ -38,6 +40,7 @@ class Trainer:
     """Moves a student towards its teacher.
 
     Args:
+        config: where its learning rate is "auto", `learning_rate` is to be set before the first step.
         total: steps of the whole training, for the schedule.
         decode: "step" decodes weights once a step and keeps them, with their gradients, in float32 meanwhile; "call"
             decodes in every call, forward and backward.
@@ -54,11 +57,14 @@ class Trainer:
         updates: CodeUpdates | None = None,
     ):
         self.lesson, self.trained, self.config, self.total, self.updates = lesson, trained, config, total, updates
-        self.optimizer = adam(trained, config)
+        self.optimizer, self.learning_rate = adam(trained, config), config.finetune_lr
+        # Never stepped: what the scaler unscales and checks, which Adam's parameters are a part of.
+        latents = updates.latents() if updates else []
+        self.scaled = torch.optim.SGD([{"params": [*trained, *latents]}], lr=0.0)
         self.average = Average(trained, config.ema_decay)
         self.decode = decode
         self.scaler = torch.amp.GradScaler(lesson.ranks.device.type, enabled=lesson.dtype == torch.float16)
-        self.done = 0
+        self.done = self.began = 0
 
     def step(self, points: Points, chosen: Sequence[Point]) -> Step:
         """Learn from a batch of points.
@@ -66,30 +72,33 @@ class Trainer:
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
-        factor = rate_factor(self.done, self.total, self.config)
-        set_rate(self.optimizer, factor)
+        factor = rate_factor(self.done, self.total, self.config, self.began)
+        set_rate(self.optimizer, factor * self.learning_rate)
         loss = self._gradients(points, chosen)
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.done + 1}")
-        norm, sound = self._clipped()
-        if not (sound or self.scaler.is_enabled()):
+        norm, finite = self._clipped()
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
+        if not finite and scale <= SMALLEST_SCALE:
             raise Diverged(f"the gradient is not finite at step {self.done + 1}")
         codes = {}
-        self.scaler.step(self.optimizer)
-        if self.updates and sound:
-            codes = {f"groups_{name}": count for name, count in self.updates.step(factor)._asdict().items()}
-        self.scaler.update()
+        if finite:
+            self.optimizer.step()
+            if self.updates:
+                codes = {f"groups_{name}": count for name, count in self.updates.step(factor)._asdict().items()}
+        self.scaler.update()  # a smaller scale after a gradient that is not finite
         self.done += 1
         self.average.update(self.done)
-        return Step(loss, norm, factor * self.config.finetune_lr, codes)
+        return Step(loss, norm, factor * self.learning_rate, codes)
 
     def _gradients(self, points: Points, chosen: Sequence[Point]) -> float:
         """Set the gradients of the batch, of all processes together; returns its loss."""
         self.optimizer.zero_grad()
         if self.updates:
             self.updates.zero_grad()
+        one = torch.ones((), device=self.lesson.ranks.device)
         with self._holding():
-            loss = self.lesson.backward(points, chosen, self.scaler.get_scale())
+            loss = self.lesson.backward(points, chosen, self.scaler.scale(one).item())
         for tensor in self.trained:
             tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         add_up(self._all_gradients(), self.lesson.ranks)
@@ -103,13 +112,12 @@ class Trainer:
         return [tensor.grad for tensor in self.trained] + list(latents)
 
     def _clipped(self) -> tuple[float, bool]:
-        """Undo the scaling, and clip; returns the norm before, and whether it is finite."""
-        if self.updates and self.scaler.is_enabled():
-            torch._foreach_mul_(self.updates.gradients(), 1 / self.scaler.get_scale())
-        self.scaler.unscale_(self.optimizer)
+        """Undo the scaling, and clip; returns the parameters' norm before, and whether all gradients are finite."""
+        self.scaler.unscale_(self.scaled)
         limit = self.config.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(list(self.trained), limit).item()
-        return norm, math.isfinite(norm)
+        latents = self.updates.gradients() if self.updates else []
+        return norm, math.isfinite(norm) and math.isfinite(nn.utils.get_total_norm(latents).item())
 
     # ------------------------------------------------------------------------------------ as tensors
 
@@ -129,6 +137,15 @@ class Trainer:
         for name, value in tensors.items():
             held[name].data.copy_(value)
         self.average = Average(self.trained, 0.0)
+
+    def restart(self, tensors: dict[str, Tensor]) -> None:
+        """Continue with what `shown_tensors` gave, without any memory of earlier steps."""
+        self.restore(tensors)
+        self.average = Average(self.trained, self.config.ema_decay)
+        self.optimizer.state.clear()
+        if self.updates:
+            self.updates.restart()
+        self.began = self.done
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that the next step depends on, by file."""

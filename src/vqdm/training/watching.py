@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vqdm.diffusion.sampling import error_spread
 from vqdm.layers.quantized import decoded_once
 from vqdm.scores.fidelity import decibels
 from vqdm.storage.atomic import save_bytes, save_text
@@ -24,17 +26,20 @@ FASTER = 0.9  # how much of the speed so far the newest step leaves
 
 @dataclass(frozen=True)
 class Errors:
-    """Of a student's outputs against its teacher's, by timestep bin.
+    """Of a student's outputs against its teacher's: A guidance branches at N points, an output each.
 
     Attributes:
-        squares: squared errors, added up; float64 [BINS].
-        energy: squares of what the teacher says, added up; float64 [BINS].
-        values: how many there are; float64 [BINS].
+        squares: squared error of every output; float64 [A, N].
+        energy: sum of squares of every teacher output; float64 [A, N].
+        values: numbers in every output; float64 [A, N].
+        prompts, bins: number of the prompt, and timestep bin, of every point; int64 [N].
     """
 
     squares: Tensor
     energy: Tensor
     values: Tensor
+    prompts: Tensor
+    bins: Tensor
 
     @property
     def loss(self) -> float:
@@ -43,37 +48,62 @@ class Errors:
 
     @property
     def db(self) -> float:
-        """UNet-output error: squared error over the energy of what the teacher says."""
+        """UNet-output error: sum of squared errors over the energy of the teacher outputs."""
         return decibels(self.squares.sum().item(), self.energy.sum().item())
 
     @property
+    def median_db(self) -> float:
+        """The error of the median prompt, over all its points: outliers dominate the sum, and the median has none."""
+        pairs = zip(_added(self.squares, self.prompts), _added(self.energy, self.prompts), strict=True)
+        return statistics.median(decibels(*pair) for pair in pairs)
+
+    @property
+    def by_point(self) -> dict[str, float]:
+        """How the error, in dB, is spread over single outputs: see `error_spread`."""
+        return error_spread(self.squares.flatten().tolist(), self.energy.flatten().tolist())
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Error of the sum and of the median prompt, in dB."""
+        return {"db": self.db, "median_db": self.median_db}
+
+    @property
     def db_by_timestep(self) -> list[float | None]:
-        """The same in each bin, the least noise first; None where no point fell."""
-        return [
-            decibels(*pair) if pair[1] else None
-            for pair in zip(self.squares.tolist(), self.energy.tolist(), strict=True)
-        ]
+        """The error in each bin, the least noise first; None where no point fell."""
+        pairs = zip(_added(self.squares, self.bins, BINS), _added(self.energy, self.bins, BINS), strict=True)
+        return [decibels(*pair) if pair[1] else None for pair in pairs]
 
     @property
     def loss_by_timestep(self) -> list[float]:
         """Mean squared error in each bin, where no point fell over all."""
-        held = (self.squares / self.values).tolist()
-        return [self.loss if count == 0 else one for one, count in zip(held, self.values.tolist(), strict=True)]
+        pairs = zip(_added(self.squares, self.bins, BINS), _added(self.values, self.bins, BINS), strict=True)
+        return [squares / count if count else self.loss for squares, count in pairs]
+
+
+def _added(table: Tensor, groups: Tensor, count: int | None = None) -> list[float]:
+    """Sums of a table [A, N] over branches and the points of each group; `groups` [N] has numbers below `count`."""
+    count = groups.max().item() + 1 if count is None else count
+    return torch.zeros(count, dtype=table.dtype).index_add_(0, groups, table.sum(0)).tolist()
 
 
 @torch.no_grad()
 def measure(lesson: Lesson, points: Points, chosen: Sequence[Point]) -> Errors:
-    """The student's errors on some points; each process measures its share, and all get the same result."""
-    table = torch.zeros(3, BINS, dtype=torch.float64, device=lesson.ranks.device)
+    """The student's errors at some points; each process measures its share, and all get the same result."""
+    branches = next(iter(points.parts[0].conditioning.values())).shape[1]
+    table = torch.zeros(3, branches, len(chosen), dtype=torch.float64, device=lesson.ranks.device)
+    mine, done = lesson.ranks.share(range(len(chosen))), 0
     with decoded_once(lesson.student):
         for batch in lesson.micro_batches(points, chosen):
             expected = batch.expected.double()
-            bins = [bin_of(t, BINS) for t in batch.call["timestep"].tolist()]
             rows = (lesson.guess(batch.call).double() - expected).square(), expected.square(), torch.ones_like(expected)
             found = torch.stack([row.flatten(1).sum(1) for row in rows])  # [3, A·B]
-            table.index_add_(1, torch.tensor(bins, device=table.device), found)
+            table[:, :, list(mine[done : done + batch.count])] = found.unflatten(1, (branches, -1))
+            done += batch.count
     lesson.ranks.add_up(table)
-    return Errors(*table.cpu())
+    numbers = {key: number for number, key in enumerate(dict.fromkeys((k, n) for k, n, _ in chosen))}
+    prompts = torch.tensor([numbers[k, n] for k, n, _ in chosen])
+    bins = torch.tensor([bin_of(points.timestep(point), BINS) for point in chosen])
+    return Errors(*table.cpu(), prompts, bins)
 
 
 class Speed:

@@ -1,0 +1,162 @@
+"""What people give as MODEL, QUANTIZED or SOURCE that is no pipeline folder, and folders of one file variant."""
+
+import ast
+import json
+import shlex
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_unet
+from safetensors.torch import load_file, save_file
+
+from vqdm.diffusion.model_folders import check_variant, only_variant
+from vqdm.diffusion.pipelines import check_model, load_pipeline
+from vqdm.diffusion.quantized_unet import find_quantized_unet
+from vqdm.errors import UserError
+from vqdm.jobs.convert import load_source
+
+XL = {"conditioner.embedders.1.model.x": torch.float16, "model.diffusion_model.x": torch.float16}
+SD = {"cond_stage_model.x": torch.float32, "model.diffusion_model.x": torch.float32}
+
+
+def refusal(model, variant=None, check=check_model) -> str:
+    with pytest.raises(UserError) as caught:
+        check(str(model), variant)
+    assert str(model) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind", "dtype"),
+    [(XL, "StableDiffusionXLPipeline", "float16"), (SD, "StableDiffusionPipeline", "float32")],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_single_file_checkpoint_comes_with_the_command_that_helps(tmp_path, tensors, kind, dtype, inside):
+    path = tmp_path / "my model's.safetensors"
+    save_file({name: torch.zeros(1, dtype=dtype) for name, dtype in tensors.items()}, path)
+    line = refusal(tmp_path if inside else path)
+    assert "is a single-file checkpoint; turn it into a folder once, and give that: " in line
+    program, flag, code = shlex.split(line[line.index("python -c") :])
+    assert (program, flag) == ("python", "-c") and f"from diffusers import {kind} as P" in code
+    loading, saving = ast.parse(code).body[-1].value.func.value, ast.parse(code).body[-1].value
+    assert loading.args[0].value == str(path) and saving.args[0].value == str(path.with_suffix(""))
+    assert f"torch_dtype=torch.{dtype}" in code
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "m.ckpt").write_bytes(b"x")
+    assert "(StableDiffusionPipeline for Stable Diffusion 1.5 and 2.1)" in refusal(tmp_path / "m.ckpt")
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    assert "LoRA weights, not a model" in refusal(tmp_path / "lora.safetensors")
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
+    assert "weights of one component" in refusal(tmp_path / "unet.safetensors")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "is a file; give a diffusers pipeline folder" in refusal(tmp_path / "model_index.json")
+
+
+def test_other_folders(pipelines, tmp_path):
+    assert "is an empty folder" in refusal(tmp_path)
+    for part in ("unet", "scheduler", "text_encoder"):
+        line = refusal(pipelines["sdxl"] / part)
+        assert line.endswith(f"is a part of the pipeline {pipelines['sdxl']}; give that folder")
+    shutil.copytree(pipelines["sdxl"] / "unet", tmp_path / "alone")
+    assert "is a single UNet2DConditionModel without model_index.json" in refusal(tmp_path / "alone")
+    (tmp_path / "above" / "snapshots" / "1").mkdir(parents=True)
+    (tmp_path / "above" / "snapshots" / "1" / "model_index.json").write_text("{}")
+    assert refusal(tmp_path / "above").endswith(f"; give {tmp_path / 'above' / 'snapshots' / '1'}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").touch()
+    assert "is a folder without model_index.json, so not a diffusers pipeline" in refusal(tmp_path / "other")
+
+
+def test_misspelt_names(pipelines, monkeypatch):
+    monkeypatch.chdir(pipelines["sdxl"].parent.parent)
+    folder = pipelines["sdxl"].parent.name
+    for model in (f"./{folder}/sdxI", str(pipelines["sdxl"].parent / "sdxI")):
+        assert f"is not there (did you mean {model.removeprefix('./')[:-1]}l?)" in refusal(model)
+    with pytest.raises(UserError, match=r"is not a folder here \(did you mean .*/sdxl\?\), and cannot be loaded from"):
+        load_pipeline(f"{folder}/sdxI", torch.device("cpu"), torch.float32, local_files_only=True)
+    with pytest.raises(
+        UserError, match=r"not a folder \(did you mean .*sdxl\?\); give the folder that quantizing wrote"
+    ):
+        find_quantized_unet(f"{folder}/sdxI")
+
+
+# ------------------------------------------------------------------------------------------- variants
+
+
+def pipeline_of(folder, *files: str):
+    """A pipeline folder with empty weight files."""
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+PLAIN, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+FOLDERS = [
+    (
+        [f"unet/{HALF}", "vae/model.fp16.bin"],
+        None,
+        f"unet, vae: no files without a variant, only unet/{HALF}, vae/model.",
+    ),
+    ([f"unet/{HALF}", f"vae/{PLAIN}"], None, f"unet: no files without a variant, only unet/{HALF}; add --variant fp16"),
+    (["unet/diffusion_pytorch_model.bf16-00001-of-00002.safetensors"], None, "add --variant bf16"),
+    (["unet/diffusion_pytorch_model-00001-of-00002.fp16.bin"], None, "add --variant fp16"),
+    (["text_encoder/pytorch_model.fp16.bin"], None, "add --variant fp16"),
+    (
+        [f"unet/{HALF}"],
+        "bf16",
+        "unet: no bf16 files, only unet/diffusion_pytorch_model.fp16.safetensors; add --variant fp16",
+    ),
+    ([f"unet/{PLAIN}"], "fp16", "--variant fp16: MODEL"),
+]
+
+
+@pytest.mark.parametrize(("files", "variant", "words"), FOLDERS)
+def test_a_variant_that_is_not_there_is_named_with_the_flag(tmp_path, files, variant, words):
+    assert words in refusal(pipeline_of(tmp_path / "m", *files), variant)
+
+
+@pytest.mark.parametrize(
+    ("files", "variant"),
+    [
+        ([f"unet/{PLAIN}", f"unet/{HALF}"], None),
+        ([f"unet/{PLAIN}", f"unet/{HALF}"], "fp16"),
+        ([f"unet/{HALF}", f"vae/{PLAIN}"], "fp16"),
+        (["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.bin"], None),
+        (["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "scheduler/x.json"], "fp16"),
+    ],
+)
+def test_variants_that_are_there(tmp_path, files, variant):
+    check_variant(str(pipeline_of(tmp_path / "m", *files)), variant)
+
+
+def test_a_folder_of_bin_files_is_read_with_a_line(pipelines, tmp_path, caplog):
+    shutil.copytree(pipelines["sd15"], tmp_path / "m")
+    file = tmp_path / "m" / "unet" / PLAIN
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with caplog.at_level("INFO", logger="vqdm"):
+        load_pipeline(str(tmp_path / "m"), torch.device("cpu"), torch.float32)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "vqdm"]
+    assert line.endswith("/m: unet: .bin files are read, as tensors only; there is no .safetensors")
+
+
+def test_a_component_of_one_variant_needs_no_flag(tmp_path):
+    """QUANTIZED, and a component that is converted."""
+    tiny_unet("sd15").save_pretrained(tmp_path, variant="fp16")
+    assert only_variant(tmp_path) == "fp16"
+    assert load_source(str(tmp_path)).config.in_channels == 4
+
+
+def test_sources_that_cannot_be_converted(pipelines, tmp_path):
+    save_file({name: torch.zeros(1) for name in XL}, tmp_path / "m.safetensors")
+    assert "single-file checkpoint" in refusal(tmp_path / "m.safetensors", check=load_source)
+    assert "did you mean" in refusal(pipelines["sdxl"].parent / "sdx", check=load_source)
+    folder = pipeline_of(tmp_path / "m", f"unet/{HALF}")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "X"}))
+    assert "add --variant fp16" in refusal(folder, check=load_source)

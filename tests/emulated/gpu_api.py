@@ -1,0 +1,209 @@
+"""What users do in Python with a quantized pipeline, on emulated GPUs; a function is a test of test_emulated_api.py."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import classroom
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+import vqdm
+from vqdm.additive import kernels, scoring
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.config import SolverConfig
+from vqdm.additive.solve import solve_layer
+from vqdm.diffusion.pipelines import check_float64, pick_device, pick_dtype
+from vqdm.errors import UserError
+from vqdm.layers.decode import decode, set_decode_path
+from vqdm.layers.quantized import decoded_once, quantized_layers
+from vqdm.parallel import launched
+from vqdm.tracking import peak_memory
+from vqdm.training.checkpoints import Checkpoints
+
+FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
+STEPS = {"num_inference_steps": 2, "output_type": "pt"}
+
+
+def loaded(folder: str, **options) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def image_of(pipeline: DiffusionPipeline, generator: torch.Generator | None = None) -> torch.Tensor:
+    generator = generator or torch.Generator().manual_seed(0)
+    return pipeline("a red circle", generator=generator, **STEPS).images.float().cpu()
+
+
+def use_on_both_devices(folder: str) -> None:
+    """`pipe.to` either GPU with kernels of Triton gives the CPU's image; 16 bit and generators on the GPU work."""
+    wanted = image_of(loaded(folder))
+    for device in ("cuda", "cuda:1"):
+        pipeline = loaded(folder).to(device)
+        set_decode_path("triton")
+        torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-3, atol=1e-3)
+        set_decode_path(None)
+        half = loaded(folder, dtype=torch.bfloat16).to(device)
+        assert image_of(half, torch.Generator(device).manual_seed(0)).isfinite().all()
+        with decoded_once(half.unet):
+            assert image_of(half).isfinite().all()
+
+
+def place_parts_on_different_devices(folder: str) -> None:
+    """The UNet on the second GPU, all else on the first, as a device map may put them."""
+    pipeline = loaded(folder, device_map="balanced")
+    assert image_of(pipeline).isfinite().all()
+    unet = loaded(folder).unet.to(SECOND)
+    set_decode_path("triton")
+    for layer in quantized_layers(unet).values():
+        assert layer.weight.device == SECOND
+
+
+def offload_models(folder: str) -> None:
+    wanted = image_of(loaded(folder))
+    for device in (FIRST, SECOND):
+        pipeline = loaded(folder)
+        pipeline.enable_model_cpu_offload(device=device)
+        torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-3, atol=1e-3)
+        assert pipeline.unet.device.type == "cpu"
+
+
+def offload_layers_in_turn(folder: str) -> None:
+    wanted, pipeline = image_of(loaded(folder)), loaded(folder)
+    pipeline.enable_sequential_cpu_offload(device=SECOND)
+    torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-3, atol=1e-3)
+
+
+def offload_groups(folder: str, **options) -> None:
+    wanted = image_of(loaded(folder))
+    for kind in ({"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}):
+        pipeline = loaded(folder)
+        for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
+            part.to(SECOND)
+        pipeline.unet.enable_group_offload(onload_device=SECOND, **kind, **options)
+        torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-3, atol=1e-3)
+
+
+def offload_groups_with_streams(folder: str) -> None:
+    offload_groups(folder, use_stream=True)
+
+
+def train_save_and_load_an_adapter(folder: str) -> None:
+    pipeline = loaded(folder, dtype=torch.float32).to(SECOND)
+    unet = pipeline.unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "conv1"]))
+    trained = [tensor for tensor in unet.parameters() if tensor.requires_grad]
+    call = classroom.points(classroom.teacher(), 1, 1).batch([(0, 0, 0)], SECOND, torch.float32).call
+    unet(**call).sample.square().mean().backward()
+    torch.optim.AdamW(trained).step()
+    wanted = image_of(pipeline)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    with tempfile.TemporaryDirectory() as out:
+        type(pipeline).save_lora_weights(out, unet_lora_layers=layers)
+        for place in (lambda pipe: pipe.to(SECOND), lambda pipe: pipe.enable_model_cpu_offload(device=SECOND)):
+            other = loaded(folder, dtype=torch.float32)
+            other.load_lora_weights(out)
+            place(other)
+            torch.testing.assert_close(image_of(other), wanted, rtol=1e-3, atol=1e-3)
+
+
+def save_and_dequantize(folder: str) -> None:
+    pipeline = loaded(folder).to(SECOND)
+    wanted = image_of(pipeline)
+    with tempfile.TemporaryDirectory() as out:
+        pipeline.save_pretrained(out)
+        assert torch.equal(image_of(loaded(out).to(SECOND)), wanted)
+    pipeline.unet.dequantize()
+    assert {tensor.device for tensor in pipeline.unet.parameters()} == {SECOND}
+    torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-2, atol=1e-2)
+
+
+def quantize_a_text_encoder(folder: str) -> None:
+    pipeline = loaded(folder, dtype=torch.bfloat16).to(SECOND)
+    config = SolverConfig(spec=CodeSpec(1, 4, 4), max_epochs=1, init_max_iter=1, beam_size=1)
+    prompts = [f"a red circle {k}" for k in range(16)]
+    vqdm.quantize_text_encoder(pipeline.text_encoder, pipeline.tokenizer, prompts, config, batch_size=2)
+    assert {tensor.device for tensor in pipeline.text_encoder.parameters()} == {SECOND}
+    assert image_of(pipeline).isfinite().all()
+
+
+def solve_layers_of_every_format(_: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, H = torch.randn(16, 32, generator=generator).to(SECOND), torch.eye(32, device=SECOND)
+    for name, spec in classroom.FORMATS.items():
+        if spec.shared_codebooks:
+            continue
+        for encoder in ("ldl", "beam"):
+            config = SolverConfig(spec=spec, max_epochs=2, beam_size=2, init_max_iter=1, encoder=encoder)
+            code, report = solve_layer(W, H, config, torch.Generator().manual_seed(0), held_out=H)
+            assert code.codes.device == SECOND and 0 < report.error < 1, (name, encoder)
+
+
+def launch_kernels_beside_the_current_device(_: str) -> None:
+    """With the first GPU as the current one, kernels run on the second, where their tensors are."""
+    assert torch.cuda.current_device() == 0
+    for spec in classroom.FORMATS.values():
+        for layer in quantized_layers(classroom.student(spec).to(SECOND)).values():
+            found = decode(layer._stored(), torch.float32, path="triton")
+            torch.testing.assert_close(found, decode(layer._stored(), torch.float32, path="torch"))
+    residuals, codebook = torch.randn(5, 2, 4, device=SECOND), torch.randn(16, 4, device=SECOND)
+    found, wanted = (find(residuals, codebook, 3)[0] for find in (kernels.best_entries, scoring.torch_best_entries))
+    torch.testing.assert_close(found.sort().values, wanted.sort().values)
+    assert scoring.fused_scoring(codebook) is not None and torch.cuda.current_device() == 0
+
+
+def launch_a_program_on(device: str, wanted: torch.device) -> None:
+    """The chosen device becomes the current one, and is the one that is measured and whose random state is kept."""
+    with launched(device) as ranks:
+        assert ranks.device == wanted and torch.cuda.current_device() == wanted.index
+        assert torch.zeros(1, device="cuda").device == wanted
+        assert peak_memory()["cuda"] == peak_memory(ranks.device)["cuda"] == 1 + wanted.index
+        torch.cuda.set_device(FIRST)  # what another library may do
+        with tempfile.TemporaryDirectory() as out:
+            held = Checkpoints(Path(out), 2, ranks.device)
+            state = torch.arange(16, dtype=torch.uint8)
+            torch.cuda.set_rng_state(state, wanted)
+            held.save(1, {}, {"best": {"step": 1}})
+            torch.cuda.set_rng_state(state.flip(0), wanted)
+            held.load(1)
+        assert torch.equal(torch.cuda.get_rng_state(wanted), state)
+        assert peak_memory(ranks.device)["cuda"] == 1 + wanted.index
+
+
+def launch_programs(_: str) -> None:
+    launch_a_program_on("auto", FIRST)
+
+
+def launch_programs_on_the_second(_: str) -> None:
+    launch_a_program_on("cuda:1", SECOND)
+
+
+def leave_the_gpus_alone(_: str) -> None:
+    """A run on the CPU neither measures a GPU nor keeps its random state."""
+    with launched("cpu") as ranks, tempfile.TemporaryDirectory() as out:
+        assert ranks.device.type == "cpu" and peak_memory(ranks.device).keys() == {"host"}
+        Checkpoints(Path(out), 2, ranks.device).save(1, {}, {"best": {"step": 1}})
+        assert b"cuda" not in (Path(out) / "checkpoint-1" / "random.safetensors").read_bytes()
+
+
+def choose_types(_: str) -> None:
+    """bfloat16 only where the GPU has it."""
+    own = torch.bfloat16 if os.environ.get("EMUCUDA_KIND", "hopper") == "hopper" else torch.float16
+    assert pick_device("auto").type == "cuda"
+    assert [pick_dtype("auto", device) for device in (FIRST, SECOND, torch.device("cpu"))] == [own, own, torch.float32]
+    assert pick_dtype("auto", torch.device("mps")) == torch.float16
+    assert pick_dtype("float32", FIRST) == torch.float32
+    check_float64(SECOND)
+    with pytest.raises(UserError, match="--device cuda:2 cannot be used"):
+        pick_device("cuda:2")
+
+
+def main(words: list[str]) -> None:
+    globals()[words[0]](*words[1:])

@@ -1,0 +1,74 @@
+"""The programs on emulated GPUs: no tensor meets one of another device, in any type, and every run ends well.
+
+A few chains run always; all of them, and runs that are killed and resumed, with `-m long`.
+"""
+
+import json
+import signal
+
+import pytest
+from gpu_programs import CHAINS, TARGET, finetuned, generated, quantized
+from programs import digests
+
+ONCE = "--finetune_max_epochs 1 "
+QUICK = {
+    "quantize": quantized(
+        "--num_codebooks 1 --nbits_per_codebook 3 --in_group_size 4 --device cuda:1 --dtype float16 --rest_nbits 8 "
+        "--num_intermediate_finetunes 1 --finetune_nsamples 2 --finetune_batch_size 2"
+    ),
+    "quantize to a target": quantized(
+        TARGET + "--target_bits 14 --share_codebooks unet --layer_filter mid_block.*attn1.to_[qk]"
+    ),
+    "finetune auto": finetuned(ONCE + "--visualize_step 2 --finetune_method student+teacher"),
+    "finetune float16": finetuned(ONCE + "--dtype float16 --update_codes --decode call --device cuda:1"),
+    "generate": generated("--offload sequential"),
+    "metrics": CHAINS["metrics cuda:1"],
+}
+
+RESUMED = ("quantize auto", "quantize intermediate", "finetune float16", "finetune codes float16")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_program(name, on_gpus, materials, tmp_path):
+    run_chain(QUICK[name], on_gpus, materials, tmp_path / "out")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CHAINS)
+def test_matrix(name, on_gpus, materials, tmp_path):
+    run_chain(CHAINS[name], on_gpus, materials, tmp_path / "out")
+
+
+def run_chain(chain, on_gpus, materials, out) -> None:
+    for words in chain(materials, out):
+        process = on_gpus(words)
+        assert "unexpected" not in process.said()
+    assert out.is_dir()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernels", ["triton", "triton_tf32"])
+def test_quantizing_with_kernels(kernels, on_gpus, materials, tmp_path):
+    """In Triton's interpreter, on the second GPU."""
+    words = CHAINS["quantize cuda:1"](materials, tmp_path / "out")[0]
+    on_gpus(words, VQDM_SCORING=kernels, VQDM_DECODE="triton")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_killed_and_resumed(name, share, on_gpus, materials, tmp_path):
+    """The result is the same to the last byte as that of an uninterrupted run."""
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    changes = on_gpus(CHAINS[name](materials, whole)[0], crash={"at": 0, "signal": 0}).changes()
+    words = CHAINS[name](materials, halted)[0]
+    on_gpus(words, status=-signal.SIGKILL, crash={"at": int(share * changes), "signal": signal.SIGKILL})
+    on_gpus([*words, "--resume"])
+    assert digests(halted, "*/*.safetensors") == digests(whole, "*/*.safetensors")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "dtype"), [("hopper", "bfloat16"), ("turing", "float16")])
+def test_the_automatic_type_is_that_of_the_gpu(kind, dtype, on_gpus, materials, tmp_path):
+    on_gpus(CHAINS["generate auto"](materials, tmp_path / "out")[0], EMUCUDA_KIND=kind)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["dtype"] == dtype
