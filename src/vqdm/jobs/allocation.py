@@ -228,8 +228,8 @@ def divide(
         table, coded = bank_bits(fixed + layers) / weights, sum(min(one) for one in bits) / weights
         others = "" if not fixed else f", and overridden layers {sum(map(layer_bits, fixed)) / weights:.3f}"
         raise UserError(
-            f"--target_bits {job.config.target_bits} is too low: codes of {LEAST_BITS:g} bit and scales take {coded:.3f} "
-            f"bits per weight, the shared table {table:.3f} of so few weights{others}; choose "
+            f"--target_bits {job.config.target_bits} is too low: codes of {LEAST_BITS:g} bit with scales take "
+            f"{coded:.3f} bits per weight, and the shared table {table:.3f} of so few weights{others}; choose "
             f"{coded + aside / weights:.3f} or more, smaller --state_bits, or more layers (--layer_filter)"
         ) from None
     found = [options[k] for options, k in zip(choices, chosen, strict=True)]

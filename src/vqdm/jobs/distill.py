@@ -23,6 +23,7 @@ from vqdm.jobs.distill_job import Distillation
 from vqdm.jobs.distill_points import epoch_points, evaluation_points, forget_epochs, held_out_points, keeps_outputs
 from vqdm.jobs.distill_result import draw_pairs, finish
 from vqdm.jobs.plan import predicted_bytes
+from vqdm.layers.quantized import float_scales
 from vqdm.parallel import Ranks, launched
 from vqdm.storage.fingerprint import folder_fingerprint
 from vqdm.storage.runs import RunFolder
@@ -63,7 +64,7 @@ def distill(config: FinetuneConfig) -> dict | None:
     with launched(config.device) as ranks, ExitStack() as held:
         check_float64(ranks.device)
         pipeline, student = load(config, ranks, source)
-        types = types_on_disk(source)
+        types = types_on_disk(source) | float_scales(student)
         trained = trainable(student, config.optimizer)
         say(plan(config, ranks, trained))
         if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_RATE:

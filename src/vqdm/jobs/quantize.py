@@ -98,8 +98,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     plain = plain_bits(pipeline.unet, stored.get("unet"))
     if config.target_bits:
         weights = sum(layer.rows * layer.columns for layer in layers)
-    check_loaded(pipeline.unet, config.model)
-    layers = chosen_layers(config, pipeline.unet)
+        say(totals(layers, parameters, rest, plain, config.target_bits * weights) + "; allocated after calibration")
     else:
         say(layer_table(layers, parameters, rest, plain))
     check_timestep_range(
