@@ -26,6 +26,7 @@ from vqdm.jobs.plan import predicted_bytes
 from vqdm.layers.quantized import float_scales
 from vqdm.parallel import Ranks, launched
 from vqdm.storage.fingerprint import folder_fingerprint
+from vqdm.storage.hf import mark_quantized
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, say
 from vqdm.training.checkpoints import Checkpoints
@@ -65,6 +66,7 @@ def distill(config: FinetuneConfig) -> dict | None:
         check_float64(ranks.device)
         pipeline, student = load(config, ranks, source)
         types = types_on_disk(source) | float_scales(student)
+        mark_quantized(student)  # its scales may be of another format now
         trained = trainable(student, config.optimizer)
         say(plan(config, ranks, trained))
         if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_RATE:
