@@ -64,7 +64,7 @@ class _Coded:
         R, G = self._stored().groups
         if codes.shape != (R, G, self.spec.num_codebooks):
             raise ValueError(f"codes have shape {tuple(codes.shape)}; allowed is {(R, G, self.spec.num_codebooks)}")
-        widths = self.code_widths if self.spec.row_bits else None
+        widths = self.code_widths if self.spec.has_widths else None
         self.codes.data.copy_(self.spec.packed(codes, widths))
         self._decoded = None
 
@@ -107,8 +107,9 @@ class _Coded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the small tensors, and of `weight`."""
-        return next(tensor.dtype for tensor in self.stored_tensors().values() if tensor.is_floating_point())
+        """The floating-point type of the small tensors, and of `weight`; of the bank where all of them are integers."""
+        floats = [tensor.dtype for tensor in self.stored_tensors().values() if tensor.is_floating_point()]
+        return floats[0] if floats else self.banks[0].stored_tensors()[self.spec.shared_codebooks].dtype
 
 
 class QuantizedLinear(_Coded, nn.Linear):
