@@ -36,6 +36,15 @@ def test_other_flags_and_processors_get_their_own(source, tmp_path, monkeypatch)
     assert len(list((tmp_path / "cache" / "vqdm").iterdir())) == 3
 
 
+@needs_compiler
+def test_a_changed_header_is_compiled_again(source):
+    header = source.with_name("number.h")
+    source.write_text('#include "number.h"\nint answer(void) { return NUMBER; }')
+    for number in (42, 43):
+        header.write_text(f"enum {{ NUMBER = {number} }};")
+        assert compiled.build(source, ("-O1",)).answer() == number
+
+
 def test_a_compiler_that_fails_is_named(source, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")

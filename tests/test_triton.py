@@ -42,11 +42,11 @@ for M, b, g, written, scales, variable in [
         constants | dict(INPUT_SCALES=scales == 1, VARIABLE=variable, BLOCK=2048 // g, BLOCK_D=g),
     )
 for written, logarithms in [("*fp16", True), ("*bf16", False)]:
-    scales = ["*u8", "*fp32"] if logarithms else ["*fp16", "*fp16"]
+    scales = ["*u8", "*u8"] if logarithms else ["*fp16", "*fp16"]
     compile(
         trellis_kernel._decode,
-        ["*u8", "*fp16", "*i64", "*i64", *scales, *scales, written, *["i32"] * 5],
-        dict(L=12, LOGARITHMS=logarithms, ROWS=trellis_kernel.ROWS, COLUMNS=trellis_kernel.COLUMNS),
+        ["*u8", "*fp16", *scales, "*fp32", "*fp32", "*u8", "*i64", written, *["i32"] * 5],
+        dict(L=12, LOGARITHMS=logarithms, INPUT_LOGARITHMS=logarithms, ROWS=64, COLUMNS=32),
     )
 for L, q, capability in [(12, 8, 89), (12, 10, 90), (14, 34, 90)]:
     options = viterbi_kernel.settings(L, q)

@@ -21,11 +21,15 @@ def compiler() -> str | None:
 
 
 def build(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library made of a C file. Raises RuntimeError where it cannot be made or loaded."""
+    """The library made of a C file, which may include headers that lie beside it.
+
+    Raises RuntimeError where it cannot be made or loaded.
+    """
     path = compiler()
     if path is None:
         raise RuntimeError("no C compiler: neither $CC nor cc, gcc, clang")
-    key = hashlib.sha256(source.read_bytes() + repr((path, flags, _processor(flags))).encode()).hexdigest()[:16]
+    text = b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h"))))
+    key = hashlib.sha256(text + repr((path, flags, _processor(flags))).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqdm"
     built = folder / f"{source.stem}-{key}.so"
     try:

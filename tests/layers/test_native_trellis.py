@@ -5,8 +5,8 @@ import torch
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows, table, unpack
-from vqdm.layers import native_trellis
 from vqdm.layers.decode import decode
+from vqdm.layers.native_trellis import native_trellis
 from vqdm.layers.pointwise import pointwise
 from vqdm.layers.stored import Stored
 
@@ -61,7 +61,7 @@ def test_native_and_pointwise_are_exact(rows, columns, L, log_scales):
     stored, code = trellis_of(rows, columns, L, log_scales)
     expected = code.dequantize()
     out = torch.full((rows, columns), torch.nan)
-    native_trellis.native(stored, out)
+    native_trellis(stored, out)
     assert torch.equal(out, expected) and torch.equal(pointwise(stored), expected)
     assert not expected[:, code.widths == 0].any()
 
@@ -83,5 +83,5 @@ def test_nothing_after_the_codes_is_read():
     for poison in (0, 255):
         behind = torch.cat([stored.codes, torch.full((64,), poison, dtype=torch.uint8)])
         out = torch.empty(48, 17)
-        native_trellis.native(stored._replace(codes=behind[: len(stored.codes)]), out)
+        native_trellis(stored._replace(codes=behind[: len(stored.codes)]), out)
         assert torch.equal(out, code.dequantize())

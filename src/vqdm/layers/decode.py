@@ -1,7 +1,7 @@
 """From stored tensors to the weight: several ways that give the same numbers, and the choice among them.
 
     torch     the definition in plain operations, on every device
-    gather    numpy gathers, on the CPU
+    gather    numpy gathers, on the CPU; not for a trellis
     native    a loop in C, on the CPU where there is a compiler
     triton    one Triton kernel, on CUDA
     compile   one kernel that `torch.compile` makes, anywhere; its first use takes seconds
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import CodeSpec, packed_bytes
+from vqdm.additive.trellis import UNITS
 from vqdm.errors import UserError
-from vqdm.layers import native_trellis
 from vqdm.layers.gather import gather
 from vqdm.layers.native_decode import native
+from vqdm.layers.native_trellis import native_trellis
 from vqdm.layers.pointwise import pointwise
 from vqdm.layers.stored import Stored
 
@@ -35,26 +36,26 @@ log = logging.getLogger("vqdm")
 ENVIRONMENT = "VQDM_DECODE"
 PATHS = ("auto", "torch", "gather", "native", "triton", "compile")
 ON_CPU = ("gather", "native")
+NOT_FOR_TRELLIS = ("gather",)
 CANDIDATES = {  # on other devices torch alone
     "cpu": ("native", "gather", "torch"),
     "cuda": ("triton", "torch"),
 }
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
-NUMBERS = (  # of a format, as an operator can take them
-    "num_codebooks",
-    "nbits_per_codebook",
-    "in_group_size",
-    "out_group_size",
-    "scale_nbits",
-    "row_bits",
-    "segment_rows",
-    "segment_bits",
-    "scale_exponent",
-    "groupwise_codebooks",
-    "input_channel_scales",
-    "log_scales",
-)
-TRUTHS = 3  # the last of NUMBERS, which are true or false
+NUMBERS = {  # of a format, as an operator can take them
+    "num_codebooks": int,
+    "nbits_per_codebook": int,
+    "in_group_size": int,
+    "out_group_size": int,
+    "scale_nbits": int,
+    "row_bits": int,
+    "groupwise_codebooks": bool,
+    "input_channel_scales": bool,
+    "segment_rows": int,
+    "segment_bits": int,
+    "log_scales": bool,
+    "scale_exponent": int,
+}
 ROUNDS = 3  # of measuring, in each of which the ways take turns: another program may slow one of them down
 COMPILATIONS = 64  # formats that torch.compile may meet
 
@@ -75,7 +76,7 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: 
     Args: `out`, where to put it, contiguous; `path`, one of `PATHS`, overrules every other choice.
 
     Raises:
-        UserError: no such path, or not for this device.
+        UserError: no such path, or not for this device or format.
     """
     if torch.compiler.is_compiling():
         return traced(stored).to(dtype)
@@ -85,6 +86,8 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: 
     name = _choice(stored, dtype) if _known(name, ENVIRONMENT) == "auto" else name
     if name in ON_CPU and out.device.type != "cpu":
         raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
+    if name in NOT_FOR_TRELLIS and stored.spec.is_trellis:
+        raise UserError(f"{ENVIRONMENT} is {name}, which does not decode a trellis; use auto, torch, native or compile")
     RUNS[name](stored, out)
     return out
 
@@ -118,11 +121,13 @@ def _decode_operator(
     input_scale_logarithms: Tensor | None,
 ) -> Tensor:
     """`decode` as an operator that compiled graphs can call: numpy and C cannot be traced."""
-    counts, truths = numbers[:-TRUTHS], map(bool, numbers[-TRUTHS:])
-    settings = dict(zip(NUMBERS, (*counts, *truths), strict=True))
-    logarithms = scale_logarithms, input_scale_logarithms
-    tensors = codes, codebooks, scales, scale_codes, scale_values, input_scales, code_widths, *logarithms
-    return decode(Stored(CodeSpec(**settings, shared_codebooks=bank), tuple(shape), *tensors), torch.float32)
+    settings = {name: kind(number) for (name, kind), number in zip(NUMBERS.items(), numbers, strict=True)}
+    spec = CodeSpec(**settings, shared_codebooks=bank)
+    scaling = scales, scale_codes, scale_values, input_scales
+    stored = Stored(
+        spec, tuple(shape), codes, codebooks, *scaling, code_widths, scale_logarithms, input_scale_logarithms
+    )
+    return decode(stored, torch.float32)
 
 
 @_decode_operator.register_fake
@@ -139,18 +144,12 @@ def _by_torch(stored: Stored, out: Tensor) -> None:
 
 
 def _by_native(stored: Stored, out: Tensor) -> None:
-    (native_trellis.native if stored.spec.is_trellis else native)(stored, out)
-
-
-def _by_gather(stored: Stored, out: Tensor) -> None:
-    if stored.spec.is_trellis:
-        raise UserError(f"{ENVIRONMENT} is gather, which does not decode trellis codes; allowed are native and torch")
-    gather(stored, out)
+    (native_trellis if stored.spec.is_trellis else native)(stored, out)
 
 
 def _by_triton(stored: Stored, out: Tensor) -> None:
-    if stored.spec.is_trellis:
-        from vqdm.layers.trellis_kernel import decode as run  # Triton is not everywhere
+    if stored.spec.is_trellis:  # Triton is not everywhere
+        from vqdm.layers.trellis_kernel import decode as run
     else:
         from vqdm.layers.decode_kernel import decode as run
 
@@ -170,7 +169,7 @@ def _compiled() -> Callable[[Stored, Tensor], None]:
 
 RUNS: dict[str, Callable[[Stored, Tensor], None]] = {
     "torch": _by_torch,
-    "gather": _by_gather,
+    "gather": gather,
     "native": _by_native,
     "triton": _by_triton,
     "compile": _by_compile,
@@ -200,7 +199,7 @@ def _choice(stored: Stored, dtype: torch.dtype) -> str:
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
         if stored.spec.is_trellis:
-            candidates = tuple(name for name in candidates if name != "gather")
+            candidates = tuple(name for name in candidates if name not in NOT_FOR_TRELLIS)
         if len(candidates) == 1:
             _warn_once(f"decoding on {stored.codes.device}: {candidates[0]}, for want of a faster way on this device")
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
@@ -210,7 +209,8 @@ def _choice(stored: Stored, dtype: torch.dtype) -> str:
 @cache
 def _kind(spec: CodeSpec) -> CodeSpec:
     """The format without the bits of one layer: the same object for equal ones, which are then found sooner."""
-    return _first_of(replace(spec, row_bits=0, segment_bits=0, scale_exponent=0))
+    one_layers = {"segment_rows": 1, "segment_bits": 0, "scale_exponent": 0} if spec.is_trellis else {"row_bits": 0}
+    return _first_of(replace(spec, **one_layers))
 
 
 @cache
@@ -245,9 +245,9 @@ def _agrees(name: str, stored: Stored, out: Tensor, wanted: Tensor) -> bool:
 
 def _first_rows(stored: Stored) -> Stored:
     """A layer made of the first rows, of no more than `MEASURED_WEIGHTS` weights where one row group has no more."""
+    if stored.spec.is_trellis:
+        return _first_segments(stored)
     spec, I = stored.spec, stored.shape[1]  # noqa: E741
-    if spec.is_trellis:
-        return _first_segment(stored)
     R, G = min(stored.groups[0], max(1, MEASURED_WEIGHTS // (I * spec.out_group_size))), stored.groups[1]
     return stored._replace(
         shape=(R * spec.out_group_size, I),
@@ -258,15 +258,17 @@ def _first_rows(stored: Stored) -> Stored:
     )
 
 
-def _first_segment(stored: Stored) -> Stored:
-    """A layer made of the first segment of a trellis."""
-    T = stored.spec.segment_rows
-    rows = {name: getattr(stored, name) for name in ("scales", "scale_logarithms")}
-    return stored._replace(
-        shape=(T, stored.shape[1]),
-        codes=stored.codes[: stored.spec.code_bytes(T, stored.shape[1])],
-        **{name: None if tensor is None else tensor[:T] for name, tensor in rows.items()},
-    )
+def _first_segments(stored: Stored) -> Stored:
+    """Likewise of a trellis: its first segments, or the first columns of the first one."""
+    spec, (O, I), T = stored.spec, stored.shape, stored.spec.segment_rows  # noqa: E741
+    columns = min(I, max(1, MEASURED_WEIGHTS // T))
+    rows = min(O, max(1, MEASURED_WEIGHTS // (T * columns)) * T) if columns == I else T
+    widths = stored.code_widths[:columns]
+    spec = spec.changed(segment_bits=int(widths.sum(dtype=torch.int64)) * T // UNITS)
+    parts = {"scales": rows, "scale_logarithms": rows, "input_scales": columns, "input_scale_logarithms": columns}
+    held = {name: tensor[:n] for name, n in parts.items() if (tensor := getattr(stored, name)) is not None}
+    codes = stored.codes[: spec.code_bytes(rows, columns)]
+    return stored._replace(spec=spec, shape=(rows, columns), codes=codes, code_widths=widths, **held)
 
 
 def _seconds(name: str, stored: Stored, out: Tensor) -> float:

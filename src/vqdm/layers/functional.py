@@ -78,8 +78,7 @@ def coded(
     learned = (x, bias, stored.codebooks, stored.scales, stored.scale_values, stored.input_scales, latent)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):
         fixed = stored._replace(scales=None, scale_codes=None, scale_values=None, codebooks=None, input_scales=None)
-        free = stored.codebooks, stored.scale_matrix(), stored.input_scales
-        return _Coded.apply(operation, fixed, x, bias, *free, latent)
+        return _Coded.apply(operation, fixed, x, bias, *stored.learnable(), latent)
     with scratch(stored.shape, x.dtype, x.device) as out:
         return operation.forward(x, decode(stored, x.dtype, out), bias)
 

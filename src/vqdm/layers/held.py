@@ -45,7 +45,7 @@ def spread_gradient(layer: QuantizedLayer, E: Tensor | None) -> None:
     if _wants(layer.latent):
         layer.latent.grad = E.to(layer.latent.dtype) if layer.latent.grad is None else layer.latent.grad + E
     stored = layer._stored()
-    free = stored.codebooks, stored.scale_matrix(), stored.input_scales
+    free = stored.learnable()
     needs = tuple(_wants(tensor) for tensor in free)
     if any(needs):
         found = code_gradients(_as_matrix(stored, free[1]), E, needs)
@@ -53,8 +53,8 @@ def spread_gradient(layer: QuantizedLayer, E: Tensor | None) -> None:
         torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
 
 
-def _as_matrix(stored: Stored, scales: Tensor) -> Stored:
-    """Without the graph, and with scales [R, S] that are looked up already."""
+def _as_matrix(stored: Stored, scales: Tensor | None) -> Stored:
+    """Without the graph, and with scales [R, S] that are looked up already, unless they are logarithms."""
     plain = stored._replace(scales=scales, scale_codes=None, scale_values=None)
     return plain._replace(**{name: None if one is None else one.detach() for name, one in _floats(plain).items()})
 

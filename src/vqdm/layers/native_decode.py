@@ -1,4 +1,4 @@
-"""Decoding on the CPU by a page of C, compiled on first use where there is a compiler and kept in the user's cache.
+"""Decoding additive codes on the CPU in C, compiled on first use where there is a compiler, and kept in a cache.
 
 One call a layer, from stored tensors to the weight in its type, without intermediate arrays.
 """

@@ -25,78 +25,107 @@ typedef struct {
 
 _Static_assert(offsetof(Trellis, next) == 128 && sizeof(Trellis) == 168, "native_trellis.py packs 128 bytes and 40");
 
-/* Of a tile, whose values fit in the first-level cache beside the table and a line of codes per column. */
-enum { ROWS = 64, COLUMNS = 64 };
+/* A word holds WORD bits at least from any bit on. From row LATE on no window begins at the end of its ring. The bits of a
+   tile's columns, a line of cache each, and the table should fit in the first-level cache. */
+enum { PERIOD = 4, WORD = 57, LATE = 16, ROWS = 256, COLUMNS = 128 };
 
-/* Rows after which the bits of a column repeat their places, and rows that are decoded at once. */
-enum { PERIOD = 4, AT_ONCE = 8, WORD = 57 };
+/* Columns of a tile in one segment. Bits count from `codes` on. */
+typedef struct {
+    const uint8_t *codes;
+    uint64_t bytes;                   /* that there are, 8 at least */
+    int n, per_word;                  /* columns; rows whose windows one word holds */
+    uint64_t first[COLUMNS];          /* where a ring begins */
+    uint64_t width[COLUMNS];          /* bits of PERIOD rows */
+    uint64_t later[PERIOD][COLUMNS];  /* bits by which the window of a row of a period is after that of the first */
+    uint64_t word[COLUMNS];
+} Tile;
 
-_Static_assert(ROWS % AT_ONCE == 0, "a tile has room for whole turns");
-
-/* At least WORD bits from a bit on, or as many as there are; before the first bit are zeros. No byte outside of the codes
-   is read, wherever the bit is. */
-INLINE uint64_t bits_at(const Trellis *trellis, int64_t bit) {
-    const int64_t last = trellis->bytes - 8, byte = bit < 0 ? 0 : bit >> 3 < last ? bit >> 3 : last;
-    uint64_t word; /* little end first, as on every machine that torch runs on */
-    memcpy(&word, trellis->codes + byte, 8);
-    return bit < 0 ? word << (-bit & 63) : word >> ((bit - 8 * byte) & 63);
+static void begin(const Trellis *trellis, int64_t segment, int64_t column, Tile *tile) {
+    const uint64_t most = PERIOD * trellis->L, rings = segment * trellis->segment_bits;
+    const uint64_t from = (rings + trellis->first[column]) / 8, last = trellis->bytes - 8, byte = from < last ? from : last;
+    uint32_t widest = 0;
+    tile->codes = trellis->codes + byte;
+    tile->bytes = trellis->bytes - byte;
+    tile->n = trellis->I - column < COLUMNS ? trellis->I - column : COLUMNS;
+    for (int j = 0; j < tile->n; j++) {
+        const uint32_t wanted = trellis->widths[column + j], q = wanted < PERIOD ? 0 : wanted < most ? wanted : most;
+        tile->first[j] = rings + trellis->first[column + j] - 8 * byte;
+        tile->width[j] = q;
+        for (uint32_t i = 0; i < PERIOD; i++) tile->later[i][j] = (i + 1) * q / PERIOD - q / PERIOD;
+        widest = q > widest ? q : widest;
+    }
+    const uint32_t beyond = widest - widest / PERIOD + trellis->L; /* bits that the windows of PERIOD rows take */
+    tile->per_word = widest + beyond <= WORD ? 2 * PERIOD : beyond <= WORD ? PERIOD : PERIOD / 2;
 }
 
-/* The values of the states of a column down some rows, the first a multiple of PERIOD, AT_ONCE by AT_ONCE. `bit` is where
-   the first window begins, `fresh` are the bits by which each is later than the one before it. A word holds the windows
-   of `per_word` rows. */
-INLINE void decode_rows(const Trellis *trellis, int64_t bit, const int fresh[PERIOD], uint32_t mask, int rows,
-                        float *restrict to, const int per_word) {
-    const float *restrict table = trellis->table;
-    const int half = fresh[1] + fresh[2], width = half + fresh[3] + fresh[0];
-    for (int t = 0; t < rows; t += AT_ONCE, to += AT_ONCE * COLUMNS, bit += AT_ONCE / PERIOD * width) {
-        uint64_t word = 0;
-#pragma GCC unroll 8
-        for (int i = 0; i < AT_ONCE; i++, word >>= fresh[i % PERIOD]) {
-            if (i % per_word == 0) word = bits_at(trellis, bit + i / PERIOD * width + i % PERIOD / 2 * half);
-            to[i * COLUMNS] = table[word & mask];
+/* Bits from a bit on. No byte outside of the codes is read, wherever the bit is. */
+static uint64_t bits_at(const Tile *tile, uint64_t bit) {
+    const uint64_t last = tile->bytes - 8, byte = bit >> 3 < last ? bit >> 3 : last;
+    uint64_t word; /* little end first, as on every machine that torch runs on */
+    memcpy(&word, tile->codes + byte, 8);
+    return word >> ((bit - 8 * byte) & 63);
+}
+
+/* Words that begin with the windows of row t of a segment of T, in the way that is always right. */
+static void find_first_words(Tile *tile, uint32_t t, uint64_t T, uint32_t L) {
+    for (int j = 0; j < tile->n; j++) {
+        const uint32_t stop = (t + 1) * (uint32_t)tile->width[j] / PERIOD;
+        const uint64_t first = tile->first[j], ring = T * tile->width[j] / PERIOD;
+        if (!stop) {
+            tile->word[j] = 0; /* the state where there are no bits */
+        } else if (stop >= L) {
+            tile->word[j] = bits_at(tile, first + stop - L);
+        } else { /* the window begins at the end of the ring */
+            const uint32_t early = L - stop;
+            const uint64_t end = bits_at(tile, first + ring - early) & ((1u << early) - 1);
+            tile->word[j] = end | bits_at(tile, first) << early;
         }
     }
 }
 
-/* Values [rows, COLUMNS] of column j, from row t of a segment on. */
-INLINE void decode_column(const Trellis *trellis, int64_t segment, int64_t t, int64_t j, int rows, float *restrict to) {
-    const int L = trellis->L, q = trellis->widths[j] < PERIOD * L ? trellis->widths[j] : PERIOD * L;
-    const uint32_t mask = q ? (1u << L) - 1 : 0; /* where there are no bits, the state is 0 */
-    const int64_t first = segment * trellis->segment_bits + trellis->first[j];
-    const int64_t bit = first + t / PERIOD * q + q / PERIOD - L;
-    int fresh[PERIOD];
-    for (int i = 0; i < PERIOD; i++) fresh[i] = (i + 1) * q / PERIOD - i * q / PERIOD;
-    if (2 * q - fresh[0] + L <= WORD)
-        decode_rows(trellis, bit, fresh, mask, rows, to, 8);
-    else if (q - fresh[0] + L <= WORD)
-        decode_rows(trellis, bit, fresh, mask, rows, to, 4);
-    else
-        decode_rows(trellis, bit, fresh, mask, rows, to, 2);
-    if (t || !q) return;
-    /* The windows of early rows begin at the end of the ring. */
-    const int64_t ring = trellis->T * q / PERIOD;
-    const uint64_t tail = bits_at(trellis, first + ring - L) & mask;
-    const uint64_t joined = tail | bits_at(trellis, first) << L;
-    for (int row = 0; row < rows && (row + 1) * q / PERIOD < L; row++)
-        to[row * COLUMNS] = trellis->table[joined >> (row + 1) * q / PERIOD & mask];
+/* Likewise from row LATE on, and not near the end of the codes. */
+static void find_words(Tile *tile, uint32_t t, uint32_t L) {
+    const uint8_t *codes = tile->codes;
+    for (int j = 0; j < tile->n; j++) {
+        const uint32_t stop = (t + 1) * (uint32_t)tile->width[j] / PERIOD;
+        const uint64_t bit = tile->first[j] + (stop < L ? 0 : stop - L);
+        memcpy(tile->word + j, codes + (bit >> 3), 8);
+        tile->word[j] = stop ? tile->word[j] >> (bit & 7) : 0;
+    }
 }
 
-static void decode_tile(const Trellis *trellis, int64_t segment, int64_t t, int64_t j) {
-    const int64_t T = trellis->T, I = trellis->I;
-    const int rows = T - t < ROWS ? T - t : ROWS, columns = I - j < COLUMNS ? I - j : COLUMNS;
-    float values[ROWS][COLUMNS], scaled[COLUMNS];
-    for (int c = 0; c < columns; c++) decode_column(trellis, segment, t, j + c, rows, values[0] + c);
-    for (int row = 0; row < rows; row++) {
-        const int64_t r = segment * T + t + row;
-        const float scale = trellis->rows[r], *restrict factors = trellis->factors + j;
-        if (trellis->out_type == FLOAT32) {
-            float *restrict to = (float *)trellis->out + r * I + j;
-            for (int c = 0; c < columns; c++) to[c] = values[row][c] * scale * factors[c];
-        } else {
-            for (int c = 0; c < columns; c++) scaled[c] = values[row][c] * scale * factors[c];
-            write(trellis->out, trellis->out_type, r * I + j, columns, scaled);
-        }
+/* Weights [n] of a row. */
+INLINE void decode_row(const Trellis *trellis, const Tile *tile, int64_t t, float scale, const float *restrict factors,
+                       float *restrict to) {
+    const float *restrict table = trellis->table;
+    const uint64_t *restrict later = tile->later[t % PERIOD], *restrict since = tile->later[t % PERIOD / 2 * 2];
+    const int n = tile->n, mask = (1 << trellis->L) - 1;
+    if (tile->per_word < PERIOD)
+        for (int j = 0; j < n; j++) to[j] = table[(int)(tile->word[j] >> (later[j] - since[j])) & mask] * scale * factors[j];
+    else
+        for (int j = 0; j < n; j++) to[j] = table[(int)(tile->word[j] >> later[j]) & mask] * scale * factors[j];
+}
+
+/* Weights from row t of a segment and a column on. */
+static void decode_tile(const Trellis *trellis, int64_t segment, int64_t t, int64_t column) {
+    const int64_t T = trellis->T, I = trellis->I, stop = T - t < ROWS ? T : t + ROWS;
+    Tile tile;
+    begin(trellis, segment, column, &tile);
+    const int n = tile.n, per_word = tile.per_word;
+    const uint64_t end = tile.first[n - 1] + T * tile.width[n - 1] / PERIOD;
+    const int last = end / 8 + 2 * sizeof(uint64_t) > tile.bytes;
+    for (; t < stop; t++) {
+        const int64_t r = segment * T + t, place = r * I + column;
+        float row[COLUMNS], *to = trellis->out_type == FLOAT32 ? (float *)trellis->out + place : row;
+        if (t % per_word) {
+            if (t % PERIOD == 0)
+                for (int j = 0; j < n; j++) tile.word[j] >>= tile.width[j];
+        } else if (t < LATE || last)
+            find_first_words(&tile, t, T, trellis->L);
+        else
+            find_words(&tile, t, trellis->L);
+        decode_row(trellis, &tile, t, trellis->rows[r], trellis->factors + column, to);
+        if (to == row) write(trellis->out, trellis->out_type, place, n, row);
     }
 }
 

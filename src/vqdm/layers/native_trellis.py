@@ -1,6 +1,7 @@
-"""Decoding a bitshift trellis on the CPU by a page of C; see `vqdm.layers.native_decode`.
+"""Decoding a bitshift trellis on the CPU by a page of C, compiled as that of `vqdm.layers.native_decode` is.
 
-Tiles of rows and columns go to several threads: a column's bits follow one another, a row's weights do.
+The bits of a column follow one another, the weights of a row do: threads take tiles of both, in which reading and
+writing stay in the cache.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from vqdm.layers.native_decode import FLAGS, TYPES, readable, team
 from vqdm.layers.stored import Stored, logarithm_values
 
 SOURCE = Path(__file__).with_suffix(".c")
-LOGARITHM = 3  # beside TYPES
-LAYER = Struct("8P 5q 6i 32x")  # Trellis of native_trellis.c, which fills in the rest
-TILE = 64 * 64
-CPU = torch.device("cpu")
+LAYER = Struct("8P 5q 6i 40x")  # Trellis of native_trellis.c, which fills in the rest
+LOGARITHMS = len(TYPES)  # the type of scales that are bytes
+WEIGHTS_PER_THREAD = 2**15  # below which another one costs more than it gives
 
 
-def native(stored: Stored, out: Tensor) -> None:
-    """Decode a trellis into `out` [O, I], a contiguous CPU tensor of any floating type; float32 inside.
+def native_trellis(stored: Stored, out: Tensor) -> None:
+    """Decode into `out` [O, I], a contiguous CPU tensor of any floating type; float32 inside.
 
     Raises:
         RuntimeError: the C code cannot be compiled.
@@ -33,15 +33,14 @@ def native(stored: Stored, out: Tensor) -> None:
     """
     if out.dtype not in TYPES:
         whole = torch.empty(stored.shape)
-        native(stored, whole)
+        native_trellis(stored, whole)
         out.copy_(whole)
         return
-    spec, (O, I) = stored.spec, stored.shape  # noqa: E741
-    scales, scales_type, values = _scales(stored.scales, stored.scale_logarithms, 0)
-    factors, factors_type, input_values = _scales(
-        stored.input_scales, stored.input_scale_logarithms, spec.scale_exponent
-    )
-    held = stored.codes, stored.code_widths, readable(stored.codebooks), scales, factors, values, input_values, out
+    spec, (O, I), table = stored.spec, stored.shape, readable(stored.codebooks)  # noqa: E741
+    scales, scales_type = _scales(stored.scales, stored.scale_logarithms)
+    factors, factors_type = _scales(stored.input_scales, stored.input_scale_logarithms)
+    values = [logarithm_values(exponent, out.device) for exponent in (0, spec.scale_exponent)]
+    held = stored.codes, stored.code_widths, table, scales, factors, *values, out  # until the call is over
     layer = LAYER.pack(
         *(tensor.data_ptr() for tensor in held),
         stored.codes.numel(),
@@ -50,23 +49,22 @@ def native(stored: Stored, out: Tensor) -> None:
         spec.segment_rows,
         spec.segment_bits,
         spec.nbits_per_codebook,
-        TYPES[held[2].dtype],
+        TYPES[table.dtype],
         scales_type,
         factors_type,
         TYPES[out.dtype],
         0,
     )
-    if library().vqdm_trellis(layer, team(), min(torch.get_num_threads(), -(-O * I // TILE))):
-        raise MemoryError(f"no memory for {2**spec.nbits_per_codebook} values and {O + I} scales in float32")
+    if library().vqdm_trellis(layer, team(), min(torch.get_num_threads(), -(-O * I // WEIGHTS_PER_THREAD))):
+        raise MemoryError(f"no memory for {table.numel()} values and {O + I} scales in float32")
 
 
-def _scales(scales: Tensor | None, logarithms: Tensor | None, exponent: int) -> tuple[Tensor, int, Tensor]:
-    """Scales as the C code reads them: numbers or logarithms, their type, and the values of all logarithms."""
-    values = logarithm_values(exponent, CPU)
+def _scales(numbers: Tensor | None, logarithms: Tensor | None) -> tuple[Tensor, int]:
+    """Scales as the C code reads them, and their type there."""
     if logarithms is not None:
-        return logarithms.contiguous(), LOGARITHM, values
-    scales = readable(scales)
-    return scales, TYPES[scales.dtype], values
+        return logarithms, LOGARITHMS
+    numbers = readable(numbers)
+    return numbers, TYPES[numbers.dtype]
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqdm.additive import trellis
 from vqdm.additive.rates import first_entries, offsets, variable_field
 from vqdm.layers.stored import Stored
 
@@ -28,19 +29,32 @@ def pointwise(stored: Stored) -> Tensor:
         value = flat[((book * K + entry) * p + a) * g + c].to(dtype)  # [R, p, G, g]
         total = value if total is None else total + value
     total = total * _scale(stored, r, j).to(dtype)
-    if stored.input_scales is not None:
-        total = total * stored.input_scales[j * g + c].to(dtype)
+    if (input_scales := stored.column_scales()) is not None:
+        total = total * input_scales[j * g + c].to(dtype)
     return total.reshape(R * p, G * g)  # [R, p, G, g] → [O, I]
 
 
 def _entry(stored: Stored, r: Tensor, j: Tensor, m: int) -> Tensor:
     """Codes, to be broadcast over [R, p, G, g]."""
     spec, G = stored.spec, stored.groups[1]
+    if spec.is_trellis:
+        return _state(stored, r, j)
     if not spec.row_bits:
         return _field(stored.codes, (r * G + j) * spec.num_codebooks + m, spec.nbits_per_codebook)
     widths = stored.code_widths.to(torch.int64)
     first = r * spec.row_bits + offsets(widths)[j]
     return variable_field(stored.codes, first, widths[j]) + first_entries(widths)[j]
+
+
+def _state(stored: Stored, r: Tensor, j: Tensor) -> Tensor:
+    """States of a trellis, likewise. Neither widths nor their sum are constants, or every layer were compiled anew."""
+    if not stored.codes.numel():
+        return torch.zeros_like(r + j)
+    T, widths = stored.spec.segment_rows, stored.code_widths.to(torch.int64)
+    rings = widths * T // trellis.UNITS
+    first = r // T * rings.sum() + (rings.cumsum(0) - rings)[j]
+    stop = (r % T + 1) * widths[j] // trellis.UNITS
+    return trellis.window(stored.codes, first, stop, rings[j], stored.spec.nbits_per_codebook)
 
 
 def _places(R: int, p: int, G: int, g: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +77,7 @@ def _field(packed: Tensor, index: Tensor, bits: int) -> Tensor:
 
 def _scale(stored: Stored, r: Tensor, j: Tensor) -> Tensor:
     """Scales, to be broadcast over [R, p, G, g]."""
-    if stored.scales is not None:
+    if stored.scale_codes is None:
         scales = stored.scale_matrix()
         return scales[r, j if scales.shape[1] > 1 else torch.zeros_like(j)]
     level = _field(stored.scale_codes, r * stored.groups[1] + j, stored.spec.scale_nbits)

@@ -107,8 +107,9 @@ class _Coded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the small tensors, and of `weight`."""
-        return next(tensor.dtype for tensor in self.stored_tensors().values() if tensor.is_floating_point())
+        """The floating-point type of the small tensors, and of `weight`; of the bank where all of them are integers."""
+        floats = [tensor.dtype for tensor in self.stored_tensors().values() if tensor.is_floating_point()]
+        return floats[0] if floats else self.banks[0].stored_tensors()[self.spec.shared_codebooks].dtype
 
 
 class QuantizedLinear(_Coded, nn.Linear):
