@@ -101,7 +101,7 @@ def _add_bits_flags(group: argparse._ArgumentGroup) -> None:
         "--target_bits",
         type=real(0, 16),
         metavar="BITS",
-        help="stored bits per weight of the quantized layers, such as 2.5, divided among them and their columns by what "
+        help="stored bits per weight of the quantized layers, such as 2.5, divided among layers and columns by what "
         "each is worth, as trellis codes; the plan is written to plan.json",
     )
     group.add_argument(
