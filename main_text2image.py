@@ -101,20 +101,22 @@ def _add_bits_flags(group: argparse._ArgumentGroup) -> None:
         "--target_bits",
         type=real(0, 16),
         metavar="BITS",
-        help="stored bits a weight of the quantized layers, such as 2.5, divided among them by what each is worth; "
-        "the plan is written to plan.json",
+        help="stored bits per weight of the quantized layers, such as 2.5, divided among layers and columns by what "
+        "each is worth, as trellis codes; the plan is written to plan.json",
     )
     group.add_argument(
         "--code",
         choices=("additive", "trellis"),
-        help="sums of codebook entries, as in the paper, or trellis codes (default: trellis with --target_bits)",
+        help="sums of codebook entries, as in the paper, or trellis codes, which need --target_bits (default: trellis "
+        "with --target_bits, else additive)",
     )
     group.add_argument(
         "--state_bits",
         type=int,
         choices=(8, 10, 12),
         default=12,
-        help="bits of a trellis state: with 10, coding takes a third of the time for 0.1 dB more error",
+        help="bits of a trellis state; with 10, coding takes a third of the time for 0.1 dB more error; the table "
+        "that all layers share takes 16 * 2^BITS bits",
     )
     group.add_argument(
         "--share_codebooks",

@@ -1,8 +1,7 @@
-"""Bits divided among layers, shared codebooks and the Hessian cache, on a tiny pipeline."""
+"""Bits divided among layers as trellis codes, shared codebooks and the Hessian cache, on a tiny pipeline."""
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,60 +10,61 @@ from main_text2image import main
 from test_quantize import command, file_hashes
 
 from vqdm.additive.code import CodeSpec
+from vqdm.additive.trellis import allowed_widths
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import Layer
-from vqdm.errors import UserError
-from vqdm.jobs.allocation import Choices, divided
+from vqdm.jobs.allocation import LEAST_BITS, offered, segment_bits, trellis_layer, width_total
 from vqdm.jobs.banks import choose_layers, shared
-from vqdm.jobs.plan import bank_bits, layer_bits
+from vqdm.jobs.plan import layer_bits
 from vqdm.layers.quantized import quantized_layers
 
 ONLY = ["--layer_filter", r"mid_block.*attn1\.to|mid_block.*conv1"]
 
 
-def shrink(patch):
-    patch.setattr("vqdm.jobs.menu.MEASURED", {4: (3, 6), 2: (4, 6)})
-    patch.setattr("vqdm.jobs.menu.USUAL", (4, 6))
-    patch.setattr("vqdm.jobs.menu.LARGEST", 7)
-
-
 @pytest.fixture(autouse=True)
-def small_menu(monkeypatch):
-    shrink(monkeypatch)
+def plain_decoding(monkeypatch):
+    monkeypatch.setenv("VQDM_DECODE", "torch")
 
 
 def target(pipelines, prompts, out, *extra):
-    """The command without the flags of the format, which --target_bits decides."""
+    """The command without the flags of the format, which --target_bits decides; with a small table."""
     words = command(pipelines["sdxl"], prompts, out)
     dropped = {"--num_codebooks", "--nbits_per_codebook", "--in_group_size"}
     kept = [word for before, word in zip(["", *words], words, strict=False) if not dropped & {before, word}]
-    return [*kept, *ONLY, *extra]
+    return [*kept, *ONLY, "--state_bits", "8", *extra]
 
 
 @pytest.fixture(scope="module")
 def planned(pipelines, prompt_file, tmp_path_factory):
-    """A run to 2.5 bits that keeps its Hessians."""
+    """A run to 3 bits that keeps its Hessians."""
     folder = tmp_path_factory.mktemp("planned")
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch)
+        patch.setenv("VQDM_DECODE", "torch")
         cache = ["--hessian_cache", str(folder / "cache")]
-        assert run_script(main, target(pipelines, prompt_file, folder / "out", "--target_bits", "2.5", *cache)) == 0
+        assert run_script(main, target(pipelines, prompt_file, folder / "out", "--target_bits", "3", *cache)) == 0
     return folder
 
 
-def test_the_target_is_kept_with_banks_and_scales(planned):
-    summary = json.loads((planned / "out" / "summary.json").read_text())
-    assert 2.2 < summary["effective_bits_layers"] <= 2.5
-    unet = DiffusionPipeline.from_pretrained(planned / "out").unet
+def counted_bits(unet):
+    """Bits per weight of all quantized layers and what they share, as the model holds them."""
     layers = quantized_layers(unet)
     bits = sum(layer.stored_bits for layer in layers.values())
     bits += sum(16 * bank.numel() for bank in unet.codebook_banks.parameters())
-    weights = sum(layer._rows * layer._columns for layer in layers.values())
-    assert summary["effective_bits_layers"] == pytest.approx(bits / weights)
-    assert len({layer.spec for layer in layers.values()}) > 1
+    return bits / sum(layer._rows * layer._columns for layer in layers.values())
 
 
-def test_every_layers_line_counts_its_share_of_the_bank(planned):
+def test_the_target_is_kept_with_table_widths_and_scales(planned):
+    summary = json.loads((planned / "out" / "summary.json").read_text())
+    assert 2.95 < summary["effective_bits_layers"] <= 3
+    unet = DiffusionPipeline.from_pretrained(planned / "out").unet
+    assert summary["effective_bits_layers"] == pytest.approx(counted_bits(unet))
+    specs = [layer.spec for layer in quantized_layers(unet).values()]
+    assert len(set(specs)) > 1 and {(spec.is_trellis, spec.nbits_per_codebook) for spec in specs} == {(True, 8)}
+    assert all(spec.segment_bits >= LEAST_BITS for spec in specs)
+    assert summary["unet_output_error_db"] < -8
+
+
+def test_every_layers_line_counts_its_share_of_the_table(planned):
     rows = [json.loads(line) for line in (planned / "out" / "layers.jsonl").read_text().splitlines()]
     summary = json.loads((planned / "out" / "summary.json").read_text())
     bits = sum(row["bits_per_weight"] * row["rows"] * row["columns"] for row in rows)
@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(planned, pipelines, prompt_file,
     from vqdm.jobs import quantize
 
     out = tmp_path / "out"
-    words = target(pipelines, prompt_file, out, "--target_bits", "2.5", "--hessian_cache", str(planned / "cache"))
+    words = target(pipelines, prompt_file, out, "--target_bits", "3", "--hessian_cache", str(planned / "cache"))
     for place in ("make_banks", "solve_block"):
         with monkeypatch.context() as patch:
             patch.setattr(quantize, place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -106,6 +106,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(planned, pipelines, prompt_file,
     assert run_script(main, [*words, "--resume"]) == 0
     first, second = file_hashes(planned / "out"), file_hashes(out)
     assert {name for name in first if first[name] != second[name]} <= {"work"}
+
+
+def test_codes_are_loaded_only_where_the_bank_is_the_same(pipelines, prompt_file, tmp_path, capsys):
+    share = [*ONLY, "--share_codebooks", "unet"]
+    assert run_script(main, [*command(pipelines["sdxl"], prompt_file, tmp_path / "first"), *share]) == 0
+    for seed, taken in (("0", 6), ("1", 0)):
+        words = [*command(pipelines["sdxl"], prompt_file, tmp_path / seed), *share, "--load", str(tmp_path / "first")]
+        assert run_script(main, [*words, "--seed", seed]) == 0
+        assert f"{taken} of 6 layers are taken from there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["kind", "unet"])
@@ -133,7 +142,9 @@ def test_layers_with_an_override_keep_it(pipelines, prompt_file, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--target_bits", "2", "--share_codebooks", "none"], "--target_bits needs --share_codebooks kind or unet"),
+        (["--code", "trellis"], "--code trellis needs --target_bits"),
+        (["--code", "additive", "--target_bits", "3"], "--code additive does not go with --target_bits"),
+        (["--share_codebooks", "unet", "--target_bits", "3"], "--share_codebooks is for additive codes"),
         (
             ["--target_bits", "2", "--num_codebooks", "2"],
             "--target_bits chooses formats itself; leave out --num_codebooks",
@@ -144,13 +155,23 @@ def test_layers_with_an_override_keep_it(pipelines, prompt_file, tmp_path):
             "--hessian_cache is of the full-precision model",
         ),
         (["--share_codebooks", "unet", "--groupwise_codebooks"], "--share_codebooks goes neither with"),
-        (["--target_bits", "0.1"], "--target_bits 0.1 is too low: codes and scales alone take"),
+        (["--target_bits", "0.5"], "--target_bits 0.5 is too low: codes of 1 bit with scales take"),
     ],
 )
 def test_contradictions_are_one_line(flags, words, pipelines, prompt_file, tmp_path, capsys):
     assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", *flags)) == 2
     err = capsys.readouterr().err
     assert words in err and len(err.strip().splitlines()) == 1
+
+
+def test_state_bits_are_those_of_the_codes_and_all_layers_are_coded(pipelines, prompt_file, tmp_path):
+    """Time projections and 1×1 convolutions among them."""
+    flags = ["--target_bits", "3", "--layer_filter", "all", "--state_bits", "10"]
+    assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", *flags)) == 0
+    unet = DiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    layers = quantized_layers(unet)
+    assert {layer.spec.nbits_per_codebook for layer in layers.values()} == {10}
+    assert sum("time_emb_proj" in name for name in layers) > 4 and 2.95 < counted_bits(unet) <= 3
 
 
 # ------------------------------------------------------------------------------------------- without a model
@@ -160,42 +181,25 @@ def layer(name, M=1, b=4, rows=64, columns=64):
     return shared(Layer(name, "mid_block", "linear", rows, columns, CodeSpec(M, b, 4)), "unet")
 
 
-def choices(name, effect, rows=64):
-    options = [layer(name, 1, b, rows) for b in (4, 8, 12)]
-    return Choices(options, [layer_bits(one) for one in options], [effect * 4.0 ** -(b / 4) for b in (4, 8, 12)])
+@pytest.mark.parametrize("state_bits", [8, 10, 12])
+@pytest.mark.parametrize("columns", [1, 3, 27, 64])
+@pytest.mark.parametrize("rows", [1, 2, 4, 6, 7, 13, 64, 96, 640])
+def test_every_rate_that_is_offered_is_a_sum_of_widths(rows, columns, state_bits):
+    options = offered(trellis_layer(layer("a", rows=rows, columns=columns), state_bits, 2))
+    bits = [layer_bits(one) for one in options]
+    assert bits == sorted(bits) and options[-1].spec.code_bits_per_weight(columns) == state_bits
+    widths = allowed_widths(options[0].spec.segment_rows, state_bits)
+    for one in options:
+        one.spec.check_shape(rows, columns)
+        total = width_total(one)
+        assert total * one.spec.segment_rows == 4 * one.spec.segment_bits
+        assert total % (widths[-1] - widths[-2]) == 0 and widths[1] <= total <= columns * widths[-1]
 
 
-def test_bits_go_where_the_effect_is():
-    found = divided([choices("a", 1.0, 4096), choices("b", 1e-3, 4096)], 3.0)
-    assert found[0].spec.nbits_per_codebook > found[1].spec.nbits_per_codebook
-    weights = 2 * 4096 * 64
-    assert sum(map(layer_bits, found)) + bank_bits(found) <= 3.0 * weights
-
-
-def test_a_bank_that_is_not_worth_its_bits_is_left_out():
-    """4,096 entries of four values are 16 times the layer's weights."""
-    found = divided([choices("a", 1.0), choices("b", 1.0)], 6.0)
-    assert all(one.spec.nbits_per_codebook < 12 for one in found)
-    assert any(one.spec.nbits_per_codebook == 12 for one in divided([choices("a", 1.0, 2**14)], 4.0))
-
-
-def test_an_impossible_target_names_the_least():
-    with pytest.raises(UserError, match=r"--target_bits 0\.5 is too low: codes and scales alone take 1\.250"):
-        divided([choices("a", 1.0)], 0.5)
-
-
-def test_shared_codebooks_that_are_too_large_are_named():
-    """Sixteen entries of four values are a quarter of a bit for each of 64×64 weights, and one for 16×64."""
-    small = choices("a", 1.0, 16)
-    with pytest.raises(
-        UserError, match=r"shared codebooks take 1\.000 bits per weight .* and codes and scales 1\.250"
-    ) as e:
-        divided([small], 2.0)
-    assert str(e.value).endswith("choose more layers (--layer_filter), or 2.250 or more")
-    assert divided([small], 2.2501)
-    kinds = [replace(one, spec=one.spec.changed(shared_codebooks=f"linear_{k}")) for k, one in enumerate(small.layers)]
-    with pytest.raises(UserError, match=r"choose --share_codebooks unet, more layers"):
-        divided([replace(small, layers=kinds)], 2.0)
+def test_segment_bits_are_about_those_asked_for():
+    one = trellis_layer(layer("a", rows=96, columns=64), 8, 2)
+    assert one.spec.segment_bits == 2 * 96 * 64
+    assert abs(segment_bits(one, 2.31) / (96 * 64) - 2.31) < 0.01
 
 
 def test_samples_fit_into_memory_and_keep_the_order():
@@ -215,11 +219,9 @@ def test_names_tell_owner_and_format():
     assert torch.Size(one.spec.codebooks_shape).numel() == 2 * 256 * 4
 
 
-def test_codes_are_loaded_only_where_the_bank_is_the_same(planned, pipelines, prompt_file, tmp_path, capsys):
+def test_codes_of_a_plan_are_loaded(planned, pipelines, prompt_file, tmp_path, capsys):
+    """The table is the same for every seed."""
     plan = ["--overrides", str(planned / "out" / "plan.json"), "--load", str(planned / "out")]
-    words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "same"), *ONLY, *plan]
-    assert run_script(main, [*words, "--hessian_cache", str(planned / "cache")]) == 0
-    assert "6 of 6 layers are taken from there" in capsys.readouterr().out
-    words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "other"), *ONLY, *plan, "--seed", "1"]
+    words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "out"), *ONLY, *plan, "--seed", "1"]
     assert run_script(main, words) == 0
-    assert "0 of 6 layers are taken from there" in capsys.readouterr().out
+    assert "6 of 6 layers are taken from there" in capsys.readouterr().out

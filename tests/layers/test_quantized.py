@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from vqdm.additive import trellis
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.rates import divided_bits, first_entries
-from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once, quantized_layers, swap
+from vqdm.layers.quantized import (
+    QuantizedConv2d,
+    QuantizedLinear,
+    decoded_once,
+    float_scales,
+    quantized_layers,
+    swap,
+)
 
 SPECS = [
     CodeSpec(2, 4, 4),
@@ -161,6 +169,46 @@ def test_a_call_uses_the_codebooks_that_the_layer_is_given():
         torch.testing.assert_close(layer(x), wanted)
     layer(x).sum().backward()
     assert layer.bank.grad.abs().sum() > 0
+
+
+def trellis_spec(rows, columns, **changes):
+    """Two bits per weight, every column alike."""
+    return CodeSpec(
+        1,
+        6,
+        1,
+        input_channel_scales=True,
+        shared_codebooks="trellis",
+        segment_rows=rows,
+        segment_bits=2 * rows * columns,
+    ).changed(**changes)
+
+
+@pytest.mark.parametrize("exponent", [-9, 0, 5])
+def test_scales_of_a_trellis_become_float16_of_the_same_values(exponent, monkeypatch):
+    monkeypatch.setenv("VQDM_DECODE", "torch")
+    rows, columns = 8, 16
+    spec, generator = (
+        trellis_spec(rows, columns, log_scales=True, scale_exponent=exponent),
+        torch.Generator().manual_seed(0),
+    )
+    layer = QuantizedLinear.like(nn.Linear(columns, rows), spec)
+    tensors = layer.stored_tensors()
+    tensors["code_widths"].fill_(8)
+    for name in ("codes", "scale_logarithms", "input_scale_logarithms"):
+        low, high = (0, 256) if name == "codes" else (100, 150)
+        tensors[name].copy_(torch.randint(low, high, tensors[name].shape, generator=generator))
+    tensors["input_scale_logarithms"][3] = 0
+    layer.banks[0].fill("trellis", trellis.table(6).view(1, -1, 1, 1))
+    model, x = nn.Sequential(layer), torch.randn(3, columns)
+    before, bits = layer.decoded_matrix(), layer.stored_bits
+    assert float_scales(model) == {"0.scales": torch.float16, "0.input_scales": torch.float16}
+    assert torch.equal(layer.decoded_matrix(), before) and before.any() and not before[:, 3].any()
+    assert layer.spec == trellis_spec(rows, columns)
+    layer.spec.check_tensors(rows, columns, layer.stored_tensors())
+    assert layer.stored_bits == bits + 8 * (rows + columns)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, before, layer.bias))
+    assert float_scales(model) == {}
 
 
 def test_autocast_decodes_into_its_own_type():

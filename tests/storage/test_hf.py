@@ -11,9 +11,10 @@ from numerics import assert_close_outputs, assert_same_tensors
 from safetensors.torch import load_file, save_file
 from test_quantized import SPECS, random_code
 
+from vqdm.additive import trellis
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import rest_layers, select_layers
-from vqdm.layers.quantized import QuantizedConv2d, cast_plain, quantized_layers, swap
+from vqdm.layers.quantized import QuantizedConv2d, cast_plain, float_scales, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.storage.hf import VqdmConfig, mark_quantized
 
@@ -169,6 +170,67 @@ def test_widths_that_would_read_elsewhere_are_refused(tmp_path, change):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 
+def trellis_unet(scales: str = "logarithms") -> UNet2DConditionModel:
+    """A tiny SDXL UNet with random rings of a trellis in every layer; columns of width 0 and of many widths."""
+    unet, generator = tiny_unet("sdxl"), torch.Generator().manual_seed(0)
+    spec = CodeSpec(1, 6, 1, input_channel_scales=True, shared_codebooks="trellis_6")
+    for layer in select_layers(unet, "default", 0, spec, {}):
+        T = trellis.segment_rows(layer.rows)
+        allowed = torch.tensor(trellis.allowed_widths(T, 6))
+        widths = allowed[torch.randint(len(allowed), (layer.columns,), generator=generator)]
+        own = spec.changed(
+            segment_rows=T, segment_bits=int(widths.sum()) * T // 4, log_scales=True, scale_exponent=layer.rows % 5 - 6
+        )
+        quantized = swap(unet, layer.name, own)
+        quantized.banks[0].fill("trellis_6", trellis.table(6).view(1, -1, 1, 1))
+        tensors = quantized.stored_tensors()
+        tensors["code_widths"].copy_(widths)
+        for name, low, high in (
+            ("codes", 0, 256),
+            ("scale_logarithms", 120, 136),
+            ("input_scale_logarithms", 110, 140),
+        ):
+            tensors[name].copy_(torch.randint(low, high, tensors[name].shape, generator=generator))
+    if scales == "float16":
+        float_scales(unet)
+    mark_quantized(unet)
+    return unet
+
+
+@pytest.mark.parametrize("scales", ["logarithms", "float16"])
+def test_trellis_codes_are_version_4_and_round_trip(tmp_path, scales, monkeypatch):
+    monkeypatch.setenv("VQDM_DECODE", "torch")
+    unet = trellis_unet(scales)
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 4 and config["code"].get("log_scales", False) == (scales == "logarithms")
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    before, after = unet.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    specs = [{name: layer.spec for name, layer in quantized_layers(one).items()} for one in (unet, again)]
+    assert specs[0] == specs[1] and len(set(specs[0].values())) > 3
+    assert torch.equal(run(unet), run(again)) and run(again).isfinite().all()
+
+
+def exchanged(widths):
+    """One width up and another down by one, so that one of them is less than a bit."""
+    changed = widths.clone()
+    changed[(widths == 4).nonzero()[0]] -= 1
+    changed[(widths == 5).nonzero()[0]] += 1
+    return changed
+
+
+@pytest.mark.parametrize("change", [lambda widths: widths + 1, lambda widths: widths * 0, exchanged])
+def test_widths_that_no_trellis_has_are_refused(tmp_path, change):
+    trellis_unet().save_pretrained(tmp_path)
+    path, name = tmp_path / "diffusion_pytorch_model.safetensors", "mid_block.resnets.0.conv1.code_widths"
+    tensors = load_file(path)
+    assert (change(tensors[name]) != tensors[name]).any()
+    save_file(tensors | {name: change(tensors[name])}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} do not add up to segment_bits"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
 def test_casting_what_is_plain_leaves_stored_tensors_alone():
     unet = quantized_unet(rest_nbits=8)
     cast_plain(unet, torch.bfloat16)
@@ -263,7 +325,7 @@ def test_dequantize_gives_a_plain_model(tmp_path):
     ("change", "words"),
     [
         (lambda config: config.update(format_version=99), "format_version is 99"),
-        (lambda config: config.update(format_version=4), "format_version is 4; this vqdm reads 1 to 3"),
+        (lambda config: config.update(format_version=5), "format_version is 5; this vqdm reads 1 to 4"),
         (lambda config: config.update(rounded=["no.such"]), "names layer no.such"),
         (lambda config: config.update(rounded=[VICTIM[:-10]]), "which is a QuantizedConv2d"),
         (lambda config: config["layers"].update({"no.such": {}}), "names layer no.such"),

@@ -5,9 +5,12 @@ import torch
 from classroom import FORMATS, codes, points, student, teacher, trainer
 from torch import nn
 
-from vqdm.additive.code import AdditiveCode, CodeSpec
+from vqdm.additive.code import AdditiveCode, Bank, CodeSpec
+from vqdm.additive.config import SolverConfig
+from vqdm.additive.solve import solve_layer
+from vqdm.additive.trellis import table
 from vqdm.errors import UserError
-from vqdm.layers.quantized import QuantizedLinear, quantized_layers
+from vqdm.layers.quantized import QuantizedLinear, float_scales, quantized_layers
 from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
 
 BOLD = CodeUpdateSettings(code_lr=0.3, code_fraction=0.5, code_trust_ratio=0.5)
@@ -48,6 +51,55 @@ def test_the_loss_falls_by_codes_alone():
     losses = run(model, x, y, updates, 60)
     assert losses[-1] < 0.35 * losses[0]
     assert all(torch.equal(tensor, model[0].stored_tensors()[name]) for name, tensor in others.items())
+
+
+def trellis_problem(log_scales):
+    """As `linear_problem`, with a layer in trellis codes of other weights than those that answer; one column is 0."""
+    generator = torch.Generator().manual_seed(4)
+    W = torch.randn(96, 40, generator=generator) * 0.02
+    W[:, 3] = 0
+    spec = CodeSpec(
+        1, 8, 1, input_channel_scales=True, shared_codebooks="trellis_8", segment_rows=96, segment_bits=2 * 40 * 96
+    ).changed(log_scales=True, scale_exponent=-6)
+    bank = Bank(table(8).view(1, -1, 1, 1), W.numel())
+    code, _ = solve_layer(W, torch.eye(40), SolverConfig(spec), generator, bank=bank)
+    model = nn.Sequential(QuantizedLinear.like(nn.Linear(40, 96, bias=False), spec))
+    model[0].banks[0].fill("trellis_8", bank.codebooks)
+    model[0].set_code(code)
+    if not log_scales:
+        float_scales(model)
+    x = torch.randn(256, 40, generator=generator)
+    wanted = W + 0.01 * torch.randn(96, 40, generator=generator)
+    return model, x, x @ wanted.T
+
+
+@pytest.mark.parametrize("log_scales", [True, False])
+def test_rings_of_a_trellis_are_searched_again_and_the_loss_falls(log_scales, monkeypatch):
+    monkeypatch.setenv("VQDM_DECODE", "torch")
+    model, x, y = trellis_problem(log_scales)
+    layer, updates = model[0], CodeUpdates(model, BOLD)
+    others = {name: tensor.clone() for name, tensor in layer.stored_tensors().items() if name != "codes"}
+    first = layer.code()
+    losses = run(model, x, y, updates, 12)
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(torch.equal(tensor, layer.stored_tensors()[name]) for name, tensor in others.items())
+    code = layer.code()
+    assert torch.equal(AdditiveCode.unpack(code.spec, (96, 40), code.pack(), code.codebooks).codes, code.codes)
+    changed = (code.codes != first.codes)[..., 0].any(0)
+    assert updates.differing() == (40, int(changed.sum())) and changed.sum() > 10
+    assert not changed[code.widths == 0].any()
+
+
+def test_a_trellis_changes_no_more_than_the_trust_ratio(monkeypatch):
+    monkeypatch.setenv("VQDM_DECODE", "torch")
+    model, x, y = trellis_problem(log_scales=True)
+    updates = CodeUpdates(model, CodeUpdateSettings(code_lr=1.0, code_fraction=1.0, code_trust_ratio=0.2))
+    norm, changes = model[0].decoded_matrix().detach().norm(), []
+    for _ in range(4):
+        before = model[0].decoded_matrix().detach()
+        run(model, x, y, updates, 1)
+        changes.append((model[0].decoded_matrix().detach() - before).norm() / norm)
+    assert 0.1 < max(changes) <= 0.2001
 
 
 @pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)

@@ -1,6 +1,6 @@
 """Decoding a bitshift trellis on CUDA: one Triton kernel from packed bits to the weight, written once in its type.
 
-Imported only where it runs, since it needs Triton; `vqdm.layers.decode` chooses. A program decodes a tile. Down a column
+Imported only where it runs, since it needs Triton; `vqdm.layers.decode` chooses. A program decodes a tile: down a column
 neighbors share bytes, along a row they lie side by side in the weight: a tile is read one way and written the other.
 
 Letters as in `vqdm.additive.trellis`.
