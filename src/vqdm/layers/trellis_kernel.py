@@ -1,7 +1,7 @@
 """Decoding a bitshift trellis on CUDA: one Triton kernel from packed bits to the weight, written once in its type.
 
-Imported only where it runs, since it needs Triton; `vqdm.layers.decode` chooses. A program decodes a tile: down a column
-neighbors share bytes, along a row they lie side by side in the weight: a tile is read one way and written the other.
+Imported only where it runs, since it needs Triton; `vqdm.layers.decode` chooses. A program decodes a tile: in a column
+neighbors share bytes, in a row they lie side by side in the weight: a tile is read one way and written the other.
 
 Letters as in `vqdm.additive.trellis`.
 """
