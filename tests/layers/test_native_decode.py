@@ -127,7 +127,7 @@ def test_types_and_layouts_that_the_loop_does_not_read_are_converted():
 
 @needs_compiler
 def test_without_a_team_of_threads_one_does_the_work(monkeypatch):
-    monkeypatch.setattr(native, "_team", lambda: None)
+    monkeypatch.setattr(native, "team", lambda: None)
     monkeypatch.setattr(native, "WEIGHTS_AT_ONCE", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     stored, code = stored_of(CodeSpec(2, 6, 4), 16, 32)

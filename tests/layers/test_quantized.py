@@ -7,6 +7,7 @@ from torch import nn
 from vqdm.additive import trellis
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.rates import divided_bits, first_entries
+from vqdm.layers.banks import CodebookBanks
 from vqdm.layers.quantized import (
     QuantizedConv2d,
     QuantizedLinear,
@@ -185,14 +186,15 @@ def trellis_spec(rows, columns, **changes):
 
 
 @pytest.mark.parametrize("exponent", [-9, 0, 5])
-def test_scales_of_a_trellis_become_float16_of_the_same_values(exponent, monkeypatch):
-    monkeypatch.setenv("VQDM_DECODE", "torch")
+def test_scales_of_a_trellis_become_float16_of_the_same_values(exponent):
     rows, columns = 8, 16
     spec, generator = (
         trellis_spec(rows, columns, log_scales=True, scale_exponent=exponent),
         torch.Generator().manual_seed(0),
     )
     layer = QuantizedLinear.like(nn.Linear(columns, rows), spec)
+    layer.banks = (CodebookBanks(),)
+    layer.banks[0].reserve(spec, torch.device("cpu"))
     tensors = layer.stored_tensors()
     tensors["code_widths"].fill_(8)
     for name in ("codes", "scale_logarithms", "input_scale_logarithms"):

@@ -10,6 +10,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import solve_layer
 from vqdm.additive.trellis import table
 from vqdm.errors import UserError
+from vqdm.layers.banks import CodebookBanks
 from vqdm.layers.quantized import QuantizedLinear, float_scales, quantized_layers
 from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
 
@@ -64,6 +65,8 @@ def trellis_problem(log_scales):
     bank = Bank(table(8).view(1, -1, 1, 1), W.numel())
     code, _ = solve_layer(W, torch.eye(40), SolverConfig(spec), generator, bank=bank)
     model = nn.Sequential(QuantizedLinear.like(nn.Linear(40, 96, bias=False), spec))
+    model[0].banks = (CodebookBanks(),)
+    model[0].banks[0].reserve(spec, torch.device("cpu"))
     model[0].banks[0].fill("trellis_8", bank.codebooks)
     model[0].set_code(code)
     if not log_scales:
@@ -74,8 +77,7 @@ def trellis_problem(log_scales):
 
 
 @pytest.mark.parametrize("log_scales", [True, False])
-def test_rings_of_a_trellis_are_searched_again_and_the_loss_falls(log_scales, monkeypatch):
-    monkeypatch.setenv("VQDM_DECODE", "torch")
+def test_rings_of_a_trellis_are_searched_again_and_the_loss_falls(log_scales):
     model, x, y = trellis_problem(log_scales)
     layer, updates = model[0], CodeUpdates(model, BOLD)
     others = {name: tensor.clone() for name, tensor in layer.stored_tensors().items() if name != "codes"}
@@ -90,8 +92,7 @@ def test_rings_of_a_trellis_are_searched_again_and_the_loss_falls(log_scales, mo
     assert not changed[code.widths == 0].any()
 
 
-def test_a_trellis_changes_no_more_than_the_trust_ratio(monkeypatch):
-    monkeypatch.setenv("VQDM_DECODE", "torch")
+def test_a_trellis_changes_no_more_than_the_trust_ratio():
     model, x, y = trellis_problem(log_scales=True)
     updates = CodeUpdates(model, CodeUpdateSettings(code_lr=1.0, code_fraction=1.0, code_trust_ratio=0.2))
     norm, changes = model[0].decoded_matrix().detach().norm(), []
