@@ -83,7 +83,7 @@ def test_rings_of_a_trellis_are_searched_again_and_the_loss_falls(log_scales):
     others = {name: tensor.clone() for name, tensor in layer.stored_tensors().items() if name != "codes"}
     first = layer.code()
     losses = run(model, x, y, updates, 12)
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     assert all(torch.equal(tensor, layer.stored_tensors()[name]) for name, tensor in others.items())
     code = layer.code()
     assert torch.equal(AdditiveCode.unpack(code.spec, (96, 40), code.pack(), code.codebooks).codes, code.codes)
