@@ -9,9 +9,10 @@ QUICK = (
     "leave_the_gpus_alone",
     "choose_types",
     "place_parts_on_different_devices",
+    "offload_groups",
 )
 USES = [name for name, use in vars(gpu_api).items() if getattr(use, "__module__", "") == "gpu_api"]
-USES = [name for name in USES if name not in ("loaded", "image_of", "offload_groups", "launch_a_program_on", "main")]
+USES = [name for name in USES if name not in ("loaded", "image_of", "launch_a_program_on", "main")]
 LONG = [name for name in USES if name not in QUICK]
 
 

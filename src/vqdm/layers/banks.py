@@ -42,7 +42,10 @@ class CodebookBanks(nn.Module):
 
     def forward(self, name: str) -> Tensor:
         """Codebooks [M, K, p, g]."""
-        return self._parameters[name]
+        held = self._parameters[name]
+        # diffusers' group offloading by leaf takes a module's memory away as soon as its call is over, which is before
+        # the layer that asked has decoded: it gets a copy, made on the stream that it computes on.
+        return held.clone() if hasattr(self, "_diffusers_hook") else held
 
 
 def banks_of(model: nn.Module) -> CodebookBanks:
