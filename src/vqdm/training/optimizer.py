@@ -15,7 +15,7 @@ from vqdm.training.parameters import Trained, parameter_groups
 from vqdm.training.watching import Errors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-LEARNING_RATE_OF_ERROR = 0.15  # of the median prompt's relative error, as an amplitude
+LEARNING_RATE_OF_ERROR = 0.05  # of the median prompt's relative error, as an amplitude
 LEARNING_RATES = (1e-5, 2e-3)  # the least and the most that is chosen
 
 
