@@ -11,8 +11,8 @@ import pytest
 from programs import PROGRAMS
 
 FILES = [
-    "work/evaluation/000000.safetensors",
-    "work/calibration/000002.safetensors",
+    "work/evaluation/000000-0002.safetensors",
+    "work/calibration/000002-0002.safetensors",
     "work/layers/down_blocks.0.resnets.0.conv1.safetensors",
     "work/hessians_down_blocks.1/hessians.json",
     "work/hessians_down_blocks.1/down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.safetensors",
