@@ -14,20 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import safetensors
 import torch
 from torch import Tensor
-
-from vqdm.compiled import compiler
 
 ALIGNMENT = 64  # bytes; what torch allocates at, and what vector instructions like
 ATEN = torch.ops.aten
@@ -109,22 +104,6 @@ def odd_addresses() -> Iterator[None]:
         yield
     finally:
         _replace_everywhere(_OddFile, _REAL)
-
-
-# ------------------------------------------------------------------------------------------------------- compilers
-
-
-@cache
-def compiles() -> bool:
-    """Whether the C compiler, if there is one, makes a library of one line; whether it makes ours is for the tests."""
-    path = compiler()
-    if path is None:
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        source, made = Path(folder) / "one.c", Path(folder) / "one.so"
-        source.write_text("int one(void) { return 1; }")
-        words = [path, "-march=native", "-shared", "-fPIC", str(source), "-o", str(made)]
-        return subprocess.run(words, capture_output=True).returncode == 0 and made.is_file()
 
 
 # ------------------------------------------------------------------------------------------------------- last bits

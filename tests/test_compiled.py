@@ -1,7 +1,7 @@
 """C files are compiled once, kept for this processor, and what fails is named."""
 
 import pytest
-from processors import compiles
+from compilers import compiles
 
 from vqdm import compiled
 

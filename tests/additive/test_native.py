@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processors import compiles
+from compilers import compiles
 from test_encode import randn
 
 from vqdm.additive import native, scoring

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from processors import compiles
+from compilers import compiles
 from test_gather import SPECS, VARIABLE, stored_of
 
 from vqdm import compiled

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processors import compiles
+from compilers import compiles
 from test_gather import FORMATS, VARIABLE, WIDTHS, stored_of
 
 from vqdm.additive.code import CodeSpec, pack_codes
