@@ -16,6 +16,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.jobs.text_encoder import text_layers
 from vqdm.layers.quantized import QuantizedLinear, quantized_layers, swap
 from vqdm.layers.rounded import round_layer, rounded_layers
+from vqdm.storage.hf import FORMAT_VERSION
 from vqdm.storage.hf_text import mark_text_quantized, short_name
 
 pytestmark = pytest.mark.usefixtures("odd_addresses")
@@ -108,9 +109,9 @@ def test_a_newer_version_is_refused(tmp_path):
     quantized_text_encoder("text_encoder").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    config["quantization_config"]["format_version"] = 4
+    config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format_version is 4"):
+    with pytest.raises(ValueError, match=f"format_version is {FORMAT_VERSION + 1}"):
         CLIPTextModel.from_pretrained(tmp_path)
 
 
