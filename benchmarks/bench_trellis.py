@@ -261,10 +261,11 @@ def row_importance(sentences: Sentences, seed: int) -> dict[str, Tensor]:
         sentences.model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in sentences.weights
     ]
     for k, batch in enumerate(sentences.calibration):
+        generator = torch.Generator().manual_seed(seed + k)
         with torch.enable_grad():
             pooled = sentences.model(**batch).sample
-        signs = torch.randint(2, pooled.shape, generator=torch.Generator().manual_seed(seed + k)) * 2.0 - 1
-        gradients = torch.autograd.grad((pooled * signs).sum(), list(outputs.values()))
+            signs = torch.randint(2, pooled.shape, generator=generator) * 2.0 - 1
+            gradients = torch.autograd.grad((pooled * signs).sum(), list(outputs.values()))
         for name, gradient in zip(outputs, gradients, strict=True):
             sums[name] = sums[name] + gradient.double().square().flatten(0, 1).sum(0)
     for hook in hooks:

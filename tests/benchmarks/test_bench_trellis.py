@@ -19,13 +19,10 @@ WORDS = [
     "columns",
     "of",
     "the",
-    "a",
     "layer",
     "error",
     "text",
     "model",
-    "is",
-    "are",
     "small",
     "large",
 ]
