@@ -11,7 +11,7 @@ from programs import Materials
 SAMPLED = "--num_inference_steps 2 --xtx_batch_size 2 --evaluation_nsamples 2 --visualize_nsamples 1 "
 OWN = "--num_codebooks 1 --nbits_per_codebook 3 --in_group_size 4 "
 SOLVED = "--calibration_nsamples 4 --max_epochs 1 --beam_size 1 --init_max_iter 1 "
-TARGET = "--target_bits 4 --sensitivity_points 2 "
+TARGET = "--target_bits 6 --state_bits 8 --sensitivity_points 2 --layer_filter mid_block.*attn1.to_(q|k) "
 FEW = "--layer_filter (down_blocks.0.resnets.0|mid_block.resnets.0|up_blocks.1.resnets.0).conv1 "
 QUANTIZE = SAMPLED + SOLVED + FEW
 FINETUNE = (
@@ -32,8 +32,8 @@ QUANTIZATIONS = {
     "cuda:1": OWN + "--device cuda:1",
     "beam": OWN + "--encoder beam --beam_size 2 --dtype float16",
     "student": OWN + "--calibration_latents student --rest_nbits 8 --eval_step 1 --snapshot_step 1",
-    "target_bits": TARGET + "--share_codebooks kind --rest_nbits 8",
-    "target_bits float16": TARGET + "--share_codebooks unet --dtype float16",
+    "target_bits": TARGET + "--rest_nbits 8",
+    "target_bits float16": TARGET + "--dtype float16",
     "shared cache": OWN + "--share_codebooks unet --hessian_cache {out}-cache",
     "intermediate": OWN + "--num_intermediate_finetunes 1 --finetune_nsamples 2 --finetune_batch_size 2",
     "intermediate float16": OWN
@@ -72,8 +72,7 @@ def quantized(options: str) -> Chain:
     """Quantize, then take up a finished run."""
 
     def chain(given: Materials, out: Path) -> list[list]:
-        script = "gpu_small_menu" if TARGET in options else "main_text2image"
-        line = [script, given.model, given.prompts, given.prompts, "--output_dir", out]
+        line = ["main_text2image", given.model, given.prompts, given.prompts, "--output_dir", out]
         line += words(QUANTIZE + options, given, out)
         return [line, [*line, "--resume"]]
 

@@ -16,9 +16,7 @@ QUICK = {
         "--num_codebooks 1 --nbits_per_codebook 3 --in_group_size 4 --device cuda:1 --dtype float16 --rest_nbits 8 "
         "--num_intermediate_finetunes 1 --finetune_nsamples 2 --finetune_batch_size 2"
     ),
-    "quantize to a target": quantized(
-        TARGET + "--target_bits 14 --share_codebooks unet --layer_filter mid_block.*attn1.to_[qk]"
-    ),
+    "quantize to a target": quantized(TARGET + "--dtype auto"),
     "finetune auto": finetuned(ONCE + "--visualize_step 2 --finetune_method student+teacher"),
     "finetune float16": finetuned(ONCE + "--dtype float16 --update_codes --decode call --device cuda:1"),
     "generate": generated("--offload sequential"),
