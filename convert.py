@@ -21,7 +21,7 @@ import diffusers
 import transformers
 
 from vqdm.cli import DTYPES, LOG_LEVELS, Parser, run_script
-from vqdm.jobs.convert import KINDS, ConvertConfig, convert
+from vqdm.conversion import KINDS, ConvertConfig, convert
 
 
 def build_parser() -> Parser:

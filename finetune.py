@@ -19,9 +19,9 @@ from dataclasses import fields
 
 from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, learning_rate, real, run_script, whole
 from vqdm.config import SamplingConfig, generate_command
-from vqdm.jobs.distill import distill
-from vqdm.training.code_updates import CodeUpdateSettings
-from vqdm.training.config import DECODE, LR_SCHEDULERS, TIMESTEP_SAMPLING, FinetuneConfig, OptimizerConfig
+from vqdm.finetuning.code_updates import CodeUpdateSettings
+from vqdm.finetuning.config import DECODE, LR_SCHEDULERS, TIMESTEP_SAMPLING, FinetuneConfig, OptimizerConfig
+from vqdm.finetuning.job import distill
 
 REFUSED = {
     "--model_path": "give the model as the first positional argument",

@@ -20,9 +20,9 @@ from dataclasses import fields
 from vqdm.cli import Parser, add_sampling_flags, add_shared_flags, run_script, whole
 from vqdm.config import SamplingConfig
 from vqdm.errors import RunError
+from vqdm.generation.job import Drawn, SampleConfig, sample_images
 from vqdm.image_folder import LAYOUTS
 from vqdm.images import NAN, NAN_ADVICE
-from vqdm.jobs.sample import Drawn, SampleConfig, sample_images
 
 
 def build_parser() -> Parser:

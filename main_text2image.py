@@ -22,7 +22,7 @@ from vqdm.additive.config import ENCODERS, SolverConfig
 from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, learning_rate, real, run_script, whole
 from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, generate_command, read_overrides
 from vqdm.errors import UserError
-from vqdm.jobs.quantize import quantize
+from vqdm.quantization.job import quantize
 from vqdm.storage.hub import open_repository, push_folder
 
 _LATER = "finetune.py has it, for the finished result"

@@ -20,13 +20,13 @@ import sys
 from dataclasses import fields
 
 from vqdm.cli import LOG_LEVELS, Parser, add_shared_flags, run_script, whole
-from vqdm.jobs.compare import CompareConfig, compare_runs
-from vqdm.jobs.score import Scored, score_images
-from vqdm.jobs.score_job import FID_MODES, ScoreConfig
-from vqdm.scores.catalogue import NAMES
-from vqdm.scores.comparison import markdown
-from vqdm.scores.networks import LPIPS_FILES
-from vqdm.scores.results import terminal_table
+from vqdm.metrics.catalogue import NAMES
+from vqdm.metrics.compare import CompareConfig, compare_runs
+from vqdm.metrics.comparison import markdown
+from vqdm.metrics.job import Scored, score_images
+from vqdm.metrics.networks import LPIPS_FILES
+from vqdm.metrics.results import terminal_table
+from vqdm.metrics.score_job import FID_MODES, ScoreConfig
 
 
 def build_parser() -> Parser:

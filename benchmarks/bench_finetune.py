@@ -32,20 +32,20 @@ from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_un
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import read_json
+from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
+from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.evaluation import measure
+from vqdm.finetuning.optimizer import learning_rate
+from vqdm.finetuning.parameters import trainable, types_on_disk, write_back
+from vqdm.finetuning.points import Points, shuffled, spread
+from vqdm.finetuning.step import Lesson
+from vqdm.finetuning.trainer import Trainer
 from vqdm.layers.quantized import decoded_once
+from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import launched
 from vqdm.prompts import draw, load_prompts
-from vqdm.scores.fidelity import decibels
 from vqdm.storage.atomic import save_json
 from vqdm.tracking import peak_memory
-from vqdm.training.code_updates import CodeUpdates, CodeUpdateSettings
-from vqdm.training.config import OptimizerConfig
-from vqdm.training.optimizer import learning_rate
-from vqdm.training.parameters import trainable, types_on_disk, write_back
-from vqdm.training.points import Points, shuffled, spread
-from vqdm.training.step import Lesson
-from vqdm.training.trainer import Trainer
-from vqdm.training.watching import measure
 
 WAYS = ("codebooks", "codes", "codebooks_as_long", "unquantized")
 PROMPTS = {"learned": ("prompts/shapes_calibration.csv", 192, 0)}

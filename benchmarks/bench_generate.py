@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from vqdm.config import SamplingConfig
-from vqdm.diffusion.drawing import call_settings
 from vqdm.diffusion.pipelines import generators, load_pipeline, pick_device, pick_dtype
+from vqdm.generation.drawing import call_settings
+from vqdm.generation.job import SampleConfig, run, wanted_requests
 from vqdm.image_folder import ImageFolder
-from vqdm.jobs.sample import SampleConfig, run, wanted_requests
 from vqdm.parallel import launched
 from vqdm.prompts import load_prompts, load_rows
 

@@ -24,9 +24,9 @@ import psutil
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import SolverConfig
 from vqdm.config import QuantizeConfig, SamplingConfig
-from vqdm.jobs.quantize import quantize
-from vqdm.jobs.sample import SampleConfig, sample_images
+from vqdm.generation.job import SampleConfig, sample_images
 from vqdm.prompts import load_prompts
+from vqdm.quantization.job import quantize
 
 
 @dataclass(frozen=True)

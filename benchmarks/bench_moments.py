@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from vqdm.scores.frechet import Moments, Statistics, frechet_distance
+from vqdm.metrics.frechet import Moments, Statistics, frechet_distance
 from vqdm.tracking import peak_memory
 
 WIDTH, BATCH = 2048, 64

@@ -21,8 +21,8 @@ from vqdm.diffusion.blocks import rest_layers, select_layers
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.sampling import output_error, record_evaluation
+from vqdm.layers.int8 import round_layer
 from vqdm.layers.quantized import decoded_once, quantized_layers
-from vqdm.layers.rounded import round_layer
 from vqdm.prompts import load_prompts
 
 

@@ -27,8 +27,8 @@ from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.layers.quantized import decoded_once
+from vqdm.metrics.fidelity import decibels
 from vqdm.prompts import draw, load_prompts
-from vqdm.scores.fidelity import decibels
 
 
 def changed_weights(unet: nn.Module, plain: nn.Module) -> int:

@@ -8,9 +8,9 @@
 phase, the speed-up over the first, and whether the UNet's files are the same bytes.
 
 `simulate` takes rows of `bench_solver.py` and fits seconds = a·O·I + b·O·I² + c·I³ to those (see `sdxl.py`), for SDXL's
-layers without a row of their own shape. It then plays the work as `jobs/solving.py` orders it: blocks in order, passes
-of as many Hessians as memory takes, batches by stride, layers costliest first. Everything else is an assumption that a
-flag states: seconds a UNet batch, bandwidths, and how much faster than in the rows the solver runs. What is lost to
+layers without a row of their own shape. It then plays the work as `quantization/block.py` orders it: blocks in order,
+passes of as many Hessians as memory takes, batches by stride, layers costliest first. Everything else is an assumption that
+a flag states: seconds a UNet batch, bandwidths, and how much faster than in the rows the solver runs. What is lost to
 perfect scaling is split into
 
 - largest layer: all layers at once would still wait for it
@@ -40,8 +40,8 @@ from sdxl import fitted, predicted, sdxl_layers
 
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import passes
-from vqdm.jobs.solving import cost
 from vqdm.parallel import shares
+from vqdm.quantization.block import cost
 from vqdm.storage.fingerprint import file_sha256
 
 PROMPTS = ("prompts/shapes_calibration.csv", "prompts/shapes_evaluation.csv")

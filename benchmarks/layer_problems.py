@@ -10,10 +10,10 @@ from torch import Tensor
 from vqdm.config import QuantizeConfig, SamplingConfig
 from vqdm.diffusion.blocks import matrix_of, select_layers
 from vqdm.diffusion.pipelines import load_pipeline
-from vqdm.jobs.job import Job
-from vqdm.jobs.plan import Rest
-from vqdm.jobs.quantize import read_prompts
-from vqdm.jobs.recording import teacher_hessians
+from vqdm.quantization.job import read_prompts
+from vqdm.quantization.plan import Rest
+from vqdm.quantization.quantization_job import Job
+from vqdm.quantization.recording import teacher_hessians
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import Stopwatch, Tracker
 

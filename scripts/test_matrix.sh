@@ -22,8 +22,8 @@ declare -A variants=(
     [compiler]="CC=/bin/false"
 )
 order=(odd perturb sse avx2 compatible threads torch compiler)
-tests=(${TESTS:-tests/test_processors.py tests/test_compatibility.py tests/additive tests/layers tests/storage tests/scores
-    tests/diffusion tests/training tests/jobs tests/faults/test_ranks.py tests/faults/test_finetune_ranks.py})
+tests=(${TESTS:-tests/test_processors.py tests/test_compatibility.py tests/additive tests/layers tests/storage tests/metrics
+    tests/diffusion tests/finetuning tests/quantization tests/generation tests/test_conversion.py tests/faults/test_ranks.py tests/faults/test_finetune_ranks.py})
 
 [ $# -gt 0 ] && order=("$@")
 results=()

@@ -21,15 +21,15 @@ from diffusers import (
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from numerics import assert_close_outputs, assert_same_tensors
-from test_banks import SPEC as BANK_SPEC
-from test_banks import share
 from test_hf import picture, quantized_unet, run
 from test_hf_text import quantized_text_encoder
+from test_shared_codebooks import SPEC as BANK_SPEC
+from test_shared_codebooks import share
 
 import vqdm  # noqa: F401 (teaches diffusers the format)
 from vqdm.diffusion.blocks import select_layers
+from vqdm.layers.int8 import rounded_layers
 from vqdm.layers.quantized import quantized_layers
-from vqdm.layers.rounded import rounded_layers
 from vqdm.storage.hf import mark_quantized
 
 CPU = torch.device("cpu")

@@ -18,14 +18,14 @@ from vqdm.diffusion.quantized_unet import find_quantized_unet
 from vqdm.documents import parse_json, parse_yaml, read_text
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import check_layout, read_rows
-from vqdm.jobs.allocation import planned, read_plan
+from vqdm.metrics.comparison import read_run
+from vqdm.metrics.frechet import load_statistics
+from vqdm.metrics.image_sets import open_pictures
 from vqdm.prompts import load_rows
-from vqdm.scores.comparison import read_run
-from vqdm.scores.frechet import load_statistics
-from vqdm.scores.picture_sets import open_pictures
+from vqdm.quantization.allocation import planned, read_plan
 from vqdm.storage.atomic import save_sealed_json, save_tensors
 from vqdm.storage.claims import check_claim
-from vqdm.storage.hessians import HessianStore
+from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import VqdmConfig
 from vqdm.storage.runs import RunFolder
 

@@ -44,20 +44,20 @@ from test_quantized import SPECS, random_code
 from vqdm.config import read_overrides
 from vqdm.diffusion.blocks import Layer, select_layers
 from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
-from vqdm.diffusion.requests import make_requests
 from vqdm.errors import RunError, UserError
+from vqdm.generation.requests import make_requests
 from vqdm.image_folder import ImageFolder, check_layout
-from vqdm.jobs.recording import digest
-from vqdm.jobs.score import model_size
+from vqdm.metrics.comparison import compare, incomparable, latex, markdown, read_run, table_csv
+from vqdm.metrics.frechet import frechet_distance, load_statistics
+from vqdm.metrics.image_sets import mismatches, open_pictures
+from vqdm.metrics.job import model_size
+from vqdm.metrics.report import facts, title_of
+from vqdm.metrics.report import settings as settings_text
 from vqdm.prompts import load_rows
-from vqdm.scores.comparison import compare, incomparable, latex, markdown, read_run, table_csv
-from vqdm.scores.frechet import frechet_distance, load_statistics
-from vqdm.scores.picture_sets import mismatches, open_pictures
-from vqdm.scores.report import facts, title_of
-from vqdm.scores.report import settings as settings_text
+from vqdm.quantization.recording import digest
 from vqdm.storage.atomic import CHECK, load_sealed_json, save_sealed, save_sealed_json
 from vqdm.storage.claims import check_claim
-from vqdm.storage.hessians import HessianStore
+from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import VqdmConfig, build_layers
 from vqdm.storage.runs import RunFolder
 
@@ -320,7 +320,7 @@ def hessian_cache(draw, folder: Path) -> None:
 
 
 def plan(draw, folder: Path) -> None:
-    from vqdm.jobs.allocation import planned, read_plan
+    from vqdm.quantization.allocation import planned, read_plan
 
     path = folder / "plan.json"
     write_sealed(draw, {LAYER.name: {"num_codebooks": 1, "shared_codebooks": "unet", "row_bits": 8}}, path)

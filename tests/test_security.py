@@ -35,10 +35,10 @@ from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_un
 from vqdm.documents import parse_yaml, printable
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import is_inside
+from vqdm.metrics.frechet import load_statistics
+from vqdm.metrics.image_sets import open_pictures
+from vqdm.metrics.report import embedded, escaped, pair
 from vqdm.redaction import MASK, own_command, redacted, without_secrets
-from vqdm.scores.frechet import load_statistics
-from vqdm.scores.picture_sets import open_pictures
-from vqdm.scores.report import embedded, escaped, pair
 
 SOURCES = sorted(
     path

@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from vqdm.additive import kernels, viterbi_kernel
-from vqdm.layers import decode_kernel, trellis_kernel
+from vqdm.layers import decode_triton as decode_kernel, trellis_triton as trellis_kernel
 
 
 def compile(kernel, types, constants, capability=90, **options):

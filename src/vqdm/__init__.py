@@ -5,9 +5,9 @@ Importing it teaches diffusers and transformers the format, after which `from_pr
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.config import SolverConfig
-from vqdm.jobs.text_encoder import quantize_text_encoder
 from vqdm.layers.decode import set_decode_path
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
+from vqdm.quantization.text_encoder import quantize_text_encoder
 from vqdm.storage.casting import allow_casting
 from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
 from vqdm.storage.hf_methods import register_methods

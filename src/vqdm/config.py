@@ -105,7 +105,7 @@ def generate_command(config: RunConfig, prompts: str) -> str:
 
 @dataclass(frozen=True)
 class BetweenConfig:
-    """Fine-tuning between blocks; see `jobs.between`, and `training.config` for the meaning of learning rates.
+    """Fine-tuning between blocks; see `finetuning.intermediate`; `finetuning.config` explains learning rates.
 
     Attributes:
         num_intermediate_finetunes: how many; 0 = none.
@@ -125,7 +125,7 @@ class BetweenConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(RunConfig):
-    """Everything that `jobs.quantize` needs; the flags of `main_text2image.py` by the same names.
+    """Everything that `quantization.job` needs; the flags of `main_text2image.py` by the same names.
 
     Raises:
         UserError: settings that contradict each other, naming the flags.

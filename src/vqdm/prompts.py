@@ -22,7 +22,7 @@ from vqdm.errors import UserError
 from vqdm.tables import check_names, read_table
 
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
-# Columns by which a row overrules the flags of generate.py; see `diffusion.requests`.
+# Columns by which a row overrules the flags of generate.py; see `generation.requests`.
 SETTING_COLUMNS = ("seed", "negative_prompt", "guidance_scale", "num_inference_steps", "height", "width")
 ID_COLUMNS = ("id", "item_id")
 # Around prompts; a byte order mark stands where two files were joined.

@@ -10,11 +10,11 @@ import torch
 from conftest import tiny_unet
 from safetensors.torch import load_file, save_file
 
+from vqdm.conversion import load_source
 from vqdm.diffusion.model_folders import check_variant, only_variant
 from vqdm.diffusion.pipelines import check_model, load_pipeline
 from vqdm.diffusion.quantized_unet import find_quantized_unet
 from vqdm.errors import UserError
-from vqdm.jobs.convert import load_source
 
 XL = {"conditioner.embedders.1.model.x": torch.float16, "model.diffusion_model.x": torch.float16}
 SD = {"cond_stage_model.x": torch.float32, "model.diffusion_model.x": torch.float32}

@@ -21,11 +21,11 @@ from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import solve_layer
 from vqdm.diffusion.pipelines import check_float64, pick_device, pick_dtype
 from vqdm.errors import UserError
+from vqdm.finetuning.checkpoints import Checkpoints
 from vqdm.layers.decode import decode, set_decode_path
 from vqdm.layers.quantized import decoded_once, quantized_layers
 from vqdm.parallel import launched
 from vqdm.tracking import peak_memory
-from vqdm.training.checkpoints import Checkpoints
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 STEPS = {"num_inference_steps": 2, "output_type": "pt"}

@@ -9,7 +9,7 @@ from vqdm import compiled
 from vqdm.additive.code import CodeSpec
 from vqdm.errors import UserError
 from vqdm.layers import decode as decoding
-from vqdm.layers import native_decode
+from vqdm.layers import decode_cpu as native_decode
 from vqdm.layers.decode import decode
 
 

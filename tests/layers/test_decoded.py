@@ -4,8 +4,8 @@ from test_quantized import SPECS, random_code
 from torch import nn
 
 from vqdm.layers.decoded import DecodedWeight
+from vqdm.layers.int8 import round_layer
 from vqdm.layers.quantized import QuantizedConv2d, swap
-from vqdm.layers.rounded import round_layer
 
 
 def layers() -> list[nn.Module]:

@@ -4,10 +4,10 @@ import classroom
 import pytest
 import torch
 
+from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.parameters import trainable
 from vqdm.layers.held import held_weights
 from vqdm.layers.quantized import quantized_layers
-from vqdm.training.config import OptimizerConfig
-from vqdm.training.parameters import trainable
 
 
 def gradients(unet, points, held: bool) -> dict[str, torch.Tensor]:

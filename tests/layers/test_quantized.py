@@ -7,7 +7,6 @@ from torch import nn
 from vqdm.additive import trellis
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.rates import divided_bits, first_entries
-from vqdm.layers.banks import CodebookBanks
 from vqdm.layers.quantized import (
     QuantizedConv2d,
     QuantizedLinear,
@@ -16,6 +15,7 @@ from vqdm.layers.quantized import (
     quantized_layers,
     swap,
 )
+from vqdm.layers.shared_codebooks import CodebookBanks
 
 SPECS = [
     CodeSpec(2, 4, 4),

@@ -8,8 +8,8 @@ from torch import nn
 
 from vqdm.additive.code import CodeSpec
 from vqdm.errors import UserError
+from vqdm.layers.int8 import rounded_layers
 from vqdm.layers.quantized import quantized_layers, swap
-from vqdm.layers.rounded import rounded_layers
 from vqdm.storage.aqlm import common_spec, export_aqlm, signed
 from vqdm.storage.hf_text import short_name
 

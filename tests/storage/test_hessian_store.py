@@ -6,7 +6,7 @@ import torch
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
-from vqdm.storage.hessians import HessianStore
+from vqdm.storage.hessian_store import HessianStore
 
 SETTINGS = {"model": "abc", "sampling": {"num_inference_steps": 2}}
 

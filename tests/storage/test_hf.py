@@ -14,8 +14,8 @@ from test_quantized import SPECS, random_code
 from vqdm.additive import trellis
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import rest_layers, select_layers
+from vqdm.layers.int8 import round_layer, rounded_layers
 from vqdm.layers.quantized import QuantizedConv2d, cast_plain, float_scales, quantized_layers, swap
-from vqdm.layers.rounded import round_layer, rounded_layers
 from vqdm.storage.hf import VqdmConfig, mark_quantized
 
 pytestmark = pytest.mark.usefixtures("odd_addresses")

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from vqdm.additive.config import SolverConfig
-from vqdm.jobs.text_encoder import text_layers
+from vqdm.layers.int8 import round_layer, rounded_layers
 from vqdm.layers.quantized import QuantizedLinear, quantized_layers, swap
-from vqdm.layers.rounded import round_layer, rounded_layers
+from vqdm.quantization.text_encoder import text_layers
 from vqdm.storage.hf import FORMAT_VERSION
 from vqdm.storage.hf_text import mark_text_quantized, short_name
 

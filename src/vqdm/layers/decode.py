@@ -25,11 +25,11 @@ from torch import Tensor
 from vqdm.additive.code import CodeSpec, packed_bytes
 from vqdm.additive.trellis import UNITS
 from vqdm.errors import UserError
+from vqdm.layers.decode_compiled import pointwise
+from vqdm.layers.decode_cpu import native
 from vqdm.layers.gather import gather
-from vqdm.layers.native_decode import native
-from vqdm.layers.native_trellis import native_trellis
-from vqdm.layers.pointwise import pointwise
 from vqdm.layers.stored import Stored
+from vqdm.layers.trellis_cpu import native_trellis
 
 log = logging.getLogger("vqdm")
 
@@ -149,9 +149,9 @@ def _by_native(stored: Stored, out: Tensor) -> None:
 
 def _by_triton(stored: Stored, out: Tensor) -> None:
     if stored.spec.is_trellis:  # Triton is not everywhere
-        from vqdm.layers.trellis_kernel import decode as run
+        from vqdm.layers.trellis_triton import decode as run
     else:
-        from vqdm.layers.decode_kernel import decode as run
+        from vqdm.layers.decode_triton import decode as run
 
     run(stored, out)
 

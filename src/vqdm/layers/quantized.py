@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits, stored_codebooks
-from vqdm.layers.banks import CodebookBanks, banks_of, drop_banks
 from vqdm.layers.decode import decode
 from vqdm.layers.decoded import decoded_weight
 from vqdm.layers.functional import Convolution, Linear, coded
+from vqdm.layers.shared_codebooks import CodebookBanks, banks_of, drop_banks
 from vqdm.layers.stored import Stored
 
 

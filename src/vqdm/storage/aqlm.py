@@ -15,8 +15,8 @@ from transformers import AqlmConfig, PreTrainedModel
 
 from vqdm.additive.code import CodeSpec
 from vqdm.errors import UserError
+from vqdm.layers.int8 import unround_layers
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, quantized_layers
-from vqdm.layers.rounded import unround_layers
 from vqdm.storage.atomic import save_json, save_tensors
 from vqdm.storage.hf_text import short_name
 

@@ -20,8 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from vqdm.additive import trellis
 from vqdm.additive.code import CodeSpec
+from vqdm.layers.int8 import rounded_layers, swap_rounded, unround_layers
 from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
-from vqdm.layers.rounded import rounded_layers, swap_rounded, unround_layers
 
 FORMAT_VERSION = 4  # the newest; a file that uses nothing of a version is written as the one before
 VERSION_2_KEYS = ("rounded",)

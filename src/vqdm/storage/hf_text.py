@@ -10,8 +10,8 @@ from torch import dtype as Dtype
 from torch import nn
 from transformers.quantizers import HfQuantizer, auto
 
+from vqdm.layers.int8 import unround_layers
 from vqdm.layers.quantized import dequantize_layers
-from vqdm.layers.rounded import unround_layers
 from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_tensors, check_widths, tensors_in, tensors_of
 
 TEXT_PREFIX = "text_model."

@@ -1,0 +1,252 @@
+"""Between formats: quantized folder → plain model, text encoder → aqlm, the original's pickle → quantized folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
+
+from vqdm.diffusion.model_folders import check_place, check_variant, not_found, only_variant
+from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
+from vqdm.diffusion.supported import check_full_precision, check_loaded
+from vqdm.documents import first_line, read_json
+from vqdm.errors import UserError
+from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.quantized import quantized_layers
+from vqdm.redaction import without_secrets
+from vqdm.storage.aqlm import export_aqlm
+from vqdm.storage.hf import VqdmConfig, build_layers, check_names, mark_quantized
+
+KINDS = ("dequantize", "aqlm", "pickle")
+TEXT_CLASSES = {one.__name__: one for one in (CLIPTextModel, CLIPTextModelWithProjection)}
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert; the flags of `convert.py` by the same names.
+
+    Attributes:
+        kind: one of `KINDS`.
+        source: folder or file to read.
+        output_dir: folder to write; new or empty.
+        model: the full-precision pipeline that a pickle belongs to.
+        trust_pickle: the user's word that the pickle comes from a source they trust.
+        dtype: of what "dequantize" writes; "auto" is that of the parts that are not quantized.
+        variant: of `model`, or of `source` where it is a folder.
+        local_files_only: of `model`.
+
+    Raises:
+        UserError: settings that contradict each other, naming the flags.
+    """
+
+    kind: str
+    source: str
+    output_dir: str
+    model: str | None = None
+    trust_pickle: bool = False
+    dtype: str = "auto"
+    variant: str | None = None
+    local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind == "pickle" and self.model is None:
+            raise UserError("pickle needs --model: the full-precision pipeline that was quantized")
+        if self.kind == "pickle" and not self.trust_pickle:
+            raise UserError(
+                f"pickle {self.source}: reading a pickle can run code; add --trust_pickle if you trust its source"
+            )
+        if self.kind != "pickle" and (self.model or self.trust_pickle):
+            raise UserError(f"--model and --trust_pickle belong to pickle, not to {self.kind}")
+        if self.kind != "dequantize" and self.dtype != "auto":
+            raise UserError(f"--dtype belongs to dequantize, not to {self.kind}")
+
+
+def convert(config: ConvertConfig) -> str:
+    """Do it, and return a line that says what was written.
+
+    Raises:
+        UserError: the source is not of its kind, the folder is not free, or the target format cannot hold it.
+    """
+    job = {"dequantize": dequantize, "aqlm": to_aqlm, "pickle": from_pickle}[config.kind]
+    with new_folder(config.output_dir) as folder:
+        line = job(config, folder)
+    return f"{line} in {config.output_dir}"
+
+
+@contextmanager
+def new_folder(path: str) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when all went well, and disappears otherwise."""
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output_dir {path} exists and is not empty; choose an empty or new folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"--output_dir {path} cannot be written: {error.strerror}") from None
+    try:
+        staged.chmod(0o755)
+        yield staged
+        staged.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UserError(f"--output_dir {path} has been written by another process meanwhile; choose another") from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------- quantized → plain
+
+
+def dequantize(config: ConvertConfig, folder: Path) -> str:
+    """The plain model of a quantized pipeline, or of its UNet's or a text encoder's own folder."""
+    source = load_source(config.source, config.variant)
+    parts = models_of(source)
+    quantized = {name: part for name, part in parts.items() if quantized_layers(part) or rounded_layers(part)}
+    if not quantized:
+        raise UserError(f"{config.source} is not quantized; there is nothing to dequantize")
+    count = sum(len(quantized_layers(part)) + len(rounded_layers(part)) for part in quantized.values())
+    for part in quantized.values():
+        make_plain(part, config.dtype)
+    source.save_pretrained(folder)
+    return f"{count} layers of {', '.join(quantized)} are plain now,"
+
+
+def make_plain(model: nn.Module, dtype: str) -> None:
+    """Dequantize in place, in the type of the tensors that are not quantized, or in `dtype`; decoded in float32."""
+    coded = {id(tensor) for module in model.modules() for tensor in _stored(module)}
+    plain = next(t.dtype for t in model.parameters() if t.is_floating_point() and id(t) not in coded)
+    target = plain if dtype == "auto" else getattr(torch, dtype)
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    # transformers casts to the type of its configuration unless told another.
+    model.dequantize(dtype=target) if isinstance(model, PreTrainedModel) else model.dequantize()
+    model.to(target)
+
+
+def _stored(module: nn.Module) -> list[torch.Tensor]:
+    return list(module.stored_tensors().values()) if hasattr(module, "stored_tensors") else []
+
+
+def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn.Module:
+    """A pipeline, a UNet or a text encoder from its folder, in the types it is stored in.
+
+    Raises:
+        UserError: none of these is there, it lacks the variant, or it cannot be loaded.
+    """
+    folder = Path(path)
+    if folder.is_file() or not (folder / "config.json").is_file():
+        check_place(path, "SOURCE")
+    if not folder.is_dir():
+        raise UserError(f"SOURCE {path} is not there{not_found(path)}; give a folder")
+    try:
+        if (folder / "model_index.json").is_file():
+            check_variant(path, variant, "SOURCE")
+            named = read_json(folder / "model_index.json")
+            stored = {name: dtype for name, dtype in stored_dtypes(path, variant).items() if name in named}
+            dtypes = stored | {"default": torch.float32}
+            return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, variant=variant, local_files_only=True)
+        config = read_json(folder / "config.json")
+        variant = variant or only_variant(folder)
+        own = folder.resolve()
+        dtype = stored_dtypes(str(own.parent), variant, component=own.name).get(own.name, torch.float32)
+        if "_class_name" in config:
+            return UNet2DConditionModel.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
+        kind = TEXT_CLASSES.get((config.get("architectures") or [None])[0], AutoModel)
+        return kind.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}") from None
+
+
+def models_of(source: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
+    """Name → model of a pipeline's parts, or of the one that it is."""
+    if isinstance(source, nn.Module):
+        return {type(source).__name__: source}
+    return {name: part for name, part in source.components.items() if isinstance(part, nn.Module)}
+
+
+# ------------------------------------------------------------------------------------------- text encoder → aqlm
+
+
+def to_aqlm(config: ConvertConfig, folder: Path) -> str:
+    """A text encoder in the aqlm format; of a pipeline, each quantized text encoder in a folder of its name."""
+    source = load_source(config.source, config.variant)
+    found = {name: part for name, part in models_of(source).items() if isinstance(part, PreTrainedModel)}
+    quantized = {name: part for name, part in found.items() if quantized_layers(part)}
+    if not quantized:
+        raise UserError(f"{config.source} holds no quantized text encoder; aqlm holds text encoders only")
+    for name, part in quantized.items():
+        export_aqlm(part, folder if part is source else folder / name)
+    return f"{', '.join(quantized)} in the aqlm format"
+
+
+# ------------------------------------------------------------------------------------------- pickle → quantized
+
+
+def from_pickle(config: ConvertConfig, folder: Path) -> str:
+    """The pipeline `config.model` with the UNet of a pickle, as a quantized folder."""
+    if not Path(config.source).is_file():
+        raise UserError(f"pickle {config.source} is not a file")
+    check_full_precision(config.model, None, config.local_files_only, "--model")
+    pipeline = load_pipeline(
+        config.model,
+        torch.device("cpu"),
+        torch.float32,
+        variant=config.variant,
+        local_files_only=config.local_files_only,
+    )
+    check_loaded(pipeline.unet, config.model, "--model")
+    with tempfile.TemporaryDirectory() as apart:
+        converted = Path(apart) / "unet.safetensors"
+        read_apart(config.source, converted)
+        fill(pipeline.unet, converted, config.source)
+    mark_quantized(pipeline.unet)
+    with saved_types(pipeline, stored_dtypes(config.model, config.variant)):
+        pipeline.save_pretrained(folder)
+    return f"{len(quantized_layers(pipeline.unet))} layers of the original"
+
+
+def read_apart(source: str, target: Path) -> None:
+    """Read a pickle in another process, which writes `target`. Raises UserError with what that process says."""
+    command = [sys.executable, "-m", "vqdm.storage.inert", source, str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env=without_secrets(os.environ))
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the process that read it ended with status {done.returncode}"]
+        raise UserError(f"pickle {source}: {lines[-1]}")
+
+
+def fill(unet: nn.Module, converted: Path, source: str) -> None:
+    """Swap a UNet's layers for those of a converted pickle and take over all its tensors, in place.
+
+    Raises:
+        UserError: the pickle is of another UNet; names a layer or tensor.
+    """
+    with safe_open(converted, "pt") as file:
+        specs = json.loads(file.metadata()["specs"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        build_layers(unet, VqdmConfig({}, specs))
+        check_names(unet.state_dict(), tensors)
+        unet.load_state_dict(tensors, assign=True)
+    except (ValueError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"pickle {source} does not fit --model: {lines[-1]}") from None
+    unet.requires_grad_(False)

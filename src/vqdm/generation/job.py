@@ -1,0 +1,370 @@
+"""Draw pictures for a prompt file: from prompts to an image folder with a manifest.
+
+Order of work: read prompts, claim the folder, load the pipeline with the quantized UNet in place, draw this rank's
+stride of the batches that are missing, and merge the manifests of all ranks. No picture ever passes between ranks.
+
+Requests are put into batches before they are spread over ranks, and an interrupted batch is drawn as a whole again: a
+picture's last bits can depend on how many are drawn at once, and so depend neither on ranks nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import try_to_load_from_cache
+from tqdm import tqdm
+
+import vqdm
+from vqdm.config import RunConfig
+from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
+from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.supported import check_full_precision, check_loaded
+from vqdm.errors import RunError, UserError
+from vqdm.generation.drawing import alike, draw, drawn_in_batches, settings_used
+from vqdm.generation.requests import Request, check_size, make_requests, unused_columns
+from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
+from vqdm.images import NAN, NAN_ADVICE, Picture
+from vqdm.layers.quantized import quantized_layers
+from vqdm.parallel import Ranks, launched
+from vqdm.prompts import load_rows, log_notes
+from vqdm.redaction import own_command
+from vqdm.storage.claims import check_claim
+from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
+from vqdm.tracking import JsonLines, Tracker, bar, say
+from vqdm.versions import versions
+
+# The pictures do not depend on these, so they may change between a run and its resumption.
+FREE_FIELDS = ("output_dir", "device", "bs", "limit", "shard", "num_samples_per_prompt", "compile", "offload")
+FREE_FIELDS += ("report_to", "resume", "dry_run", "prompts", "teacher", "local_files_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(RunConfig):
+    """Everything that `sample_images` needs; the flags of `generate.py` by the same names.
+
+    Attributes:
+        quantized: folder whose UNet draws; None leaves MODEL's own.
+        teacher: insist on full precision.
+        bs: pictures a batch on each rank.
+        limit: prompts at most, from the first; 0 means all.
+        shard: (number, count): only every count-th prompt.
+
+    Raises:
+        UserError: settings that contradict each other, naming the flags.
+    """
+
+    prompts: str
+    quantized: str | None = None
+    teacher: bool = False
+    negative_prompt: str | None = None
+    num_samples_per_prompt: int = 1
+    bs: int = 8
+    limit: int = 0
+    shard: tuple[int, int] = (0, 1)
+    layout: str = "flat"
+    compile: bool = False
+    offload: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.teacher and self.quantized is not None:
+            raise UserError(
+                f"--teacher is full precision, but QUANTIZED {self.quantized} is given; leave one of them out"
+            )
+        if self.compile and self.offload == "sequential":
+            raise UserError("--compile does not go with --offload sequential; allowed are none and model")
+        for name in ("height", "width"):
+            value = getattr(self.sampling, name)
+            if value is not None:
+                check_size(value, f"--{name}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a finished run has to say.
+
+    Attributes:
+        total: pictures asked for, which are all there.
+        new: those of them that this run drew, with all ranks.
+        seconds: that it took to draw them.
+        problems: what is wrong with a picture → how many there are.
+    """
+
+    folder: Path
+    total: int
+    new: int
+    seconds: float
+    problems: dict[str, int]
+
+
+@dataclass
+class Job:
+    """What the steps of one run share."""
+
+    config: SampleConfig
+    ranks: Ranks
+    folder: ImageFolder
+    pipeline: DiffusionPipeline
+    tracker: Tracker
+
+
+def sample_images(config: SampleConfig) -> Drawn | None:
+    """Run the whole job; None after a dry run, and on every rank but the first.
+
+    Raises:
+        UserError: bad input, found before anything slow starts.
+        RunError: the work failed, or a picture holds NaN; what is finished stays on disk for `resume`.
+    """
+    rows = load_rows(config.prompts, "PROMPTS")
+    requests = wanted_requests(config, rows)
+    log_notes(unused_columns(rows), config.prompts, "PROMPTS")
+    check_layout(config.layout, [request.id for request in requests], config.num_samples_per_prompt)
+    check_model(config.model, config.variant)
+    if config.teacher:
+        check_full_precision(config.model, config.revision, config.local_files_only, "--teacher: MODEL")
+    unet_folder = find_quantized_unet(config.quantized) if config.quantized else None
+    with launched(config.device) as ranks:
+        check_offload(config.offload, ranks.device)
+        settings = settings_of(config, ranks, rows, unet_folder)
+        folder = ImageFolder(Path(config.output_dir), config.layout, config.shard)
+        if ranks.main:
+            check_claim(folder.path, settings, config.resume)
+        say(plan(config, ranks, folder, requests))
+        if config.dry_run:
+            return None
+        pipeline = load(config, ranks, unet_folder)
+        with folder.held(ranks):
+            if ranks.main:
+                log_truncated(
+                    pipeline, (text for one in requests for text in (one.prompt, one.negative_prompt) if text)
+                )
+                check_claim(folder.path, settings, config.resume)  # another may have begun since
+                folder.claim(record(config, settings, ranks, pipeline))
+            return run(config, ranks, folder, pipeline, rows, requests)
+
+
+def run(
+    config: SampleConfig,
+    ranks: Ranks,
+    folder: ImageFolder,
+    pipeline: DiffusionPipeline,
+    rows: list[dict],
+    requests: list[Request],
+) -> Drawn | None:
+    """All slow steps once everything is loaded."""
+    pending = find_pending(ranks, folder, rows, requests)
+    tracker = Tracker(config.report_to if ranks.main else "none", "vqdm-generate", folder.path, config.to_dict())
+    began = time.perf_counter()
+    try:
+        batches = batches_with(requests, pending, config.bs)
+        draw_share(Job(config, ranks, folder, pipeline, tracker), ranks.share(batches), pending)
+        ranks.wait()
+    finally:
+        tracker.finish()
+    seconds = time.perf_counter() - began
+    if not ranks.main:
+        return None
+    problems = finish(folder, requests)
+    return Drawn(folder.path, len(requests), len(pending), seconds, problems)
+
+
+# ------------------------------------------------------------------------------------------- what is wanted
+
+
+def wanted_requests(config: SampleConfig, rows: list[dict]) -> list[Request]:
+    """Requests of this shard. Seeds and numbers are those of the whole file, so that parts fit together."""
+    settings = config.sampling.call()
+    every = make_requests(
+        rows, config.num_samples_per_prompt, config.seed, config.negative_prompt, settings, config.prompts
+    )
+    number, count = config.shard
+    last = config.limit or len(rows)
+    chosen = [request for request in every if request.index < last and request.index % count == number]
+    if not chosen:
+        raise UserError(f"--shard {number}/{count} holds none of the {min(last, len(rows))} prompts")
+    return chosen
+
+
+def check_offload(offload: str, device: torch.device) -> None:
+    """Raise UserError where weights cannot wait outside the device that computes."""
+    if offload != "none" and device.type == "cpu":
+        raise UserError(f"--offload {offload} moves weights between CPU and GPU; the device is {device}")
+
+
+def settings_of(config: SampleConfig, ranks: Ranks, rows: list[dict], unet_folder: Path | None) -> dict:
+    """Everything the pictures depend on, which a resumption must share."""
+    own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+    model = Path(config.model)
+    return own | {
+        "dtype": str(pick_dtype(config.dtype, ranks.device)).removeprefix("torch."),
+        "model_sha256": pipeline_fingerprint(model) if model.is_dir() else None,
+        "quantized_sha256": folder_fingerprint(unet_folder) if unet_folder else None,
+        "prompts_sha256": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
+    }
+
+
+def plan(config: SampleConfig, ranks: Ranks, folder: ImageFolder, requests: list[Request]) -> str:
+    """One line: how many pictures, by which UNet, where."""
+    prompts = len({request.index for request in requests})
+    source = f"UNet of {config.quantized}" if config.quantized else f"own UNet of {config.model}"
+    return (
+        f"{len(requests)} pictures of {prompts} prompts, {source}, {config.bs} at once on {ranks.world} "
+        f"{ranks.device.type} process{'es' if ranks.world > 1 else ''}, "
+        f"into {folder.path / folder.file_of(requests[0].key)} and on"
+    )
+
+
+def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: list[Request]) -> list[Request]:
+    """Requests without an intact picture. Only the first rank looks at the files, and tells the others."""
+    done = set()
+    if ranks.main:
+        folder.sweep()
+        folder.write_prompt_files({request.index: rows[request.index] for request in requests})
+        done = folder.finished(request.key for request in requests)
+    done = ranks.agreed(done)
+    if done:
+        say(f"{len(done)} of {len(requests)} pictures are there already")
+    return [request for request in requests if request.key not in done]
+
+
+# ------------------------------------------------------------------------------------------- the pipeline
+
+
+def load(config: SampleConfig, ranks: Ranks, unet_folder: Path | None) -> DiffusionPipeline:
+    """MODEL with QUANTIZED's UNet in it where one is given, ready to draw.
+
+    Raises:
+        UserError: either cannot be loaded, they do not fit, or `--teacher` names a quantized MODEL.
+    """
+    dtype = pick_dtype(config.dtype, ranks.device)
+    unet = load_quantized_unet(unet_folder, dtype) if unet_folder else None
+    pipeline = configured_pipeline(config, torch.device("cpu"), dtype)
+    if unet is not None:
+        check_fits(unet, pipeline.unet, config.quantized, config.model)
+        pipeline.register_modules(unet=unet)
+    elif config.teacher:
+        check_loaded(pipeline.unet, config.model, "--teacher: MODEL")
+    elif quantized_layers(pipeline.unet):
+        say(f"MODEL {config.model} is quantized itself; its own UNet draws")
+    return placed(pipeline, config, ranks.device)
+
+
+def placed(pipeline: DiffusionPipeline, config: SampleConfig, device: torch.device) -> DiffusionPipeline:
+    """The pipeline on its device, or waiting beside it as `--offload` says."""
+    if config.compile:
+        pipeline.unet.compile()
+    if config.offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif config.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    return pipeline
+
+
+def record(config: SampleConfig, settings: dict, ranks: Ranks, pipeline: DiffusionPipeline) -> dict:
+    """The content of `run.json`: everything needed to repeat the run."""
+    layers = quantized_layers(pipeline.unet)
+    device = ranks.device
+    return {
+        "settings": settings,
+        "full_precision": not layers,
+        "quantized_layers": len(layers),
+        "options": {name: value for name, value in config.to_dict().items() if name in FREE_FIELDS},
+        "model_commit": model_commit(config.model, config.revision),
+        "pipeline": type(pipeline).__name__,
+        "scheduler": json.loads(pipeline.scheduler.to_json_string()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": ranks.world,
+        "versions": versions(),
+        "command": own_command(),
+    }
+
+
+def model_commit(model: str, revision: str | None) -> str | None:
+    """The commit that a name on the hub stands for; None for a folder."""
+    if Path(model).is_dir():
+        return None
+    index = try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(index).parent.name if isinstance(index, str) else None
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def batches_with(requests: list[Request], pending: list[Request], size: int) -> list[list[Request]]:
+    """The batches of all requests that hold a pending one."""
+    missing = {request.key for request in pending}
+    every = [group[start : start + size] for group in alike(requests) for start in range(0, len(group), size)]
+    return [batch for batch in every if any(request.key in missing for request in batch)]
+
+
+def draw_share(job: Job, batches: list[list[Request]], pending: list[Request]) -> None:
+    """Draw batches and keep what is pending; each picture and its row are on disk before the next batch begins.
+
+    Raises:
+        RunError: every picture of the first batch holds NaN, so that the others would too.
+    """
+    lines, done, began = JsonLines(job.folder.part(job.ranks.rank)), 0, time.perf_counter()
+    missing = {request.key for request in pending}
+    with progress(job.ranks, sum(map(len, batches))) as ticks:
+        for batch, pictures in drawn_in_batches(partial(draw, job.pipeline), batches, job.config.bs):
+            if not done and all(picture.problem == NAN for picture in pictures):
+                raise RunError(f"every picture of the first batch holds NaN; {NAN_ADVICE}")
+            for request, picture in zip(batch, pictures, strict=True):
+                if request.key in missing:
+                    lines.write(sealed(keep(job, request, picture) | {"batch_size": len(batch)}))
+            if not done:
+                job.tracker.images("pictures", [picture.image for picture in pictures])
+            done += len(batch)
+            ticks.update(len(batch))
+            rate = done / (time.perf_counter() - began)
+            job.tracker.log({"pictures": done, "pictures_per_second": rate}, step=done)
+
+
+def progress(ranks: Ranks, total: int) -> tqdm:
+    """A bar on the first rank, which shows its own share; the others stay silent."""
+    if not ranks.main:
+        return tqdm(disable=True)
+    ticks = bar(total=total, what="pictures" if ranks.world == 1 else "pictures (one process)")
+    ticks.unit = "image"
+    return ticks
+
+
+def keep(job: Job, request: Request, picture: Picture) -> dict:
+    """Save a picture and return its row of the manifest."""
+    about = {
+        "index": request.index,
+        "sample": request.sample,
+        "id": request.id,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "settings": settings_used(job.pipeline, request, picture.image)
+        | {"scheduler": type(job.pipeline.scheduler).__name__},
+    }
+    model = {"model": job.config.model, "quantized": job.config.quantized, "vqdm": vqdm.__version__}
+    digest = job.folder.save(request.key, picture.image, about | model)
+    return about | {"file": job.folder.file_of(request.key), "sha256": digest, "problem": picture.problem}
+
+
+def finish(folder: ImageFolder, requests: list[Request]) -> dict[str, int]:
+    """Merge the manifests, write the layout's sheets, and count pictures with problems.
+
+    Raises:
+        RunError: a rank left pictures out.
+    """
+    rows = folder.merge()
+    wanted: list[Key] = [request.key for request in requests]
+    missing = [key for key in wanted if key not in rows]
+    if missing:
+        raise RunError(f"{len(missing)} pictures are missing, the first is {folder.file_of(missing[0])}; add --resume")
+    folder.write_grids({request.index: request.id for request in requests}, rows)
+    return dict(Counter(rows[key]["problem"] for key in wanted if rows[key]["problem"]))

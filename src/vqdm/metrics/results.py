@@ -1,0 +1,161 @@
+"""Scores of a run: what a value is, how sure it is, and how it is printed and stored."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vqdm.metrics.bootstrap import mean_interval
+from vqdm.metrics.catalogue import METRICS, Metric
+from vqdm.metrics.image_sets import Key, Picture
+from vqdm.metrics.networks import Network
+
+SCHEMA = 1
+Interval = tuple[float, float]
+# One row a picture: score → value.
+Table = dict[Key, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of a run.
+
+    Attributes:
+        name: of the catalogue.
+        label: with network and preprocessing, since the name alone is ambiguous.
+        value, interval: the figure, and its 95 % bootstrap interval over prompts; None where a bootstrap is biased.
+        n: pictures.
+        reference: the same figure for the full-precision pictures, where it has one.
+        difference, difference_interval: value - reference, paired by prompt.
+        extra: anything else worth keeping.
+    """
+
+    name: str
+    label: str
+    value: float
+    n: int
+    interval: Interval | None = None
+    reference: float | None = None
+    difference: float | None = None
+    difference_interval: Interval | None = None
+    network: str | None = None
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.name]
+
+    def to_dict(self) -> dict:
+        """Plain JSON, definition and direction included."""
+        own = {name: value for name, value in vars(self).items() if name not in ("name", "extra")}
+        return own | {"better": self.metric.better, "definition": self.metric.definition} | self.extra
+
+
+# --------------------------------------------------------------------------------------------- from pictures to scores
+
+
+def label_of(name: str, network: Network | None) -> str:
+    """The metric's title with its network."""
+    title = METRICS[name].title
+    return f"{title}[{short_name(network)}]" if network else title
+
+
+def short_name(network: Network) -> str:
+    """Without the owner of a hub name; open_clip's ARCHITECTURE/TAG stays whole."""
+    return network.name.rpartition("/")[2] if network.kind == "transformers" else network.name
+
+
+def mean_score(name: str, table: Table, network: Network | None, seed: int, **extra) -> Score:
+    """Mean over pictures of a column with its interval; the paired difference where `NAME_reference` is there too."""
+    values, prompts = column(table, name)
+    score = {"value": float(np.mean(values)), "interval": mean_interval(values, prompts, seed), "n": len(values)}
+    theirs, _ = column(table, f"{name}_reference")
+    if theirs:
+        gaps = [ours - one for ours, one in zip(values, theirs, strict=True)]
+        score |= {"reference": float(np.mean(theirs)), "difference": float(np.mean(gaps))}
+        score |= {"difference_interval": mean_interval(gaps, prompts, seed)}
+    return Score(name, label_of(name, network), network=network and network.name, **score, extra=extra)
+
+
+def column(table: Table, name: str) -> tuple[list[float], list[str]]:
+    """Values of a column, and the prompt id of each; rows without it are left out."""
+    found = [(row[name], key[0]) for key, row in table.items() if name in row]
+    return [value for value, _ in found], [prompt for _, prompt in found]
+
+
+def global_psnr(table: Table, seed: int) -> Score:
+    """PSNR of the mean error, which equal pictures cannot inflate."""
+    errors, prompts = column(table, "mse")
+    interval = mean_interval(errors, prompts, seed)
+    ends = interval and (_decibels(interval[1]), _decibels(interval[0]))  # more error is less PSNR
+    return Score("psnr_global", label_of("psnr_global", None), _decibels(float(np.mean(errors))), len(errors), ends)
+
+
+def winrate(table: Table, network: Network, seed: int) -> Score:
+    """How often a picture's PickScore is above its partner's, and the mean probability that it is preferred.
+
+    The probability is softmax over the two scores (Kirstain et al., arXiv 2305.01569).
+    """
+    ours, prompts = column(table, "pickscore")
+    theirs, _ = column(table, "pickscore_reference")
+    gaps = np.subtract(ours, theirs)
+    wins = (gaps > 0) + 0.5 * (gaps == 0)
+    preferred = float(np.mean(1 / (1 + np.exp(-gaps))))
+    interval = mean_interval(wins, prompts, seed)
+    label = label_of("pickscore_winrate", network)
+    extra = {"mean_probability": preferred}
+    return Score("pickscore_winrate", label, float(wins.mean()), len(wins), interval, network=network.name, extra=extra)
+
+
+def _decibels(error: float) -> float:
+    return -10 * math.log10(max(error, 1e-10))
+
+
+def per_image_csv(pictures: Sequence[Picture], table: Table) -> str:
+    """One line a picture: what it is, then every score."""
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["id", "sample", "file", "prompt", *names])
+    for picture in pictures:
+        row = table.get(picture.key, {})
+        cells = [row.get(name, "") for name in names]
+        writer.writerow([picture.id, picture.sample, picture.file, picture.prompt or "", *cells])
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------- printed
+
+
+def terminal_table(scores: Sequence[Score]) -> str:
+    """Aligned columns; a column that no score fills is left out."""
+    rows = [["metric", "value", "95 % interval", "full precision", "difference", "95 % interval", "N"]]
+    for score in scores:
+        digits = score.metric.decimals
+        cells = [number(score.value, digits), spread_text(score), number(score.reference, digits)]
+        cells += [number(score.difference, digits, "+"), interval_text(score.difference_interval, digits, "+")]
+        rows.append([f"{score.label} {score.metric.arrow}", *cells, str(score.n)])
+    kept = [k for k in range(len(rows[0])) if any(row[k] for row in rows[1:])]
+    widths = {k: max(len(row[k]) for row in rows) for k in kept}
+    lines = ["  ".join(f"{row[k]:{'<' if k == 0 else '>'}{widths[k]}}" for k in kept).rstrip() for row in rows]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def number(value: float | None, digits: int, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def spread_text(score: Score) -> str:
+    """How sure a value is: its interval, or ± a standard deviation where that is what is known."""
+    digits = score.metric.decimals
+    deviation = score.extra.get("std")
+    return interval_text(score.interval, digits) if deviation is None else f"± {number(deviation, digits)}"
+
+
+def interval_text(interval: Sequence[float] | None, digits: int, sign: str = "") -> str:
+    return "" if interval is None else "[{}, {}]".format(*(number(end, digits, sign) for end in interval))

@@ -1,0 +1,257 @@
+"""Bit allocation: every layer's bits for a given number of stored bits per weight, as trellis codes.
+
+What a layer's error will be at any bits is known from its Hessian (`additive.trellis_solve`); what that error does to
+the UNet's output is measured by backward passes with the layers coded at `FIRST_BITS`, and measured again at the bits
+that were chosen from it, since effects are first-order. The budget then goes where a bit saves most.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqdm.additive.allocate import allocate
+from vqdm.additive.code import AdditiveCode, Bank, CodeSpec
+from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows
+from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curve
+from vqdm.diffusion.blocks import Layer, matrix_of, weight_of
+from vqdm.diffusion.hessians import passes
+from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
+from vqdm.documents import first_line
+from vqdm.errors import RunError, UserError
+from vqdm.quantization.block import solve_share
+from vqdm.quantization.codebook_training import trellis_bank, trellis_codebooks
+from vqdm.quantization.plan import bank_bits, layer_bits
+from vqdm.quantization.quantization_job import Job
+from vqdm.quantization.recording import teacher_trajectories, unet_calls
+from vqdm.storage.atomic import Damaged, load_sealed_json, save_json, save_sealed, save_sealed_json
+from vqdm.storage.hessian_store import HessianStore
+from vqdm.storage.pieces import Tensors, read
+from vqdm.storage.runs import layer_generator
+from vqdm.tracking import bar, say
+
+PLAN = "plan.json"
+PLANNED = (
+    "num_codebooks",
+    "nbits_per_codebook",
+    "in_group_size",
+    "input_channel_scales",
+    "shared_codebooks",
+    "segment_rows",
+    "segment_bits",
+    "log_scales",
+    "scale_exponent",
+)
+FIRST_BITS = 2.0  # per weight, at which effects are first measured
+LEAST_BITS = 1.0  # of code per weight in every layer: what a layer that vanishes does is not to be predicted
+RATE_STEP = 1 / 16  # bits per weight between the rates that are offered
+FAST_STATE_BITS = 8  # of the codes that effects are measured with: within half a decibel, at a tenth of the time
+
+
+def trellis_layer(layer: Layer, state_bits: int, bits: float, exponent: int = 0) -> Layer:
+    """The layer as a trellis code of about `bits` per weight."""
+    T = segment_rows(layer.rows)
+    spec = CodeSpec(
+        num_codebooks=1,
+        nbits_per_codebook=state_bits,
+        in_group_size=1,
+        group_channels=layer.spec.group_channels,
+        input_channel_scales=True,
+        shared_codebooks=trellis_bank(state_bits),
+        segment_rows=T,
+        log_scales=True,
+        scale_exponent=exponent,
+    )
+    layer = replace(layer, spec=spec)
+    return replace(layer, spec=spec.changed(segment_bits=segment_bits(layer, min(bits, state_bits))))
+
+
+def allocated(job: Job, store: HessianStore) -> list[Layer]:
+    """The job's layers, those without an override with bits that together take `target_bits` per weight.
+
+    The plan is written into the output folder, in the form that `--overrides` reads, and read again on resumption.
+    Raises UserError when the target is below what the least bits of every layer take.
+    """
+    path = job.folder.work / PLAN
+    if not job.ranks.agreed(path.is_file()):
+        layers = planned_layers(job, store)
+        plan = {layer.name: {name: getattr(layer.spec, name) for name in PLANNED} for layer in layers}
+        if job.ranks.main:
+            save_sealed_json(plan, path)
+    plan = job.ranks.agreed(read_plan(path) if job.ranks.main else None)
+    if job.ranks.main:
+        save_json(plan, job.folder.path / PLAN)
+    return planned(job.layers, plan, path)
+
+
+def read_plan(path: Path) -> dict[str, dict]:
+    """What the run has decided. Raises RunError when the file is damaged."""
+    try:
+        return load_sealed_json(path)
+    except Damaged as error:
+        raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
+
+
+def planned(layers: list[Layer], plan: dict[str, dict], path: Path) -> list[Layer]:
+    """The layers in the formats of a plan. Raises RunError when it lacks a layer or has a format that cannot be."""
+    try:
+        found = [replace(layer, spec=layer.spec.changed(**plan[layer.name])) for layer in layers]
+        for layer in found:
+            layer.spec.check_shape(layer.rows, layer.columns)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({first_line(error)}); delete it and run again with --resume") from None
+    return found
+
+
+def planned_layers(job: Job, store: HessianStore) -> list[Layer]:
+    """All layers with the bits that are best by effects measured twice; overridden ones as they are."""
+    free = [layer for layer in job.layers if not overridden(job, layer)]
+    curves = layer_curves(job, store, free)
+    exponents = {layer.name: scale_exponent(job, layer) for layer in free}
+    bits = {layer.name: min(FIRST_BITS, job.config.target_bits) for layer in free}
+    for name in ("first", "second"):
+        fast = [trellis_layer(layer, FAST_STATE_BITS, bits[layer.name], exponents[layer.name]) for layer in free]
+        effects, errors = layer_effects(job, store, fast, name)
+        curves = {layer.name: curves[layer.name].corrected(width_total(layer), errors[layer.name]) for layer in fast}
+        costs = {layer.name: effects[layer.name] / max(errors[layer.name], LEAST_ERROR) for layer in fast}
+        full = [trellis_layer(layer, job.config.state_bits, FIRST_BITS, exponents[layer.name]) for layer in free]
+        chosen, expected = divide(job, full, curves, costs)
+        bits = {layer.name: layer.spec.code_bits_per_weight(layer.columns) for layer in chosen}
+        decibels = 10 * math.log10(max(expected, 1e-12))
+        say(f"plan by the {name} effects: expected UNet-output error {decibels:.1f} dB")
+    found = {layer.name: layer for layer in chosen}
+    return [found.get(layer.name, layer) for layer in job.layers]
+
+
+def overridden(job: Job, layer: Layer) -> bool:
+    """Whether an override says what the layer becomes."""
+    return any(re.fullmatch(pattern, layer.name) for pattern in job.config.overrides)
+
+
+def scale_exponent(job: Job, layer: Layer) -> int:
+    """The octave of the layer's weights: stored logarithms of scales count from there."""
+    rms = job.unet.get_submodule(layer.name).weight.detach().float().square().mean().sqrt().item()
+    return max(-256, min(256, round(math.log2(rms)))) if rms > 0 else 0
+
+
+def layer_curves(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, Curve]:
+    """By name, every layer's expected errors; ranks share the work."""
+
+    def curve(layer: Layer) -> Curve:
+        weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
+        spec = trellis_layer(layer, job.config.state_bits, FIRST_BITS).spec
+        found = layer_curve(weight, store.load(layer, weight.device)[0], spec)
+        progress.update()
+        return found
+
+    with bar(total=len(job.ranks.share(layers)), what="rate-distortion curves") as progress:
+        return dict(zip([layer.name for layer in layers], job.ranks.each(layers, curve), strict=True))
+
+
+# ------------------------------------------------------------------------------------------- effects
+
+
+def layer_effects(
+    job: Job, store: HessianStore, layers: list[Layer], name: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """By layer name, the UNet's relative output error when this layer alone is coded as it is here; and its own."""
+    trajectories = teacher_trajectories(job)
+    points = spread_over_noise(trajectories, job.config.sensitivity_points)
+    say(f"effects of {len(layers)} layers on the output, at {len(points)} points")
+    changes, errors = coding_errors(job, store, layers, name)
+    calls = [call for point in points for call in unet_calls(job, trajectories, [point])]
+    generator = lambda index: layer_generator(job.config.seed, f"effects:{index}")  # noqa: E731
+    with bar(total=len(job.ranks.share(calls)), what="effects of layers") as progress:
+        return output_effects(job.unet, changes, calls, generator, progress.update, job.ranks), errors
+
+
+def coding_errors(
+    job: Job, store: HessianStore, layers: list[Layer], name: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """By layer name, coded minus original weight, in the weight's shape and type; and the relative error of that.
+
+    Ranks share the layers, and find each other's codes in the run's folder under `name`.
+    """
+    bank = Bank(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
+    banks, folder = {trellis_bank(FAST_STATE_BITS): bank}, job.folder.work / f"coded_{name}"
+    missing = job.ranks.agreed([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
+    for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
+        some = [layer for group in groups for layer in group]
+        for layer, code, report in solve_share(job, store, some, job.config.solver, banks):
+            error = torch.tensor(report.error, dtype=torch.float64)
+            save_sealed(code.pack() | {"error": error}, folder / f"{layer.name}.safetensors")
+    job.ranks.wait()
+    parts = {layer.name: read(folder / f"{layer.name}.safetensors") for layer in layers}
+    errors = {name: part.pop("error").item() for name, part in parts.items()}
+    return {layer.name: coding_error(job, layer, parts[layer.name], banks) for layer in layers}, errors
+
+
+def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, Bank]) -> Tensor:
+    """Coded minus original weight of one layer, from its packed code."""
+    weight, bank = job.unet.get_submodule(layer.name).weight, banks[layer.spec.shared_codebooks]
+    packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}
+    code = AdditiveCode.unpack(layer.spec, (layer.rows, layer.columns), packed, bank.codebooks)
+    coded = weight_of(code.dequantize(), weight.shape, layer.spec.group_channels)
+    return (coded - weight.float()).to(weight.dtype)
+
+
+# ------------------------------------------------------------------------------------------- dividing
+
+
+def divide(
+    job: Job, layers: list[Layer], curves: dict[str, Curve], costs: dict[str, float]
+) -> tuple[list[Layer], float]:
+    """The layers with the bits that cost the least at the output, and that cost, for the job's target.
+
+    `costs`: what a unit of a layer's relative error costs at the output.
+
+    Raises:
+        UserError: the least bits of every layer take more than the target.
+    """
+    choices = [offered(layer) for layer in layers]
+    bits = [[layer_bits(layer) for layer in options] for options in choices]
+    errors = [curves[options[0].name].at(np.array([width_total(one) for one in options])) for options in choices]
+    expected = [(costs[options[0].name] * error).tolist() for options, error in zip(choices, errors, strict=True)]
+    free = {layer.name for layer in layers}
+    fixed = [layer for layer in job.layers if layer.name not in free]
+    weights = sum(layer.rows * layer.columns for layer in job.layers)
+    aside = sum(map(layer_bits, fixed)) + bank_bits(fixed + layers)
+    try:
+        chosen = allocate(bits, expected, int(job.config.target_bits * weights) - aside)
+    except ValueError:
+        table, coded = bank_bits(fixed + layers) / weights, sum(min(one) for one in bits) / weights
+        others = "" if not fixed else f", and overridden layers {sum(map(layer_bits, fixed)) / weights:.3f}"
+        raise UserError(
+            f"--target_bits {job.config.target_bits} is too low: codes of {LEAST_BITS:g} bit with scales take "
+            f"{coded:.3f} bits per weight, and the shared table {table:.3f} of so few weights{others}; choose "
+            f"{coded + aside / weights:.3f} or more, smaller --state_bits, or more layers (--layer_filter)"
+        ) from None
+    found = [options[k] for options, k in zip(choices, chosen, strict=True)]
+    return found, sum(one[k] for one, k in zip(expected, chosen, strict=True))
+
+
+def offered(layer: Layer) -> list[Layer]:
+    """The layer at every rate from the least to the most."""
+    most = layer.spec.nbits_per_codebook
+    rates = np.arange(LEAST_BITS, most + RATE_STEP / 2, RATE_STEP)
+    return [replace(layer, spec=layer.spec.changed(segment_bits=segment_bits(layer, rate))) for rate in rates.tolist()]
+
+
+def segment_bits(layer: Layer, bits: float) -> int:
+    """Bits of a segment of all columns at about `bits` per weight, which allowed widths add up to."""
+    T, L = layer.spec.segment_rows, layer.spec.nbits_per_codebook
+    widths = allowed_widths(T, L)
+    unit = widths[-1] - widths[-2]
+    total = round(bits * UNITS * layer.columns / unit) * unit
+    return max(total, widths[1]) * T // UNITS
+
+
+def width_total(layer: Layer) -> int:
+    """The summed widths of a row's columns."""
+    return UNITS * layer.spec.segment_bits // layer.spec.segment_rows

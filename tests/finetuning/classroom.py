@@ -1,0 +1,111 @@
+"""A tiny teacher, students of any format, and points to learn from, without sampling or solving anything."""
+
+from __future__ import annotations
+
+import torch
+from conftest import tiny_unet
+from torch import nn
+
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.rates import divided_bits
+from vqdm.diffusion.trajectories import Trajectories
+from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.parameters import trainable
+from vqdm.finetuning.points import Points
+from vqdm.finetuning.sources import answers
+from vqdm.finetuning.step import Lesson
+from vqdm.finetuning.trainer import Trainer
+from vqdm.layers.int8 import round_layer
+from vqdm.layers.quantized import quantized_layers, swap
+from vqdm.layers.shared_codebooks import banks_of
+from vqdm.parallel import Ranks
+from vqdm.storage.hf import mark_quantized
+
+CPU = torch.device("cpu")
+ALONE = Ranks()
+NAMES = (
+    "mid_block.resnets.0.conv1",
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+    "mid_block.resnets.1.conv2",
+)
+FORMATS = {
+    "own": CodeSpec(2, 4, 4),
+    "shared": CodeSpec(2, 4, 4, shared_codebooks="bank"),
+    "groupwise": CodeSpec(1, 3, 8, groupwise_codebooks=True),
+    "input_scales": CodeSpec(2, 4, 4, input_channel_scales=True),
+    "scale_codes": CodeSpec(2, 4, 4, scale_nbits=3),
+    "scale_a_group": CodeSpec(1, 5, 8, scale_nbits=16, group_channels=False),
+    "value_tables": CodeSpec(2, 4, 4, codebook_value_nbits=3, codebook_value_num_groups=2),
+    "out_groups": CodeSpec(2, 4, 4, out_group_size=2),
+    "variable": CodeSpec(1, 5, 4, shared_codebooks="bank", row_bits=23, input_channel_scales=True),
+}
+
+
+def teacher() -> nn.Module:
+    return tiny_unet("sdxl").requires_grad_(False).eval()
+
+
+def student(spec: CodeSpec, names: tuple[str, ...] = NAMES, rounded: bool = False) -> nn.Module:
+    """The teacher with random codes in the place of some layers, about as large as what they replace."""
+    unet, generator = teacher(), torch.Generator().manual_seed(1)
+    for name in names:
+        size = unet.get_submodule(name).weight.std().item()
+        _fill(swap(unet, name, spec), size, generator)
+    if spec.shared_codebooks:
+        banks_of(unet).fill(spec.shared_codebooks, torch.randn(spec.codebooks_shape, generator=generator))
+    if rounded:
+        round_layer(unet, "time_embedding.linear_1")
+    mark_quantized(unet)
+    return unet.requires_grad_(False)
+
+
+def _fill(layer, size: float, generator: torch.Generator) -> None:
+    for name, tensor in layer.stored_tensors().items():
+        if name == "code_widths":
+            widths = divided_bits(torch.randn(len(tensor), generator=generator), layer.spec.row_bits, 5)
+            tensor.copy_(widths)
+        elif tensor.dtype == torch.uint8:
+            tensor.copy_(torch.randint(0, 256, tensor.shape, generator=generator))
+        elif name.startswith("codebook"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        else:
+            tensor.copy_((0.5 + torch.rand(tensor.shape, generator=generator)) * (size if "input" not in name else 1.0))
+
+
+def points(unet: nn.Module, prompts: int = 6, steps: int = 4) -> Points:
+    """Random points, and what `unet` says at them."""
+    generator = torch.Generator().manual_seed(2)
+    conditioning = {
+        "encoder_hidden_states": torch.randn(prompts, 2, 5, 64, generator=generator),
+        "text_embeds": torch.randn(prompts, 2, 32, generator=generator),
+        "time_ids": torch.full((prompts, 2, 6), 16.0),
+    }
+    latents = torch.randn(prompts, steps, 4, 8, 8, generator=generator)
+    part = Trajectories(latents, torch.linspace(999, 49, steps), conditioning)
+    part.outputs = answers(unet, part, 8)
+    return Points([part])
+
+
+def trainer(
+    unet: nn.Module,
+    total: int = 10,
+    local: int = 8,
+    decode: str = "step",
+    updates=None,
+    dtype: torch.dtype = torch.float32,
+    **options,
+) -> Trainer:
+    """One that moves all parameters of `unet`."""
+    config = OptimizerConfig(**({"finetune_lr": 0.02, "lr_warmup_steps": 0} | options))
+    return Trainer(Lesson(unet, None, dtype, local, ALONE), trainable(unet, config), config, total, decode, updates)
+
+
+def codes(unet: nn.Module) -> dict[str, torch.Tensor]:
+    """Every integer tensor of the quantized layers, copied."""
+    layers = quantized_layers(unet).items()
+    return {
+        f"{name}.{key}": tensor.clone()
+        for name, layer in layers
+        for key, tensor in layer.stored_tensors().items()
+        if not tensor.is_floating_point()
+    }

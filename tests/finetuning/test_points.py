@@ -1,0 +1,109 @@
+import classroom
+import pytest
+import torch
+
+from vqdm.diffusion.trajectories import Trajectories, join
+from vqdm.finetuning.points import Point, Points, bin_of, drawn, shuffled, split, spread, timestep_weights
+from vqdm.finetuning.sources import Chunk, divided
+
+
+def two_parts() -> Points:
+    whole = classroom.points(classroom.teacher(), prompts=3, steps=4).parts[0]
+    first, second = (
+        Trajectories(
+            whole.latents[part],
+            whole.timesteps,
+            {k: v[part] for k, v in whole.conditioning.items()},
+            whole.outputs[part],
+        )
+        for part in (slice(0, 2), slice(2, 3))
+    )
+    return Points([first, second])
+
+
+def test_a_batch_over_several_parts_is_that_of_the_parts_joined():
+    points = two_parts()
+    chosen = [Point(1, 0, 2), Point(0, 1, 0), Point(0, 0, 3)]
+    batch, whole = points.batch(chosen, classroom.CPU, torch.float32), join(points.parts)
+    pairs = [(2, 2), (1, 0), (0, 3)]
+    wanted = whole.inputs(pairs, "cpu", torch.float32)
+    assert torch.equal(batch.call["sample"], wanted["sample"]) and torch.equal(
+        batch.call["timestep"], wanted["timestep"]
+    )
+    assert torch.equal(batch.call["encoder_hidden_states"], wanted["encoder_hidden_states"])
+    assert torch.equal(batch.call["added_cond_kwargs"]["text_embeds"], wanted["added_cond_kwargs"]["text_embeds"])
+    assert torch.equal(batch.expected, whole.expected(pairs, "cpu")) and batch.count == 3
+    points.parts[1].outputs = None
+    assert points.batch(chosen, classroom.CPU, torch.float32).expected is None
+
+
+def test_the_row_of_prompts_is_fresh_until_the_file_is_through():
+    items = list("abcdefg")
+    row = drawn(items, 0, 21, "seed")
+    assert [sorted(row[k : k + 7]) for k in (0, 7, 14)] == [items] * 3 and row[:7] != row[7:14]
+    assert [drawn(items, k, 3, "seed") for k in range(18)] == [row[k : k + 3] for k in range(18)]
+    assert drawn(items, 0, 7, "other") != row[:7]
+
+
+def test_orders_depend_on_the_seed_alone():
+    points = two_parts()
+    order = shuffled(points, None, "1")
+    assert sorted(order) == points.all() and order == shuffled(points, None, "1") != shuffled(points, None, "2")
+
+
+def test_timesteps_are_drawn_in_proportion_to_their_weights():
+    points = Points(two_parts().parts * 400)
+    weights = timestep_weights(points, "beta")
+    noisy = [points.timestep(point) > 900 for point in shuffled(points, weights, "1")]
+    timesteps = points.parts[0].timesteps
+    assert sum(noisy) / len(noisy) == pytest.approx(((timesteps[0] / timesteps.norm()) ** 2).item(), abs=0.03)
+    assert timestep_weights(points, "uniform") is None
+    assert timestep_weights(two_parts(), "error", [1.0, 2.0, 3.0, 4.0])[:4] == [4.0, 3.0, 2.0, 1.0]
+
+
+def test_bins_have_equal_width():
+    assert [bin_of(t, 4) for t in (0, 249.9, 250, 999, 1000)] == [0, 0, 1, 3, 3]
+
+
+def test_a_spread_has_all_prompts_and_different_timesteps():
+    chosen = spread(two_parts(), 6)
+    assert len(chosen) == 6 and len({(k, n) for k, n, _ in chosen}) == 3 and len({s for *_, s in chosen}) > 2
+    assert spread(two_parts(), 100) == two_parts().all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "steps", "apart"),
+    [(20, 2, {9, 19}), (10, 3, {9}), (3, 2, {2}), (1, 20, {0}), (1, 2, {0})],
+)
+def test_prompts_are_split_whole_where_there_are_several(prompts, steps, apart):
+    latents = torch.zeros(prompts, steps, 1, 1, 1)
+    points = Points([Trajectories(latents, torch.arange(float(steps)), {})])
+    learned, held_out = split(points)
+    assert sorted(learned + held_out) == points.all() and learned and held_out
+    assert {point.prompt for point in held_out} == apart
+    assert prompts == 1 or not apart & {point.prompt for point in learned}
+
+
+def test_a_single_point_is_learned_from_and_evaluated_on():
+    points = Points([Trajectories(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1), {})])
+    assert split(points) == ([Point(0, 0, 0)], [Point(0, 0, 0)])
+
+
+def test_a_spread_does_not_depend_on_how_trajectories_are_batched():
+    whole = join(two_parts().parts)
+
+    def cut(first: int, last: int) -> Trajectories:
+        held = {name: value[first:last] for name, value in whole.conditioning.items()}
+        return Trajectories(whole.latents[first:last], whole.timesteps, held)
+
+    chosen = [[(n, s) for _, n, s in spread(Points([whole]), 6)]]
+    for size in (1, 2):
+        parts = Points([cut(k, k + size) for k in range(0, 3, size)])
+        chosen.append([(size * k + n, s) for k, n, s in spread(parts, 6)])
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
+def test_sources_share_the_trajectories_whatever_the_batch_size():
+    assert divided(["teacher"], 5, 4) == [Chunk("teacher", 5, 4)]
+    assert divided(["teacher", "student"], 10, 5) == [Chunk("teacher", 10, 2), Chunk("student", 12, 3)]
+    assert divided(["teacher", "student", "real"], 0, 2) == [Chunk("student", 0, 1), Chunk("real", 1, 1)]

@@ -1,0 +1,232 @@
+"""Steps of training: divided batches, formats, what a loss does, and what is written back."""
+
+import classroom
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
+from vqdm.finetuning.evaluation import measure
+from vqdm.finetuning.parameters import stored_types, write_back
+from vqdm.finetuning.trainer import SMALLEST_SCALE, Diverged
+
+
+def train(unet, points, steps: int, **options):
+    """`steps` steps of eight points each."""
+    trainer = classroom.trainer(unet, steps, **options)
+    every = points.all()
+    for k in range(steps):
+        trainer.step(points, [every[(8 * k + i) % len(every)] for i in range(8)])
+    return trainer
+
+
+@pytest.mark.parametrize("name", [*classroom.FORMATS, "rounded"])
+def test_every_format_learns_and_stays_what_it_is(name, tmp_path):
+    spec = classroom.FORMATS.get(name, classroom.FORMATS["own"])
+    unet = classroom.student(spec, rounded=name == "rounded")
+    types, before, points = stored_types(unet), classroom.codes(unet), classroom.points(classroom.teacher())
+    trainer = classroom.trainer(unet, 0)
+    first = measure(trainer.lesson, points, points.all()).loss
+    train(unet, points, 8)
+    write_back(unet, types)
+    assert measure(trainer.lesson, points, points.all()).loss < 0.95 * first
+    assert stored_types(unet) == types and not any(tensor.requires_grad for tensor in unet.parameters())
+    unet.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    for key, tensor in classroom.codes(loaded).items():
+        assert torch.equal(tensor, before[key]), key
+    assert loaded.config.quantization_config.to_dict() == unet.config.quantization_config.to_dict()
+    for key, tensor in unet.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("decode", ["step", "call"])
+@pytest.mark.parametrize("local", [1, 3])
+def test_micro_batches_add_up_to_one_batch(local, decode):
+    points = classroom.points(classroom.teacher())
+    spec = classroom.FORMATS["shared"]
+    whole, parts = classroom.student(spec), classroom.student(spec)
+    big = classroom.trainer(whole, local=8)
+    small = classroom.trainer(parts, local=local, decode=decode)
+    chosen = points.all()[3:11]
+    first, second = big.step(points, chosen), small.step(points, chosen)
+    assert second.loss == pytest.approx(first.loss, rel=1e-5)
+    assert second.gradient_norm == pytest.approx(first.gradient_norm, rel=1e-4)
+    for name, tensor in big.trained.tensors.items():
+        gap = (small.trained.tensors[name].grad - tensor.grad).norm()
+        assert gap <= 1e-4 * tensor.grad.norm() + 1e-7, name
+
+
+def test_the_loss_is_the_mean_squared_error():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    chosen = points.all()[:5]
+    batch = points.batch(chosen, classroom.CPU, torch.float32)
+    with torch.no_grad():
+        wanted = (unet(**batch.call).sample - batch.expected).square().mean().item()
+    trainer = classroom.trainer(unet, local=2)
+    assert trainer.step(points, chosen).loss == pytest.approx(wanted, rel=1e-5)
+    assert measure(trainer.lesson, points, chosen).loss != wanted  # it has moved
+
+
+def test_kinds_whose_rate_is_zero_stay():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    before = {name: tensor.clone() for name, tensor in unet.named_parameters()}
+    train(unet, points, 2, codebook_lr=0.0, weight_lr=0.0, bias_lr=0.0)
+    moved = {name for name, tensor in unet.named_parameters() if not torch.equal(tensor.float(), before[name].float())}
+    assert moved == {f"{name}.scales" for name in classroom.NAMES}
+
+
+def test_gradients_are_clipped_together():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    trainer = classroom.trainer(unet, max_grad_norm=1e-3)
+    norm = trainer.step(points, points.all()[:4]).gradient_norm
+    left = torch.stack([tensor.grad.norm() for tensor in trainer.trained]).norm().item()
+    assert norm > 1e-2 and left == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_average_is_what_is_shown_and_saved():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    trainer = train(unet, points, 3, ema_decay=0.9, finetune_lr=1e-3)
+    name = f"{classroom.NAMES[0]}.codebooks"
+    raw, averaged = trainer.trained.tensors[name].detach().clone(), trainer.average.tensors[name].clone()
+    assert not torch.equal(raw, averaged)
+    assert torch.equal(trainer.shown_tensors()[name], averaged)
+    with trainer.average.shown():
+        assert torch.equal(trainer.trained.tensors[name], averaged)
+    assert torch.equal(trainer.trained.tensors[name], raw)
+    trainer.average.adopt()
+    assert torch.equal(trainer.trained.tensors[name], averaged)
+
+
+def test_average_follows_its_formula():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    trainer = classroom.trainer(unet, ema_decay=0.15)
+    name = f"{classroom.NAMES[0]}.scales"
+    wanted = trainer.trained.tensors[name].detach().clone()
+    for step in (1, 2):
+        trainer.step(points, points.all()[:4])
+        decay = min(0.15, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * trainer.trained.tensors[name].detach()
+    torch.testing.assert_close(trainer.average.tensors[name], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_stay_in_float32_under_autocast(dtype):
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["shared"])
+    exact = classroom.trainer(classroom.student(classroom.FORMATS["shared"]))
+    trainer = classroom.trainer(unet, dtype=dtype)
+    found, wanted = (one.step(points, points.all()[:4]) for one in (trainer, exact))
+    assert found.loss != wanted.loss and found.loss == pytest.approx(wanted.loss, rel=0.05)
+    assert all(tensor.dtype == tensor.grad.dtype == torch.float32 for tensor in trainer.trained)
+
+
+class Overflowing(CodeUpdates):
+    """Has an infinite gradient, of a decoded weight alone, in the first step."""
+
+    overflowed = False
+
+    def gradients(self) -> list[torch.Tensor]:
+        found = super().gradients()
+        if not self.overflowed:
+            self.overflowed, found[0][0, 0] = True, torch.inf
+        return found
+
+
+FROZEN = {
+    "codes and the rest": {"codebook_lr": 0.0, "scale_lr": 0.0},
+    "codes alone": {"codebook_lr": 0.0, "scale_lr": 0.0, "weight_lr": 0.0, "bias_lr": 0.0},
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize(("dtype", "decode"), [(torch.float32, "call"), (torch.float16, "step")])
+def test_infinite_gradients_of_codes_are_seen(dtype, decode, frozen):
+    """float16 skips the step and takes a smaller scale; other types cannot be helped."""
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    updates = Overflowing(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5))
+    trainer = classroom.trainer(unet, 20, decode=decode, updates=updates, dtype=dtype, **FROZEN[frozen])
+    before = {name: tensor.clone() for name, tensor in unet.named_parameters()}
+    chosen = points.all()[:4]
+    if dtype == torch.float16:
+        scale = 2.0**16  # that scalers begin with
+        assert trainer.step(points, chosen).codes == {}
+        assert trainer.scaler.get_scale() == scale / 2
+    else:
+        with pytest.raises(Diverged, match="the gradient is not finite at step 1"):
+            trainer.step(points, chosen)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.named_parameters())
+    assert all(drift.u.isfinite().all() for drift in updates.drifts.values())
+    assert sum(trainer.step(points, chosen).codes["groups_changed"] for _ in range(3)) > 0
+
+
+def test_a_gradient_that_overflows_at_every_scale_ends_training():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    trainer = classroom.trainer(unet, dtype=torch.float16)
+    unet.conv_in.bias.register_hook(lambda gradient: gradient * torch.inf)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4 * SMALLEST_SCALE)
+    with pytest.raises(Diverged, match="the gradient is not finite at step 3"):
+        for _ in range(9):
+            trainer.step(points, points.all()[:1])
+
+
+def test_gradient_checkpointing_changes_nothing():
+    points, spec = classroom.points(classroom.teacher()), classroom.FORMATS["own"]
+    plain, frugal = classroom.student(spec), classroom.student(spec)
+    frugal.enable_gradient_checkpointing()
+    found, wanted = (classroom.trainer(unet).step(points, points.all()[:4]) for unet in (frugal, plain))
+    assert found.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_training():
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    points.parts[0].outputs[0, 0] = torch.nan
+    trainer = classroom.trainer(unet)
+    with pytest.raises(Diverged, match="the loss is nan at step 1"):
+        trainer.step(points, points.all()[:4])
+
+
+def test_the_teacher_is_asked_where_points_come_without_its_outputs():
+    teacher, spec = classroom.teacher(), classroom.FORMATS["own"]
+    points = classroom.points(teacher)
+    wanted = classroom.trainer(classroom.student(spec)).step(points, points.all()[:4])
+    points.parts[0].outputs = None
+    trainer = classroom.trainer(classroom.student(spec))
+    trainer.lesson = trainer.lesson.__class__(trainer.lesson.student, teacher, torch.float32, 8, classroom.ALONE)
+    assert trainer.step(points, points.all()[:4]).loss == pytest.approx(wanted.loss, rel=1e-4)
+
+
+def test_state_goes_on_as_without_a_stop():
+    points, spec = classroom.points(classroom.teacher()), classroom.FORMATS["shared"]
+    straight = train(classroom.student(spec), points, 4, ema_decay=0.5)
+    halted = classroom.trainer(classroom.student(spec), 4, ema_decay=0.5)
+    every = points.all()
+    for k in range(2):
+        halted.step(points, every[8 * k : 8 * k + 8])
+    state = {name: {key: one.clone() for key, one in part.items()} for name, part in halted.state_tensors().items()}
+    again = classroom.trainer(classroom.student(spec), 4, ema_decay=0.5)
+    again.load_state(state, 2, halted.scaler.state_dict())
+    for k in range(2, 4):
+        again.step(points, [every[(8 * k + i) % len(every)] for i in range(8)])
+    for name, tensor in straight.shown_tensors().items():
+        assert torch.equal(again.shown_tensors()[name], tensor), name
+
+
+def test_codes_learn_with_all_else_and_go_on_after_a_stop():
+    points, spec = classroom.points(classroom.teacher()), classroom.FORMATS["shared"]
+    every, unets = points.all(), [classroom.student(spec) for _ in range(2)]
+    settings = CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)
+    before = classroom.codes(unets[0])
+    straight, halted = (classroom.trainer(unet, 4, updates=CodeUpdates(unet, settings)) for unet in unets)
+    counts = [straight.step(points, every[4 * k : 4 * k + 4]).codes for k in range(4)]
+    for k in range(2):
+        halted.step(points, every[4 * k : 4 * k + 4])
+    state = {name: {key: one.clone() for key, one in part.items()} for name, part in halted.state_tensors().items()}
+    unet = classroom.student(spec)
+    again = classroom.trainer(unet, 4, updates=CodeUpdates(unet, settings))
+    again.load_state(state, 2, {})
+    for k in range(2, 4):
+        again.step(points, every[4 * k : 4 * k + 4])
+    assert sum(count["groups_changed"] for count in counts) > 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in classroom.codes(unets[0]).items())
+    for name, tensor in straight.shown_tensors().items():
+        assert torch.equal(again.shown_tensors()[name], tensor), name

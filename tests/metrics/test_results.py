@@ -1,0 +1,49 @@
+import math
+
+import numpy as np
+import pytest
+
+from vqdm.metrics.networks import Network
+from vqdm.metrics.results import Score, global_psnr, label_of, mean_score, terminal_table, winrate
+
+NETWORK = Network("transformers", "owner/PickScore_v1", "x", "ab")
+TABLE = {
+    ("a", 0): {"pickscore": 20.0, "pickscore_reference": 21.0, "mse": 0.01},
+    ("a", 1): {"pickscore": 22.0, "pickscore_reference": 21.0, "mse": 0.03},
+    ("b", 0): {"pickscore": 19.0, "pickscore_reference": 19.0, "mse": 0.02},
+}
+
+
+def test_mean_and_paired_difference():
+    score = mean_score("pickscore", TABLE, NETWORK, 0)
+    assert (score.value, score.n, score.label) == (pytest.approx(61 / 3), 3, "PickScore[PickScore_v1]")
+    assert score.difference == pytest.approx(0) and score.reference == score.value
+    assert score.difference_interval[0] <= 0 <= score.difference_interval[1]
+    assert score.to_dict()["better"] == "higher"
+
+
+def test_wins_count_ties_half_and_probabilities_are_softmax():
+    score = winrate(TABLE, NETWORK, 0)
+    pairs = [(row["pickscore"], row["pickscore_reference"]) for row in TABLE.values()]
+    expected = np.mean([math.exp(a) / (math.exp(a) + math.exp(b)) for a, b in pairs])
+    assert score.value == 0.5 and score.extra["mean_probability"] == pytest.approx(expected)
+
+
+def test_global_psnr_is_of_the_mean_error_and_its_interval_is_in_order():
+    score = global_psnr(TABLE, 0)
+    assert score.value == pytest.approx(-10 * math.log10(0.02))
+    assert score.interval[0] <= score.value <= score.interval[1]
+
+
+def test_labels_name_the_network():
+    assert label_of("clip", Network("open_clip", "ViT-H-14/laion2b", "x", "y")) == "CLIP score[ViT-H-14/laion2b]"
+    assert label_of("psnr", None) == "PSNR (dB)"
+
+
+def test_table_shows_intervals_deviations_and_no_empty_column():
+    scores = [Score("psnr", "PSNR (dB)", 30.125, 8, (29, 31)), Score("kid", "KID[clean]", 1.5, 8, extra={"std": 0.25})]
+    lines = terminal_table(scores).splitlines()
+    assert lines[0].split("  ")[0] == "metric" and "full precision" not in lines[0]
+    assert "30.12" in lines[2] and "[29.00, 31.00]" in lines[2] and "↑" in lines[2]
+    assert "1.500" in lines[3] and "± 0.250" in lines[3] and "↓" in lines[3]
+    assert len({len(line) for line in lines}) == 1

@@ -1,0 +1,227 @@
+"""Bits divided among layers as trellis codes, shared codebooks and the Hessian cache, on a tiny pipeline."""
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from main_text2image import main
+from tiny_runs import command, file_hashes
+
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.trellis import allowed_widths
+from vqdm.cli import run_script
+from vqdm.diffusion.blocks import Layer
+from vqdm.layers.quantized import quantized_layers
+from vqdm.quantization.allocation import LEAST_BITS, offered, segment_bits, trellis_layer, width_total
+from vqdm.quantization.codebook_training import choose_layers, shared
+from vqdm.quantization.plan import layer_bits
+
+ONLY = ["--layer_filter", r"mid_block.*attn1\.to|mid_block.*conv1"]
+
+
+@pytest.fixture(autouse=True)
+def plain_decoding(monkeypatch):
+    monkeypatch.setenv("VQDM_DECODE", "torch")
+
+
+def target(pipelines, prompts, out, *extra):
+    """The command without the flags of the format, which --target_bits decides; with a small table."""
+    words = command(pipelines["sdxl"], prompts, out)
+    dropped = {"--num_codebooks", "--nbits_per_codebook", "--in_group_size"}
+    kept = [word for before, word in zip(["", *words], words, strict=False) if not dropped & {before, word}]
+    return [*kept, *ONLY, "--state_bits", "8", *extra]
+
+
+@pytest.fixture(scope="module")
+def planned(pipelines, prompt_file, tmp_path_factory):
+    """A run to 3 bits that keeps its Hessians."""
+    folder = tmp_path_factory.mktemp("planned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VQDM_DECODE", "torch")
+        cache = ["--hessian_cache", str(folder / "cache")]
+        assert run_script(main, target(pipelines, prompt_file, folder / "out", "--target_bits", "3", *cache)) == 0
+    return folder
+
+
+def counted_bits(unet):
+    """Bits per weight of all quantized layers and what they share, as the model holds them."""
+    layers = quantized_layers(unet)
+    bits = sum(layer.stored_bits for layer in layers.values())
+    bits += sum(16 * bank.numel() for bank in unet.codebook_banks.parameters())
+    return bits / sum(layer._rows * layer._columns for layer in layers.values())
+
+
+def test_the_target_is_kept_with_table_widths_and_scales(planned):
+    summary = json.loads((planned / "out" / "summary.json").read_text())
+    assert 2.95 < summary["effective_bits_layers"] <= 3
+    unet = DiffusionPipeline.from_pretrained(planned / "out").unet
+    assert summary["effective_bits_layers"] == pytest.approx(counted_bits(unet))
+    specs = [layer.spec for layer in quantized_layers(unet).values()]
+    assert len(set(specs)) > 1 and {(spec.is_trellis, spec.nbits_per_codebook) for spec in specs} == {(True, 8)}
+    assert all(spec.segment_bits >= LEAST_BITS for spec in specs)
+    assert summary["unet_output_error_db"] < -8
+
+
+def test_every_layers_line_counts_its_share_of_the_table(planned):
+    rows = [json.loads(line) for line in (planned / "out" / "layers.jsonl").read_text().splitlines()]
+    summary = json.loads((planned / "out" / "summary.json").read_text())
+    bits = sum(row["bits_per_weight"] * row["rows"] * row["columns"] for row in rows)
+    assert bits / summary["weights_quantized"] == pytest.approx(summary["effective_bits_layers"])
+
+
+def test_the_plan_can_be_passed_back(planned, pipelines, prompt_file, tmp_path):
+    plan = planned / "out" / "plan.json"
+    cache = ["--hessian_cache", str(planned / "cache")]
+    words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "out"), *ONLY, *cache, "--overrides", str(plan)]
+    assert run_script(main, words) == 0
+    first, second = file_hashes(planned / "out"), file_hashes(tmp_path / "out")
+    assert {name: first[name] for name in first if name.startswith("unet")} == {
+        name: second[name] for name in second if name.startswith("unet")
+    }
+
+
+def test_a_second_run_records_nothing(planned, pipelines, prompt_file, tmp_path, monkeypatch):
+    def fail(*_):
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr("vqdm.quantization.recording.calibration_trajectories", fail)
+    cache = ["--hessian_cache", str(planned / "cache")]
+    assert run_script(main, [*command(pipelines["sdxl"], prompt_file, tmp_path / "out"), *ONLY, *cache]) == 0
+    monkeypatch.setattr("vqdm.quantization.recording.digest", lambda prompts: "other prompts")
+    again = [*command(pipelines["sdxl"], prompt_file, tmp_path / "again"), *ONLY, *cache]
+    assert run_script(main, again) == 2
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(planned, pipelines, prompt_file, tmp_path, monkeypatch):
+    from vqdm.quantization import job as quantize
+
+    out = tmp_path / "out"
+    words = target(pipelines, prompt_file, out, "--target_bits", "3", "--hessian_cache", str(planned / "cache"))
+    for place in ("make_banks", "solve_block"):
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize, place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert run_script(main, [*words, "--resume"]) == 130
+    assert run_script(main, [*words, "--resume"]) == 0
+    first, second = file_hashes(planned / "out"), file_hashes(out)
+    assert {name for name in first if first[name] != second[name]} <= {"work"}
+
+
+def test_codes_are_loaded_only_where_the_bank_is_the_same(pipelines, prompt_file, tmp_path, capsys):
+    share = [*ONLY, "--share_codebooks", "unet"]
+    assert run_script(main, [*command(pipelines["sdxl"], prompt_file, tmp_path / "first"), *share]) == 0
+    for seed, taken in (("0", 6), ("1", 0)):
+        words = [*command(pipelines["sdxl"], prompt_file, tmp_path / seed), *share, "--load", str(tmp_path / "first")]
+        assert run_script(main, [*words, "--seed", seed]) == 0
+        assert f"{taken} of 6 layers are taken from there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["kind", "unet"])
+def test_constant_rate_with_shared_codebooks(how, pipelines, prompt_file, tmp_path):
+    words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "out"), *ONLY, "--share_codebooks", how]
+    assert run_script(main, words) == 0
+    unet = DiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    names = {name for name, _ in unet.codebook_banks.named_parameters()}
+    assert names == ({"unet_2x4_1x4"} if how == "unet" else {"linear_2x4_1x4", "conv_2x4_1x4"})
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["unet_output_error_db"] < -5
+
+
+def test_layers_with_an_override_keep_it(pipelines, prompt_file, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({".*to_q": {"num_codebooks": 3, "nbits_per_codebook": 2, "in_group_size": 2}}))
+    words = target(pipelines, prompt_file, tmp_path / "out", "--target_bits", "3", "--overrides", str(plan))
+    assert run_script(main, words) == 0
+    layers = quantized_layers(DiffusionPipeline.from_pretrained(tmp_path / "out").unet)
+    for name, layer in layers.items():
+        kept = (layer.spec.num_codebooks, layer.spec.nbits_per_codebook) == (3, 2)
+        assert kept == bool(re.fullmatch(".*to_q", name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--code", "trellis"], "--code trellis needs --target_bits"),
+        (["--code", "additive", "--target_bits", "3"], "--code additive does not go with --target_bits"),
+        (["--share_codebooks", "unet", "--target_bits", "3"], "--share_codebooks is for additive codes"),
+        (
+            ["--target_bits", "2", "--num_codebooks", "2"],
+            "--target_bits chooses formats itself; leave out --num_codebooks",
+        ),
+        (["--share_codebooks", "unet", "--encoder", "beam"], "--share_codebooks needs --encoder ldl"),
+        (
+            ["--hessian_cache", "x", "--calibration_latents", "student"],
+            "--hessian_cache is of the full-precision model",
+        ),
+        (["--share_codebooks", "unet", "--groupwise_codebooks"], "--share_codebooks goes neither with"),
+        (["--target_bits", "0.5"], "--target_bits 0.5 is too low: codes of 1 bit with scales take"),
+    ],
+)
+def test_contradictions_are_one_line(flags, words, pipelines, prompt_file, tmp_path, capsys):
+    assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", *flags)) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.strip().splitlines()) == 1
+
+
+def test_state_bits_are_those_of_the_codes_and_all_layers_are_coded(pipelines, prompt_file, tmp_path):
+    """Time projections and 1×1 convolutions among them."""
+    flags = ["--target_bits", "3", "--layer_filter", "all", "--state_bits", "10"]
+    assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", *flags)) == 0
+    unet = DiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    layers = quantized_layers(unet)
+    assert {layer.spec.nbits_per_codebook for layer in layers.values()} == {10}
+    assert sum("time_emb_proj" in name for name in layers) > 4 and 2.95 < counted_bits(unet) <= 3
+
+
+# ------------------------------------------------------------------------------------------- without a model
+
+
+def layer(name, M=1, b=4, rows=64, columns=64):
+    return shared(Layer(name, "mid_block", "linear", rows, columns, CodeSpec(M, b, 4)), "unet")
+
+
+@pytest.mark.parametrize("state_bits", [8, 10, 12])
+@pytest.mark.parametrize("columns", [1, 3, 27, 64])
+@pytest.mark.parametrize("rows", [1, 2, 4, 6, 7, 13, 64, 96, 640])
+def test_every_rate_that_is_offered_is_a_sum_of_widths(rows, columns, state_bits):
+    options = offered(trellis_layer(layer("a", rows=rows, columns=columns), state_bits, 2))
+    bits = [layer_bits(one) for one in options]
+    assert bits == sorted(bits) and options[-1].spec.code_bits_per_weight(columns) == state_bits
+    widths = allowed_widths(options[0].spec.segment_rows, state_bits)
+    for one in options:
+        one.spec.check_shape(rows, columns)
+        total = width_total(one)
+        assert total * one.spec.segment_rows == 4 * one.spec.segment_bits
+        assert total % (widths[-1] - widths[-2]) == 0 and widths[1] <= total <= columns * widths[-1]
+
+
+def test_segment_bits_are_about_those_asked_for():
+    one = trellis_layer(layer("a", rows=96, columns=64), 8, 2)
+    assert one.spec.segment_bits == 2 * 96 * 64
+    assert abs(segment_bits(one, 2.31) / (96 * 64) - 2.31) < 0.01
+
+
+def test_samples_fit_into_memory_and_keep_the_order():
+    layers = [layer(str(n), columns=2 ** (n % 5 + 4)) for n in range(80)]
+    chosen = choose_layers(layers, 1e-4, seed=0)
+    assert chosen == sorted(chosen, key=layers.index) and 0 < len(chosen) <= 48
+    assert sum(12 * one.columns**2 for one in chosen) <= 1e5
+    assert choose_layers(layers, 1e-4, seed=1) != chosen
+
+
+def test_names_tell_owner_and_format():
+    one = Layer("a", "mid_block", "conv", 64, 64, CodeSpec(2, 8, 4))
+    assert shared(one, "none") is one
+    assert shared(one, "unet").spec.shared_codebooks == "unet_2x8_1x4"
+    assert shared(one, "kind").spec.shared_codebooks == "conv_2x8_1x4"
+    assert shared(shared(one, "unet"), "kind").spec.shared_codebooks == "unet_2x8_1x4"
+    assert torch.Size(one.spec.codebooks_shape).numel() == 2 * 256 * 4
+
+
+def test_codes_of_a_plan_are_loaded(planned, pipelines, prompt_file, tmp_path, capsys):
+    """The table is the same for every seed."""
+    plan = ["--overrides", str(planned / "out" / "plan.json"), "--load", str(planned / "out")]
+    words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "out"), *ONLY, *plan, "--seed", "1"]
+    assert run_script(main, words) == 0
+    assert "6 of 6 layers are taken from there" in capsys.readouterr().out
