@@ -9,8 +9,8 @@ phase, the speed-up over the first, and whether the UNet's files are the same by
 
 `simulate` takes rows of `bench_solver.py` and fits seconds = a·O·I + b·O·I² + c·I³ to those (see `sdxl.py`), for SDXL's
 layers without a row of their own shape. It then plays the work as `quantization/block.py` orders it: blocks in order,
-passes of as many Hessians as memory takes, batches by stride, layers costliest first. Everything else is an assumption that
-a flag states: seconds a UNet batch, bandwidths, and how much faster than in the rows the solver runs. What is lost to
+passes of as many Hessians as memory takes, batches by stride, layers costliest first. Everything else is an assumption
+that a flag states: seconds per batch, bandwidths, and how much faster than in the rows the solver runs. What is lost to
 perfect scaling is split into
 
 - largest layer: all layers at once would still wait for it

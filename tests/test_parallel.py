@@ -14,10 +14,10 @@ from vqdm.parallel import Ranks, launched, shares
 
 def test_a_process_that_was_not_launched_is_alone():
     ranks = Ranks()
-    assert ranks.main and ranks.share([1, 2, 3]) == [1, 2, 3]
-    assert ranks.agreed("x") == "x" and ranks.gathered(4) == [4]
-    assert ranks.each([3, 1], lambda item: item * 2) == [6, 2]
-    ranks.wait()
+    assert ranks.main and ranks.shard([1, 2, 3]) == [1, 2, 3]
+    assert ranks.broadcast("x") == "x" and ranks.all_gather(4) == [4]
+    assert ranks.map([3, 1], lambda item: item * 2) == [6, 2]
+    ranks.barrier()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from PIL import Image
 
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, bar, peak_memory
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, peak_memory, progress_bar
 
 
 def test_json_lines_append(tmp_path):
@@ -44,7 +44,7 @@ def test_stopwatch_adds_up_phases(monkeypatch):
 
 
 def test_bars_are_silent_without_a_terminal(capsys):
-    assert list(bar(range(3), what="layers")) == [0, 1, 2]
+    assert list(progress_bar(range(3), description="layers")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
 

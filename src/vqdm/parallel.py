@@ -48,11 +48,11 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Sequence) -> Sequence:
+    def shard(self, items: Sequence) -> Sequence:
         """Every `world`-th item, beginning with this rank's own."""
         return items[self.rank :: self.world]
 
-    def agreed(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first rank's value, on every rank; all must call it."""
         held = [value]
         if self.world > 1:
@@ -60,25 +60,25 @@ class Ranks:
                 broadcast_object_list(held)
         return held[0]
 
-    def gathered(self, value: Any) -> list:
+    def all_gather(self, value: Any) -> list:
         """Every rank's value, in order of the ranks, on every rank; all must call it."""
         if self.world == 1:
             return [value]
         with _collective():
             return gather_object([value])
 
-    def each(self, items: Sequence, work: Callable[[Any], Any]) -> list:
+    def map(self, items: Sequence, work: Callable[[Any], Any]) -> list:
         """`work` of every item, each done by one rank: all results in the items' order, on every rank."""
-        parts = self.gathered([work(item) for item in self.share(items)])
+        parts = self.all_gather([work(item) for item in self.shard(items)])
         return [parts[index % self.world][index // self.world] for index in range(len(items))]
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over the ranks; all must call it. In no certain order: see `hessians.Moment`."""
         if self.world > 1:
             with _collective():
                 torch.distributed.all_reduce(tensor)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when every rank has come here."""
         if self.world > 1:
             with _collective():
@@ -156,7 +156,7 @@ def launched(device: str) -> Iterator[Ranks]:
     if state.process_index:
         logging.getLogger("vqdm").setLevel(logging.WARNING)
     ranks = Ranks(state.process_index, world, use_device(state.device if world > 1 else chosen), state)
-    peers = Peers.join(ranks.rank, world, state.local_process_index, ranks.agreed) if world > 1 else None
+    peers = Peers.join(ranks.rank, world, state.local_process_index, ranks.broadcast) if world > 1 else None
     yield ranks
     # Only after success: a rank that failed leaves at once, and `peers` ends the others.
     if peers:

@@ -24,12 +24,12 @@ log = logging.getLogger("vqdm")
 CLOSING_SECONDS = 120  # that a tracker has to send what is left
 
 
-def bar(items: Iterable | None = None, total: int | None = None, what: str = "") -> tqdm:
+def progress_bar(items: Iterable | None = None, total: int | None = None, description: str = "") -> tqdm:
     """A progress bar with time left; silent where standard error is not a terminal."""
-    return tqdm(items, total=total, desc=what, disable=None, leave=False, dynamic_ncols=True)
+    return tqdm(items, total=total, desc=description, disable=None, leave=False, dynamic_ncols=True)
 
 
-def say(line: str) -> None:
+def log_info(line: str) -> None:
     """One line of the log, without breaking a bar."""
     with tqdm.external_write_mode(file=sys.stdout):
         log.info(line)

@@ -312,7 +312,7 @@ def record_moments(
         add_input(moments[name], module, x, by_name[name].spec.group_channels)
 
     with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(by_name), seen):
-        for batch in ranks.share(range(len(calls))):
+        for batch in ranks.shard(range(len(calls))):
             for moment in moments.values():
                 moment.start(*points[batch])
             run(calls[batch]())
@@ -325,9 +325,9 @@ def record_moments(
 
 def add_up(moments: dict[str, Moment], ranks: Ranks) -> None:
     """Replace the moments of every rank by their sums over all ranks."""
-    counts = ranks.gathered({name: moment.count for name, moment in moments.items()})
+    counts = ranks.all_gather({name: moment.count for name, moment in moments.items()})
     for name, moment in moments.items():
-        ranks.add_up(moment.total)
+        ranks.all_reduce(moment.total)
         moment.count = sum(part[name] for part in counts)
 
 

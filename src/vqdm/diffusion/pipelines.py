@@ -23,7 +23,7 @@ from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import to_pictures
 from vqdm.layers.quantized import narrowed
-from vqdm.tracking import log, say
+from vqdm.tracking import log, log_info
 
 SCHEDULERS = {
     "default": None,
@@ -112,7 +112,7 @@ def load_pipeline(
         raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
     bins = pickled(model) if Path(model).is_dir() else []
     if bins:
-        say(f"MODEL {model}: {', '.join(bins)}: .bin files are read, as tensors only; there is no .safetensors")
+        log_info(f"MODEL {model}: {', '.join(bins)}: .bin files are read, as tensors only; there is no .safetensors")
     pipeline.set_progress_bar_config(disable=True)
     set_scheduler(pipeline, scheduler)
     for part in pipeline.components.values():

@@ -14,7 +14,7 @@ from vqdm.errors import RunError, UserError
 from vqdm.images import comparable, problems_of, warn_of_problems
 from vqdm.metrics.fidelity import PAIR_SCORES, decibels, pair_scores, to_tensor
 from vqdm.parallel import Ranks
-from vqdm.tracking import bar
+from vqdm.tracking import progress_bar
 
 # Pictures for evaluation use seeds far from those of calibration.
 EVALUATION_SEED_OFFSET = 1_000_000
@@ -23,7 +23,7 @@ LARGEST_REPLAY_ERROR = 1e-2  # of the output's energy; rounding in 16 bit is far
 
 def sampled(pipeline, prompts: list[str], seed: int, settings: dict, size: int, what: str) -> Iterator[tuple]:
     """Yield (prompts of a batch, function that samples it), `size` prompts a batch, under a progress bar."""
-    with bar(total=len(prompts), what=what) as progress:
+    with progress_bar(total=len(prompts), description=what) as progress:
         for indices in batches(list(range(len(prompts))), size):
             chunk = [prompts[i] for i in indices]
             yield chunk, lambda chunk=chunk, first=indices[0]: sample(pipeline, chunk, seed, first, settings)
@@ -135,13 +135,13 @@ def point_errors(
     Batches are spread over the ranks; the order is that of the points for any number of them.
     """
     every, ranks = list(batches(trajectories.points(), size)), ranks or Ranks()
-    with bar(total=len(ranks.share(every)), what="UNet-output error") as progress:
+    with progress_bar(total=len(ranks.shard(every)), description="UNet-output error") as progress:
 
         def sums(batch: list[tuple[int, int]]) -> list[tuple[float, float]]:
             progress.update()
             return _errors_and_energies(unet, trajectories, batch)
 
-        return tuple(map(list, zip(*(pair for part in ranks.each(every, sums) for pair in part), strict=True)))
+        return tuple(map(list, zip(*(pair for part in ranks.map(every, sums) for pair in part), strict=True)))
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def output_effects(
         return found
 
     with following(unet, [unet.get_submodule(name).weight for name in changes]):
-        found = (ranks or Ranks()).each(range(len(calls)), effects)
+        found = (ranks or Ranks()).map(range(len(calls)), effects)
     squares, energies = zip(*found, strict=True)
     return dict(zip(changes, (torch.stack(squares).sum(0) / sum(energies)).tolist(), strict=True))
 

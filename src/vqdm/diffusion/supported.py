@@ -15,7 +15,7 @@ from torch import nn
 
 from vqdm.documents import read_json
 from vqdm.errors import UserError
-from vqdm.tracking import say
+from vqdm.tracking import log_info
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline", "KolorsPipeline")
 # Setting of a UNet → the values with which all that it is called with is recorded.
@@ -61,7 +61,7 @@ def check_supported(
     for part, config in configs.items():
         method = _quantization(model, part, config)
         if method:
-            say(f"{part} of {name} {model} is quantized ({method}) and stays as it is")
+            log_info(f"{part} of {name} {model} is quantized ({method}) and stays as it is")
 
 
 def check_loaded(unet: nn.Module, model: str, name: str = "MODEL", role: str = "") -> None:

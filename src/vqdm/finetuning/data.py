@@ -11,7 +11,7 @@ from vqdm.finetuning.config import FinetuneConfig
 from vqdm.finetuning.points import drawn
 from vqdm.finetuning.real_images import Captioned, captioned_pictures
 from vqdm.prompts import draw, load_prompts
-from vqdm.tracking import say
+from vqdm.tracking import log_info
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_material(config: FinetuneConfig) -> Material:
     words = f"{config.calibration_prompts} holds {len(usable)} prompts"
     if len(usable) < len(every):
         words += f" beside {len(every) - len(usable)} that are evaluated on"
-        say(f"{words}: only the former are trained on and held out")
+        log_info(f"{words}: only the former are trained on and held out")
     if config.held_out_nsamples >= len(usable):
         raise UserError(
             f"--held_out_nsamples is {config.held_out_nsamples}, but {words}, of which some must be left to learn from"

@@ -17,7 +17,7 @@ from vqdm.finetuning.sources import Chunk, Studio, divided
 from vqdm.images import save_png
 from vqdm.parallel import Ranks
 from vqdm.storage.pieces import appear, span_name, spans
-from vqdm.tracking import bar, say
+from vqdm.tracking import log_info, progress_bar
 
 HELD_OUT_SEED_OFFSET, TRAINING_SEED_OFFSET = 2_000_000, 3_000_000  # far from those of calibration and evaluation
 
@@ -33,10 +33,10 @@ def recorded(
     places = [(part.source, spans(ranks, folder, part.first, part.count, size)) for part in parts]
     chunks = [Chunk(source, *span) for source, found in places for span in found]
     files = [folder / f"{span_name(chunk.first, chunk.count)}.safetensors" for chunk in chunks]
-    missing = ranks.agreed([k for k, file in enumerate(files) if not file.is_file()])
-    for k in bar(ranks.share(missing), what=f"points of {folder.name}"):
+    missing = ranks.broadcast([k for k, file in enumerate(files) if not file.is_file()])
+    for k in progress_bar(ranks.shard(missing), description=f"points of {folder.name}"):
         record(chunks[k]).save(files[k])
-    ranks.wait()
+    ranks.barrier()
     for file in files:
         appear(file)
     return Points([Trajectories.load(file) for file in files])
@@ -110,6 +110,8 @@ def keeps_outputs(job: Distillation, points: Points) -> bool:
     outputs = points.parts[0].outputs  # [N, S, A, C, h, w]
     need = outputs[0].nbytes * job.config.finetune_nsamples
     free = shutil.disk_usage(job.folder.path).free
-    fits = job.ranks.agreed(need <= 1e9 * job.config.target_cache_gb and 2 * need < free)
-    say(f"outputs of the teacher: {need / 1e9:.2f} GB an epoch, {'kept on disk' if fits else 'computed at every step'}")
+    fits = job.ranks.broadcast(need <= 1e9 * job.config.target_cache_gb and 2 * need < free)
+    log_info(
+        f"outputs of the teacher: {need / 1e9:.2f} GB per epoch, {'on disk' if fits else 'computed at every step'}"
+    )
     return fits

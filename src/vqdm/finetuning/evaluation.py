@@ -91,7 +91,7 @@ def measure(lesson: Lesson, points: Points, chosen: Sequence[Point]) -> Errors:
     """The student's errors at some points; each process measures its share, and all get the same result."""
     branches = next(iter(points.parts[0].conditioning.values())).shape[1]
     table = torch.zeros(3, branches, len(chosen), dtype=torch.float64, device=lesson.ranks.device)
-    mine, done = lesson.ranks.share(range(len(chosen))), 0
+    mine, done = lesson.ranks.shard(range(len(chosen))), 0
     with decoded_once(lesson.student):
         for batch in lesson.micro_batches(points, chosen):
             expected = batch.expected.double()
@@ -99,7 +99,7 @@ def measure(lesson: Lesson, points: Points, chosen: Sequence[Point]) -> Errors:
             found = torch.stack([row.flatten(1).sum(1) for row in rows])  # [3, A·B]
             table[:, :, list(mine[done : done + batch.count])] = found.unflatten(1, (branches, -1))
             done += batch.count
-    lesson.ranks.add_up(table)
+    lesson.ranks.all_reduce(table)
     numbers = {key: number for number, key in enumerate(dict.fromkeys((k, n) for k, n, _ in chosen))}
     prompts = torch.tensor([numbers[k, n] for k, n, _ in chosen])
     bins = torch.tensor([bin_of(points.timestep(point), BINS) for point in chosen])

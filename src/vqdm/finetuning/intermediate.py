@@ -32,7 +32,7 @@ from vqdm.layers.shared_codebooks import BANKS
 from vqdm.quantization.quantization_job import Job
 from vqdm.storage.atomic import save_sealed
 from vqdm.storage.pieces import read
-from vqdm.tracking import bar, say
+from vqdm.tracking import log_info, progress_bar
 
 SEED_OFFSET = 4_000_000  # far from the seeds of other points
 
@@ -73,7 +73,7 @@ def finetune_between(job: Job, index: int, points: Points) -> None:
     """Train what the first `index` blocks hold, or take over what an interrupted run made of it."""
     path = job.folder.work / "finetuned" / f"after-{index:02d}.safetensors"
     types = stored_types(job.unet)
-    if job.ranks.agreed(path.is_file()):
+    if job.ranks.broadcast(path.is_file()):
         place(job.unet, read(path))
         return
     done = {block for block, _ in job.blocks[:index]}
@@ -88,7 +88,7 @@ def finetune_between(job: Job, index: int, points: Points) -> None:
     write_back(job.unet, types)
     if job.ranks.main:
         save_sealed(trained.tensors, path)
-    job.ranks.wait()
+    job.ranks.barrier()
 
 
 def train(
@@ -106,7 +106,7 @@ def train(
     trainer = Trainer(lesson, trained, config, len(steps))
     trainer.learning_rate = learning_rate(config, before)
     try:
-        for chosen in bar(steps, what="fine-tuning"):
+        for chosen in progress_bar(steps, description="fine-tuning"):
             trainer.step(points, chosen)
         with as_stored(trained, types):
             after = measure(lesson, points, held_out)
@@ -116,7 +116,7 @@ def train(
     if not kept:
         for name, tensor in trained.tensors.items():
             tensor.data.copy_(start[name])
-    say(
+    log_info(
         f"fine-tuned in {len(steps)} steps at learning rate {trainer.learning_rate:g}: held-out error "
         f"{figures_of(before)} before, {found}{'' if kept else '; undone: nothing gained'}"
     )

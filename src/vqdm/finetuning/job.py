@@ -44,7 +44,7 @@ from vqdm.quantization.plan import predicted_bytes
 from vqdm.storage.fingerprint import folder_fingerprint
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.runs import RunFolder
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, say
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info
 from vqdm.versions import versions
 
 ROLE = ", which is the teacher"
@@ -74,9 +74,9 @@ def distill(config: FinetuneConfig) -> dict | None:
         types = types_on_disk(source) | float_scales(student)
         mark_quantized(student)  # its scales may be of another format now
         trained = trainable(student, config.optimizer)
-        say(plan(config, ranks, trained))
+        log_info(plan(config, ranks, trained))
         if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_RATE:
-            say(f"--finetune_lr {config.optimizer.finetune_lr} is relative here, and will hardly move anything")
+            log_info(f"--finetune_lr {config.optimizer.finetune_lr} is relative here, and will hardly move anything")
         if ranks.main:
             log_truncated(pipeline, [*material.training, *material.held_out, *material.evaluation])
         if config.dry_run:
@@ -87,7 +87,7 @@ def distill(config: FinetuneConfig) -> dict | None:
             folder.open(
                 settings_of(config, material, source), versions(), config.resume, needed_bytes(config, pipeline)
             )
-        if ranks.agreed(folder.finished):
+        if ranks.broadcast(folder.finished):
             return close_finished(folder) if ranks.main else None
         tracker = Tracker(
             config.report_to if ranks.main else "none",
@@ -106,7 +106,7 @@ def close_finished(folder: RunFolder) -> dict:
     """The summary of a run that has ended, without what a kill at its very end left."""
     shutil.rmtree(folder.work, ignore_errors=True)
     Checkpoints(folder.path, 0).clear()
-    say(f"{folder.path} is finished already")
+    log_info(f"{folder.path} is finished already")
     return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -163,7 +163,7 @@ def run(job: Distillation, trained: Trained) -> dict | None:
         evaluation, held_out = evaluation_points(job), held_out_points(job)
     with job.clock("evaluation"):
         before = measure(job.lesson, evaluation, evaluation.all())
-    say(
+    log_info(
         f"UNet-output error on {len(job.material.evaluation)} unseen prompts before: {before.db:.2f} dB, "
         f"median {before.median_db:.2f} dB"
     )
@@ -179,7 +179,7 @@ def run(job: Distillation, trained: Trained) -> dict | None:
     with job.clock("evaluation"):
         after = measure(job.lesson, evaluation, evaluation.all())
     summary = finish(job, loop, step_kept, before, after) if job.ranks.main else None
-    job.ranks.wait()
+    job.ranks.barrier()
     if fault:
         raise RunError(f"{fault}: {kept_words(loop)}, is in {job.folder.path}; try a lower --finetune_lr")
     return summary
@@ -191,11 +191,11 @@ def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> int:
     Returns the step whose parameters they are.
     """
     step = loop.trainer.done
-    job.ranks.wait()  # the first process has written the best
+    job.ranks.barrier()  # the first process has written the best
     if fault or job.config.finetune_keep_best:
         step = loop.progress.best["step"]
         loop.trainer.restore(loop.checkpoints.load_best(step))
-        say(f"kept: {kept_words(loop)}")
+        log_info(f"kept: {kept_words(loop)}")
     else:
         loop.trainer.average.adopt()
     write_back(job.student, job.types, torch.float32)
@@ -237,7 +237,7 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
     loop = Loop(trainer, course, (held_out, chosen), monitor, checkpoints, JsonLines(log), job.tracker)
     if saved:
         loop.resume(saved[-1])
-        say(f"continuing after step {saved[-1]} of {course.total}")
+        log_info(f"continuing after step {saved[-1]} of {course.total}")
     return loop
 
 

@@ -16,7 +16,7 @@ from vqdm.finetuning.optimizer import learning_rate
 from vqdm.finetuning.parameters import as_stored
 from vqdm.finetuning.points import Point, Points, shuffled, timestep_weights
 from vqdm.finetuning.trainer import Diverged, Step, Trainer
-from vqdm.tracking import JsonLines, Tracker, bar, say
+from vqdm.tracking import JsonLines, Tracker, log_info, progress_bar
 
 RISEN = 2.0  # a held-out loss this many times the first one ends training
 REDUCTION = 3.0  # of the learning rate, where it has done harm
@@ -146,18 +146,18 @@ class Loop:
             errors = self.evaluate()
             self._close_epoch(errors)
             self._begin_at(learning_rate(self.trainer.config, errors))
-        with bar(total=self.course.total, what="steps") as ticks:
+        with progress_bar(total=self.course.total, description="steps") as ticks:
             ticks.update(self.trainer.done)
             while self.trainer.done < self.course.total and not self.progress.ended:
                 self._epoch(self.trainer.done // self.course.steps_an_epoch, ticks)
         if self.progress.ended:
-            say(f"training ends at step {self.trainer.done}: {self.progress.ended}")
+            log_info(f"training ends at step {self.trainer.done}: {self.progress.ended}")
 
     def _begin_at(self, rate: float) -> None:
         self.progress.learning_rate = self.trainer.learning_rate = rate
         chosen = self.trainer.config.finetune_lr == AUTO
         why = f"chosen by the held-out error (median {self.progress.first['median_db']:.2f} dB)"
-        say(f"learning rate {rate:g}, {why if chosen else 'as --finetune_lr says'}")
+        log_info(f"learning rate {rate:g}, {why if chosen else 'as --finetune_lr says'}")
 
     def _epoch(self, epoch: int, ticks) -> None:
         course, points = self.course, self.course.points(epoch)
@@ -198,7 +198,7 @@ class Loop:
             errors = measure(self.trainer.lesson, *self.held_out)
         figures = {"held_out_db": errors.db, "held_out_median_db": errors.median_db}
         self._write({"held_out_loss": errors.loss} | figures | {"db_by_timestep": errors.db_by_timestep})
-        say(
+        log_info(
             f"step {done}/{self.course.total}: held-out error {errors.db:.2f} dB, median {errors.median_db:.2f} dB, "
             f"by timestep {_row(errors)}"
         )
@@ -240,17 +240,17 @@ class Loop:
         """Go back to the best step, and on from it with a smaller learning rate."""
         progress = self.progress
         progress.reductions, progress.began = progress.reductions + 1, self.trainer.done
-        self.trainer.lesson.ranks.wait()  # the first process has written the best
+        self.trainer.lesson.ranks.barrier()  # the first process has written the best
         self.trainer.restart(self.checkpoints.load_best(progress.best["step"]))
         self.trainer.learning_rate = self.learning_rate
-        say(f"no gain: back to step {progress.best['step']}, learning rate {self.learning_rate:.2g}")
+        log_info(f"no gain: back to step {progress.best['step']}, learning rate {self.learning_rate:.2g}")
 
     def save(self) -> None:
         """Write a checkpoint."""
         self.progress.scaler = self.trainer.scaler.state_dict()
         if self.main:
             self.checkpoints.save(self.trainer.done, self.trainer.state_tensors(), asdict(self.progress))
-        self.trainer.lesson.ranks.wait()
+        self.trainer.lesson.ranks.barrier()
 
     def _close_epoch(self, errors: Errors) -> None:
         """Note where the next epoch begins, and whether there is to be one."""
@@ -265,7 +265,7 @@ class Loop:
         row = {"loss": step.loss, "lr": step.rate, "gradient_norm": norm} | step.codes | speed
         self._write(row)
         if self.trainer.done % 10 == 0:
-            say(
+            log_info(
                 f"step {self.trainer.done}/{self.course.total}: loss {step.loss:.3g}, "
                 f"{speed['points_per_second']:.1f} points/s, {duration(speed['seconds_left'])} left"
             )

@@ -42,7 +42,7 @@ class Lesson:
 
     def micro_batches(self, points: Points, chosen: Sequence[Point]) -> Iterator[Batch]:
         """This process's share of `chosen`, every one with what the teacher says."""
-        for some in batches(self.ranks.share(chosen), self.local):
+        for some in batches(self.ranks.shard(chosen), self.local):
             batch = points.batch(some, self.ranks.device, torch.float32)
             yield batch if batch.expected is not None else batch._replace(expected=self.answer(batch.call))
 
@@ -87,7 +87,7 @@ def add_up(tensors: Sequence[Tensor], ranks: Ranks) -> None:
     """Replace tensors by their sums over all processes, in place; all processes get the same bytes."""
     for bucket in buckets(tensors if ranks.world > 1 else [], BUCKET_VALUES):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        ranks.add_up(flat)
+        ranks.all_reduce(flat)
         for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
@@ -107,5 +107,5 @@ def buckets(tensors: Sequence[Tensor], values: int) -> Iterator[list[Tensor]]:
 def add_up_number(value: float, ranks: Ranks) -> float:
     """A number's sum over all processes."""
     total = torch.tensor([value], dtype=torch.float64, device=ranks.device)
-    ranks.add_up(total)
+    ranks.all_reduce(total)
     return total.item()

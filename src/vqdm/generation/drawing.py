@@ -15,7 +15,7 @@ from vqdm.diffusion.pipelines import generators, picture_size
 from vqdm.errors import RunError
 from vqdm.generation.requests import Request
 from vqdm.images import Picture, to_pictures
-from vqdm.tracking import say
+from vqdm.tracking import log_info
 
 
 def alike(requests: list[Request]) -> list[list[Request]]:
@@ -73,7 +73,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def _halved(size: int) -> int:
     if size == 1:
         raise RunError("memory does not suffice for one picture; try --offload model, or smaller --height and --width")
-    say(f"out of memory with {size} pictures at once; going on with {size // 2}")
+    log_info(f"out of memory with {size} pictures at once; going on with {size // 2}")
     return size // 2
 
 

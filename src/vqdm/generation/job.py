@@ -38,7 +38,7 @@ from vqdm.prompts import load_rows, log_notes
 from vqdm.redaction import own_command
 from vqdm.storage.claims import check_claim
 from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
-from vqdm.tracking import JsonLines, Tracker, bar, say
+from vqdm.tracking import JsonLines, Tracker, log_info, progress_bar
 from vqdm.versions import versions
 
 # The pictures do not depend on these, so they may change between a run and its resumption.
@@ -136,7 +136,7 @@ def sample_images(config: SampleConfig) -> Drawn | None:
         folder = ImageFolder(Path(config.output_dir), config.layout, config.shard)
         if ranks.main:
             check_claim(folder.path, settings, config.resume)
-        say(plan(config, ranks, folder, requests))
+        log_info(plan(config, ranks, folder, requests))
         if config.dry_run:
             return None
         pipeline = load(config, ranks, unet_folder)
@@ -164,8 +164,8 @@ def run(
     began = time.perf_counter()
     try:
         batches = batches_with(requests, pending, config.bs)
-        draw_share(Job(config, ranks, folder, pipeline, tracker), ranks.share(batches), pending)
-        ranks.wait()
+        draw_share(Job(config, ranks, folder, pipeline, tracker), ranks.shard(batches), pending)
+        ranks.barrier()
     finally:
         tracker.finish()
     seconds = time.perf_counter() - began
@@ -228,9 +228,9 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
         folder.sweep()
         folder.write_prompt_files({request.index: rows[request.index] for request in requests})
         done = folder.finished(request.key for request in requests)
-    done = ranks.agreed(done)
+    done = ranks.broadcast(done)
     if done:
-        say(f"{len(done)} of {len(requests)} pictures are there already")
+        log_info(f"{len(done)} of {len(requests)} pictures are there already")
     return [request for request in requests if request.key not in done]
 
 
@@ -252,7 +252,7 @@ def load(config: SampleConfig, ranks: Ranks, unet_folder: Path | None) -> Diffus
     elif config.teacher:
         check_loaded(pipeline.unet, config.model, "--teacher: MODEL")
     elif quantized_layers(pipeline.unet):
-        say(f"MODEL {config.model} is quantized itself; its own UNet draws")
+        log_info(f"MODEL {config.model} is quantized itself; its own UNet draws")
     return placed(pipeline, config, ranks.device)
 
 
@@ -333,7 +333,7 @@ def progress(ranks: Ranks, total: int) -> tqdm:
     """A bar on the first rank, which shows its own share; the others stay silent."""
     if not ranks.main:
         return tqdm(disable=True)
-    ticks = bar(total=total, what="pictures" if ranks.world == 1 else "pictures (one process)")
+    ticks = progress_bar(total=total, description="pictures" if ranks.world == 1 else "pictures (one process)")
     ticks.unit = "image"
     return ticks
 

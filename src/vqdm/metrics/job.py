@@ -42,7 +42,7 @@ from vqdm.parallel import Ranks, launched
 from vqdm.redaction import own_command
 from vqdm.storage.atomic import probe, save_json, save_text, sweep
 from vqdm.storage.locks import locked
-from vqdm.tracking import Tracker, say
+from vqdm.tracking import Tracker, log_info
 from vqdm.versions import versions
 
 
@@ -78,13 +78,13 @@ def score_images(config: ScoreConfig) -> Scored | None:
     sets = {flag: one for flag, one in given.items() if isinstance(one, PictureSet)}
     check_finite(sets, config.force)
     with launched(config.device) as ranks:
-        plan = ranks.agreed(make_plan(config, images, reference, target) if ranks.main else None)
-        say(describe(config, images, ranks, plan))
+        plan = ranks.broadcast(make_plan(config, images, reference, target) if ranks.main else None)
+        log_info(describe(config, images, ranks, plan))
         notes = [note for one in sets.values() for note in one.notes]
         notes += [line for flag, one in sets.items() for line in problem_lines(flag, one)]
         if config.dry_run:
             for note in notes:
-                say(f"warning: {note}")
+                log_info(f"warning: {note}")
             return None
         with locked(config.folder) if ranks.main else nullcontext():
             check_writable(config.folder)
@@ -175,7 +175,7 @@ def measure(job: Job) -> None:
         set_pass(job, slot, [name for name in chosen if name in SET_METRICS and METRICS[name].network == slot])
     tables = [table for name in chosen for table in picture_pass(job, name)]
     merged: Table = {}
-    for part in (one for parts in job.work.ranks.gathered(tables) for one in parts):
+    for part in (one for parts in job.work.ranks.all_gather(tables) for one in parts):
         for key, row in part.items():
             merged[key] = merged.get(key, {}) | row
     job.table = {key: merged[key] for key in job.images.pictures if key in merged}

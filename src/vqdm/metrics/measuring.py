@@ -21,7 +21,7 @@ from vqdm.metrics.frechet import Moments, Statistics
 from vqdm.metrics.image_sets import Key, PictureSet
 from vqdm.metrics.results import Table
 from vqdm.parallel import Ranks
-from vqdm.tracking import bar
+from vqdm.tracking import progress_bar
 
 SMALLEST_FOR_SSIM = 11
 # Prompts, and as many pictures [N, 3, H, W] of each of one or two sets → values [N] for each set.
@@ -43,9 +43,9 @@ class Work:
 
     def prepared(self, keys: Sequence, prepare: Callable[[Any], Any], what: str) -> Iterator[tuple[list, list]]:
         """This rank's keys by batches, with what `prepare` makes of them; the next batch is under way meanwhile."""
-        share = list(self.ranks.share(keys))
+        share = list(self.ranks.shard(keys))
         groups = [share[start : start + self.batch] for start in range(0, len(share), self.batch)]
-        ticks = bar(total=len(share), what=what) if self.ranks.main else None
+        ticks = progress_bar(total=len(share), description=what) if self.ranks.main else None
         with ThreadPoolExecutor(self.threads) as pool:
             ahead = [pool.submit(prepare, key) for key in groups[0]] if groups else []
             for number, group in enumerate(groups):
@@ -79,10 +79,10 @@ def fit(work: Work, pictures: PictureSet, keys: Sequence[Key], encoder: Encoder,
         moments.add(features)
         if keep:
             kept.append(features.float().cpu())
-    whole = _sum(work.ranks.gathered(moments))
+    whole = _sum(work.ranks.all_gather(moments))
     if not whole.products.isfinite().all():
         raise RunError(f"the features of {pictures.path} are not finite")
-    features = _interleaved(work.ranks.gathered(torch.cat(kept) if kept else None), len(keys)) if keep else None
+    features = _interleaved(work.ranks.all_gather(torch.cat(kept) if kept else None), len(keys)) if keep else None
     return Statistics(whole.mean(), whole.covariance(), whole.count, about, features)
 
 

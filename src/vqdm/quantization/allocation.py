@@ -34,7 +34,7 @@ from vqdm.storage.atomic import Damaged, load_sealed_json, save_json, save_seale
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.pieces import Tensors, read
 from vqdm.storage.runs import layer_generator
-from vqdm.tracking import bar, say
+from vqdm.tracking import log_info, progress_bar
 
 PLAN = "plan.json"
 PLANNED = (
@@ -79,12 +79,12 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
     Raises UserError when the target is below what the least bits of every layer take.
     """
     path = job.folder.work / PLAN
-    if not job.ranks.agreed(path.is_file()):
+    if not job.ranks.broadcast(path.is_file()):
         layers = planned_layers(job, store)
         plan = {layer.name: {name: getattr(layer.spec, name) for name in PLANNED} for layer in layers}
         if job.ranks.main:
             save_sealed_json(plan, path)
-    plan = job.ranks.agreed(read_plan(path) if job.ranks.main else None)
+    plan = job.ranks.broadcast(read_plan(path) if job.ranks.main else None)
     if job.ranks.main:
         save_json(plan, job.folder.path / PLAN)
     return planned(job.layers, plan, path)
@@ -124,7 +124,7 @@ def planned_layers(job: Job, store: HessianStore) -> list[Layer]:
         chosen, expected = divide(job, full, curves, costs)
         bits = {layer.name: layer.spec.code_bits_per_weight(layer.columns) for layer in chosen}
         decibels = 10 * math.log10(max(expected, 1e-12))
-        say(f"plan by the {name} effects: expected UNet-output error {decibels:.1f} dB")
+        log_info(f"plan by the {name} effects: expected UNet-output error {decibels:.1f} dB")
     found = {layer.name: layer for layer in chosen}
     return [found.get(layer.name, layer) for layer in job.layers]
 
@@ -150,8 +150,8 @@ def layer_curves(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str
         progress.update()
         return found
 
-    with bar(total=len(job.ranks.share(layers)), what="rate-distortion curves") as progress:
-        return dict(zip([layer.name for layer in layers], job.ranks.each(layers, curve), strict=True))
+    with progress_bar(total=len(job.ranks.shard(layers)), description="rate-distortion curves") as progress:
+        return dict(zip([layer.name for layer in layers], job.ranks.map(layers, curve), strict=True))
 
 
 # ------------------------------------------------------------------------------------------- effects
@@ -163,11 +163,11 @@ def layer_effects(
     """By layer name, the UNet's relative output error when this layer alone is coded as it is here; and its own."""
     trajectories = teacher_trajectories(job)
     points = spread_over_noise(trajectories, job.config.sensitivity_points)
-    say(f"effects of {len(layers)} layers on the output, at {len(points)} points")
+    log_info(f"effects of {len(layers)} layers on the output, at {len(points)} points")
     changes, errors = coding_errors(job, store, layers, name)
     calls = [call for point in points for call in unet_calls(job, trajectories, [point])]
     generator = lambda index: layer_generator(job.config.seed, f"effects:{index}")  # noqa: E731
-    with bar(total=len(job.ranks.share(calls)), what="effects of layers") as progress:
+    with progress_bar(total=len(job.ranks.shard(calls)), description="effects of layers") as progress:
         return output_effects(job.unet, changes, calls, generator, progress.update, job.ranks), errors
 
 
@@ -180,13 +180,13 @@ def coding_errors(
     """
     bank = Bank(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
     banks, folder = {trellis_bank(FAST_STATE_BITS): bank}, job.folder.work / f"coded_{name}"
-    missing = job.ranks.agreed([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
+    missing = job.ranks.broadcast([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
     for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
         some = [layer for group in groups for layer in group]
         for layer, code, report in solve_share(job, store, some, job.config.solver, banks):
             error = torch.tensor(report.error, dtype=torch.float64)
             save_sealed(code.pack() | {"error": error}, folder / f"{layer.name}.safetensors")
-    job.ranks.wait()
+    job.ranks.barrier()
     parts = {layer.name: read(folder / f"{layer.name}.safetensors") for layer in layers}
     errors = {name: part.pop("error").item() for name, part in parts.items()}
     return {layer.name: coding_error(job, layer, parts[layer.name], banks) for layer in layers}, errors

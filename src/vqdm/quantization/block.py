@@ -23,7 +23,7 @@ from vqdm.quantization.recording import Recorder
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.pieces import appear
 from vqdm.storage.runs import SolvedLayer, layer_generator
-from vqdm.tracking import JsonLines, bar, say
+from vqdm.tracking import JsonLines, log_info, progress_bar
 
 MATRICES_A_LAYER = 6  # square matrices of a layer's size that its solution holds at once
 WEIGHTS_A_LAYER = 16  # matrices of its weight's size, codes and all
@@ -40,7 +40,7 @@ def solve_block(
     """
     solved = {}
     parts = stored_hessians(job, todo) if trajectories is None else student_hessians(job, layers, todo, trajectories)
-    with bar(total=len(todo), what="layers") as progress:
+    with progress_bar(total=len(todo), description="layers") as progress:
         for store, groups in parts:
             with job.clock("solving"):
                 solved |= solve_groups(job, store, groups, progress.update)
@@ -59,7 +59,7 @@ def student_hessians(
     """The same, recorded with the blocks before this one already quantized, and dropped once layers are solved."""
     block, wanted = layers[0].block, {layer.name for layer in todo}
     store = HessianStore(job.folder.block_hessians(block), {"block": block})
-    store.leaders = job.ranks.agreed(store.leaders)
+    store.leaders = job.ranks.broadcast(store.leaders)
     recorder = Recorder(job, store, trajectories)
     groups = [[layer for layer in group if layer.name in wanted] for group in recorder.groups(layers)]
     for some in passes([group for group in groups if group], job.config.hessian_memory_gb):
@@ -68,7 +68,7 @@ def student_hessians(
             with job.clock("hessians"):
                 recorder.record(missing)
         yield store, some
-        job.ranks.wait()
+        job.ranks.barrier()
         store.drop(some, on_disk=job.ranks.main)
 
 
@@ -81,7 +81,7 @@ def solve_groups(
         rows.append(keep(job, layer, code, report))
         tick()
     told = {row["name"] for row in rows}
-    for row in (row for part in job.ranks.gathered(rows) for row in part):
+    for row in (row for part in job.ranks.all_gather(rows) for row in part):
         if job.ranks.main and row["name"] not in told:
             tell(job, row)
             tick()
@@ -213,7 +213,7 @@ def tell(job: Job, row: dict) -> None:
     """A solved layer's line: in the table, for the tracker, and on the screen."""
     JsonLines(job.folder.path / "layers.jsonl").write(row)
     job.tracker.log({f"layer/{key}": value for key, value in row.items() if key not in ("rows", "columns")})
-    say(layer_line(row))
+    log_info(layer_line(row))
 
 
 def layer_row(layer: Layer, report: dict) -> dict:

@@ -21,7 +21,7 @@ from vqdm.storage.atomic import save_sealed
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.pieces import read
 from vqdm.storage.runs import layer_generator
-from vqdm.tracking import bar, say
+from vqdm.tracking import log_info, progress_bar
 
 LAYERS = 48  # layers that a bank is trained on at most
 GROUPS = 2**17  # column groups that they give together, about
@@ -68,7 +68,7 @@ def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
         if job.ranks.main:
             chosen = trained_on(job.layers, name, layers[0].spec)
             train(job, config, cache(partial(draw_samples, job, store, chosen, config)))
-        job.ranks.wait()
+        job.ranks.barrier()
         banks[name] = Bank(load_codebooks(job, name), weights)
     return banks
 
@@ -84,7 +84,7 @@ def train(job: Job, config: SolverConfig, samples: Callable[[], dict[str, Sample
     """The codebooks of the bank that `config.spec` names; trained where the run's folder does not hold them yet."""
     name = config.spec.shared_codebooks
     if not bank_path(job, name).is_file():
-        say(f"bank {name}: training on {len(samples())} layers")
+        log_info(f"bank {name}: training on {len(samples())} layers")
         codebooks = train_bank(list(samples().values()), config, layer_generator(job.config.seed, name))
         save_sealed({"codebooks": codebooks}, bank_path(job, name))
     return load_codebooks(job, name)
@@ -104,7 +104,7 @@ def draw_samples(job: Job, store: HessianStore, layers: list[Layer], config: Sol
     chosen = choose_layers(layers, job.bank_memory_gb, job.config.seed)
     rows = max(8, GROUPS * config.spec.in_group_size // sum(layer.columns for layer in chosen))
     samples = {}
-    for layer in bar(chosen, what="layers of the bank"):
+    for layer in progress_bar(chosen, description="layers of the bank"):
         generator = layer_generator(job.config.seed, f"bank:{layer.name}")
         W = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
         samples[layer.name] = sample_layer(W, store.load(layer, W.device)[0], rows, config, generator)

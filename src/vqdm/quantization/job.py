@@ -77,7 +77,7 @@ from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.runs import RunFolder, SolvedLayer
-from vqdm.tracking import Stopwatch, Tracker, bar, peak_memory, say
+from vqdm.tracking import Stopwatch, Tracker, log_info, peak_memory, progress_bar
 from vqdm.versions import versions
 
 
@@ -107,9 +107,11 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     plain = plain_bits(pipeline.unet, stored.get("unet"))
     if config.target_bits:
         weights = sum(layer.rows * layer.columns for layer in layers)
-        say(totals(layers, parameters, rest, plain, config.target_bits * weights) + "; allocated after calibration")
+        log_info(
+            totals(layers, parameters, rest, plain, config.target_bits * weights) + "; allocated after calibration"
+        )
     else:
-        say(layer_table(layers, parameters, rest, plain))
+        log_info(layer_table(layers, parameters, rest, plain))
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
@@ -126,13 +128,13 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
             need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
             need += hessian_bytes(layers, config.hessian_memory_gb)
             folder.open(settings, versions(), config.resume, need)
-        if ranks.agreed(folder.finished):
+        if ranks.broadcast(folder.finished):
             return close_finished(folder) if ranks.main else None
         about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
         tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
         job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
         job.ranks, job.stored = ranks, stored
-        job.bank_memory_gb = ranks.agreed(folder.started_with("hessian_memory_gb") if ranks.main else None)
+        job.bank_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
         try:
             return run(job)
         finally:
@@ -149,7 +151,7 @@ def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
 def close_finished(folder: RunFolder) -> dict:
     """The summary of a run that has ended, without the working data that a kill at its very end left."""
     shutil.rmtree(folder.work, ignore_errors=True)
-    say(f"{folder.path} is finished already")
+    log_info(f"{folder.path} is finished already")
     return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -177,10 +179,10 @@ def run(job: Job) -> dict | None:
     if job.ranks.main:
         job.folder.rewrite_table([done.report for done in solved.values()])
     finetunes = turns(job.config.between.num_intermediate_finetunes, len(job.blocks))
-    for index, (block, layers) in enumerate(bar(job.blocks, what="blocks"), start=1):
+    for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in solved]
         if todo:
-            say(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to solve")
+            log_info(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to solve")
             solved |= solve_block(job, layers, todo, calibration_points(job, block))
         swap_block(job, layers, solved)
         if index in finetunes:
@@ -202,7 +204,7 @@ def prepare(job: Job) -> None:
     if config.target_bits:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
-            say(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
+            log_info(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
     with job.clock("banks"):
         job.banks = make_banks(job, job.store) if bank_users(job.layers) else {}
 
@@ -219,7 +221,7 @@ def calibration_points(job: Job, block: str) -> Trajectories | None:
 
 def finished_layers(job: Job) -> dict[str, SolvedLayer]:
     """Layers that an interrupted run left; as the first rank sees them, for all must go on with the same ones."""
-    done = job.ranks.agreed([layer for layer in job.layers if job.folder.layer_path(layer.name).is_file()])
+    done = job.ranks.broadcast([layer for layer in job.layers if job.folder.layer_path(layer.name).is_file()])
     return {layer.name: load_solved(job, layer) for layer in done}
 
 
@@ -233,7 +235,7 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
         if layer.name in held and held[layer.name].spec == layer.spec and same_bank(job, held[layer.name]):
             tensors = held[layer.name].code().pack()
             found[layer.name] = SolvedLayer(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
-    say(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from there")
+    log_info(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from there")
     return found
 
 
@@ -276,7 +278,7 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
     if config.eval_step and index % config.eval_step == 0:
         error = output_error(job.unet, teacher, config.xtx_batch_size, job.ranks)
         job.tracker.log({"unet_output_error_db": error}, step=index)
-        say(f"after {block}: UNet-output error {error:.2f} dB")
+        log_info(f"after {block}: UNet-output error {error:.2f} dB")
     if config.snapshot_step and index % config.snapshot_step == 0 and job.ranks.main:
         mark_quantized(job.unet)
         path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / "unet"

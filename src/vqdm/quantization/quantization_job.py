@@ -19,7 +19,7 @@ from vqdm.quantization.plan import Rest
 from vqdm.redaction import redacted
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.runs import RunFolder
-from vqdm.tracking import Stopwatch, Tracker, say
+from vqdm.tracking import Stopwatch, Tracker, log_info
 
 
 @dataclass
@@ -69,4 +69,4 @@ def on_save(command: str | None, path: Path) -> None:
     try:
         subprocess.run(words, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        say(redacted(f"--on_save failed: {error}"))
+        log_info(redacted(f"--on_save failed: {error}"))

@@ -33,7 +33,7 @@ from vqdm.storage.fingerprint import pipeline_fingerprint
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.locks import locked
 from vqdm.storage.pieces import Tensors, pieces, span_name, spans
-from vqdm.tracking import bar, say
+from vqdm.tracking import log_info, progress_bar
 
 PROBLEMS = (None, BLACK, NAN, REPLACED)
 
@@ -124,9 +124,9 @@ def teacher_hessians(job: Job) -> HessianStore:
         if job.ranks.main:
             sweep(folder, below=False)
         store = HessianStore(folder, hessian_settings(job))
-        store.leaders = job.ranks.agreed(store.leaders)
+        store.leaders = job.ranks.broadcast(store.leaders)
         missing = [layer for layer in job.layers if layer not in store]
-        say(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are there")
+        log_info(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are there")
         if missing:
             recorder = Recorder(job, store, teacher_trajectories(job))
             for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
@@ -150,8 +150,8 @@ class Recorder:
     def record(self, groups: list[list[Layer]]) -> None:
         """Add the Hessians of `groups`, all at once; each is written by one rank."""
         job, ranks = self.job, self.job.ranks
-        total = sum(len(ranks.share(calls)) for calls in (self.training, self.apart))
-        with decoded_once(job.unet), bar(total=total, what="Hessians") as ticks:
+        total = sum(len(ranks.shard(calls)) for calls in (self.training, self.apart))
+        with decoded_once(job.unet), progress_bar(total=total, description="Hessians") as ticks:
             found = record_hessians(
                 job.unet,
                 groups,
@@ -162,9 +162,9 @@ class Recorder:
                 ticks.update,
                 ranks,
             )
-        for group in ranks.share(groups):
+        for group in ranks.shard(groups):
             self.store.write(group, *found.pop(group[0].name))
-        ranks.wait()
+        ranks.barrier()
         self.store.enter(groups, on_disk=ranks.main)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vqdm.errors import UserError
-from vqdm.tracking import log, say
+from vqdm.tracking import log, log_info
 
 LOCK = ".vqdm-lock"  # how the names of lock files begin
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -60,7 +60,7 @@ def _acquire(lock: FileLock, folder: str, path: Path, wait: bool) -> None:
         holder = _holder(path)
     if not wait:
         raise UserError(f"{folder} is in use by {holder}; wait until it has ended, or choose another folder")
-    say(f"{folder} is in use by {holder}; waiting for it")
+    log_info(f"{folder} is in use by {holder}; waiting for it")
     lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)
 
 

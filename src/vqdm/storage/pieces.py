@@ -27,10 +27,10 @@ def pieces(ranks: Ranks, folder: Path, names: Sequence[str], make: Callable[[str
     Raises:
         RunError: a file is damaged.
     """
-    missing = ranks.agreed([name for name in names if not _file(folder, name).is_file()])
-    for name in ranks.share(missing):
+    missing = ranks.broadcast([name for name in names if not _file(folder, name).is_file()])
+    for name in ranks.shard(missing):
         save_sealed(make(name), _file(folder, name))
-    ranks.wait()
+    ranks.barrier()
     return [read(_file(folder, name)) for name in names]
 
 
@@ -48,7 +48,7 @@ def spans(ranks: Ranks, folder: Path, first: int, count: int, size: int) -> list
             found += [(k, min(size, start - k)) for k in range(place, start, size)]
             found += [(start, number)] * (number > 0)
             place = start + number
-    return ranks.agreed(found)
+    return ranks.broadcast(found)
 
 
 def span_name(first: int, count: int) -> str:
