@@ -6,7 +6,7 @@ from torch import nn
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion import hessians
 from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
-from vqdm.diffusion.hessians import Moment, UnetCall, add_input, input_rows, passes, record_hessians, shared_inputs
+from vqdm.diffusion.hessians import HessianAccumulator, InputRows, UnetCall, passes, record_hessians, shared_inputs
 from vqdm.errors import RunError
 
 SPEC = CodeSpec(num_codebooks=2, nbits_per_codebook=4, in_group_size=4)
@@ -53,28 +53,43 @@ def plain_rows(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
         dict(kernel_size=1),
     ],
 )
-def test_conv_moment_equals_im2col(options):
+def test_conv_hessian_equals_im2col(options, monkeypatch):
+    """Also where it is computed in strips that do not divide it, from parts of the samples."""
     conv, x = nn.Conv2d(3, 4, **options), torch.randn(2, 3, 6, 7)
-    moment = Moment(3 * conv.kernel_size[0] * conv.kernel_size[1], x.device)
-    add_input(moment, conv, x, group_channels=True)
     rows = plain_rows(conv, x).double()
-    torch.testing.assert_close(moment.mean().double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    inputs = InputRows(conv, x, group_channels=True)
+    assert inputs.count == len(rows)
+    assert inputs.mean_square() == pytest.approx(rows.square().mean(0).max().item())
+    for values, strip in ((2**25, 1024), (100, 4)):
+        monkeypatch.setattr(hessians, "VALUES_PER_PRODUCT", values)
+        monkeypatch.setattr(hessians, "ROWS_PER_PRODUCT", strip)
+        hessian = HessianAccumulator(rows.shape[1], x.device)
+        hessian.add(inputs)
+        torch.testing.assert_close(hessian.mean().double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+        assert torch.equal(hessian.mean(), hessian.mean().T)
+
+
+def test_only_the_samples_that_count_are_made():
+    """Those of a large input are gathered one by one: no unfolded copy of it is needed."""
+    conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 6, 7)
+    chosen = torch.tensor([0, 5, 41, 42, 83])
+    torch.testing.assert_close(InputRows(conv, x, True).rows(chosen), plain_rows(conv, x)[chosen])
 
 
 @pytest.mark.parametrize("group_channels", [True, False])
 def test_rows_times_matrix_is_the_convolution(group_channels):
     conv, x = nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.randn(2, 3, 5, 5)
-    product = input_rows(conv, x, group_channels) @ matrix_of(conv, group_channels).T  # [B·L, O]
+    product = InputRows(conv, x, group_channels).rows(slice(0, 50)) @ matrix_of(conv, group_channels).T  # [B·L, O]
     torch.testing.assert_close(product.view(2, 25, 4).transpose(1, 2).reshape(2, 4, 5, 5), conv(x))
 
 
 def test_batches_count_by_their_samples():
     linear, x = nn.Linear(6, 2), torch.randn(7, 3, 6)
-    moment = Moment(6, x.device)
+    hessian = HessianAccumulator(6, x.device)
     for part in (x[:1], x[1:]):
-        add_input(moment, linear, part, True)
+        hessian.add(InputRows(linear, part, True))
     rows = x.reshape(-1, 6)
-    torch.testing.assert_close(moment.mean(), rows.T @ rows / 21)
+    torch.testing.assert_close(hessian.mean(), rows.T @ rows / 21)
 
 
 def test_recorded_hessians_equal_plain_ones_for_every_layer_and_memory_budget():
@@ -99,21 +114,20 @@ def test_recorded_hessians_equal_plain_ones_for_every_layer_and_memory_budget():
     for group in groups:
         for layer in group:
             module = seen[layer.name][0][0]
-            rows = torch.cat([input_rows(module, x, True) for _, x in seen[layer.name]]).double()
+            inputs = [InputRows(module, x, True) for _, x in seen[layer.name]]
+            rows = torch.cat([one.rows(slice(0, one.count)) for one in inputs]).double()
             hessian, unseen = found[group[0].name]
             torch.testing.assert_close(hessian.double(), rows.T @ rows / len(rows), rtol=2e-4, atol=1e-5)
             assert unseen.shape == hessian.shape and not torch.equal(unseen, hessian)
 
 
 def test_counted_samples_are_a_fair_share():
-    """The moment of a share is that of a subset of the same rows, near the whole, and the same every time."""
+    """The Hessian of a share is that of a subset of the same rows, near the whole, and the same every time."""
     linear, x = nn.Linear(4, 2), torch.randn(500, 4, 4) @ torch.randn(4, 4)
-    whole, part, again = (Moment(4, x.device) for _ in range(3))
-    part.share = again.share = 0.5
-    for moment in (whole, part, again):
+    whole, part, again = (HessianAccumulator(4, x.device) for _ in range(3))
+    for hessian, share in ((whole, 1.0), (part, 0.5), (again, 0.5)):
         for index, batch in enumerate(x.split(100)):
-            moment.start(index)
-            add_input(moment, linear, batch, True)
+            hessian.add(InputRows(linear, batch, True), (index,), share)
     assert (whole.count, part.count) == (2000, 1000)
     assert torch.equal(part.mean(), again.mean())
     assert (part.mean() - whole.mean()).norm() < 0.15 * whole.mean().norm()
@@ -129,13 +143,13 @@ def points_call(points: list[int], branches: int = 2) -> UnetCall:
 
 @pytest.mark.parametrize("samples_per_input", [0, 1])
 def test_hessians_do_not_depend_on_the_batch_size(monkeypatch, samples_per_input):
-    """Nor do the samples that are drawn, also where a convolution's input is unfolded in parts."""
+    """Nor do the samples that count, also where they are multiplied in parts."""
     unet = tiny_unet("sdxl")
     layers = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
     groups, first = shared_inputs(unet, layers, call(0)), call(0)
     found = []
     for size, at_once in ((6, 2**25), (1, 2**25), (4, 2**14)):
-        monkeypatch.setattr(hessians, "SAMPLES_AT_ONCE", at_once)
+        monkeypatch.setattr(hessians, "VALUES_PER_PRODUCT", at_once)
         calls = [points_call(list(range(6))[k : k + size]) for k in range(0, 6, size)]
         found.append(record_hessians(unet, groups, first, calls, [], samples_per_input))
     for name, (hessian, _) in found[0].items():
@@ -147,8 +161,10 @@ def test_samples_per_input_bounds_every_layers_count(monkeypatch):
     unet, counts = tiny_unet("sdxl"), []
     block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
     groups = shared_inputs(unet, block, call(0))
-    mean = Moment.mean
-    monkeypatch.setattr(Moment, "mean", lambda self: counts.append((self.count, len(self.total))) or mean(self))
+    mean = HessianAccumulator.mean
+    monkeypatch.setattr(
+        HessianAccumulator, "mean", lambda self: counts.append((self.count, len(self.total))) or mean(self)
+    )
     record_hessians(unet, groups, call(0), [lambda s=s: call(s, 16) for s in range(4)], [], samples_per_input=2)
     assert all(count <= 2 * size + 4 for count, size in counts if count) and any(count for count, _ in counts)
 
@@ -233,9 +249,9 @@ def test_sums_do_not_depend_on_their_order():
     grid = hessians.FINENESS * 2.0**18
     found, plain = [], []
     for order in orders:
-        parts = [Moment(6, torch.device("cpu"), grid) for _ in range(3)]
+        parts = [HessianAccumulator(6, torch.device("cpu"), grid) for _ in range(3)]
         for place, index in enumerate(order):
-            parts[place % 3].add(batches[index])
+            parts[place % 3].add(InputRows(nn.Linear(6, 1), batches[index], True))
         parts[0].total += parts[1].total + parts[2].total
         parts[0].count = sum(part.count for part in parts)
         assert parts[0].exact
@@ -255,8 +271,10 @@ def test_inputs_that_grow_are_recorded_on_a_coarser_grid(monkeypatch):
     plain = record_hessians(unet, groups, call(0), [lambda: call(1)], [lambda: call(2)])
     grids, first_grids = [], hessians.first_grids
     monkeypatch.setattr(hessians, "first_grids", lambda *args: {k: v * 2.0**-40 for k, v in first_grids(*args).items()})
-    init = Moment.__init__
-    monkeypatch.setattr(Moment, "__init__", lambda self, n, d, grid: grids.append(grid) or init(self, n, d, grid))
+    init = HessianAccumulator.__init__
+    monkeypatch.setattr(
+        HessianAccumulator, "__init__", lambda self, n, d, grid: grids.append(grid) or init(self, n, d, grid)
+    )
     again = record_hessians(unet, groups, call(0), [lambda: call(1)], [lambda: call(2)])
     assert len(grids) > 2 * len(groups)
     for name, (hessian, unseen) in again.items():

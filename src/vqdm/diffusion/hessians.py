@@ -1,14 +1,15 @@
-"""Second moments of layer inputs, H = E[x xᵀ] (VQDM, arXiv 2409.00492, §3; "Hessian" as in GPTQ, arXiv 2210.17323).
+"""Hessians of layers: second moments of their inputs, H = E[x xᵀ] (VQDM, arXiv 2409.00492, §3; GPTQ, arXiv 2210.17323).
 
 Every token of a Linear and every output position of a Conv2d is one sample; both guidance branches count.
 
 The result is the same to the last bit on any number of processes, and within rounding for any batch size. A point's
-samples are drawn with a generator of its own, in whichever batch it is. And sums cannot depend on their order, because
+samples are chosen with a generator of its own, in whichever batch it is. And sums cannot depend on their order, because
 they are exact: every product is rounded to a multiple of a power of two, the layer's grid, and float64 adds whole
-numbers below 2^53 without error. The grid comes from one call that every process makes; should a sum outgrow it, it is
-recorded on a coarser one.
+numbers below 2^53 without error. The grid comes from one call that every process makes; a sum that outgrows it is
+recorded again on a coarser one.
 
-Letters: I inputs of the layer seen as a matrix, N samples, C channels.
+Letters: I inputs of the layer seen as a matrix, N samples, A guidance branches, B points of a batch, L samples per
+image (tokens, or output positions), C channels.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +28,12 @@ from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError
 from vqdm.parallel import Ranks
 
-SAMPLES_AT_ONCE = 2**25
-ROWS_AT_ONCE = 4096  # of a product, so that no second matrix of its size is needed
+VALUES_PER_PRODUCT = 2**25  # of the samples [N, I] that are multiplied at once
+ROWS_PER_PRODUCT = 1024  # of H: only its upper triangle is computed, in strips of so many rows
 FINENESS = 2.0**-20  # the grid, over the largest mean square of an input; leaves room for 2^32 samples as large
 COARSER = 2.0**12
 EXACT_BELOW = 2.0**52  # half of what float64 counts to, for what rounding adds
+LEAST_EXPONENT = -100  # of a mean square: the grid is a normal number in float32
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class UnetCall:
     """A function that makes the keyword arguments of a UNet call.
 
     Attributes:
-        points: numbers of the points it is called on, which are the same whatever the batch size.
+        points: numbers of the points it is called on, the same for every batch size.
     """
 
     make: Callable[[], dict]
@@ -48,49 +51,40 @@ class UnetCall:
         return self.make()
 
 
-class Moment:
-    """A second moment: the sum of x xᵀ [I, I] in multiples of `grid`, and the number of samples.
+class HessianAccumulator:
+    """The sum of x xᵀ [I, I] in multiples of a grid, and the number of samples.
 
     Args:
         grid: a power of two.
 
     Attributes:
-        share: the part of all samples that is counted, drawn for every point with its own generator.
+        total: [I, I] in float64, of which the upper triangle counts.
     """
 
     def __init__(self, size: int, device: torch.device, grid: float = 2.0**-20):
         self.total = torch.zeros(size, size, device=device, dtype=torch.float64)
-        self.count, self.grid, self.share = 0, grid, 1.0
-        self.start(0)
+        self.count, self.grid = 0, grid
 
-    def start(self, *points: int) -> None:
-        """What is added from here on belongs to the points of these numbers, in this order in every branch."""
-        self.points = points
+    def add(self, inputs: InputRows, points: tuple[int, ...] = (0,), share: float = 1.0) -> None:
+        """Accumulate a batch's samples, or a share of every point's; as many at once as memory allows."""
+        step = max(1, VALUES_PER_PRODUCT // len(self.total))
+        if share >= 1:
+            parts = [slice(start, min(start + step, inputs.count)) for start in range(0, inputs.count, step)]
+        else:
+            images = inputs.count // inputs.each
+            parts = sampled_rows(len(self.total), points, images, inputs.each, share).split(step)
+        for part in parts:
+            samples = inputs.rows(part)  # [N, I]
+            self.count += len(samples)
+            for start in range(0, len(self.total), ROWS_PER_PRODUCT):
+                strip = slice(start, start + ROWS_PER_PRODUCT)
+                product = samples[:, strip].T @ samples[:, start:]  # [rows, I - start]
+                self.total[strip, start:] += product.div_(self.grid).round_()
 
-    def drawn(self, images: int, each: int) -> Tensor:
-        """Which rows of a call's inputs are counted, sorted: a share of every point's, at least one.
-
-        Args:
-            images: A·B inputs of A branches and B points, branches outermost.
-            each: L samples of an input.
-        """
-        if self.share >= 1:
-            return torch.arange(images * each)
-        points, rows = len(self.points), []
-        kept = max(1, round(self.share * images * each / points))
-        for place, point in enumerate(self.points):
-            generator = torch.Generator().manual_seed(len(self.total) + (point << 32))
-            chosen = torch.randperm(images // points * each, generator=generator)[:kept]  # of A·L
-            rows.append((chosen // each * points + place) * each + chosen % each)
-        return torch.cat(rows).sort().values
-
-    def add(self, samples: Tensor) -> None:
-        """Count `samples` [N, I] in."""
-        for start in range(0, len(self.total), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            product = samples[:, rows].T @ samples  # [rows, I]
-            self.total[rows] += product.double().div_(self.grid).round_()
-        self.count += len(samples)
+    def all_reduce(self, ranks: Ranks) -> None:
+        """Replace sum and count by those over all ranks; all must call it."""
+        ranks.all_reduce(self.total)
+        self.count = sum(ranks.all_gather(self.count))
 
     @property
     def exact(self) -> bool:
@@ -98,22 +92,84 @@ class Moment:
         return not self.total.diagonal().max() >= EXACT_BELOW
 
     def mean(self) -> Tensor | None:
-        """H [I, I] in float32, or None when nothing was counted."""
+        """H [I, I] in float32, or None when there is no sample."""
         if not self.count:
             return None
-        return torch.mul(self.total, self.grid / self.count, out=torch.empty_like(self.total, dtype=torch.float32))
+        mean = torch.mul(self.total, self.grid / self.count, out=torch.empty_like(self.total, dtype=torch.float32))
+        for start in range(0, len(mean), ROWS_PER_PRODUCT):  # mirror the upper triangle
+            stop = start + ROWS_PER_PRODUCT
+            mean[start:stop, start:stop] = mean[start:stop, start:stop].triu() + mean[start:stop, start:stop].triu(1).T
+            mean[stop:, start:stop] = mean[start:stop, stop:].T
+        return mean
 
 
-def input_rows(module: nn.Linear | nn.Conv2d, x: Tensor, group_channels: bool) -> Tensor:
-    """The layer's input as float32 samples [N, I], columns in the order of `blocks.matrix_of`."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(-1, x.shape[-1]).float()
-    x = _padded(module, x.float())
-    columns = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)  # [B, C·taps, L]
-    if group_channels:
-        taps = module.kernel_size[0] * module.kernel_size[1]
-        columns = columns.unflatten(1, (-1, taps)).transpose(1, 2).flatten(1, 2)  # [B, C, taps, L] → [B, taps·C, L]
-    return columns.transpose(1, 2).flatten(0, 1)  # [B·L, I]
+@lru_cache(maxsize=64)
+def sampled_rows(size: int, points: tuple[int, ...], images: int, each: int, share: float) -> Tensor:
+    """Choose which of the A·B·L samples of a batch count: a share of every point's, at least one; sorted.
+
+    Args:
+        size: I, which the choice depends on, so that layers of one width and resolution share it.
+        points: numbers of the B points; branches are outermost in the batch.
+        images: A·B.
+        each: L.
+    """
+    rows = []
+    kept = max(1, round(share * images * each / len(points)))
+    for place, point in enumerate(points):
+        generator = torch.Generator().manual_seed(size + (point << 32))
+        chosen = torch.randperm(images // len(points) * each, generator=generator)[:kept]  # of A·L
+        rows.append((chosen // each * len(points) + place) * each + chosen % each)
+    return torch.cat(rows).sort().values
+
+
+class InputRows:
+    """A layer's input as float32 samples, columns in the order of `blocks.matrix_of`; only those asked for are made.
+
+    Attributes:
+        each: L.
+        count: A·B·L.
+    """
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, x: Tensor, group_channels: bool):
+        self.module, self.channels_last = module, group_channels
+        if isinstance(module, nn.Linear):
+            self.x = x.reshape(-1, x.shape[-1])
+            self.count = len(self.x)
+        else:
+            x = _padded(module, x)
+            spans = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            sizes = zip(x.shape[-2:], spans, module.stride, strict=True)
+            self.height, self.width = ((size - span - 1) // stride + 1 for size, span, stride in sizes)
+            self.x, self.count = x.permute(0, 2, 3, 1).contiguous(), len(x) * self.height * self.width  # [A·B, H, W, C]
+        self.each = self.count // len(x)
+
+    def rows(self, chosen: Tensor | slice) -> Tensor:
+        """The samples [N, I] of the given numbers."""
+        if isinstance(self.module, nn.Linear):
+            return self.x[chosen].float()
+        if isinstance(chosen, slice):
+            chosen = torch.arange(self.count)[chosen]
+        (sh, sw), (dh, dw), (kh, kw) = self.module.stride, self.module.dilation, self.module.kernel_size
+        _, H, W, C = self.x.shape
+        corner = chosen // self.each * H + chosen % self.each // self.width * sh  # rows of [A·B·H]
+        corner = corner * W + chosen % self.width * sw
+        taps = (torch.arange(kh)[:, None] * dh * W + torch.arange(kw) * dw).flatten()  # [kh·kw]
+        places = (corner[:, None] + taps).flatten().to(self.x.device)
+        found = self.x.view(-1, C)[places].float().view(len(chosen), kh * kw, C)
+        return (found if self.channels_last else found.transpose(1, 2)).flatten(1)
+
+    def mean_square(self) -> float:
+        """The largest mean square of a column over all samples."""
+        if isinstance(self.module, nn.Linear):
+            return self.x.float().square().mean(0).max().item()
+        (sh, sw), (dh, dw), (kh, kw) = self.module.stride, self.module.dilation, self.module.kernel_size
+        squares = self.x.float().square()
+        taps = [
+            squares[:, i * dh :: sh, j * dw :: sw][:, : self.height, : self.width].mean((0, 1, 2))  # [C]
+            for i in range(kh)
+            for j in range(kw)
+        ]
+        return torch.stack(taps).max().item()
 
 
 def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
@@ -123,29 +179,8 @@ def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, sides, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
 
 
-def add_input(moment: Moment, module: nn.Module, x: Tensor, group_channels: bool) -> None:
-    """Count a layer's input in, or its share, a few images at a time so that no unfolded copy grows beyond bounds."""
-    linear, done = isinstance(module, nn.Linear), 0
-    positions = 1 if linear else x.shape[-2] * x.shape[-1] * len(moment.total)
-    for part in x.split(len(x) if linear else max(1, SAMPLES_AT_ONCE // positions)):
-        rows = input_rows(module, part, group_channels)  # [b·L, I]
-        if moment.share < 1:
-            each = len(rows) // len(part)
-            counted = moment.drawn(len(x), each) - done * each
-            rows = rows[counted[(counted >= 0) & (counted < len(rows))].to(rows.device)]
-        done += len(part)
-        moment.add(rows)
-
-
-def sample_count(module: nn.Linear | nn.Conv2d, x: Tensor) -> int:
-    """How many samples a layer's input holds: tokens, or about as many output positions as the stride leaves."""
-    if isinstance(module, nn.Linear):
-        return x.numel() // x.shape[-1]
-    return max(1, x.numel() // x.shape[1] // (module.stride[0] * module.stride[1]))
-
-
 def geometry(module: nn.Linear | nn.Conv2d, group_channels: bool) -> tuple:
-    """What, besides the tensor itself, decides a layer's samples: layers equal in both share one Hessian."""
+    """Return what decides a layer's samples besides the input itself: layers equal in both share one Hessian."""
     if isinstance(module, nn.Linear):
         return ("linear",)
     taps = (module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)
@@ -154,7 +189,7 @@ def geometry(module: nn.Linear | nn.Conv2d, group_channels: bool) -> tuple:
 
 @contextmanager
 def input_hooks(unet: nn.Module, names: list[str], seen: Callable[[str, nn.Module, Tensor], None]):
-    """Call `seen(name, module, input)` whenever a named layer runs; no hook is left, however one leaves."""
+    """Call `seen(name, module, input)` whenever a named layer runs; no hook is left, also after an exception."""
     handles = []
     try:
         for name in names:
@@ -194,7 +229,7 @@ def stopping_after(unet: nn.Module, block: str):
 def shared_inputs(unet: nn.Module, layers: list[Layer], call: dict) -> list[list[Layer]]:
     """Group layers by the input they see in one UNet call; groups and members keep the order of `layers`.
 
-    Inputs are kept alive during the call, so that an address never stands for two tensors.
+    Inputs stay alive during the call: an address never means two tensors.
     """
     by_name, groups, alive = {layer.name: layer for layer in layers}, {}, []
 
@@ -242,55 +277,30 @@ def record_hessians(
     Args:
         groups: layers that share an input, as `shared_inputs` finds them.
         first: keyword arguments of a UNet call that shows how large inputs are; every rank makes it.
-        training, held_out: functions that make the keyword arguments of one UNet call each, `UnetCall`s where samples
-            are drawn; another one counts as a single point. Ranks share the calls, and have the same result.
-        samples_per_input: about this many samples are counted for every input of a layer, spread over all points;
-            a second moment needs a small multiple of its size. 0 counts all.
+        training, held_out: functions that make the keyword arguments of one UNet call each; one that is no `UnetCall`
+            counts as a single point. Ranks share the calls, and have the same result.
+        samples_per_input: about this many samples count for every input of a layer, spread over all points; a second
+            moment needs a small multiple of its size. 0 counts all.
         tick: called after every batch of this rank.
 
     Raises:
         RunError: an input holds NaN or infinity; names the first layer that saw it.
     """
-    ranks = ranks or Ranks()
-    leaders = [group[0] for group in groups]
+    ranks, leaders = ranks or Ranks(), [group[0] for group in groups]
     grids = first_grids(unet, leaders, first)
-    found = []
+    results = []
     for calls in (training, held_out):
-        found.append({})
+        results.append({})
         left = leaders if calls else []
         while left:
-            moments = record_moments(unet, left, grids, calls, samples_per_input, tick, ranks)
-            exact = [name for name, moment in moments.items() if moment.exact]
-            found[-1] |= {name: moments.pop(name).mean() for name in exact}
-            left = [layer for layer in left if layer.name not in found[-1]]
+            sums = accumulated(unet, left, grids, calls, samples_per_input, tick, ranks)
+            results[-1] |= {name: hessian.mean() for name, hessian in sums.items() if hessian.exact}
+            left = [layer for layer in left if layer.name not in results[-1]]
             grids |= {layer.name: COARSER * grids[layer.name] for layer in left}
-    return {layer.name: (found[0][layer.name], found[1].get(layer.name)) for layer in leaders}
+    return {layer.name: (results[0][layer.name], results[1].get(layer.name)) for layer in leaders}
 
 
-def first_grids(unet: nn.Module, leaders: list[Layer], call: dict) -> dict[str, float]:
-    """By layer name, a grid that suits the inputs that it sees in one UNet call.
-
-    Raises:
-        RunError: as `record_hessians`.
-    """
-    squares, by_name = {}, {layer.name: layer for layer in leaders}
-
-    def seen(name: str, module: nn.Module, x: Tensor) -> None:
-        rows = input_rows(module, x, by_name[name].spec.group_channels)
-        squares[name] = rows.square().mean(0).max().item()
-        if not math.isfinite(squares[name]):
-            raise _not_finite(name)
-
-    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(by_name), seen):
-        run(call)
-    return {name: FINENESS * 2.0 ** _exponent(square) for name, square in squares.items()}
-
-
-def _exponent(square: float) -> int:
-    return math.frexp(square)[1] if 0 < square < math.inf else 0
-
-
-def record_moments(
+def accumulated(
     unet: nn.Module,
     leaders: list[Layer],
     grids: dict[str, float],
@@ -298,42 +308,52 @@ def record_moments(
     samples_per_input: int,
     tick: Callable[[], None],
     ranks: Ranks,
-) -> dict[str, Moment]:
-    """By layer name, the moment over the calls of all ranks. Raises RunError as `record_hessians`."""
-    by_name, device = {layer.name: layer for layer in leaders}, next(unet.parameters()).device
-    moments = {name: Moment(layer.columns, device, grids[name]) for name, layer in by_name.items()}
-    points = [getattr(call, "points", (index,)) for index, call in enumerate(calls)]
-    wanted = samples_per_input / sum(map(len, points))
+) -> dict[str, HessianAccumulator]:
+    """Return by layer name the sums over the calls of all ranks. Raises RunError as `record_hessians`."""
+    device, channels = next(unet.parameters()).device, {one.name: one.spec.group_channels for one in leaders}
+    sums = {one.name: HessianAccumulator(one.columns, device, grids[one.name]) for one in leaders}
+    points = [tuple(getattr(call, "points", (index,))) for index, call in enumerate(calls)]
+    per_point = samples_per_input / sum(map(len, points))
 
     def seen(name: str, module: nn.Module, x: Tensor) -> None:
-        if wanted:
-            samples = sample_count(module, x) / len(moments[name].points)
-            moments[name].share = wanted * by_name[name].columns / samples
-        add_input(moments[name], module, x, by_name[name].spec.group_channels)
+        inputs, hessian = InputRows(module, x, channels[name]), sums[name]
+        wanted = per_point * len(hessian.total) * len(current)
+        hessian.add(inputs, current, wanted / inputs.count if wanted else 1.0)
 
-    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(by_name), seen):
+    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(sums), seen):
         for batch in ranks.shard(range(len(calls))):
-            for moment in moments.values():
-                moment.start(*points[batch])
+            current = points[batch]
             run(calls[batch]())
-            _check_finite(moments)  # now rather than after a pass that takes hours
+            _check_finite(sums)  # now rather than after a pass that takes hours
             tick()
-    add_up(moments, ranks)
-    _check_finite(moments)
-    return moments
+    for hessian in sums.values():
+        hessian.all_reduce(ranks)
+    _check_finite(sums)
+    return sums
 
 
-def add_up(moments: dict[str, Moment], ranks: Ranks) -> None:
-    """Replace the moments of every rank by their sums over all ranks."""
-    counts = ranks.all_gather({name: moment.count for name, moment in moments.items()})
-    for name, moment in moments.items():
-        ranks.all_reduce(moment.total)
-        moment.count = sum(part[name] for part in counts)
+def first_grids(unet: nn.Module, leaders: list[Layer], call: dict) -> dict[str, float]:
+    """Return by layer name a grid that suits the inputs of one UNet call.
+
+    Raises:
+        RunError: as `record_hessians`.
+    """
+    grids, channels = {}, {layer.name: layer.spec.group_channels for layer in leaders}
+
+    def seen(name: str, module: nn.Module, x: Tensor) -> None:
+        square = InputRows(module, x, channels[name]).mean_square()
+        if not math.isfinite(square):
+            raise _not_finite(name)
+        grids[name] = FINENESS * 2.0 ** max(LEAST_EXPONENT, math.frexp(square)[1])
+
+    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(channels), seen):
+        run(call)
+    return grids
 
 
-def _check_finite(moments: dict[str, Moment]) -> None:
-    finite = torch.stack([moment.total.diagonal().isfinite().all() for moment in moments.values()])
-    for name, sound in zip(moments, finite.tolist(), strict=True):  # one transfer from the GPU for all layers
+def _check_finite(sums: dict[str, HessianAccumulator]) -> None:
+    finite = torch.stack([hessian.total.diagonal().isfinite().all() for hessian in sums.values()])
+    for name, sound in zip(sums, finite.tolist(), strict=True):  # one transfer from the GPU for all layers
         if not sound:
             raise _not_finite(name)
 
