@@ -22,6 +22,7 @@ from vqdm.additive.config import ENCODERS, SolverConfig
 from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, learning_rate, real, run_script, whole
 from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, generate_command, read_overrides
 from vqdm.errors import UserError
+from vqdm.prompts import default_file
 from vqdm.quantization.job import quantize
 from vqdm.storage.hub import open_repository, push_folder
 
@@ -43,11 +44,14 @@ REFUSED = {
 
 def build_parser() -> Parser:
     """All flags, grouped."""
-    parser = Parser(__doc__, "MODEL CALIBRATION_PROMPTS EVALUATION_PROMPTS")
+    parser = Parser(__doc__, "MODEL [CALIBRATION_PROMPTS [EVALUATION_PROMPTS]]")
     parser.add_argument("model", metavar="MODEL", help="diffusers pipeline: a folder, or a name on the hub")
     prompts = "prompt file (.txt .csv .tsv .json .jsonl .yaml .parquet), or a datasets id"
-    parser.add_argument("calibration_prompts", metavar="CALIBRATION_PROMPTS", help=prompts)
-    parser.add_argument("evaluation_prompts", metavar="EVALUATION_PROMPTS", help=prompts + "; not used to calibrate")
+    prompts += "; default: prompts that ship with vqdm"
+    parser.add_argument("calibration_prompts", metavar="CALIBRATION_PROMPTS", nargs="?", help=prompts)
+    parser.add_argument(
+        "evaluation_prompts", metavar="EVALUATION_PROMPTS", nargs="?", help=prompts + "; not used to calibrate"
+    )
     _add_format_flags(parser.add_argument_group("format (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)"))
     _add_bits_flags(parser.add_argument_group("bits where they matter"))
     _add_layer_flags(parser.add_argument_group("layers"))
@@ -281,13 +285,14 @@ def main(argv: list[str] | None = None) -> None:
     pushing = options.push_to_hub and not config.dry_run
     name = options.hub_model_id or Path(config.output_dir).resolve().name
     repository = open_repository(name, options.hub_private) if pushing else None
-    summary = quantize(config)
+    _, summary = quantize(config)
     if summary:
+        prompts = config.evaluation_prompts or default_file("evaluation")
         print(
-            f"{summary['effective_bits_layers']:.3f} bits a weight ({summary['effective_bits_unet']:.3f} over the "
+            f"{summary['effective_bits_layers']:.3f} bits per weight ({summary['effective_bits_unet']:.3f} over the "
             f"whole UNet), UNet-output error {summary['unet_output_error_db']:.2f} dB\n"
-            f"result: {config.output_dir}, picture pairs: {config.output_dir}/image_pairs.png\n"
-            f"generate images with it: {generate_command(config, config.evaluation_prompts)}"
+            f"result: {config.output_dir}, image pairs: {config.output_dir}/image_pairs.png\n"
+            f"generate images with it: {generate_command(config, prompts)}"
         )
     if repository:
         print(f"on the hub: {push_folder(Path(config.output_dir), repository)}")

@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import load_pipeline
-from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import read_json
@@ -43,7 +43,7 @@ from vqdm.finetuning.trainer import Trainer
 from vqdm.layers.quantized import decoded_once
 from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import launched
-from vqdm.prompts import draw, load_prompts
+from vqdm.prompts import choose, load_prompts
 from vqdm.storage.atomic import save_json
 from vqdm.tracking import peak_memory
 
@@ -57,7 +57,7 @@ def record(arguments: argparse.Namespace, folder: Path) -> None:
     pipeline = load_pipeline(arguments.model, torch.device(arguments.device), torch.float32)
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "latent"}
     for name, (file, count, seed) in PROMPTS.items():
-        prompts = draw(load_prompts(file, name), count, 0, file, name)
+        prompts = choose(load_prompts(file, name), count, 0, file, name)
         record_evaluation(pipeline, prompts, seed, settings, 16)[0].save(folder / f"{name}.safetensors")
 
 

@@ -20,7 +20,7 @@ from vqdm.additive import reach
 from vqdm.additive.code import Bank
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import Task, solve_layers
-from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.layers.quantized import quantized_layers
 
 

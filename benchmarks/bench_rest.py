@@ -18,8 +18,8 @@ from rivals import bits_on_disk
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import rest_layers, select_layers
+from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import load_pipeline
-from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.sampling import output_error, record_evaluation
 from vqdm.layers.int8 import round_layer
 from vqdm.layers.quantized import decoded_once, quantized_layers

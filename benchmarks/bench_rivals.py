@@ -21,14 +21,14 @@ import torch
 from rivals import RIVALS, bits_on_disk
 from torch import nn
 
+from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import load_pipeline
-from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.layers.quantized import decoded_once
 from vqdm.metrics.fidelity import decibels
-from vqdm.prompts import draw, load_prompts
+from vqdm.prompts import choose, load_prompts
 
 
 def changed_weights(unet: nn.Module, plain: nn.Module) -> int:
@@ -108,7 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pipeline = load_pipeline(arguments.model, torch.device(arguments.device), torch.float32)
     settings = {"num_inference_steps": arguments.num_inference_steps, "guidance_scale": arguments.guidance_scale}
-    prompts = draw(load_prompts(arguments.prompts, "PROMPTS"), arguments.nsamples, 0, arguments.prompts, "--nsamples")
+    prompts = choose(load_prompts(arguments.prompts, "PROMPTS"), arguments.nsamples, 0, arguments.prompts, "--nsamples")
     recorded, _ = record_evaluation(pipeline, prompts, EVALUATION_SEED_OFFSET, settings, arguments.bs)
     found = []
     for row in rows(pipeline.unet, recorded, arguments):

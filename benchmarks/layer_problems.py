@@ -10,9 +10,8 @@ from torch import Tensor
 from vqdm.config import QuantizeConfig, SamplingConfig
 from vqdm.diffusion.blocks import matrix_of, select_layers
 from vqdm.diffusion.pipelines import load_pipeline
-from vqdm.quantization.job import read_prompts
+from vqdm.quantization.job import Job, choose_prompts, read_prompts
 from vqdm.quantization.plan import Rest
-from vqdm.quantization.quantization_job import Job
 from vqdm.quantization.recording import teacher_hessians
 from vqdm.storage.runs import RunFolder
 from vqdm.tracking import Stopwatch, Tracker
@@ -55,7 +54,7 @@ def model_layers(model: str, cache: str, device: str) -> Iterator[tuple[str, Ten
     pipeline = load_pipeline(model, torch.device(device), torch.float32)
     layers = select_layers(pipeline.unet, "default", 0, config.spec, {})
     folder, tracker = RunFolder(config.output_dir), Tracker("none", "", None, {})
-    calibration, _ = read_prompts(config)
+    calibration, _ = choose_prompts(config, *read_prompts(config))
     job = Job(config, pipeline, layers, calibration, [], folder, tracker, Stopwatch(), 0, Rest())
     store = teacher_hessians(job)
     for layer in layers:

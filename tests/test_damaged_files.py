@@ -13,8 +13,8 @@ from test_quantized import SPECS, random_code
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import Layer
+from vqdm.diffusion.model_folders import find_quantized_unet
 from vqdm.diffusion.pipelines import check_model
-from vqdm.diffusion.quantized_unet import find_quantized_unet
 from vqdm.documents import parse_json, parse_yaml, read_text
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import check_layout, read_rows

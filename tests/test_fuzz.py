@@ -43,7 +43,7 @@ from test_quantized import SPECS, random_code
 
 from vqdm.config import read_overrides
 from vqdm.diffusion.blocks import Layer, select_layers
-from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.errors import RunError, UserError
 from vqdm.generation.requests import make_requests
 from vqdm.image_folder import ImageFolder, check_layout

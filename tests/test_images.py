@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqdm.diffusion.sampling import compared_pictures
+from vqdm.diffusion.sampling import compare_images
 from vqdm.images import comparable, pair_sheet, problems_of, save_png, to_picture
 
 
@@ -73,7 +73,7 @@ def test_pairs_of_images_that_went_wrong_are_not_compared(first, second, expecte
 
 def test_images_that_went_wrong_leave_the_scores_and_are_counted(caplog):
     prompts = ["a heart", "a star", "a circle"]
-    scores = compared_pictures([SOUND, NAN, BLACK], [SOUND, NAN, BLACK], prompts, "quantized")
+    scores = compare_images([SOUND, NAN, BLACK], [SOUND, NAN, BLACK], prompts, "quantized")
     assert scores["count"] == 1 and scores["psnr_db"] == 100 and scores["mse"] == 0
     assert scores["problems"] == {"full_precision": {"black": 1, "nan": 1}, "quantized": {"black": 1, "nan": 1}}
     lines = [record.getMessage() for record in caplog.records]
@@ -83,5 +83,5 @@ def test_images_that_went_wrong_leave_the_scores_and_are_counted(caplog):
         "the first is of 'a star'"
     )
     assert "1 of 3 images of the quantized model are black all over" in lines[2] and "'a circle'" in lines[2]
-    without = compared_pictures([NAN], [SOUND], prompts[:1], "quantized")
+    without = compare_images([NAN], [SOUND], prompts[:1], "quantized")
     assert without["count"] == 0 and without["psnr_db"] is None and without["lpips"] is None

@@ -180,7 +180,7 @@ def test_columns_that_only_generate_reads_are_named(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="vqdm"):
         assert load_prompts(str(tmp_path / "p.csv"), "CALIBRATION_PROMPTS") == ["a"]
     assert [record.getMessage().partition(".csv: ")[2] for record in caplog.records] == [
-        "columns that act in generate.py only: seed"
+        "columns that only generate.py uses: seed"
     ]
 
 

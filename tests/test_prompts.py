@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vqdm.errors import UserError
-from vqdm.prompts import draw, load_prompts, load_rows
+from vqdm.prompts import choose, load_prompts, load_rows
 
 PROMPTS = ["a red circle", 'a "blue" star, small', "ein grüner Stern"]
 
@@ -65,20 +65,20 @@ def test_rows_of_json(tmp_path, text, rows):
     assert load_rows(str(tmp_path / "p.json"), "PROMPTS") == rows
 
 
-def test_draw_is_seeded_and_without_replacement():
+def test_choice_is_seeded_and_without_replacement():
     prompts = [str(i) for i in range(50)]
-    first = draw(prompts, 20, 0, "file", "--n")
-    assert first == draw(prompts, 20, 0, "file", "--n") != draw(prompts, 20, 1, "file", "--n")
+    first = choose(prompts, 20, 0, "file", "--n")
+    assert first == choose(prompts, 20, 0, "file", "--n") != choose(prompts, 20, 1, "file", "--n")
     assert len(set(first)) == 20
-    assert draw(prompts, 0, 0, "file", "--n") == prompts
+    assert choose(prompts, 0, 0, "file", "--n") == prompts
     with pytest.raises(UserError, match="--n is 51, but file holds 50 prompts"):
-        draw(prompts, 51, 0, "file", "--n")
+        choose(prompts, 51, 0, "file", "--n")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("none.txt", None, "is not there"),
+        ("none.txt", None, "is not found"),
         ("empty.txt", b"\n  \n", "holds no prompt"),
         ("empty.csv", b"", "no column named"),
         ("wrong.csv", b"id,words\n1,a\n", "its columns are id, words"),

@@ -31,7 +31,7 @@ from PIL import Image
 from test_hf import quantized_unet
 
 from vqdm.cli import run_script
-from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.documents import parse_yaml, printable
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import is_inside

@@ -2,11 +2,14 @@ import json
 import logging
 import sys
 import threading
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
+from vqdm import tracking
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, peak_memory, progress_bar
 
 
@@ -37,10 +40,10 @@ def test_stopwatch_adds_up_phases(monkeypatch):
     times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 20.5])
     monkeypatch.setattr("vqdm.tracking.time.perf_counter", lambda: next(times))
     clock = Stopwatch()
-    for phase in ("solving", "solving", "evaluation"):
+    for phase in ("layers", "layers", "evaluation"):
         with clock(phase):
             pass
-    assert clock.phases == {"solving": 3.0, "evaluation": 0.5}
+    assert clock.phases == {"layers": 3.0, "evaluation": 0.5}
 
 
 def test_bars_are_silent_without_a_terminal(capsys):
@@ -101,3 +104,45 @@ def test_a_tracker_that_never_closes_is_left_behind(tmp_path, monkeypatch, caplo
         tracker.finish()
     gate.set()
     assert "is left behind" in caplog.text and tracker.inner is None
+
+
+def test_long_steps_are_logged_where_no_terminal_shows_them(monkeypatch, caplog):
+    """The innermost of nested steps, with the time left; nothing once they are done."""
+    monkeypatch.setattr(tracking, "LOG_SECONDS", 0.01)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+
+    def wait_for(words: str) -> None:
+        while words not in caplog.text:
+            time.sleep(0.01)
+
+    with caplog.at_level(logging.INFO, "vqdm"):
+        for block in progress_bar(range(2), description="blocks"):
+            if block == 1:
+                wait_for("blocks: 1 of 2, 00:0")
+                assert "about 00:0" in caplog.text
+            with progress_bar(total=5, description="layers") as bar:
+                bar.update(2)
+                wait_for("layers: 2 of 5, 00:0")
+                bar.update(3)
+            caplog.clear()
+        while tracking.LoggedBar._open:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        caplog.clear()
+        time.sleep(0.05)
+    assert not caplog.text
+
+
+def test_the_time_left_of_a_step():
+    bar = tracking.LoggedBar(total=40, desc="Hessians")
+    bar.start_t -= 100
+    assert bar.line() == "Hessians: 0 of 40, 01:40 so far"
+    bar.update(10)
+    assert bar.line() == "Hessians: 10 of 40, 01:40 so far, about 05:00 left"
+    bar.close()
+    assert bar not in tracking.LoggedBar._open
+
+
+def test_a_terminal_shows_bars(monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert type(progress_bar(total=3)) is tqdm

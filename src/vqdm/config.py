@@ -131,8 +131,8 @@ class QuantizeConfig(RunConfig):
         UserError: settings that contradict each other, naming the flags.
     """
 
-    calibration_prompts: str
-    evaluation_prompts: str
+    calibration_prompts: str | None = None
+    evaluation_prompts: str | None = None
     solver: SolverConfig = field(default_factory=SolverConfig)
     between: BetweenConfig = field(default_factory=BetweenConfig)
     overrides: dict[str, dict | None] = field(default_factory=dict)

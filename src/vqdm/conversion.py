@@ -20,9 +20,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
-from vqdm.diffusion.model_folders import check_place, check_variant, not_found, only_variant
+from vqdm.diffusion.model_folders import (
+    check_full_precision,
+    check_loaded,
+    check_place,
+    check_variant,
+    not_found,
+    only_variant,
+)
 from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
-from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
 from vqdm.layers.int8 import rounded_layers
@@ -154,7 +160,7 @@ def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn
     if folder.is_file() or not (folder / "config.json").is_file():
         check_place(path, "SOURCE")
     if not folder.is_dir():
-        raise UserError(f"SOURCE {path} is not there{not_found(path)}; give a folder")
+        raise UserError(f"SOURCE {path} is not found{not_found(path)}; give a folder")
     try:
         if (folder / "model_index.json").is_file():
             check_variant(path, variant, "SOURCE")

@@ -73,7 +73,7 @@ class Ranks:
         return [parts[index % self.world][index // self.world] for index in range(len(items))]
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace `tensor` by its sum over the ranks; all must call it. In no certain order: see `HessianAccumulator`."""
+        """Replace `tensor` by its sum over the ranks; all must call it. In any order: see `HessianAccumulator`."""
         if self.world > 1:
             with _collective():
                 torch.distributed.all_reduce(tensor)

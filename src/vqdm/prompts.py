@@ -1,8 +1,9 @@
-"""Prompt files: read, and draw without replacement.
+"""Prompt files: read them, and choose prompts without replacement.
 
-A file is `.txt` (a prompt a line), `.csv`, `.tsv`, `.json`, `.jsonl`, `.yaml` or `.parquet`; tables need a column named
-`prompt`, `prompts`, `caption`, `captions` or `text`. Anything that is not a file is taken as the name of a `datasets`
-data set. What is not understood is refused with its line, or counted and named in one line of the log.
+A file is `.txt` (one prompt per line), `.csv`, `.tsv`, `.json`, `.jsonl`, `.yaml` or `.parquet`; tables need a column
+named `prompt`, `prompts`, `caption`, `captions` or `text`. Anything that is not a file is taken as the name of a
+`datasets` dataset. A row that cannot be read is refused with its line, or counted and named in one line of the log.
+Prompts for calibration and for evaluation ship with the package, for when no file is given.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vqdm.documents import LINE_END, first_line, parse_json, printable, read_text, read_yaml, shortened
@@ -43,8 +44,20 @@ class Row(dict):
         self.place = place
 
 
+def default_file(kind: str) -> str:
+    """Return the file of the prompts that ship with vqdm: "calibration" (256) or "evaluation" (64)."""
+    return str(Path(__file__).parent / "default_prompts" / f"{kind}.csv")
+
+
+def default_prompts(kind: str, flag: str) -> str:
+    """Return the file of the prompts that ship with vqdm, and log that it is used."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("vqdm").info("no %s given; using the %s prompts that ship with vqdm", flag, kind)
+    return default_file(kind)
+
+
 def load_prompts(source: str, flag: str) -> list[str]:
-    """All prompts of a file or data set, in order.
+    """Load all prompts of a file or dataset, in order.
 
     Raises:
         UserError: missing or unreadable file, unknown suffix, no known column, or no prompt in it; names `flag`.
@@ -53,13 +66,33 @@ def load_prompts(source: str, flag: str) -> list[str]:
     filled = {plain_name(name) for row in rows for name, value in row.items() if str(value or "").strip()}
     unused = [name for name in SETTING_COLUMNS if name in filled]
     if unused:
-        notes.append(f"columns that act in generate.py only: {', '.join(unused)}")
+        notes.append(f"columns that only generate.py uses: {', '.join(unused)}")
     log_notes(notes, source, flag)
     return [row["prompt"] for row in rows]
 
 
+def check_prompts(prompts: Sequence[str], flag: str) -> list[str]:
+    """Return the prompts of a list as those of a file: stripped, empty ones left out with a line in the log.
+
+    Raises:
+        UserError: it is no list, an entry is no text, or no prompt is left; names `flag`.
+    """
+    if not isinstance(prompts, Sequence):
+        raise UserError(f"{flag} is a {type(prompts).__name__}; expected a list of prompts, or a prompt file")
+    notes: list[str] = []
+    try:
+        for number, prompt in enumerate(prompts, start=1):
+            if not isinstance(prompt, str):
+                raise UserError(f"entry {number} is {shortened(prompt, 40)}, a {type(prompt).__name__}; expected text")
+        rows = _checked([Row({"prompt": one}, f"entry {number}") for number, one in enumerate(prompts, 1)], notes)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+    log_notes(notes, "the list", flag)
+    return [row["prompt"] for row in rows]
+
+
 def load_rows(source: str, flag: str) -> list[Row]:
-    """All prompts of a file or data set, in order, each a dict of `prompt` and the row's other columns as read.
+    """Load all prompts of a file or dataset, in order, each a dict of `prompt` and the row's other columns as read.
 
     An object of named prompts gives its names as the column `id`.
 
@@ -84,22 +117,22 @@ def _load(source: str, flag: str) -> tuple[list[Row], list[str]]:
         raise UserError(f"{flag}: {source} is a folder; give a prompt file ({' '.join(_READERS)})")
     reader = _READERS.get(path.suffix.lower())
     if reader and not path.is_file():
-        raise UserError(f"{flag}: {source} is not there, or is not a file")
+        raise UserError(f"{flag}: {source} is not found, or is not a file")
     if not reader and path.exists():
         raise UserError(f"{flag}: {source} ends in {path.suffix!r}; allowed are {' '.join(_READERS)}")
     try:
-        return _checked(reader(path, notes) if reader else _from_data_set(source, notes), notes), notes
+        return _checked(reader(path, notes) if reader else _from_dataset(source, notes), notes), notes
     except UserError as error:
         raise UserError(f"{flag}: {source}: {error}") from None
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{flag}: {source} cannot be read: {first_line(error)}") from None
 
 
-def draw(prompts: list[str], count: int, seed: int, source: str, flag: str) -> list[str]:
-    """`count` prompts drawn without replacement, seeded; 0 means all, in order.
+def choose(prompts: list[str], count: int, seed: int, source: str, flag: str) -> list[str]:
+    """Choose `count` prompts without replacement, by a seed; 0 means all, in order.
 
     Raises:
-        UserError: fewer than `count` prompts are there.
+        UserError: there are fewer than `count` prompts.
     """
     if count > len(prompts):
         raise UserError(f"{flag} is {count}, but {source} holds {len(prompts)} prompts")
@@ -238,7 +271,7 @@ def _read_json(path: Path, notes: list[str]) -> list[Row]:
         if "Extra data" not in str(error) or isinstance(error, UserError):
             raise
     rows = _from_lines(text)
-    notes.append("it holds a JSON value a line, and is read so")
+    notes.append("it holds one JSON value per line, and is read so")
     return rows
 
 
@@ -253,7 +286,7 @@ def _read_json_lines(path: Path, notes: list[str]) -> list[Row]:
             raise error from None
         if not isinstance(value, list | dict):
             raise
-    notes.append("it holds one JSON value, not one a line, and is read so")
+    notes.append("it holds one JSON value, not one per line, and is read so")
     return _from_value(value, notes)
 
 
@@ -343,7 +376,7 @@ def _parquet_rows(file, notes: list[str]) -> list[Row]:
 
 
 def _plain_columns(kinds: list[tuple[str, str]], notes: list[str]) -> list[str]:
-    """Columns of text or numbers, given names and types of all; pictures beside the prompts are not worth reading.
+    """Columns of text or numbers, given names and types of all; images beside the prompts are not read.
 
     Raises:
         UserError: no column of prompts, or it is of another type.
@@ -361,17 +394,17 @@ def _plain_columns(kinds: list[tuple[str, str]], notes: list[str]) -> list[str]:
     return plain
 
 
-def _from_data_set(source: str, notes: list[str]) -> list[Row]:
+def _from_dataset(source: str, notes: list[str]) -> list[Row]:
     try:
         import datasets
     except ImportError:
         raise UserError(
-            "it is not a file; to read it as a data set's name, install datasets (pip install datasets)"
+            "it is not a file; to read it as a dataset's name, install datasets (pip install datasets)"
         ) from None
     try:
         rows = datasets.load_dataset(source, split="train")
     except Exception as error:
-        raise UserError(f"it is neither a file nor a data set: {first_line(error)}") from None
+        raise UserError(f"it is neither a file nor a dataset: {first_line(error)}") from None
     kinds = [(name, str(getattr(kind, "dtype", type(kind).__name__))) for name, kind in rows.features.items()]
     plain = _plain_columns(kinds, notes)
     return [Row(row, f"row {number}") for number, row in enumerate(rows.select_columns(plain), start=1)]

@@ -1,7 +1,8 @@
-"""What a run tells while it runs: progress bars, JSON lines, and a live tracker that can never stop the job."""
+"""Progress of a run while it runs: bars, JSON lines, and a live tracker that can never stop the job."""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -9,9 +10,9 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -22,11 +23,71 @@ from vqdm.redaction import redacted
 
 log = logging.getLogger("vqdm")
 CLOSING_SECONDS = 120  # that a tracker has to send what is left
+LOG_SECONDS = 20  # between lines of the log about a long step
 
 
 def progress_bar(items: Iterable | None = None, total: int | None = None, description: str = "") -> tqdm:
-    """A progress bar with time left; silent where standard error is not a terminal."""
-    return tqdm(items, total=total, desc=description, disable=None, leave=False, dynamic_ncols=True)
+    """Return a progress bar with time left; where standard error is not a terminal, lines of the log instead.
+
+    Of bars inside each other the innermost is logged, every `LOG_SECONDS`.
+    """
+    kind = tqdm if sys.stderr.isatty() else LoggedBar
+    return kind(items, total=total, desc=description, leave=False, dynamic_ncols=True)
+
+
+class LoggedBar(tqdm):
+    """A progress bar that is never drawn, but logged now and then."""
+
+    _open: ClassVar[list[LoggedBar]] = []
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+    _thread: ClassVar[threading.Thread | None] = None
+    monitor_interval = 0  # tqdm's own thread has nothing to redraw
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, file=io.StringIO(), **options)
+        with self._guard:
+            self._open.append(self)
+            if LoggedBar._thread is None:
+                LoggedBar._thread = threading.Thread(target=_log_open_bars, daemon=True)
+                LoggedBar._thread.start()
+
+    def __iter__(self) -> Iterator:
+        """Count every item at once; tqdm counts when it draws."""
+        try:
+            for item in self.iterable:
+                yield item
+                self.n += 1
+        finally:
+            self.close()
+
+    def display(self, *_, **__) -> None:
+        """Draw nothing."""
+
+    def close(self) -> None:
+        """Log no more lines of this bar."""
+        with self._guard:
+            if self in self._open:
+                self._open.remove(self)
+        super().close()
+
+    def line(self) -> str:
+        """Format the progress so far, and the time left."""
+        spent = self.format_dict["elapsed"]
+        done = f"{self.desc}: {self.n} of {self.total}, {self.format_interval(spent)} so far"
+        if not self.n or not self.total:
+            return done
+        return f"{done}, about {self.format_interval(spent * (self.total - self.n) / self.n)} left"
+
+
+def _log_open_bars() -> None:
+    while True:
+        time.sleep(LOG_SECONDS)
+        with LoggedBar._guard:
+            if not LoggedBar._open:
+                LoggedBar._thread = None
+                return
+            line = LoggedBar._open[-1].line()
+        log.info(line)
 
 
 def log_info(line: str) -> None:

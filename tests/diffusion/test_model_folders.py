@@ -11,9 +11,8 @@ from conftest import tiny_unet
 from safetensors.torch import load_file, save_file
 
 from vqdm.conversion import load_source
-from vqdm.diffusion.model_folders import check_variant, only_variant
+from vqdm.diffusion.model_folders import check_variant, find_quantized_unet, only_variant
 from vqdm.diffusion.pipelines import check_model, load_pipeline
-from vqdm.diffusion.quantized_unet import find_quantized_unet
 from vqdm.errors import UserError
 
 XL = {"conditioner.embedders.1.model.x": torch.float16, "model.diffusion_model.x": torch.float16}
@@ -74,7 +73,7 @@ def test_misspelt_names(pipelines, monkeypatch):
     monkeypatch.chdir(pipelines["sdxl"].parent.parent)
     folder = pipelines["sdxl"].parent.name
     for model in (f"./{folder}/sdxI", str(pipelines["sdxl"].parent / "sdxI")):
-        assert f"is not there (did you mean {model.removeprefix('./')[:-1]}l?)" in refusal(model)
+        assert f"is not found (did you mean {model.removeprefix('./')[:-1]}l?)" in refusal(model)
     with pytest.raises(UserError, match=r"is not a folder here \(did you mean .*/sdxl\?\), and cannot be loaded from"):
         load_pipeline(f"{folder}/sdxI", torch.device("cpu"), torch.float32, local_files_only=True)
     with pytest.raises(

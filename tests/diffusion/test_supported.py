@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_unet
 from torch import nn
 
-from vqdm.diffusion.supported import check_loaded, check_supported, quantized_by
+from vqdm.diffusion.model_folders import check_loaded, check_supported, quantized_by
 from vqdm.errors import UserError
 
 

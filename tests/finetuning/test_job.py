@@ -28,7 +28,7 @@ from vqdm.errors import UserError
 from vqdm.finetuning.data import read_material
 from vqdm.finetuning.trainer import Trainer
 from vqdm.layers.quantized import quantized_layers
-from vqdm.prompts import draw
+from vqdm.prompts import choose
 
 FAST = shlex.split(
     "--finetune_nsamples 6 --held_out_nsamples 4 --held_out_points 8 --evaluation_nsamples 2 --visualize_nsamples 2 "
@@ -118,7 +118,7 @@ def test_the_result_is_the_same_pipeline_with_other_numbers(finished, quantized)
 def test_summary_measures_what_was_saved(finished, quantized, pipelines, prompt_file):
     summary = json.loads((finished / "summary.json").read_text())
     pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"])
-    prompts = draw(prompt_file.read_text().splitlines(), 2, 0, "", "")
+    prompts = choose(prompt_file.read_text().splitlines(), 2, 0, "", "")
     settings = SamplingConfig(num_inference_steps=2).call()
     points, _ = record_evaluation(pipeline, prompts, EVALUATION_SEED_OFFSET, settings, 3)
     for folder, when, key in ((quantized, "before", "_before"), (finished, "after", "")):

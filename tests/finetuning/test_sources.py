@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 
-from vqdm.diffusion.sampling import pictures
+from vqdm.diffusion.sampling import generate_images
 from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.parameters import trainable
 from vqdm.finetuning.sources import sampled, using
@@ -38,7 +38,7 @@ def test_the_student_alone_is_under_autocast(pipeline, student):
     ]
     with using(pipeline, student):
         assert pipeline.unet is student
-        assert len(pictures(pipeline, ["a red circle"], 0, SETTINGS, 1)) == 1
+        assert len(generate_images(pipeline, ["a red circle"], 0, SETTINGS, 1)) == 1
     for hook in hooks:
         hook.remove()
     assert seen == {"student": True, "text": False, "vae": False}

@@ -59,7 +59,7 @@ def test_summary_counts_what_is_on_disk(finished):
     assert summary["unet_output_error_db"] < -5
     spread = summary["unet_output_error_db_by_point"]
     assert spread["median"] < spread["95%"] < spread["worst"] and spread["median"] < -5
-    assert summary["pictures"]["count"] == 3 and summary["pictures"]["psnr_db"] > 10
+    assert summary["images"]["count"] == 3 and summary["images"]["psnr_db"] > 10
     assert {"seconds", "peak_memory_bytes", "versions", "command"} <= summary.keys()
 
 
@@ -292,7 +292,7 @@ def nan_pipeline(folder, target, name):
 @pytest.mark.parametrize(
     ("model", "extra", "status", "words"),
     [
-        ("no/such/folder", [], 2, "MODEL no/such/folder is not there"),
+        ("no/such/folder", [], 2, "MODEL no/such/folder is not found"),
         ("tests", [], 2, "folder without model_index.json"),
         ("sdxl", ["--calibration_nsamples", "99"], 2, "--calibration_nsamples is 99, but"),
         ("sdxl", ["--layer_filter", "nope"], 2, "--layer_filter nope matches no layer"),

@@ -25,7 +25,7 @@ SUMMARY = {
     "effective_bits_unet": 3.5,
     "bytes_of_unet": 6e6,
     "unet_output_error_db": -30.0,
-    "pictures": {"count": 2, "psnr_db": 40.0},
+    "images": {"count": 2, "psnr_db": 40.0},
 }
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a UNet are quantized, and in which order.
+"""Select the layers of a UNet to quantize, in the order of the data.
 
 Blocks run in the order of the data: the stem, `down_blocks.*`, `mid_block`, `up_blocks.*`, the head; layers inside a
 block in the order of the module tree (VQDM, arXiv 2409.00492, §4: each block is calibrated after the ones before it).
@@ -41,7 +41,7 @@ class Layer:
 
 
 def matrix_of(layer: nn.Linear | nn.Conv2d, group_channels: bool) -> Tensor:
-    """The weight as a matrix [O, I]; a convolution's columns run taps outermost when `group_channels`."""
+    """Return the weight as a matrix [O, I]; a convolution's columns run taps outermost when `group_channels`."""
     weight = layer.weight.detach()
     if weight.dim() == 4 and group_channels:
         weight = weight.permute(0, 2, 3, 1)  # [O, C, kh, kw] → [O, kh, kw, C]
@@ -49,7 +49,7 @@ def matrix_of(layer: nn.Linear | nn.Conv2d, group_channels: bool) -> Tensor:
 
 
 def weight_of(matrix: Tensor, shape: torch.Size, group_channels: bool) -> Tensor:
-    """The inverse of `matrix_of`: the weight of `shape` whose matrix is `matrix` [O, I]."""
+    """Invert `matrix_of`: return the weight of `shape` with the matrix `matrix` [O, I]."""
     if len(shape) == 4 and group_channels:
         O, C, kh, kw = shape  # noqa: E741
         return matrix.view(O, kh, kw, C).permute(0, 3, 1, 2)  # [O, I] → [O, C, kh, kw]
@@ -57,7 +57,7 @@ def weight_of(matrix: Tensor, shape: torch.Size, group_channels: bool) -> Tensor
 
 
 def block_of(name: str) -> str:
-    """The block that a layer name belongs to; "stem" before the first, "head" after the last."""
+    """Return the block that a layer name belongs to; "stem" before the first, "head" after the last."""
     found = _BLOCK.match(name)
     if found:
         return found.group(1)
@@ -72,7 +72,7 @@ def select_layers(
     overrides: dict[str, dict | None],
     overridden_spec: CodeSpec | None = None,
 ) -> list[Layer]:
-    """The layers to quantize, in order.
+    """Select the layers to quantize, in order.
 
     Args:
         layer_filter: a preset ("default" is VQDM's set, "linear_only" and "conv_only" its halves, "all" every Linear
@@ -98,7 +98,9 @@ def select_layers(
 
 
 def rest_layers(unet: nn.Module, quantized: list[Layer]) -> list[str]:
-    """Names of every other Linear and Conv2d but `conv_in` and `conv_out`, in module order: what may go into 8 bit.
+    """Return the names of every other Linear and Conv2d but `conv_in` and `conv_out`, in module order.
+
+    They may become int8.
 
     In VQDM's default set these are the time and size embeddings and the `time_emb_proj` of every resnet.
     """

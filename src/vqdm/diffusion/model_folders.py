@@ -1,16 +1,29 @@
-"""What a path that is no pipeline folder is instead, and how to make one of it; which file variants a folder has."""
+"""Read model folders: which are pipelines, which can be calibrated, and the UNet of a quantized one.
+
+A path that is no pipeline folder is refused with the way to make one of it. A model that is quantized already would be
+compared with itself, and seem perfect; one that calls its UNet with inputs that are not recorded would be calibrated on
+others. Both are found in config.json files, before weights are loaded, and again in what was loaded.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from pathlib import Path
 
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from vqdm.documents import read_json, shortened
+from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import UserError
+from vqdm.layers.quantized import quantized_layers
+from vqdm.storage.hf import Method
+from vqdm.tracking import log_info
 
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 # name, variant, number of a shard, variant where it follows the number, as older files have it
@@ -18,6 +31,20 @@ WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_)?(?:pytorch_)?model(?:\.([\w-]+?))?(?:-\d+-of-\d+)?(?:\.([\w-]+))?\.(?:safetensors|bin)"
 )
 INDEX = "model_index.json"
+MOST_DECLARED = 2**20  # the largest number in a component's config.json, and
+MOST_ENTRIES = 64  # the longest list
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline", "KolorsPipeline")
+# Setting of a UNet → the values with which all that it is called with is recorded.
+RECORDED = {
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "addition_embed_type": (None, "text", "text_time"),
+}
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
+QUANTIZED_FILES = ("quantization_config.json", "quantize_config.json", "quanto_qmap.json")
+# Settings that a UNet must share with the pipeline it is put into.
+SHARED_SETTINGS = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
 
 
 def check_place(model: str, flag: str = "MODEL") -> None:
@@ -148,3 +175,203 @@ def check_variant(model: str, variant: str | None, flag: str = "MODEL") -> None:
         raise UserError(f"{flag} {model}: {', '.join(lacking)}: {wanted}, only {files}; {advice}")
     if variant and found and not any(variant in held for held in found.values()):
         raise UserError(f"--variant {variant}: {flag} {model} has no such files; leave --variant out")
+
+
+# ------------------------------------------------------------------------------------------- full-precision models
+
+
+def check_full_precision(
+    model: str, revision: str | None, local_files_only: bool, name: str = "MODEL", role: str = ""
+) -> None:
+    """Raise UserError where the files of a pipeline say that its UNet is quantized already.
+
+    Args:
+        name: of the argument or flag that gives the model.
+        role: what the full-precision model is for, to end the line with.
+    """
+    method = _quantization(model, "unet", _component(model, "unet", revision, local_files_only))
+    if method:
+        raise UserError(f"{name} {model} is quantized itself ({method}); give the full-precision model{role}")
+
+
+def check_supported(
+    model: str, revision: str | None, local_files_only: bool, name: str = "MODEL", role: str = ""
+) -> None:
+    """Raise UserError where the files of a pipeline say that it cannot be calibrated; other files pass.
+
+    A text encoder or VAE that is quantized stays as it is, which is logged.
+    """
+    index = _index(model, revision, local_files_only)
+    if index is None:
+        return
+    _check_pipeline(f"{name} {model}", index)
+    check_full_precision(model, revision, local_files_only, name, role)
+    parts = [part for part, value in index.items() if isinstance(value, list) and part != "unet"]
+    configs = {part: _component(model, part, revision, local_files_only) for part in parts}
+    _check_unet(f"{name} {model}", _component(model, "unet", revision, local_files_only), configs.get("vae") or {})
+    for part, config in configs.items():
+        method = _quantization(model, part, config)
+        if method:
+            log_info(f"{part} of {name} {model} is quantized ({method}) and stays as it is")
+
+
+def check_supported_pipeline(pipeline: DiffusionPipeline, name: str) -> None:
+    """Raise UserError, naming the argument, where a loaded pipeline cannot be calibrated."""
+    unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
+    part = None if unet is None else ["diffusers", type(unet).__name__]
+    _check_pipeline(name, {"_class_name": type(pipeline).__name__, "unet": part})
+    check_loaded(unet, type(pipeline).__name__, name)
+    if hasattr(unet, "peft_config"):
+        raise UserError(f"{name} has LoRA weights beside its UNet; call fuse_lora() and unload_lora_weights() first")
+    _check_unet(name, dict(unet.config), {} if vae is None else dict(vae.config))
+
+
+def check_loaded(unet: nn.Module, model: str, name: str = "MODEL", role: str = "") -> None:
+    """Raise UserError where a UNet was quantized by any library, whatever its files said."""
+    method = quantized_by(unet)
+    if method:
+        raise UserError(f"{name} {model} is quantized itself ({method}); give the full-precision model{role}")
+
+
+def quantized_by(model: nn.Module) -> str | None:
+    """What a loaded model is quantized with, or the type of its first unusual weight; None for a plain model."""
+    method = getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "quant_method", None)
+    if method:
+        return str(getattr(method, "value", method))
+    for module in model.modules():
+        if hasattr(module, "stored_tensors"):
+            return "vqdm"
+        weight = getattr(module, "weight", None) if isinstance(module, nn.Linear | nn.Conv2d) else None
+        if weight is not None and type(weight) is not nn.Parameter:
+            return type(weight).__name__
+        if weight is not None and (not weight.is_floating_point() or weight.element_size() < 2):
+            return str(weight.dtype).removeprefix("torch.")
+    return None
+
+
+def _check_pipeline(model: str, index: dict) -> None:
+    kind = index.get("_class_name")
+    unet = index.get("unet")
+    if not isinstance(unet, list) or unet[-1:] in ([], [None]):
+        raise UserError(f"{model} is a {kind}, which has no UNet; vqdm quantizes UNets")
+    if unet[0] == "diffusers" and unet[-1] != "UNet2DConditionModel":
+        raise UserError(f"{model} has a {unet[-1]} as its UNet, which is unsupported; allowed is UNet2DConditionModel")
+    if kind not in PIPELINES and hasattr(diffusers, str(kind)):
+        raise UserError(
+            f"{model} is a {kind}, which is unsupported: it needs more than a prompt, or calls its UNet with what is "
+            f"not recorded; allowed are {', '.join(PIPELINES)}"
+        )
+
+
+def _check_unet(model: str, config: dict | None, vae: dict) -> None:
+    config = config or {}
+    for name, allowed in RECORDED.items():
+        if config.get(name) not in allowed:
+            raise UserError(
+                f"{model}: its UNet has {name} {config[name]!r}, which is unsupported: what it is called with for that "
+                f"is not recorded; allowed are {', '.join(map(str, allowed))}"
+            )
+    channels, latents = config.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latents:
+        raise UserError(
+            f"{model}: its UNet takes {channels} channels and the VAE gives {latents}, as in inpainting and image "
+            "editing, which is unsupported; give a text-to-image model"
+        )
+
+
+def _quantization(model: str, part: str, config: dict | None) -> str | None:
+    """The method that a component's files name, None where they name none."""
+    found = next((config[key] for key in QUANTIZED_KEYS if (config or {}).get(key)), None)
+    if found:
+        return str(found.get("quant_method") or found.get("quant_type") or "quantization_config")
+    return next((file for file in QUANTIZED_FILES if (Path(model) / part / file).is_file()), None)
+
+
+def _index(model: str, revision: str | None, local_files_only: bool) -> dict | None:
+    return _config(DiffusionPipeline, model, "model_index.json", None, revision, local_files_only)
+
+
+def _component(model: str, part: str, revision: str | None, local_files_only: bool) -> dict | None:
+    return _config(UNet2DConditionModel, model, f"{part}/config.json", part, revision, local_files_only)
+
+
+def _config(
+    kind: type, model: str, file: str, part: str | None, revision: str | None, local_files_only: bool
+) -> dict | None:
+    """A small file of a folder or of the hub; None where it cannot be had, of which loading will complain."""
+    try:
+        if Path(model).is_dir():
+            found = read_json(Path(model) / file)
+        else:
+            offline = local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
+            found = kind.load_config(model, subfolder=part, revision=revision, local_files_only=offline)
+    except Exception:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+# ------------------------------------------------------------------------------------------- quantized models
+
+
+def check_declared(config: dict) -> None:
+    """Raise ValueError where a component's config.json declares a module that no model has, before it is made."""
+    for name, value in config.items():
+        entries = (
+            [one for row in value for one in (row if isinstance(row, list) else [row])]
+            if isinstance(value, list)
+            else [value]
+        )
+        numbers = [one for one in entries if isinstance(one, int | float)]
+        if len(entries) > MOST_ENTRIES or any(not -MOST_DECLARED <= one <= MOST_DECLARED for one in numbers):
+            raise ValueError(f"its {name} is {shortened(value, 40)}, which no model has")
+
+
+def find_quantized_unet(path: str) -> Path:
+    """The UNet's folder, given it or the pipeline folder around it.
+
+    Raises:
+        UserError: no UNet is there, or it is not quantized.
+    """
+    candidates = [folder for folder in (Path(path) / "unet", Path(path)) if (folder / "config.json").is_file()]
+    if not candidates:
+        what = "" if Path(path).is_dir() else f", since it is not a folder{not_found(path)}"
+        files = "neither unet/config.json nor config.json"
+        raise UserError(f"QUANTIZED {path} holds {files}{what}; give the folder that quantizing wrote")
+    try:
+        config = read_json(candidates[0] / "config.json")
+        check_declared(config)
+        method = (config.get("quantization_config") or {}).get("quant_method")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"QUANTIZED {path}: config.json cannot be read: {first_line(error)}") from None
+    if method != Method.VQDM.value:
+        raise UserError(
+            f"QUANTIZED {path} is not quantized: its config.json has no quantization_config of vqdm; "
+            "for full precision leave QUANTIZED out"
+        )
+    return candidates[0]
+
+
+def load_quantized_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A frozen UNet on the CPU with at least one quantized layer.
+
+    Raises:
+        UserError: the folder cannot be loaded, or nothing in it is quantized.
+    """
+    variant = only_variant(folder)  # no flag is needed for the only one that there is
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever diffusers answers to a config.json of wrong types or weights of wrong shapes
+        raise UserError(f"QUANTIZED {folder} cannot be loaded: {first_line(error)}") from None
+    if not quantized_layers(unet):
+        raise UserError(f"QUANTIZED {folder} holds no quantized layer; for full precision leave QUANTIZED out")
+    return unet.requires_grad_(False).eval()
+
+
+def check_fits(unet: UNet2DConditionModel, original: UNet2DConditionModel, path: str, model: str) -> None:
+    """Raise UserError where a quantized UNet comes from another kind of model than the pipeline's own."""
+    for name in SHARED_SETTINGS:
+        ours, theirs = unet.config.get(name), original.config.get(name)
+        if ours != theirs:
+            raise UserError(f"QUANTIZED {path} does not fit MODEL {model}: its {name} is {ours}, MODEL's is {theirs}")

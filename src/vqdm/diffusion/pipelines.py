@@ -1,7 +1,8 @@
-"""Loading text-to-image pipelines and sampling from them, with stock diffusers."""
+"""Load text-to-image pipelines and sample from them, with stock diffusers."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from vqdm.config import RunConfig
-from vqdm.diffusion.model_folders import check_place, check_variant, not_found, pickled
+from vqdm.diffusion.model_folders import check_declared, check_place, check_variant, not_found, pickled
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import to_pictures
@@ -34,17 +35,13 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "ode": "EulerDiscreteScheduler",
 }
-
-
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
 
-# What a model's config.json may declare: layers one after another, entries of a list, and any other number.
-MOST_LAYERS, MOST_ENTRIES, MOST_CHANNELS = 64, 64, 2**20
 MOST_TOKENS = 2**20  # of a prompt, where a tokenizer has a limit at all
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, else the CPU. Raises UserError for a device that is not there."""
+    """ "auto" is the first GPU, else the CPU. Raises UserError for a device that is not found."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -55,11 +52,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_float64(device: torch.device) -> None:
-    """Raise UserError for a device that cannot add up exactly, such as Apple's."""
+    """Raise UserError for a device without float64, in which sums are exact, such as Apple's."""
     try:
         torch.empty(0, dtype=torch.float64, device=device)
     except (RuntimeError, TypeError):
-        raise UserError(f"--device {device} has no float64, which this program adds up in; use --device cpu") from None
+        raise UserError(f"--device {device} has no float64, which sums need; use --device cpu") from None
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -88,7 +85,7 @@ def load_pipeline(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> DiffusionPipeline:
-    """A frozen pipeline with a UNet, from a folder or the hub.
+    """Load a frozen pipeline with a UNet, from a folder or the hub.
 
     Raises:
         UserError: MODEL is not a pipeline folder or cannot be had from the hub, or has no UNet.
@@ -123,7 +120,7 @@ def load_pipeline(
 
 
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """`load_pipeline` as a program's flags say. Raises UserError as that."""
+    """Load the pipeline of a program's flags. Raises UserError as `load_pipeline`."""
     scheduler, where = config.sampling.scheduler, (config.variant, config.revision, config.local_files_only)
     return load_pipeline(config.model, device, dtype, scheduler, *where)
 
@@ -137,7 +134,7 @@ def check_model(model: str, variant: str | None = None) -> None:
         check_variant(model, variant)
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         advice = "give a diffusers pipeline folder, or a hub name like owner/name"
-        raise UserError(f"MODEL {model} is not there{not_found(model)}; {advice}")
+        raise UserError(f"MODEL {model} is not found{not_found(model)}; {advice}")
 
 
 def _check_index(index: Path, model: str) -> None:
@@ -151,27 +148,9 @@ def _check_index(index: Path, model: str) -> None:
         raise UserError(f"MODEL {model}: model_index.json names a part {shortened(unfit[0])}; allowed are words")
     for file in sorted(index.parent.glob("*/config.json")):
         try:
-            check_sizes(read_json(file))
+            check_declared(read_json(file))
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"MODEL {model}: {file} cannot be read: {first_line(error)}") from None
-
-
-def check_sizes(config: dict) -> None:
-    """Raise ValueError where a model's config.json declares more than any has, before a module is made of it.
-
-    Even without weights, a million declared layers are a million modules.
-    """
-    for name, value in config.items():
-        numbers = [value] if not isinstance(value, list) else [one for row in value for one in _flat(row)]
-        most = MOST_LAYERS if "layers" in name or "depth" in name else MOST_CHANNELS
-        excessive = [one for one in numbers if isinstance(one, int | float) and not -most <= one <= most]
-        if excessive or len(numbers) > MOST_ENTRIES:
-            what = f"is {excessive[0]}" if excessive else f"has {len(numbers)} entries"
-            raise ValueError(f"its {name} {what}, which no model has")
-
-
-def _flat(value) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
@@ -183,13 +162,13 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
 
 
 def local_folder(model: str, revision: str | None) -> Path:
-    """Where a pipeline's files are: MODEL itself, or for a hub name its folder in the hub's cache, once loaded."""
+    """Return the folder of a pipeline's files: MODEL, or for a hub name its folder in the cache, once loaded."""
     cached = None if Path(model).is_dir() else try_to_load_from_cache(model, "model_index.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else Path(model)
 
 
 def weight_files(model: str, variant: str | None, component: str = "*", revision: str | None = None) -> list[Path]:
-    """Weight files of one variant of a pipeline that has been loaded, sorted; `.bin` where there is no safetensors."""
+    """Return the weight files of one variant of a loaded pipeline, sorted; `.bin` where there is no safetensors."""
     folder = local_folder(model, revision)
     files = sorted(folder.glob(f"{component}/*.safetensors"))
     safe = {file.parent for file in files}
@@ -202,7 +181,7 @@ def weight_files(model: str, variant: str | None, component: str = "*", revision
 def stored_dtypes(
     model: str, variant: str | None, revision: str | None = None, component: str = "*"
 ) -> dict[str, torch.dtype]:
-    """Component name → the widest type of the weights and biases in its files, of a pipeline that has been loaded.
+    """Return by component name the widest type of the weights and biases in its files, of a loaded pipeline.
 
     Codebooks and scales of quantized layers do not count.
     """
@@ -216,7 +195,7 @@ def stored_dtypes(
 
 
 def dtypes_in(file: Path) -> dict[str, torch.dtype]:
-    """Name of every tensor in 16 or 32-bit floating point in a weight file → its type; no tensor is read."""
+    """Return the type of every tensor in 16 or 32-bit floating point in a weight file; no tensor is read."""
     if file.suffix == ".bin":
         tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
         kinds = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -224,6 +203,16 @@ def dtypes_in(file: Path) -> dict[str, torch.dtype]:
         with safe_open(file, "pt") as tensors:
             kinds = {name: TYPES.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
     return {name: dtype for name, dtype in kinds.items() if dtype in TYPES.values()}
+
+
+def weights_fingerprint(pipeline: DiffusionPipeline) -> str:
+    """Return the SHA-256 of the names, types and values of all tensors of a pipeline's components."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipeline.components.items()):
+        for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():
+            digest.update(f"{name}.{key} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -237,26 +226,26 @@ def saved_types(pipeline: DiffusionPipeline, stored: dict[str, torch.dtype]) -> 
         yield
 
 
-def picture_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels, the pipeline's own where None.
+def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return height and width in pixels, the pipeline's own where None.
 
     Raises:
         UserError: one is None, and the UNet's configuration names no size.
     """
     side, scale = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
     if side is None and None in (height, width):
-        raise UserError("MODEL's UNet names no size of its pictures; give --height and --width")
+        raise UserError("MODEL's UNet names no size of its images; give --height and --width")
     own = (side, side) if isinstance(side, int) else side or (0, 0)
     return height or own[0] * scale, width or own[1] * scale
 
 
 def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
-    """One CPU generator a picture, so that its noise depends on neither batch size nor device."""
+    """Return one CPU generator per image: its noise depends on neither batch size nor device."""
     return [torch.Generator("cpu").manual_seed(seed + index) for index in indices]
 
 
 def log_truncated(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> None:
-    """One line where prompts are longer than a text encoder reads: how many, and the first of them."""
+    """Log one line if prompts are longer than a text encoder reads: how many, and the first of them."""
     names = [name for name in pipeline.components if name.startswith("tokenizer")]
     tokenizers = [part for name in names if (part := getattr(pipeline, name)) is not None]
     tokenizers = [one for one in tokenizers if one.model_max_length < MOST_TOKENS]
@@ -275,7 +264,7 @@ def log_truncated(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> None:
 
 @torch.no_grad()
 def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: int, settings: dict) -> list[Image.Image]:
-    """Images for a batch of prompts, or latents [N, C, h, w]; the k-th uses seed `seed + first + k`.
+    """Generate images for a batch of prompts, or latents [N, C, h, w]; the k-th uses seed `seed + first + k`.
 
     Args:
         settings: keyword arguments of the pipeline call; None values are left to the pipeline.
@@ -290,7 +279,7 @@ def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: in
     given.setdefault("output_type", "pt")
     result = pipeline(prompt=prompts, generator=generators(seed, range(first, first + len(prompts))), **given)
     if given["output_type"] != "latent":
-        return [picture.image for picture in to_pictures(result)]
+        return [one.image for one in to_pictures(result)]
     if not result.images.isfinite().all():
         raise RunError("sampling gave NaN or infinity; run the model in another --dtype (float32 or bfloat16)")
     return result.images

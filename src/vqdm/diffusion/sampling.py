@@ -1,4 +1,4 @@
-"""Sampling whole prompt lists, and what a student's UNet says on a teacher's recorded points."""
+"""Sample whole lists of prompts, and compare a student's UNet and images with its teacher's."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from vqdm.diffusion.pipelines import sample
-from vqdm.diffusion.trajectories import Recorder, Trajectories, batches, join
+from vqdm.diffusion.trajectories import Trajectories, TrajectoryRecorder, batches, join
 from vqdm.errors import RunError, UserError
 from vqdm.images import comparable, problems_of, warn_of_problems
 from vqdm.metrics.fidelity import PAIR_SCORES, decibels, pair_scores, to_tensor
 from vqdm.parallel import Ranks
 from vqdm.tracking import progress_bar
 
-# Pictures for evaluation use seeds far from those of calibration.
+# Images for evaluation use seeds far from those of calibration.
 EVALUATION_SEED_OFFSET = 1_000_000
 LARGEST_REPLAY_ERROR = 1e-2  # of the output's energy; rounding in 16 bit is far below
 
 
 def sampled(pipeline, prompts: list[str], seed: int, settings: dict, size: int, what: str) -> Iterator[tuple]:
-    """Yield (prompts of a batch, function that samples it), `size` prompts a batch, under a progress bar."""
+    """Yield (prompts of a batch, function that samples it), `size` prompts per batch, under a progress bar."""
     with progress_bar(total=len(prompts), description=what) as progress:
         for indices in batches(list(range(len(prompts))), size):
             chunk = [prompts[i] for i in indices]
@@ -40,15 +40,15 @@ def record_trajectories(
     high: float,
     what: str = "calibration trajectories",
 ) -> Trajectories:
-    """UNet inputs of sampling every prompt, restricted to timesteps in [low, high].
+    """Record the UNet inputs of sampling every prompt, restricted to timesteps in [low, high].
 
     Raises:
         RunError: the samples hold NaN.
     """
     parts = []
-    for chunk, draw in sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what):
-        with Recorder(pipeline.unet, len(chunk)) as recorder:
-            draw()
+    for chunk, generate in sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what):
+        with TrajectoryRecorder(pipeline.unet, len(chunk)) as recorder:
+            generate()
         parts.append(recorder.trajectories().between(low, high))
         if not parts[-1].latents.isfinite().all():
             raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
@@ -65,21 +65,21 @@ def check_timestep_range(scheduler, steps: int | None, low: float, high: float) 
 def record_evaluation(
     pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int
 ) -> tuple[Trajectories, list[Image.Image]]:
-    """The teacher's UNet inputs and outputs, and its pictures.
+    """Record the teacher's UNet inputs and outputs, and its images.
 
     Raises:
-        RunError: the UNet gives NaN or infinity, so that nothing can be measured against it.
+        RunError: the UNet gives NaN or infinity: nothing can be compared with it.
     """
-    parts, pictures = [], []
-    for chunk, draw in sampled(pipeline, prompts, seed, settings, size, "teacher pictures"):
-        with Recorder(pipeline.unet, len(chunk), outputs=True) as recorder:
-            pictures += draw()
+    parts, images = [], []
+    for chunk, generate in sampled(pipeline, prompts, seed, settings, size, "teacher images"):
+        with TrajectoryRecorder(pipeline.unet, len(chunk), outputs=True) as recorder:
+            images += generate()
         parts.append(recorder.trajectories())
         if not (parts[-1].latents.isfinite().all() and parts[-1].outputs.isfinite().all()):
             raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
         if len(parts) == 1:
             check_replay(pipeline.unet, parts[0])
-    return join(parts), pictures
+    return join(parts), images
 
 
 def check_replay(unet: torch.nn.Module, recorded: Trajectories) -> None:
@@ -98,17 +98,18 @@ def check_replay(unet: torch.nn.Module, recorded: Trajectories) -> None:
         )
 
 
-def pictures(
+def generate_images(
     pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int
 ) -> list[Image.Image]:
-    """Pictures of every prompt."""
-    return [one for _, draw in sampled(pipeline, prompts, seed, settings, size, "student pictures") for one in draw()]
+    """Generate an image for every prompt."""
+    chunks = sampled(pipeline, prompts, seed, settings, size, "student images")
+    return [image for _, generate in chunks for image in generate()]
 
 
-def compared_pictures(
+def compare_images(
     teacher: list[Image.Image], student: list[Image.Image], prompts: list[str], name: str
 ) -> dict[str, float | dict | None]:
-    """`pair_scores` of the pairs that can be compared, None without any; `count` of them, and problems of all.
+    """Return the `pair_scores` of the pairs that can be compared, None without any; their `count`; problems of all.
 
     Warns of images that went wrong, of the full-precision model and of the `name`d one.
     """
@@ -122,7 +123,7 @@ def compared_pictures(
 
 
 def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int, ranks: Ranks | None = None) -> float:
-    """Squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB."""
+    """Return the squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB."""
     errors, energies = point_errors(unet, trajectories, size, ranks)
     return decibels(sum(errors), sum(energies))
 
@@ -130,7 +131,7 @@ def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int, r
 def point_errors(
     unet: torch.nn.Module, trajectories: Trajectories, size: int, ranks: Ranks | None = None
 ) -> tuple[list[float], list[float]]:
-    """Squared error, and energy of what was recorded, of every output at every point.
+    """Return the squared error of every output at every point, and the energy of the recorded output.
 
     Batches are spread over the ranks; the order is that of the points for any number of them.
     """
@@ -147,20 +148,20 @@ def point_errors(
 @torch.no_grad()
 def _errors_and_energies(unet: torch.nn.Module, trajectories: Trajectories, batch: list) -> list[tuple[float, float]]:
     expected = trajectories.expected(batch, unet.device).double()
-    guess = unet(**trajectories.inputs(batch, unet.device, unet_dtype(unet))).sample.double()
-    sums = ((guess - expected).square().flatten(1).sum(1), expected.square().flatten(1).sum(1))
+    student = unet(**trajectories.inputs(batch, unet.device, unet_dtype(unet))).sample.double()
+    sums = ((student - expected).square().flatten(1).sum(1), expected.square().flatten(1).sum(1))
     return list(zip(*(one.tolist() for one in sums), strict=True))
 
 
 def error_spread(errors: list[float], energies: list[float]) -> dict[str, float]:
-    """How the error, in dB, is spread over single outputs: a few points where the teacher itself is touchy may rule.
+    """Return how the error, in dB, is spread over single outputs: few ill-conditioned points may dominate the sum.
 
-    Of `point_errors`: the median, what 95 % are below, and the worst.
+    The median of `point_errors`, the 95th percentile, and the worst.
     """
     each = torch.tensor([decibels(*pair) for pair in zip(errors, energies, strict=True)], dtype=torch.float64)
     return {"median": each.median().item(), "95%": each.quantile(0.95).item(), "worst": each.max().item()}
 
 
 def unet_dtype(unet: torch.nn.Module) -> torch.dtype:
-    """The type a UNet computes in: that of a bias, which stays as it is also where `conv_in` itself is quantized."""
+    """Return the type a UNet computes in: that of a bias, which is plain also where `conv_in` is quantized."""
     return unet.conv_in.bias.dtype

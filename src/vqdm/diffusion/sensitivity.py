@@ -1,8 +1,8 @@
-"""How much the quantization of each layer moves the UNet's output, for all layers at once.
+"""Measure how much the quantization of each layer moves the UNet's output, for all layers at once.
 
 To first order a change Δ of one layer's weight moves the outputs f by J Δ. For random signs v the expected value of
-(vᵀ J Δ)² is ‖J Δ‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for every layer: a pass a recorded point,
-instead of a pass a layer. The effects of layers nearly add up, so that their sum predicts the error of the whole.
+(vᵀ J Δ)² is ‖J Δ‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for every layer: one pass per recorded
+point instead of one per layer. The effects of layers nearly add up, and their sum predicts the error of the whole.
 
 In float16 vᵀ J of an inner layer may overflow where that of an outer one is small. A backward pass that overflows is
 repeated with smaller signs, and each layer keeps its first finite result.
@@ -25,7 +25,7 @@ SIGN_SIZES = (1.0, 2.0**-6, 2.0**-12, 2.0**-18)  # of v, tried in turn until no 
 
 
 def spread_over_noise(trajectories: Trajectories, count: int) -> list[tuple[int, int]]:
-    """`count` points of different prompts, evenly spread over the steps, fewer where there are fewer."""
+    """Return `count` points of different prompts, evenly spread over the steps; all if there are fewer."""
     prompts, steps = trajectories.latents.shape[:2]
     count = min(count, prompts * steps)
     return [(n % prompts, (2 * n + 1) * steps // (2 * count)) for n in range(count)]
@@ -39,12 +39,12 @@ def output_effects(
     tick: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
-    """By layer name, the squared error of the UNet's outputs over their energy when this layer alone changes.
+    """Return by layer name the squared error of the UNet's outputs over their energy when this layer alone changes.
 
     Args:
-        changes: by layer name, what is added to the weight, in its shape.
+        changes: by layer name, the tensor that is added to the weight, in its shape.
         calls: functions that make the keyword arguments of one UNet call each; every call is one random draw of v.
-            They are spread over the ranks, and added up in their order.
+            They are spread over the ranks, and summed in their order.
         generator: gives the random numbers of the call of a number.
         tick: called after every call of this rank.
 
@@ -66,7 +66,7 @@ def output_effects(
 def _effects_of_call(
     unet: nn.Module, changes: dict[str, Tensor], call: dict, generator: torch.Generator
 ) -> tuple[Tensor, float]:
-    """(vᵀ J Δ)² of every change [layers] on the CPU in float64, and the output's energy."""
+    """Return (vᵀ J Δ)² of every change [layers] on the CPU in float64, and the output's energy."""
     weights = [unet.get_submodule(name).weight for name in changes]
     signs = None
     moved = torch.full((len(weights),), torch.nan)
@@ -86,7 +86,7 @@ def _effects_of_call(
 
 
 def _check_finite(moved: dict[str, float], energy: float, dtype: torch.dtype) -> None:
-    """Raise RunError where the output's energy or what a layer moves it by is not finite."""
+    """Raise RunError if the output's energy or a layer's effect on it is not finite."""
     advice = f"NaN or infinity in {str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
     if not math.isfinite(energy):
         raise RunError(f"the UNet's output holds {advice}")
@@ -98,7 +98,7 @@ def _check_finite(moved: dict[str, float], energy: float, dtype: torch.dtype) ->
 
 @contextmanager
 def following(unet: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, gradients reach `weights`; on a GPU activations are computed again rather than kept."""
+    """Inside, gradients reach `weights`; on a GPU activations are recomputed, not stored."""
     checkpointing = weights[0].device.type != "cpu" and not unet.is_gradient_checkpointing
     try:
         if checkpointing:

@@ -1,4 +1,4 @@
-"""Sampling trajectories: what a UNet was called with at every step, recorded once and replayed.
+"""Sampling trajectories: the UNet's inputs at every step, recorded once and replayed.
 
 Letters: N prompts, S steps, A guidance branches (2 with classifier-free guidance, else 1), B points in a batch.
 """
@@ -37,29 +37,29 @@ class Trajectories:
     outputs: Tensor | None = None
 
     def points(self) -> list[tuple[int, int]]:
-        """All (prompt, step) pairs, prompt by prompt."""
+        """Return all (prompt, step) pairs, prompt by prompt."""
         prompts, steps = self.latents.shape[:2]
         return [(n, s) for n in range(prompts) for s in range(steps)]
 
     def inputs(self, points: list[tuple[int, int]], device, dtype) -> dict:
-        """Keyword arguments of a UNet call on B points, all branches in one batch of A·B, branches outermost."""
+        """Return the keyword arguments of a UNet call on B points, all branches in one batch, branches outermost."""
         prompts, steps = (torch.tensor(column) for column in zip(*points, strict=True))
         conditioning = {name: value[prompts] for name, value in self.conditioning.items()}
         return unet_call(self.latents[prompts, steps], self.timesteps[steps], conditioning, device, dtype)
 
     def expected(self, points: list[tuple[int, int]], device) -> Tensor:
-        """Recorded outputs [A·B, C, h, w] in the order of `inputs`."""
+        """Return recorded outputs [A·B, C, h, w] in the order of `inputs`."""
         prompts, steps = (torch.tensor(column) for column in zip(*points, strict=True))
         return self.outputs[prompts, steps].transpose(0, 1).flatten(0, 1).to(device)
 
     def between(self, low: float, high: float) -> Trajectories:
-        """Only the steps whose timestep lies in [low, high]."""
+        """Return only the steps with a timestep in [low, high]."""
         keep = (self.timesteps >= low) & (self.timesteps <= high)
         outputs = None if self.outputs is None else self.outputs[:, keep]
         return Trajectories(self.latents[:, keep], self.timesteps[keep], self.conditioning, outputs)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything under one level of names."""
+        """Return all tensors under one level of names."""
         tensors = {"latents": self.latents, "timesteps": self.timesteps}
         tensors |= {f"conditioning.{name}": value for name, value in self.conditioning.items()}
         return tensors if self.outputs is None else tensors | {"outputs": self.outputs}
@@ -70,7 +70,7 @@ class Trajectories:
 
     @classmethod
     def load(cls, path: Path) -> Trajectories:
-        """What was saved. Raises RunError when the file is gone or damaged."""
+        """Load a saved file. Raises RunError when it is missing or damaged."""
         try:
             return cls.of_tensors(load_sealed(path)[0])
         except (OSError, Damaged) as error:
@@ -78,17 +78,17 @@ class Trajectories:
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> Trajectories:
-        """The inverse of `to_tensors`; other names are left out."""
+        """Invert `to_tensors`; other names are left out."""
         prefix = "conditioning."
         conditioning = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
         return cls(tensors["latents"], tensors["timesteps"], conditioning, tensors.get("outputs"))
 
 
-class Recorder:
-    """Context manager that notes every call of a UNet while a pipeline samples `prompts` images a batch.
+class TrajectoryRecorder:
+    """Context manager that records every call of a UNet while a pipeline samples `prompts` images per batch.
 
-    Leaves no hook behind, also after an exception. Inside, a call raises UserError, naming the argument, that a
-    `Trajectories` cannot hold: with what is not recorded, or is not the same at every step.
+    Leaves no hook behind, also after an exception. A call that `Trajectories` cannot hold raises UserError with the
+    argument: one that is not recorded, or not the same at every step.
     """
 
     def __init__(self, unet: nn.Module, prompts: int, outputs: bool = False):
@@ -98,14 +98,14 @@ class Recorder:
         self._given: dict[str, Tensor] | None = None  # of the first call, as it was given
         self._signature = inspect.signature(type(unet).forward)
 
-    def __enter__(self) -> Recorder:
-        self._hook = self.unet.register_forward_hook(self._note, with_kwargs=True)
+    def __enter__(self) -> TrajectoryRecorder:
+        self._hook = self.unet.register_forward_hook(self._record, with_kwargs=True)
         return self
 
     def __exit__(self, *_) -> None:
         self._hook.remove()
 
-    def _note(self, module, args, kwargs, output) -> None:
+    def _record(self, module, args, kwargs, output) -> None:
         call = self._signature.bind(module, *args, **kwargs).arguments
         given = {name: value for name, value in _given(call).items() if name not in ("sample", "timestep")}
         self._check_same(given)
@@ -115,21 +115,21 @@ class Recorder:
             raise _unsupported("timestep", "differs between the images of a batch")
         self.timesteps.append(timesteps[0])
         if self.with_outputs:
-            guess = output[0] if isinstance(output, tuple) else output.sample
-            self.outputs.append(self._by_prompt(guess, "sample"))
+            student = output[0] if isinstance(output, tuple) else output.sample
+            self.outputs.append(self._by_prompt(student, "sample"))
         if not self.conditioning:
             self.conditioning = {name: self._by_prompt(value, name) for name, value in given.items()}
 
     def _check_same(self, given: dict[str, Tensor]) -> None:
         """Raise UserError unless conditioning is that of the first call."""
-        held = self._given = given if self._given is None else self._given
-        for name in (*held, *given):
-            before, now = held.get(name), given.get(name)
+        first = self._given = given if self._given is None else self._given
+        for name in (*first, *given):
+            before, now = first.get(name), given.get(name)
             if before is None or now is None or before.shape != now.shape or not torch.equal(before, now):
                 raise _unsupported(name, "changes from step to step")
 
     def _shared(self, sample: Tensor, name: str) -> Tensor:
-        """The latents [B, C, h, w] of [A·B, C, h, w], which are the same in every branch."""
+        """Return the latents [B, C, h, w] of [A·B, C, h, w], the same in every branch."""
         branches = self._split(sample, name)
         if not (branches == branches[:1]).logical_or(branches.isnan()).all():
             raise _unsupported(name, "differs between the guidance branches")
@@ -145,13 +145,13 @@ class Recorder:
         return value.unflatten(0, (-1, self.prompts))
 
     def trajectories(self) -> Trajectories:
-        """What was noted, as one batch of trajectories."""
+        """Return the recorded calls as one batch of trajectories."""
         outputs = torch.stack(self.outputs, dim=1) if self.with_outputs else None
         return Trajectories(torch.stack(self.latents, 1), torch.stack(self.timesteps), self.conditioning, outputs)
 
 
 def _given(call: dict) -> dict[str, Tensor]:
-    """The arguments that change the output of a UNet call, those inside `added_cond_kwargs` by their names.
+    """Return the arguments that change the output of a UNet call, those inside `added_cond_kwargs` by their names.
 
     Raises UserError, naming the argument, for one that is not recorded.
     """
@@ -173,7 +173,7 @@ def _unsupported(name: str, why: str) -> UserError:
 
 
 def unet_call(latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], device, dtype) -> dict:
-    """Keyword arguments of a UNet call on B points, all branches in one batch of A·B, branches outermost.
+    """Return the keyword arguments of a UNet call on B points, all branches in one batch of A·B, branches outermost.
 
     Args: `latents` [B, C, h, w]; `timesteps` [B]; `conditioning`, name → [B, A, ...].
     """
@@ -192,7 +192,7 @@ def unet_call(latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor
 def join(parts: list[Trajectories]) -> Trajectories:
     """Concatenate over prompts.
 
-    Raises RunError where they were not all sampled with the same steps and conditioning.
+    Raises RunError unless all were sampled with the same steps and conditioning.
     """
     first = parts[0]
     for part in parts[1:]:
@@ -205,14 +205,14 @@ def join(parts: list[Trajectories]) -> Trajectories:
 
 
 def batches(points: list, size: int) -> Iterator[list]:
-    """Consecutive slices of at most `size` points."""
+    """Yield consecutive slices of at most `size` points."""
     yield from (points[i : i + size] for i in range(0, len(points), size))
 
 
 def spread_points(trajectories: Trajectories, steps: int, first: int = 0) -> list[tuple[int, int]]:
-    """`steps` points per prompt, evenly spread over its trajectory and shifted from prompt to prompt; 0 means all.
+    """Return `steps` points per prompt, evenly spread over its steps, shifted from prompt to prompt; 0 means all.
 
-    `first` is the number of the first prompt, where others came before.
+    `first` is the number of the first prompt in the whole list.
     """
     prompts, total = trajectories.latents.shape[:2]
     if not 0 < steps < total:
@@ -223,6 +223,6 @@ def spread_points(trajectories: Trajectories, steps: int, first: int = 0) -> lis
 def held_out(points: list[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Split points nine to one: whole prompts are held out where there are ten or more, else single points."""
     prompts = len({n for n, _ in points})
-    apart = [(n if prompts >= 10 else i) % 10 == 9 for i, (n, _) in enumerate(points)]
-    kept = [point for point, out in zip(points, apart, strict=True) if not out]
-    return kept, [point for point, out in zip(points, apart, strict=True) if out]
+    chosen = [(n if prompts >= 10 else i) % 10 == 9 for i, (n, _) in enumerate(points)]
+    training = [point for point, out in zip(points, chosen, strict=True) if not out]
+    return training, [point for point, out in zip(points, chosen, strict=True) if out]

@@ -10,7 +10,7 @@ from vqdm.errors import UserError
 from vqdm.finetuning.config import FinetuneConfig
 from vqdm.finetuning.points import drawn
 from vqdm.finetuning.real_images import Captioned, captioned_pictures
-from vqdm.prompts import draw, load_prompts
+from vqdm.prompts import choose, load_prompts
 from vqdm.tracking import log_info
 
 
@@ -50,7 +50,7 @@ def read_material(config: FinetuneConfig) -> Material:
     """Raises UserError where a file cannot be read or holds too few prompts or pictures, naming the flag."""
     evaluation = load_prompts(config.evaluation_prompts, "EVALUATION_PROMPTS")
     count, source = config.evaluation_nsamples, config.evaluation_prompts
-    evaluation = draw(evaluation, count, config.seed, source, "--evaluation_nsamples")
+    evaluation = choose(evaluation, count, config.seed, source, "--evaluation_nsamples")
     every = load_prompts(config.calibration_prompts, "CALIBRATION_PROMPTS")
     usable = [prompt for prompt in every if prompt not in set(evaluation)]
     words = f"{config.calibration_prompts} holds {len(usable)} prompts"

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from vqdm.diffusion.pipelines import weight_files
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compared_pictures, pictures
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compare_images, generate_images
 from vqdm.finetuning.distill_job import Distillation
 from vqdm.finetuning.evaluation import Errors, read_log, save_loss_plot
 from vqdm.finetuning.loop import Loop
@@ -33,7 +33,7 @@ def draw_pairs(job: Distillation, path: Path, count: int) -> list[Image.Image]:
         return []
     seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
     with using(job.pipeline, job.student):
-        drawn = pictures(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
+        drawn = generate_images(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
     shown = config.visualize_nsamples
     if shown:
         teacher = job.teacher_pictures[:shown]
@@ -47,13 +47,13 @@ def finish(job: Distillation, loop: Loop, step_kept: int, before: Errors, after:
     """Write the pipeline folder, the card, the plots and the summary, then drop the working data."""
     folder, staged = job.folder, job.folder.work / "pipeline"
     drawn = draw_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples)
-    scores = compared_pictures(job.teacher_pictures, drawn, job.material.evaluation, "fine-tuned")
+    scores = compare_images(job.teacher_pictures, drawn, job.material.evaluation, "fine-tuned")
     parameters = sum(tensor.numel() for tensor in job.teacher.parameters())
     write_back(job.student, job.types)
     stage(job.pipeline, job.student, job.source, job.config, staged)
     save_loss_plot(read_log(loop.log.path, loop.trainer.done), folder.path / "loss.png")
     summary = (
-        summary_of(job, loop, step_kept, before, after) | sizes(job.student, parameters, staged) | {"pictures": scores}
+        summary_of(job, loop, step_kept, before, after) | sizes(job.student, parameters, staged) | {"images": scores}
     )
     save_text(model_card(job.config.model, summary), staged / "README.md")
     folder.publish(staged)

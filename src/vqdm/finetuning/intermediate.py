@@ -9,6 +9,7 @@ depend on nothing that is trained. A fine-tuning that raises the held-out error 
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,12 @@ from vqdm.finetuning.sources import Chunk, divided, sampled
 from vqdm.finetuning.step import Lesson
 from vqdm.finetuning.trainer import Diverged, Trainer
 from vqdm.layers.shared_codebooks import BANKS
-from vqdm.quantization.quantization_job import Job
 from vqdm.storage.atomic import save_sealed
 from vqdm.storage.pieces import read
 from vqdm.tracking import log_info, progress_bar
+
+if TYPE_CHECKING:
+    from vqdm.quantization.job import Job
 
 SEED_OFFSET = 4_000_000  # far from the seeds of other points
 

@@ -15,9 +15,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from vqdm.diffusion.model_folders import (
+    check_fits,
+    check_loaded,
+    check_supported,
+    find_quantized_unet,
+    load_quantized_unet,
+)
 from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, log_truncated, pick_dtype
-from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
-from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.errors import RunError, UserError
 from vqdm.finetuning.checkpoints import Checkpoints
 from vqdm.finetuning.code_updates import CodeUpdates

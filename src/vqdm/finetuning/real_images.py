@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from vqdm.diffusion.pipelines import picture_size, sample
-from vqdm.diffusion.trajectories import Recorder, Trajectories
+from vqdm.diffusion.pipelines import image_size, sample
+from vqdm.diffusion.trajectories import Trajectories, TrajectoryRecorder
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.prompts import load_rows
@@ -98,7 +98,7 @@ def noised_pictures(pipeline: DiffusionPipeline, pictures: list[Captioned], seed
 
 def encoded(pipeline: DiffusionPipeline, files: list[Path], settings: dict) -> Tensor:
     """Pictures as the UNet sees them without noise: float32 [N, C, h, w] on the CPU, cut to the size of sampling."""
-    height, width = picture_size(pipeline, settings.get("height"), settings.get("width"))
+    height, width = image_size(pipeline, settings.get("height"), settings.get("width"))
     pixels = torch.stack([_pixels(file, (width, height)) for file in files])  # [N, 3, H, W]
     with in_float32(pipeline.vae) as vae:
         latents = vae.encode(pixels.to(vae.device)).latent_dist.mode().cpu()
@@ -139,7 +139,7 @@ def conditioning(pipeline: DiffusionPipeline, prompts: list[str], settings: dict
     def stop(*_) -> None:
         raise _Enough
 
-    with Recorder(pipeline.unet, len(prompts)) as recorder:
+    with TrajectoryRecorder(pipeline.unet, len(prompts)) as recorder:
         hook = pipeline.unet.register_forward_hook(stop)
         try:
             with suppress(_Enough):

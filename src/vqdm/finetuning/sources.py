@@ -17,7 +17,7 @@ from torch import nn
 
 from vqdm.diffusion.pipelines import sample
 from vqdm.diffusion.sampling import unet_dtype
-from vqdm.diffusion.trajectories import Recorder, Trajectories, batches
+from vqdm.diffusion.trajectories import Trajectories, TrajectoryRecorder, batches
 from vqdm.errors import RunError
 from vqdm.finetuning.real_images import Captioned, noised_pictures
 from vqdm.finetuning.step import computing
@@ -87,7 +87,7 @@ def sampled(
     pipeline: DiffusionPipeline, unet: nn.Module, prompts: list[str], seed: int, settings: dict, outputs: bool
 ) -> Trajectories:
     """UNet inputs, and outputs if wanted, of sampling with `unet` in the pipeline; the k-th prompt uses `seed + k`."""
-    with using(pipeline, unet), Recorder(unet, len(prompts), outputs) as recorder:
+    with using(pipeline, unet), TrajectoryRecorder(unet, len(prompts), outputs) as recorder:
         sample(pipeline, prompts, seed, 0, settings | {"output_type": "latent"})
     return recorder.trajectories()
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from vqdm.diffusion.pipelines import generators, picture_size
+from vqdm.diffusion.pipelines import generators, image_size
 from vqdm.errors import RunError
 from vqdm.generation.requests import Request
 from vqdm.images import Picture, to_pictures
@@ -92,9 +92,9 @@ def draw(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
 
 
 def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:
-    """The settings that are given, as keyword arguments of the pipeline call. Raises UserError as `picture_size`."""
+    """The settings that are given, as keyword arguments of the pipeline call. Raises UserError as `image_size`."""
     given = {name: value for name, value in settings.items() if value is not None}
-    height, width = picture_size(pipeline, given.get("height"), given.get("width"))
+    height, width = image_size(pipeline, given.get("height"), given.get("width"))
     # Some pipelines fall back to their own size unless both sides are given.
     return given | {"height": height, "width": width} if given.keys() & {"height", "width"} else given
 

@@ -24,9 +24,14 @@ from tqdm import tqdm
 
 import vqdm
 from vqdm.config import RunConfig
+from vqdm.diffusion.model_folders import (
+    check_fits,
+    check_full_precision,
+    check_loaded,
+    find_quantized_unet,
+    load_quantized_unet,
+)
 from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
-from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
-from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.errors import RunError, UserError
 from vqdm.generation.drawing import alike, draw, drawn_in_batches, settings_used
 from vqdm.generation.requests import Request, check_size, make_requests, unused_columns

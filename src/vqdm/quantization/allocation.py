@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,16 +26,18 @@ from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
-from vqdm.quantization.block import solve_share
+from vqdm.quantization.block import quantize_shard
 from vqdm.quantization.codebook_training import trellis_bank, trellis_codebooks
 from vqdm.quantization.plan import bank_bits, layer_bits
-from vqdm.quantization.quantization_job import Job
 from vqdm.quantization.recording import teacher_trajectories, unet_calls
 from vqdm.storage.atomic import Damaged, load_sealed_json, save_json, save_sealed, save_sealed_json
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.pieces import Tensors, read
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import log_info, progress_bar
+
+if TYPE_CHECKING:
+    from vqdm.quantization.job import Job
 
 PLAN = "plan.json"
 PLANNED = (
@@ -183,7 +186,7 @@ def coding_errors(
     missing = job.ranks.broadcast([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
     for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
         some = [layer for group in groups for layer in group]
-        for layer, code, report in solve_share(job, store, some, job.config.solver, banks):
+        for layer, code, report in quantize_shard(job, store, some, job.config.solver, banks):
             error = torch.tensor(report.error, dtype=torch.float64)
             save_sealed(code.pack() | {"error": error}, folder / f"{layer.name}.safetensors")
     job.ranks.barrier()

@@ -1,4 +1,4 @@
-"""Codebooks that layers share: their names, their training on the recorded Hessians, their files."""
+"""Shared codebooks: their names, their training on recorded Hessians, their files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,47 +17,44 @@ from vqdm.additive.shared import Sample, sample_layer, train_bank
 from vqdm.additive.trellis import table
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.quantization.plan import bank_users
-from vqdm.quantization.quantization_job import Job
 from vqdm.storage.atomic import save_sealed
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.pieces import read
 from vqdm.storage.runs import layer_generator
 from vqdm.tracking import log_info, progress_bar
 
-LAYERS = 48  # layers that a bank is trained on at most
+if TYPE_CHECKING:
+    from vqdm.quantization.job import Job
+
+LAYERS = 48  # that shared codebooks are trained on at most
 GROUPS = 2**17  # column groups that they give together, about
 
 
 def shared(layer: Layer, how: str) -> Layer:
-    """The layer with its codebooks in the bank of its format, of the whole UNet or ("kind") of its kind of layer."""
+    """Return the layer with the shared codebooks of its format, of the whole UNet or ("kind") of its kind of layer."""
     if how == "none" or layer.spec.shared_codebooks or not layer.spec.can_share:
         return layer
     return replace(layer, spec=layer.spec.changed(shared_codebooks=bank_name(layer.spec, how, layer.kind)))
 
 
 def trellis_bank(state_bits: int) -> str:
-    """The name of the table of a trellis."""
+    """Return the name of the table of a trellis."""
     return f"trellis_{state_bits}"
 
 
 def trellis_codebooks(state_bits: int) -> Tensor:
-    """The table of a trellis as a bank's codebooks [1, 2^L, 1, 1]."""
+    """Return the table of a trellis as shared codebooks [1, 2^L, 1, 1]."""
     return table(state_bits).view(1, -1, 1, 1)
 
 
-def owner_of(how: str, kind: str) -> str:
-    """Whose a bank is: of the whole UNet, or of a kind of layer."""
-    return kind if how == "kind" else "unet"
-
-
 def bank_name(spec: CodeSpec, how: str, kind: str) -> str:
-    """Like `unet_2x8_1x4`: whose, codebooks x bits, out x in group size."""
+    """Return a name like `unet_2x8_1x4`: owner, codebooks x bits, out x in group size."""
     books, group = (spec.num_codebooks, spec.nbits_per_codebook), (spec.out_group_size, spec.in_group_size)
-    return "{}_{}x{}_{}x{}".format(owner_of(how, kind), *books, *group)
+    return "{}_{}x{}_{}x{}".format(kind if how == "kind" else "unet", *books, *group)
 
 
 def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
-    """The banks that the layers name, from the run's folder or trained."""
+    """Return the shared codebooks that the layers name, from the run's folder or trained."""
     banks = {}
     for name, layers in bank_users(job.layers).items():
         weights = sum(layer.rows * layer.columns for layer in layers)
@@ -67,44 +65,44 @@ def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
         config = job.config.solver.with_spec(layers[0].spec)
         if job.ranks.main:
             chosen = trained_on(job.layers, name, layers[0].spec)
-            train(job, config, cache(partial(draw_samples, job, store, chosen, config)))
+            train(job, config, cache(partial(sample_layers, job, store, chosen, config)))
         job.ranks.barrier()
         banks[name] = Bank(load_codebooks(job, name), weights)
     return banks
 
 
 def trained_on(layers: list[Layer], name: str, spec: CodeSpec) -> list[Layer]:
-    """The layers that a bank is trained on: all of its owner, not its users alone, so that it depends on no plan."""
+    """Return the layers that shared codebooks are trained on: all of their owner, whatever bits are allocated."""
     owners = {"linear", "conv"} & {name.split("_")[0]}
     fits = [one for one in layers if one.columns % spec.in_group_size == one.rows % spec.out_group_size == 0]
     return [one for one in fits if not owners or one.kind in owners]
 
 
 def train(job: Job, config: SolverConfig, samples: Callable[[], dict[str, Sample]]) -> Tensor:
-    """The codebooks of the bank that `config.spec` names; trained where the run's folder does not hold them yet."""
+    """Return the codebooks that `config.spec` names; trained where the run's folder does not hold them yet."""
     name = config.spec.shared_codebooks
     if not bank_path(job, name).is_file():
-        log_info(f"bank {name}: training on {len(samples())} layers")
+        log_info(f"shared codebooks {name}: training on {len(samples())} layers")
         codebooks = train_bank(list(samples().values()), config, layer_generator(job.config.seed, name))
         save_sealed({"codebooks": codebooks}, bank_path(job, name))
     return load_codebooks(job, name)
 
 
 def bank_path(job: Job, name: str) -> Path:
-    return job.folder.work / "banks" / f"{name}.safetensors"
+    return job.folder.work / "shared_codebooks" / f"{name}.safetensors"
 
 
 def load_codebooks(job: Job, name: str) -> Tensor:
-    """A trained bank's codebooks [M, K, p, g]."""
+    """Load trained codebooks [M, K, p, g]."""
     return read(bank_path(job, name))["codebooks"].to(job.unet.device)
 
 
-def draw_samples(job: Job, store: HessianStore, layers: list[Layer], config: SolverConfig) -> dict[str, Sample]:
-    """By name, rows of some of the layers, drawn with a seed: as many layers as memory holds the Hessians of."""
+def sample_layers(job: Job, store: HessianStore, layers: list[Layer], config: SolverConfig) -> dict[str, Sample]:
+    """Return by name rows of some layers, chosen with a seed: as many layers as memory holds the Hessians of."""
     chosen = choose_layers(layers, job.bank_memory_gb, job.config.seed)
     rows = max(8, GROUPS * config.spec.in_group_size // sum(layer.columns for layer in chosen))
     samples = {}
-    for layer in progress_bar(chosen, description="layers of the bank"):
+    for layer in progress_bar(chosen, description="layers of shared codebooks"):
         generator = layer_generator(job.config.seed, f"bank:{layer.name}")
         W = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
         samples[layer.name] = sample_layer(W, store.load(layer, W.device)[0], rows, config, generator)
@@ -112,7 +110,7 @@ def draw_samples(job: Job, store: HessianStore, layers: list[Layer], config: Sol
 
 
 def choose_layers(layers: list[Layer], memory_gb: float, seed: int) -> list[Layer]:
-    """At most `LAYERS` of the layers, at random, whose samples fit into memory; in their own order."""
+    """Return at most `LAYERS` of the layers, at random, in their order; their samples fit into memory."""
     generator = torch.Generator().manual_seed(seed)
     free, chosen = memory_gb * 1e9, []
     for index in torch.randperm(len(layers), generator=generator).tolist():

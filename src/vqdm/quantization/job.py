@@ -1,16 +1,20 @@
 """Quantize a pipeline's UNet: the main job, from prompts to a finished pipeline folder.
 
-Order of work: record the teacher once; then block by block record Hessians with the earlier blocks quantized, solve
-each layer, swap the block's layers in; then measure against the teacher and write the folder (arXiv 2409.00492, §4).
+Order of work: record the teacher once; then block by block record Hessians with the earlier blocks quantized, quantize
+each layer, swap the block's layers in; then evaluate against the teacher and write the folder (arXiv 2409.00492, §4).
 
 Of several processes each goes through all of it and holds the same model; they share prompts, points and layers, and
-the first alone writes what there is one of. The result is the same to the last byte for any number of them.
+the first alone writes what exists once. The result is the same to the last byte for any number of them.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,9 +22,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 
-from vqdm.additive.code import AdditiveCode
+from vqdm.additive.code import AdditiveCode, Bank
 from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
+from vqdm.diffusion.model_folders import check_loaded, check_supported, load_quantized_unet
 from vqdm.diffusion.pipelines import (
     check_float64,
     check_model,
@@ -31,15 +36,9 @@ from vqdm.diffusion.pipelines import (
     saved_types,
     stored_dtypes,
     weight_files,
+    weights_fingerprint,
 )
-from vqdm.diffusion.sampling import (
-    check_timestep_range,
-    compared_pictures,
-    error_spread,
-    output_error,
-    point_errors,
-)
-from vqdm.diffusion.supported import check_loaded, check_supported
+from vqdm.diffusion.sampling import check_timestep_range, compare_images, error_spread, output_error, point_errors
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError
@@ -49,9 +48,9 @@ from vqdm.layers.int8 import round_layer, rounded_layers
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
 from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import Ranks, launched
-from vqdm.prompts import draw, load_prompts
+from vqdm.prompts import choose, default_prompts, load_prompts
 from vqdm.quantization.allocation import allocated
-from vqdm.quantization.block import layer_row, load_solved, solve_block
+from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.codebook_training import make_banks, shared
 from vqdm.quantization.plan import (
     Rest,
@@ -63,141 +62,217 @@ from vqdm.quantization.plan import (
     predicted_bytes,
     totals,
 )
-from vqdm.quantization.quantization_job import Job, on_save
 from vqdm.quantization.recording import (
     calibration_trajectories,
     digest,
-    student_pictures,
+    student_images,
     teacher_evaluation,
     teacher_hessians,
     teacher_trajectories,
 )
-from vqdm.redaction import own_command
+from vqdm.redaction import own_command, redacted
 from vqdm.storage.atomic import save_json, save_text
 from vqdm.storage.card import model_card
+from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.runs import RunFolder, SolvedLayer
 from vqdm.tracking import Stopwatch, Tracker, log_info, peak_memory, progress_bar
 from vqdm.versions import versions
 
 
-def quantize(config: QuantizeConfig) -> dict | None:
-    """Run the whole job and return the summary; None after a dry run, and on every process but the first.
+@dataclass
+class Job:
+    """The state that the steps of one run share.
+
+    Attributes:
+        parameters: number of those of the whole UNet.
+        rest: what becomes int8.
+        stored: types of the model's components in their files.
+        original_bytes: of the UNet's files, or of its tensors where it was given in memory; None if unknown.
+        fingerprint: of the weights of a pipeline that was given in memory, else None.
+        store: Hessians of the full-precision model, where the run keeps them.
+        banks: shared codebooks by name.
+        bank_memory_gb: for Hessians of the layers that shared codebooks are trained on, as the run was started with.
+        ranks: the processes that work on it, each of which has this same job.
+    """
+
+    config: QuantizeConfig
+    pipeline: DiffusionPipeline
+    layers: list[Layer]
+    calibration: list[str]
+    evaluation: list[str]
+    folder: RunFolder
+    tracker: Tracker
+    clock: Stopwatch
+    parameters: int
+    rest: Rest
+    stored: dict[str, torch.dtype] = field(default_factory=dict)
+    original_bytes: int | None = None
+    fingerprint: str | None = None
+    store: HessianStore | None = None
+    banks: dict[str, Bank] = field(default_factory=dict)
+    bank_memory_gb: float = 8.0
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        return self.pipeline.unet
+
+    @property
+    def blocks(self) -> list[tuple[str, list[Layer]]]:
+        return [(block, list(layers)) for block, layers in groupby(self.layers, key=lambda layer: layer.block)]
+
+    def on_save(self, path: Path) -> None:
+        """Run the user's command, without a shell, `{path}` replaced by what was saved; failures are only logged."""
+        if self.config.on_save is None:
+            return
+        words = [word.replace("{path}", str(path)) for word in shlex.split(self.config.on_save)]
+        try:
+            subprocess.run(words, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            log_info(redacted(f"--on_save failed: {error}"))
+
+
+def quantize(
+    config: QuantizeConfig,
+    pipeline: DiffusionPipeline | None = None,
+    prompts: tuple[list[str], list[str]] | None = None,
+) -> tuple[DiffusionPipeline, dict | None]:
+    """Run the whole job.
+
+    Args:
+        pipeline: a loaded one to work on, changed in place; without it `config.model` is loaded.
+        prompts: for calibration and for evaluation, in place of the files that `config` names.
+
+    Returns:
+        The quantized pipeline, and the summary; None in its place after a dry run, and on every process but the first.
 
     Raises:
         UserError: bad input, found before anything slow starts.
         RunError: the work failed; what is finished stays on disk for `resume`.
     """
-    prompts = read_prompts(config)
-    check_model(config.model, config.variant)
-    check_supported(config.model, config.revision, config.local_files_only)
+    calibration, evaluation = choose_prompts(config, *(prompts or read_prompts(config)))
+    given = pipeline is not None
+    if not given:
+        check_model(config.model, config.variant)
+        check_supported(config.model, config.revision, config.local_files_only)
     with launched(config.device) as ranks:
         check_float64(ranks.device)
-        return quantize_on(ranks, config, *prompts)
-
-
-def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], evaluation: list[str]) -> dict | None:
-    """The whole job of one of several processes; the summary on the first, None on the others."""
-    pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
-    check_loaded(pipeline.unet, config.model)
-    layers = chosen_layers(config, pipeline.unet)
-    parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-    rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
-    stored = stored_dtypes(config.model, config.variant, config.revision)
-    plain = plain_bits(pipeline.unet, stored.get("unet"))
-    if config.target_bits:
-        weights = sum(layer.rows * layer.columns for layer in layers)
-        log_info(
-            totals(layers, parameters, rest, plain, config.target_bits * weights) + "; allocated after calibration"
-        )
-    else:
-        log_info(layer_table(layers, parameters, rest, plain))
-    check_timestep_range(
-        pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
-    )
-    check_between(config, len({layer.block for layer in layers}))
-    if ranks.main:
-        log_truncated(pipeline, calibration + evaluation)
-    if config.dry_run:
-        return None
-    folder = RunFolder(config.output_dir)
-    with folder.held(ranks):
-        settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-        settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
+        if not given:
+            pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
+        check_loaded(pipeline.unet, config.model)
+        stored, original_bytes = model_files(config, pipeline, given)
+        layers = chosen_layers(config, pipeline.unet)
+        parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
+        rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
+        log_info(planned_size(config, layers, parameters, rest, plain_bits(pipeline.unet, stored.get("unet"))))
+        steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
+        check_timestep_range(pipeline.scheduler, steps, *limits)
+        check_between(config, len({layer.block for layer in layers}))
         if ranks.main:
-            need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-            need += hessian_bytes(layers, config.hessian_memory_gb)
-            folder.open(settings, versions(), config.resume, need)
-        if ranks.broadcast(folder.finished):
-            return close_finished(folder) if ranks.main else None
-        about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
-        tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
-        job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
-        job.ranks, job.stored = ranks, stored
-        job.bank_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
-        try:
-            return run(job)
-        finally:
-            tracker.finish()
+            log_truncated(pipeline, calibration + evaluation)
+        if config.dry_run:
+            return pipeline, None
+        folder = RunFolder(config.output_dir)
+        with folder.held(ranks):
+            fingerprint = weights_fingerprint(pipeline) if given else None
+            settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+            settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
+            settings |= {"weights_sha256": fingerprint} if given else {}
+            if ranks.main:
+                need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
+                need += hessian_bytes(layers, config.hessian_memory_gb)
+                folder.open(settings, versions(), config.resume, need)
+            if ranks.broadcast(folder.finished):
+                return load_finished(folder, pipeline, ranks)
+            about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
+            tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
+            job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
+            job.stored, job.original_bytes, job.fingerprint, job.ranks = stored, original_bytes, fingerprint, ranks
+            job.bank_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
+            try:
+                return pipeline, run(job)
+            finally:
+                tracker.finish()
+
+
+def model_files(
+    config: QuantizeConfig, pipeline: DiffusionPipeline, given: bool
+) -> tuple[dict[str, torch.dtype], int | None]:
+    """Return the types of the components as stored, and the bytes of the UNet; of a loaded pipeline those in memory."""
+    if given:
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        stored = {name: part.dtype for name, part in parts.items()}
+        return stored, sum(tensor.element_size() * tensor.numel() for tensor in pipeline.unet.parameters())
+    files = weight_files(config.model, config.variant, "unet", config.revision)
+    stored = stored_dtypes(config.model, config.variant, config.revision)
+    return stored, sum(file.stat().st_size for file in files) or None
+
+
+def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
+    """Return the table of layers, or its totals where `target_bits` are still to be allocated."""
+    if not config.target_bits:
+        return layer_table(layers, parameters, rest, plain)
+    bits = config.target_bits * sum(layer.rows * layer.columns for layer in layers)
+    return totals(layers, parameters, rest, plain, bits) + "; allocated after calibration"
 
 
 def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
-    """The layers to quantize; with `target_bits` in single columns, which any layer divides into."""
+    """Return the layers to quantize; with `target_bits` in single columns, into which any layer divides."""
     spec = config.spec.changed(in_group_size=1) if config.target_bits else config.spec
     layers = select_layers(unet, config.layer_filter, config.min_channels, spec, config.overrides, config.spec)
     return [shared(layer, config.share_codebooks) for layer in layers]
 
 
-def close_finished(folder: RunFolder) -> dict:
-    """The summary of a run that has ended, without the working data that a kill at its very end left."""
+def load_finished(
+    folder: RunFolder, pipeline: DiffusionPipeline, ranks: Ranks
+) -> tuple[DiffusionPipeline, dict | None]:
+    """Put the UNet of a finished run into the pipeline, and return it with the run's summary.
+
+    Working data that a kill at the run's very end left is deleted.
+    """
+    unet = load_quantized_unet(folder.path / "unet", pipeline.unet.dtype).to(pipeline.unet.device)
+    pipeline.register_modules(unet=unet)
+    if not ranks.main:
+        return pipeline, None
     shutil.rmtree(folder.work, ignore_errors=True)
     log_info(f"{folder.path} is finished already")
-    return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+    return pipeline, json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
 
 
 def read_prompts(config: QuantizeConfig) -> tuple[list[str], list[str]]:
-    """Calibration and evaluation prompts, drawn as the settings say."""
-    calibration = load_prompts(config.calibration_prompts, "CALIBRATION_PROMPTS")
-    evaluation = load_prompts(config.evaluation_prompts, "EVALUATION_PROMPTS")
+    """Return all calibration and evaluation prompts of the files that are given, or those that ship with vqdm."""
+    return tuple(
+        load_prompts(source or default_prompts(kind, flag), flag)
+        for source, kind, flag in (
+            (config.calibration_prompts, "calibration", "CALIBRATION_PROMPTS"),
+            (config.evaluation_prompts, "evaluation", "EVALUATION_PROMPTS"),
+        )
+    )
+
+
+def choose_prompts(
+    config: QuantizeConfig, calibration: list[str], evaluation: list[str]
+) -> tuple[list[str], list[str]]:
+    """Return as many calibration and evaluation prompts as the settings ask for, chosen with the seed."""
     return (
-        draw(
-            calibration, config.calibration_nsamples, config.seed, config.calibration_prompts, "--calibration_nsamples"
-        ),
-        draw(evaluation, config.evaluation_nsamples, config.seed, config.evaluation_prompts, "--evaluation_nsamples"),
+        choose(calibration, config.calibration_nsamples, config.seed, "CALIBRATION_PROMPTS", "--calibration_nsamples"),
+        choose(evaluation, config.evaluation_nsamples, config.seed, "EVALUATION_PROMPTS", "--evaluation_nsamples"),
     )
 
 
 def run(job: Job) -> dict | None:
-    """All slow steps; every one of them finds and keeps what an interrupted run left."""
-    with job.clock("teacher"):
-        teacher, teacher_pictures = teacher_evaluation(job)
-        finetuned_on = teacher_points(job) if job.config.between.num_intermediate_finetunes else None
-    if job.config.rest_nbits == 8:
-        round_rest(job)
-    prepare(job)
-    solved = load_codes(job) | finished_layers(job)
-    if job.ranks.main:
-        job.folder.rewrite_table([done.report for done in solved.values()])
-    finetunes = turns(job.config.between.num_intermediate_finetunes, len(job.blocks))
-    for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
-        todo = [layer for layer in layers if layer.name not in solved]
-        if todo:
-            log_info(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to solve")
-            solved |= solve_block(job, layers, todo, calibration_points(job, block))
-        swap_block(job, layers, solved)
-        if index in finetunes:
-            finetune_between(job, index, finetuned_on)
-        after_block(job, index, block, teacher)
-    with job.clock("evaluation"), decoded_once(job.unet):
-        errors = point_errors(job.unet, teacher, job.config.xtx_batch_size, job.ranks)
-        drawn = student_pictures(job)
-        scores = compare_pictures(job, teacher_pictures, drawn) if job.ranks.main else {}
-    return finish(job, solved, errors, scores) if job.ranks.main else None
-
-
-def prepare(job: Job) -> None:
-    """What the layers have in common: Hessians of the full-precision model, formats, shared codebooks."""
+    """All slow steps; each finds and keeps what an interrupted run left. Returns the summary on the first process."""
     config = job.config
+    with job.clock("teacher"):
+        teacher, teacher_images = teacher_evaluation(job)
+        finetuned_on = teacher_points(job) if config.between.num_intermediate_finetunes else None
+    if config.rest_nbits == 8:
+        for name in rest_layers(job.unet, job.layers):  # before Hessians are recorded
+            try:
+                round_layer(job.unet, name)
+            except ValueError as error:  # a weight is not finite
+                raise RunError(str(error)) from None
     if config.hessian_cache or config.target_bits or bank_users(job.layers):
         with job.clock("hessians"):
             job.store = teacher_hessians(job)
@@ -205,12 +280,30 @@ def prepare(job: Job) -> None:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
             log_info(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
-    with job.clock("banks"):
+    with job.clock("shared_codebooks"):
         job.banks = make_banks(job, job.store) if bank_users(job.layers) else {}
+    quantized = load_codes(job) | finished_layers(job)
+    if job.ranks.main:
+        job.folder.rewrite_table([done.report for done in quantized.values()])
+    finetunes = turns(config.between.num_intermediate_finetunes, len(job.blocks))
+    for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
+        todo = [layer for layer in layers if layer.name not in quantized]
+        if todo:
+            log_info(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to quantize")
+            quantized |= quantize_block(job, layers, todo, calibration_points(job, block))
+        swap_block(job, layers, quantized)
+        if index in finetunes:
+            finetune_between(job, index, finetuned_on)
+        after_block(job, index, block, teacher)
+    with job.clock("evaluation"), decoded_once(job.unet):
+        errors = point_errors(job.unet, teacher, config.xtx_batch_size, job.ranks)
+        images = student_images(job)
+        scores = compare_pairs(job, teacher_images, images) if job.ranks.main else {}
+    return finish(job, quantized, errors, scores) if job.ranks.main else None
 
 
 def calibration_points(job: Job, block: str) -> Trajectories | None:
-    """The points that a block is calibrated on; None where stored Hessians serve."""
+    """Return the points that a block is calibrated on; None where stored Hessians serve."""
     if job.config.calibration_latents == "student":
         return calibration_trajectories(job, f"calibration_{block}")
     return None if job.store else teacher_trajectories(job)
@@ -220,13 +313,13 @@ def calibration_points(job: Job, block: str) -> Trajectories | None:
 
 
 def finished_layers(job: Job) -> dict[str, SolvedLayer]:
-    """Layers that an interrupted run left; as the first rank sees them, for all must go on with the same ones."""
+    """Return the layers that an interrupted run left, as the first rank sees them: all ranks continue with the same."""
     done = job.ranks.broadcast([layer for layer in job.layers if job.folder.layer_path(layer.name).is_file()])
-    return {layer.name: load_solved(job, layer) for layer in done}
+    return {layer.name: load_quantized(job, layer) for layer in done}
 
 
 def load_codes(job: Job) -> dict[str, SolvedLayer]:
-    """Layers that `--load` brings from an earlier result, where name, format and shared codebooks agree."""
+    """Return the layers of an earlier result that `--load` names, where name, format and shared codebooks agree."""
     if job.config.load is None:
         return {}
     earlier = load_pipeline(job.config.load, torch.device("cpu"), torch.float32)
@@ -235,7 +328,7 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
         if layer.name in held and held[layer.name].spec == layer.spec and same_bank(job, held[layer.name]):
             tensors = held[layer.name].code().pack()
             found[layer.name] = SolvedLayer(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
-    log_info(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from there")
+    log_info(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from it")
     return found
 
 
@@ -245,33 +338,20 @@ def same_bank(job: Job, layer: QuantizedLayer) -> bool:
     return bank is None or torch.equal(layer.code().codebooks.float().cpu(), bank.codebooks.cpu())
 
 
-def round_rest(job: Job) -> None:
-    """Put what is not to be quantized into 8 bit, before Hessians are recorded.
-
-    Raises:
-        RunError: a weight is not finite; names the layer.
-    """
-    for name in rest_layers(job.unet, job.layers):
-        try:
-            round_layer(job.unet, name)
-        except ValueError as error:
-            raise RunError(str(error)) from None
-
-
-def swap_block(job: Job, layers: list[Layer], solved: dict[str, SolvedLayer]) -> None:
-    """Put a block's codes in the place of its weights."""
+def swap_block(job: Job, layers: list[Layer], quantized: dict[str, SolvedLayer]) -> None:
+    """Replace the weights of a block by their codes."""
     for layer in layers:
-        done = solved[layer.name]
+        done = quantized[layer.name]
         name, bank = layer.spec.shared_codebooks, job.banks.get(layer.spec.shared_codebooks)
         code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors, bank and bank.codebooks)
-        quantized = swap(job.unet, layer.name, layer.spec)
+        module = swap(job.unet, layer.name, layer.spec)
         if bank:
-            quantized.banks[0].fill(name, bank.codebooks)
-        quantized.set_code(code)
+            module.banks[0].fill(name, bank.codebooks)
+        module.set_code(code)
 
 
 def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None:
-    """Optional looks in between: the output error, a loadable snapshot."""
+    """Evaluate the output error and save a loadable snapshot, where the settings ask for it."""
     config = job.config
     if job.ranks.main:
         job.folder.drop_block(block)
@@ -284,26 +364,24 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
         path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / "unet"
         with saved_types(job.pipeline, job.stored):
             job.unet.save_pretrained(path)
-        on_save(config.on_save, path)
+        job.on_save(path)
 
 
 # ------------------------------------------------------------------------------------------- the end
 
 
-def compare_pictures(job: Job, teacher: list[Image.Image], drawn: list[Image.Image]) -> dict:
-    """Save the sheet of pairs, and score the student's pictures by the teacher's."""
+def compare_pairs(job: Job, teacher: list[Image.Image], student: list[Image.Image]) -> dict:
+    """Save the sheet of pairs, and score the student's images by the teacher's."""
     count = job.config.visualize_nsamples
     if count:
-        sheet = pair_sheet(job.evaluation[:count], teacher[:count], drawn[:count], ("full precision", "quantized"))
+        sheet = pair_sheet(job.evaluation[:count], teacher[:count], student[:count], ("full precision", "quantized"))
         save_png(sheet, job.folder.path / "image_pairs.png")
         job.tracker.images("image_pairs", [sheet])
-    return compared_pictures(teacher, drawn, job.evaluation, "quantized")
+    return compare_images(teacher, student, job.evaluation, "quantized")
 
 
-def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], scores: dict) -> dict:
+def finish(job: Job, quantized: dict[str, SolvedLayer], errors: tuple[list, list], scores: dict) -> dict:
     """Write the pipeline folder, the card and the summary, then drop the working data."""
-    config = job.config
-    files = weight_files(config.model, config.variant, "unet", config.revision)
     staged = job.folder.work / "pipeline"
     with saved_types(job.pipeline, job.stored):
         save_pipeline(job, staged)
@@ -313,15 +391,15 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
         "layers_quantized": len(job.layers),
         "layers_in_8_bit": len(rounded_layers(job.unet)),
         **sizes,
-        "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
+        "bytes_of_original_unet": job.original_bytes,
         "unet_output_error_db": decibels(*map(sum, errors)),
         "unet_output_error_db_by_point": error_spread(*errors),
-        "pictures": scores,
+        "images": scores,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": peak_memory(job.ranks.device),
         "versions": versions(),
         "command": own_command(),
-        "layers": [done.report for done in solved.values()],
+        "layers": [done.report for done in quantized.values()],
     }
     save_text(model_card(job.config.model, summary), staged / "README.md")
     job.folder.publish(staged)
@@ -329,23 +407,23 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
     shutil.rmtree(job.folder.work)
     measured = {key: value for key, value in scores.items() if key != "problems"}
     job.tracker.log({key: value for key, value in summary.items() if not isinstance(value, dict | list)} | measured)
-    on_save(job.config.on_save, job.folder.path)
+    job.on_save(job.folder.path)
     return summary
 
 
 def save_pipeline(job: Job, staged: Path) -> None:
-    """The whole pipeline as diffusers saves it."""
+    """Save the whole pipeline as diffusers does."""
     shutil.rmtree(staged, ignore_errors=True)
     mark_quantized(job.unet)
     forget_calls(job.pipeline)
     try:
         job.pipeline.save_pretrained(staged)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{staged} cannot be written: {first_line(error)}; --resume goes on here") from None
+        raise RunError(f"{staged} cannot be written: {first_line(error)}; continue with --resume") from None
 
 
 def forget_calls(pipeline: DiffusionPipeline) -> None:
-    """Clear what tokenizers keep of their last call and would save: a resumed run may not have called them at all."""
+    """Clear what tokenizers keep of their last call and would save: a resumed run may not have called them."""
     for part in pipeline.components.values():
         backend = getattr(part, "backend_tokenizer", None)
         if backend is not None:
@@ -354,7 +432,7 @@ def forget_calls(pipeline: DiffusionPipeline) -> None:
 
 
 def stored_sizes(job: Job, staged: Path) -> dict[str, float]:
-    """Effective bits from the tensors as saved, and bytes of the UNet's files."""
+    """Return effective bits of the tensors as saved, and bytes of the UNet's files."""
     layers = quantized_layers(job.unet)
     weights = sum(layer.rows * layer.columns for layer in job.layers)
     code_bits = sum(layer.stored_bits for layer in layers.values()) + bank_bits(job.layers)

@@ -1,4 +1,4 @@
-"""What a quantization will do and take, before it starts; and a line for each layer while it runs."""
+"""Plan a quantization before it starts: layers, bits, bytes; and format a line per layer while it runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 from vqdm.config import SamplingConfig
 from vqdm.diffusion.blocks import Layer
-from vqdm.diffusion.pipelines import picture_size
+from vqdm.diffusion.pipelines import image_size
 from vqdm.diffusion.sampling import unet_dtype
 
 
 def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
-    """Name of a bank of shared codebooks → the layers that use it, in their order."""
+    """Return by name of shared codebooks the layers that use them, in their order."""
     found: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.spec.shared_codebooks:
@@ -24,19 +24,19 @@ def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
 
 
 def bank_bits(layers: list[Layer]) -> int:
-    """Bits of all banks that the layers use."""
+    """Return the bits of all shared codebooks of the layers."""
     return sum(16 * torch.Size(of[0].spec.codebooks_shape).numel() for of in bank_users(layers).values())
 
 
 def layer_bits(layer: Layer) -> int:
-    """Bits that a layer will take, biases aside."""
+    """Return the bits that a layer will take, without its bias."""
     shapes = layer.spec.tensor_shapes(layer.rows, layer.columns).values()
     return sum(8 * dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
 
 
 @dataclass(frozen=True)
 class Rest:
-    """What goes into 8 bit: how many layers, their weights, and the bits these take."""
+    """The layers that become int8: how many, their weights, and the bits of these."""
 
     layers: int = 0
     weights: int = 0
@@ -50,21 +50,21 @@ class Rest:
 
 
 def plain_bits(unet: nn.Module, stored: torch.dtype | None) -> int:
-    """Bits that a value that stays plain is saved in: of the type computed in, or of a narrower one of its files."""
+    """Return the bits of a value that stays plain: of the type computed in, or of a narrower one of its files."""
     computed = unet_dtype(unet).itemsize
     return 8 * (min(computed, stored.itemsize) if stored else computed)
 
 
 def layer_table(layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
-    """A line a layer: shape, code and stored bits a weight; then the totals and the predicted size.
+    """Format one line per layer: shape, code and stored bits per weight; then the totals and the predicted size.
 
     Args:
-        parameters: of the whole UNet.
-        rest: what goes into 8 bit.
+        parameters: number of those of the whole UNet.
+        rest: what becomes int8.
         plain: bits of every other value.
     """
     width = max(len(layer.name) for layer in layers)
-    lines = [f"{'layer':{width}}  kind    rows × columns    code      stored bits a weight"]
+    lines = [f"{'layer':{width}}  kind    rows × columns    code      stored bits per weight"]
     for layer in layers:
         spec, weights = layer.spec, layer.rows * layer.columns
         code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
@@ -82,36 +82,37 @@ def layer_table(layers: list[Layer], parameters: int, rest: Rest, plain: int) ->
 
 
 def totals(layers: list[Layer], parameters: int, rest: Rest, plain: int, bits: float) -> str:
-    """The last line of the table, for layers that take so many `bits` together; also before a plan is made."""
+    """Format the last line of the table, for layers that take `bits` together; also before bits are allocated."""
     weights = sum(layer.rows * layer.columns for layer in layers)
     whole = bits + rest.bits + plain * (parameters - weights - rest.weights)
     return (
         f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
-        f"{bits / weights:.3f} stored bits a weight, {whole / parameters:.3f} over the whole UNet, "
+        f"{bits / weights:.3f} stored bits per weight, {whole / parameters:.3f} over the whole UNet, "
         f"about {whole / 8e6:.2f} MB instead of {parameters / 5e5:.2f} MB in 16 bit"
     )
 
 
 def layer_line(row: dict) -> str:
-    unseen = "" if row.get("held_out_error") is None else f" (unseen {row['held_out_error']:.5f})"
+    """Format the log line of a quantized layer, from its row of the table."""
+    held_out = "" if row.get("held_out_error") is None else f" (held-out {row['held_out_error']:.5f})"
     gap = "" if row["gap_db"] is None else f", {row['gap_db']:.1f} dB above the bound"
     bits, seconds = row["bits_per_weight"], row["seconds"]
-    return f"{row['name']}: relative error {row['error']:.5f}{unseen}, {bits:.3f} bits{gap}, {seconds:.1f} s"
+    return f"{row['name']}: relative error {row['error']:.5f}{held_out}, {bits:.3f} bits{gap}, {seconds:.1f} s"
 
 
 def predicted_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calibration: int, evaluation: int) -> int:
-    """Disk that a run on so many prompts needs: recorded points, and the pipeline twice.
+    """Return the bytes of disk that a run needs: recorded points of the prompts, and the pipeline twice.
 
     Raises:
-        UserError: nobody says how large pictures are.
+        UserError: the size of images is unknown.
     """
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
-    height, width = picture_size(pipeline, sampling.height, sampling.width)
+    height, width = image_size(pipeline, sampling.height, sampling.width)
     latents = pipeline.unet.config.in_channels * (height * width // pipeline.vae_scale_factor**2) * 4
     return 2 * pipeline_bytes + latents * (sampling.num_inference_steps or 50) * (calibration + 3 * evaluation)
 
 
 def hessian_bytes(layers: list[Layer], memory_gb: float) -> int:
-    """Disk that the Hessians of one pass need at most, a training and a held-out one in float32 for every layer."""
+    """Return the bytes of disk for the Hessians of one pass: a training and a held-out one in float32 per layer."""
     return int(min(memory_gb * 1e9, sum(2 * 4 * layer.columns**2 for layer in layers)))

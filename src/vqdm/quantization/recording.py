@@ -1,4 +1,4 @@
-"""What is recorded before layers are solved: the teacher's points and pictures, and Hessians.
+"""Record what layers are quantized with: the teacher's points and images, and Hessians.
 
 Prompts are sampled in batches, each in a file (`storage.pieces`); Hessians are exact sums (`diffusion.hessians`).
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import UnetCall, passes, record_hessians, shared_inputs
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
-    pictures,
+    generate_images,
     record_evaluation,
     record_trajectories,
     unet_dtype,
@@ -27,7 +28,6 @@ from vqdm.diffusion.sampling import (
 from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, spread_points
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
-from vqdm.quantization.quantization_job import Job
 from vqdm.storage.atomic import sweep
 from vqdm.storage.fingerprint import pipeline_fingerprint
 from vqdm.storage.hessian_store import HessianStore
@@ -35,13 +35,16 @@ from vqdm.storage.locks import locked
 from vqdm.storage.pieces import Tensors, pieces, span_name, spans
 from vqdm.tracking import log_info, progress_bar
 
+if TYPE_CHECKING:
+    from vqdm.quantization.job import Job
+
 PROBLEMS = (None, BLACK, NAN, REPLACED)
 
 # ------------------------------------------------------------------------------------------- prompts
 
 
 def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str], int], Tensors]) -> list[Tensors]:
-    """`work` of `xtx_batch_size` prompts and the number of their first, for all of them; kept in the run's folder."""
+    """Call `work` on batches of prompts and the number of the first; results are files in the run's folder `name`."""
     folder = job.folder.work / name
     found = spans(job.ranks, folder, 0, len(prompts), job.config.xtx_batch_size)
     by_name = {span_name(*span): span for span in found}
@@ -54,47 +57,47 @@ def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str
 
 
 def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
-    """The full-precision model's points, outputs and pictures on the evaluation prompts; recorded once."""
+    """The full-precision model's points, outputs and images on the evaluation prompts; recorded once."""
     parts = in_batches(job, "evaluation", job.evaluation, partial(_teacher_batch, job))
     return join(list(map(Trajectories.of_tensors, parts))), _images(parts)
 
 
 def _teacher_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
-    recorded, drawn = record_evaluation(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size)
-    return recorded.to_tensors() | _pixels(drawn)
+    recorded, images = record_evaluation(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size)
+    return recorded.to_tensors() | _pixels(images)
 
 
-def student_pictures(job: Job) -> list[Image.Image]:
-    """Pictures of the evaluation prompts by the pipeline as it is at the end."""
+def student_images(job: Job) -> list[Image.Image]:
+    """Generate images of the evaluation prompts with the quantized pipeline."""
     return _images(in_batches(job, "student", job.evaluation, partial(_student_batch, job)))
 
 
 def _student_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
-    return _pixels(pictures(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size))
+    return _pixels(generate_images(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size))
 
 
 def _pixels(images: list[Image.Image]) -> Tensors:
-    """Images as tensors: `pictures` uint8 [B, H, W, 3], and `problems` [B], numbers of `PROBLEMS`."""
+    """Return images as tensors: `images` uint8 [B, H, W, 3], and `problems` [B], numbers of `PROBLEMS`."""
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-    return {"pictures": pixels, "problems": torch.tensor([PROBLEMS.index(one.info.get(PROBLEM)) for one in images])}
+    return {"images": pixels, "problems": torch.tensor([PROBLEMS.index(one.info.get(PROBLEM)) for one in images])}
 
 
 def _images(parts: list[Tensors]) -> list[Image.Image]:
-    images = [Image.fromarray(image.numpy()) for part in parts for image in part["pictures"]]
+    images = [Image.fromarray(image.numpy()) for part in parts for image in part["images"]]
     for image, number in zip(images, (number for part in parts for number in part["problems"].tolist()), strict=True):
         image.info |= {PROBLEM: PROBLEMS[number]} if number else {}
     return images
 
 
 def teacher_trajectories(job: Job) -> Trajectories:
-    """The full-precision model's points on the calibration prompts; recorded once."""
+    """Return the full-precision model's points on the calibration prompts; recorded once."""
     return calibration_trajectories(job, "calibration")
 
 
 def calibration_trajectories(job: Job, name: str) -> Trajectories:
-    """Points of sampling the calibration prompts with the pipeline as it is now, kept in the folder's `name`."""
+    """Sample the calibration prompts with the pipeline in its present state, into the run's folder `name`."""
     parts = in_batches(job, name, job.calibration, partial(_calibration_batch, job))
     return join(list(map(Trajectories.of_tensors, parts)))
 
@@ -116,7 +119,7 @@ def _calibration_batch(job: Job, prompts: list[str], first: int) -> Tensors:
 
 
 def teacher_hessians(job: Job) -> HessianStore:
-    """The full-precision model's Hessians of all layers; those that the cache lacks are recorded."""
+    """Return the full-precision model's Hessians of all layers; those that the cache lacks are recorded."""
     cache = job.config.hessian_cache
     folder = Path(cache) if cache else job.folder.work / "hessians"
     # Another run that shares the cache may be recording what this one needs.
@@ -126,38 +129,38 @@ def teacher_hessians(job: Job) -> HessianStore:
         store = HessianStore(folder, hessian_settings(job))
         store.leaders = job.ranks.broadcast(store.leaders)
         missing = [layer for layer in job.layers if layer not in store]
-        log_info(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are there")
+        log_info(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are recorded")
         if missing:
-            recorder = Recorder(job, store, teacher_trajectories(job))
+            recorder = HessianRecorder(job, store, teacher_trajectories(job))
             for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
                 recorder.record(groups)
     return store
 
 
-class Recorder:
-    """Records Hessians of the UNet as it is now on given points, into a store."""
+class HessianRecorder:
+    """Record Hessians of the UNet in its present state on given points, into a store."""
 
     def __init__(self, job: Job, store: HessianStore, trajectories: Trajectories):
         points = held_out(spread_points(trajectories, job.config.calibration_nsteps))
         self.job, self.store = job, store
-        self.training, self.apart = (unet_calls(job, trajectories, part) for part in points)
+        self.training, self.held_out = (unet_calls(job, trajectories, part) for part in points)
         self.first = unet_calls(job, trajectories, points[0][:1])[0]()
 
     def groups(self, layers: list[Layer]) -> list[list[Layer]]:
-        """`layers` by the input that they share."""
+        """Return `layers` by the input that they share."""
         return shared_inputs(self.job.unet, layers, self.first)
 
     def record(self, groups: list[list[Layer]]) -> None:
-        """Add the Hessians of `groups`, all at once; each is written by one rank."""
+        """Record the Hessians of `groups`, all at once; each is written by one rank."""
         job, ranks = self.job, self.job.ranks
-        total = sum(len(ranks.shard(calls)) for calls in (self.training, self.apart))
+        total = sum(len(ranks.shard(calls)) for calls in (self.training, self.held_out))
         with decoded_once(job.unet), progress_bar(total=total, description="Hessians") as ticks:
             found = record_hessians(
                 job.unet,
                 groups,
                 self.first,
                 self.training,
-                self.apart,
+                self.held_out,
                 job.config.hessian_samples_per_input,
                 ticks.update,
                 ranks,
@@ -169,7 +172,7 @@ class Recorder:
 
 
 def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[UnetCall]:
-    """UNet calls, each on at most `xtx_batch_size` points."""
+    """Return UNet calls, each on at most `xtx_batch_size` points."""
     steps, where = trajectories.latents.shape[1], (job.unet.device, unet_dtype(job.unet))
     return [
         UnetCall(partial(trajectories.inputs, batch, *where), [n * steps + s for n, s in batch])
@@ -178,10 +181,11 @@ def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[UnetC
 
 
 def hessian_settings(job: Job) -> dict:
-    """What the Hessians depend on."""
+    """Return the settings that Hessians depend on."""
     config, folder = job.config, Path(job.config.model)
+    model = pipeline_fingerprint(folder) if folder.is_dir() else f"{config.model}@{config.revision}"
     return {
-        "model": pipeline_fingerprint(folder) if folder.is_dir() else f"{config.model}@{config.revision}",
+        "model": job.fingerprint or model,
         "variant": config.variant,
         "dtype": str(unet_dtype(job.unet)),
         "rest_nbits": config.rest_nbits,
@@ -196,5 +200,5 @@ def hessian_settings(job: Job) -> dict:
 
 
 def digest(prompts: list[str]) -> str:
-    """SHA-256 of prompts in their order."""
+    """Return the SHA-256 of prompts in their order."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()

@@ -13,7 +13,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import LayerReport, solve_layer
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import record_hessians, shared_inputs
-from vqdm.diffusion.supported import quantized_by
+from vqdm.diffusion.model_folders import quantized_by
 from vqdm.diffusion.trajectories import batches
 from vqdm.layers.quantized import decoded_once, swap
 from vqdm.storage.hf_text import mark_text_quantized, short_name

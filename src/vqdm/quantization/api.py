@@ -1,0 +1,198 @@
+"""Quantize a pipeline with one Python call: what `main_text2image.py` does, on a loaded pipeline or a path."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.config import SolverConfig
+from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, read_overrides
+from vqdm.diffusion.model_folders import check_supported_pipeline
+from vqdm.diffusion.pipelines import SCHEDULERS, set_scheduler
+from vqdm.errors import UserError
+from vqdm.prompts import check_prompts, default_prompts, load_prompts
+from vqdm.quantization import job
+
+# Settings of how a path is loaded, which a loaded pipeline has decided already.
+LOADING = ("dtype", "device", "variant", "revision", "local_files_only")
+# Parts of QuantizeConfig whose fields are settings of their own.
+NESTED = {"sampling": SamplingConfig, "between": BetweenConfig}
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Figures of a quantization.
+
+    Attributes:
+        bits_per_weight: stored bits per weight of the quantized layers, with scales, codebooks and all.
+        bits_per_parameter: the same over the whole UNet.
+        bytes_before, bytes_after: of the UNet's files; of its tensors where the pipeline was given in memory.
+        error_db: squared error of the UNet's outputs on the evaluation prompts over the energy of the full-precision
+            outputs, summed over all recorded points, in dB.
+        median_error_db: the median of the points, in dB.
+        psnr_db: between the images of both models from the same noise; None if no pair can be compared.
+        layers: a dict per quantized layer: name, block, kind, rows, columns, bits_per_weight, error, ...
+        seconds: by phase, and their "total".
+    """
+
+    bits_per_weight: float
+    bits_per_parameter: float
+    bytes_before: int | None
+    bytes_after: int
+    error_db: float
+    median_error_db: float
+    psnr_db: float | None
+    layers: tuple[dict, ...]
+    seconds: dict[str, float]
+
+    @classmethod
+    def of(cls, summary: dict) -> QuantizationReport:
+        """Take the figures from the content of a run's `summary.json`."""
+        return cls(
+            summary["effective_bits_layers"],
+            summary["effective_bits_unet"],
+            summary["bytes_of_original_unet"],
+            summary["bytes_of_unet"],
+            summary["unet_output_error_db"],
+            summary["unet_output_error_db_by_point"]["median"],
+            summary["images"]["psnr_db"],
+            tuple(summary["layers"]),
+            summary["seconds"],
+        )
+
+
+def quantize(
+    pipeline: DiffusionPipeline | str | Path,
+    prompts: Sequence[str] | str | Path | None = None,
+    target_bits: float | None = 3.0,
+    evaluation_prompts: Sequence[str] | str | Path | None = None,
+    output_dir: str | Path | None = None,
+    **settings,
+) -> tuple[DiffusionPipeline, QuantizationReport | None]:
+    """Quantize the UNet of a text-to-image pipeline.
+
+        pipeline = DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", dtype=torch.float16)
+        quantized, report = vqdm.quantize(pipeline.to("cuda"), target_bits=3)
+        quantized.save_pretrained("sdxl-3bit")
+
+    A pipeline that is given is not changed: its UNet is copied. The result shares its text encoders and its VAE.
+
+    Args:
+        pipeline: a loaded full-precision pipeline, quantized on its device in its dtype; or a folder or hub name.
+        prompts: to calibrate on: a list, a prompt file, or None for 256 that ship with vqdm.
+        target_bits: stored bits per weight of the quantized layers, divided among them by their effect on the output.
+            None gives every layer the additive code that settings such as `num_codebooks` describe.
+        evaluation_prompts: to measure errors on, as `prompts`; 64 ship with vqdm.
+        output_dir: where the result and the state of the run are written; with `resume=True` an interrupted run in it
+            is continued. None works in a temporary folder.
+        settings: flags of `main_text2image.py` by name, without the dashes, such as `num_inference_steps=30`.
+
+    Returns:
+        The quantized pipeline, ready to use, and the report; None in its place after `dry_run=True`.
+
+    Raises:
+        UserError: an argument is wrong; a ValueError that names it. Nothing slow has started then.
+        RunError: the work failed.
+    """
+    _check_names(settings)
+    loaded = isinstance(pipeline, DiffusionPipeline)
+    if loaded:
+        _check_loaded_pipeline(pipeline, settings)
+    elif not isinstance(pipeline, str | Path):
+        raise UserError(f"pipeline is a {type(pipeline).__name__}; give a loaded pipeline, a folder or a hub name")
+    calibration = _prompts(prompts, "calibration", "prompts")
+    evaluation = _prompts(evaluation_prompts, "evaluation", "evaluation_prompts")
+    with ExitStack() as cleaning:
+        folder = output_dir or cleaning.enter_context(tempfile.TemporaryDirectory(prefix="vqdm-"))
+        values = _counts(settings, len(calibration), len(evaluation)) | settings | {"target_bits": target_bits}
+        values |= {"output_dir": str(folder), "calibration_prompts": _source(prompts)}
+        values |= {"evaluation_prompts": _source(evaluation_prompts)}
+        values["model"] = str((pipeline.name_or_path or type(pipeline).__name__) if loaded else pipeline)
+        values |= {"device": str(pipeline.device)} if loaded else {}
+        if isinstance(values.get("overrides"), str | Path):
+            values["overrides"] = read_overrides(str(values["overrides"]))
+        config = make_config(values)
+        work_on = _working_copy(pipeline, config.sampling.scheduler) if loaded else None
+        quantized, summary = job.quantize(config, work_on, (calibration, evaluation))
+    return quantized, None if summary is None else QuantizationReport.of(summary)
+
+
+def make_config(values: dict) -> QuantizeConfig:
+    """Make the settings of a run from flat values by field name; nested settings are found by their own names.
+
+    Raises:
+        UserError: settings that contradict each other, naming them.
+    """
+    pick = lambda kind: {one.name: values[one.name] for one in fields(kind) if one.name in values}  # noqa: E731
+    try:
+        solver = SolverConfig(spec=CodeSpec(**pick(CodeSpec)), **pick(SolverConfig))
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    if values.get("scheduler", "default") not in SCHEDULERS:
+        raise UserError(f"--scheduler is {values['scheduler']!r}; allowed are {', '.join(SCHEDULERS)}")
+    nested = {name: kind(**pick(kind)) for name, kind in NESTED.items()}
+    code = values.get("code") or ("additive" if values.get("target_bits") is None else "trellis")
+    return QuantizeConfig(**pick(QuantizeConfig) | nested | {"solver": solver, "code": code})
+
+
+def _check_names(settings: dict) -> None:
+    own = ("model", "calibration_prompts", "evaluation_prompts", "output_dir", "target_bits", "solver", "spec", *NESTED)
+    known = {one.name for kind in (QuantizeConfig, SolverConfig, CodeSpec, *NESTED.values()) for one in fields(kind)}
+    for name in settings:
+        if name not in known.difference(own):
+            near = difflib.get_close_matches(name, known.difference(own), 1)
+            hint = f"; did you mean {near[0]}?" if near else "; settings are the flags of main_text2image.py"
+            raise UserError(f"{name} is not a setting of quantize{hint}")
+
+
+def _check_loaded_pipeline(pipeline: DiffusionPipeline, settings: dict) -> None:
+    given = [name for name in LOADING if name in settings]
+    if given:
+        raise UserError(f"{given[0]} belongs to a path; the pipeline is loaded already, and is used as it is")
+    if any(hasattr(part, "_hf_hook") for part in pipeline.components.values() if isinstance(part, nn.Module)):
+        raise UserError("pipeline is offloaded; call pipeline.remove_all_hooks() first, or give its folder or hub name")
+    check_supported_pipeline(pipeline, "pipeline")
+
+
+def _prompts(given: Sequence[str] | str | Path | None, kind: str, name: str) -> list[str]:
+    if given is None or isinstance(given, str | Path):
+        return load_prompts(default_prompts(kind, name) if given is None else str(given), name)
+    return check_prompts(given, name)
+
+
+def _source(given: Sequence[str] | str | Path | None) -> str | None:
+    """Return what the record of the run names; it also holds a digest of the prompts."""
+    return str(given) if isinstance(given, str | Path) else None if given is None else f"a list of {len(given)}"
+
+
+def _counts(settings: dict, calibration: int, evaluation: int) -> dict:
+    """Return numbers of prompts and images, where the defaults are more than there are."""
+    usual = {one.name: one.default for one in fields(QuantizeConfig)}
+    wanted = min(usual["evaluation_nsamples"], evaluation)
+    shown = min(usual["visualize_nsamples"], settings.get("evaluation_nsamples", wanted))
+    return {
+        "calibration_nsamples": min(usual["calibration_nsamples"], calibration),
+        "evaluation_nsamples": wanted,
+        "visualize_nsamples": shown,
+    }
+
+
+def _working_copy(pipeline: DiffusionPipeline, scheduler: str) -> DiffusionPipeline:
+    """Return a pipeline with copies of the UNet, the scheduler and the tokenizers, and the same other models."""
+    copied = copy.copy(pipeline)
+    for name, part in pipeline.components.items():
+        if name == "unet" or not isinstance(part, nn.Module):
+            setattr(copied, name, copy.deepcopy(part))
+    set_scheduler(copied, scheduler)
+    copied.unet.requires_grad_(False).eval()
+    copied.set_progress_bar_config(disable=True)
+    return copied
