@@ -287,36 +287,49 @@ def record_hessians(
         RunError: an input holds NaN or infinity; names the first layer that saw it.
     """
     ranks, leaders = ranks or Ranks(), [group[0] for group in groups]
-    channels = {layer.name: layer.spec.group_channels for layer in leaders}
     grids = first_grids(unet, leaders, first)
     results = []
     for calls in (training, held_out):
         results.append({})
-        points = [tuple(getattr(call, "points", (index,))) for index, call in enumerate(calls)]
         left = leaders if calls else []
         while left:
-            sums = {one.name: HessianAccumulator(one.columns, unet.device, grids[one.name]) for one in left}
-            batch = 0
-
-            def seen(name: str, module: nn.Module, x: Tensor) -> None:
-                inputs, hessian, share = InputRows(module, x, channels[name]), sums[name], 1.0  # noqa: B023
-                if samples_per_input:
-                    wanted = samples_per_input * len(hessian.total) / sum(map(len, points))  # noqa: B023
-                    share = wanted * len(points[batch]) / inputs.count  # noqa: B023
-                accumulate(hessian, inputs, points[batch], share)  # noqa: B023
-
-            with stopping_after(unet, left[-1].block) as run, input_hooks(unet, list(sums), seen):
-                for batch in ranks.shard(range(len(calls))):
-                    run(calls[batch]())
-                    _check_finite(sums)  # now rather than after a pass that takes hours
-                    tick()
-            for hessian in sums.values():
-                hessian.all_reduce(ranks)
-            _check_finite(sums)
+            sums = accumulated(unet, left, grids, calls, samples_per_input, tick, ranks)
             results[-1] |= {name: hessian.mean() for name, hessian in sums.items() if hessian.exact}
             left = [layer for layer in left if layer.name not in results[-1]]
             grids |= {layer.name: COARSER * grids[layer.name] for layer in left}
     return {layer.name: (results[0][layer.name], results[1].get(layer.name)) for layer in leaders}
+
+
+def accumulated(
+    unet: nn.Module,
+    leaders: list[Layer],
+    grids: dict[str, float],
+    calls: list[Callable[[], dict]],
+    samples_per_input: int,
+    tick: Callable[[], None],
+    ranks: Ranks,
+) -> dict[str, HessianAccumulator]:
+    """Return by layer name the sums over the calls of all ranks. Raises RunError as `record_hessians`."""
+    device, channels = next(unet.parameters()).device, {one.name: one.spec.group_channels for one in leaders}
+    sums = {one.name: HessianAccumulator(one.columns, device, grids[one.name]) for one in leaders}
+    points = [tuple(getattr(call, "points", (index,))) for index, call in enumerate(calls)]
+    per_point = samples_per_input / sum(map(len, points))
+
+    def seen(name: str, module: nn.Module, x: Tensor) -> None:
+        inputs, hessian = InputRows(module, x, channels[name]), sums[name]
+        wanted = per_point * len(hessian.total) * len(current)
+        hessian.add(inputs, current, wanted / inputs.count if wanted else 1.0)
+
+    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(sums), seen):
+        for batch in ranks.shard(range(len(calls))):
+            current = points[batch]
+            run(calls[batch]())
+            _check_finite(sums)  # now rather than after a pass that takes hours
+            tick()
+    for hessian in sums.values():
+        hessian.all_reduce(ranks)
+    _check_finite(sums)
+    return sums
 
 
 def first_grids(unet: nn.Module, leaders: list[Layer], call: dict) -> dict[str, float]:
@@ -331,7 +344,7 @@ def first_grids(unet: nn.Module, leaders: list[Layer], call: dict) -> dict[str, 
         square = InputRows(module, x, channels[name]).mean_square()
         if not math.isfinite(square):
             raise _not_finite(name)
-        grids[name] = FINENESS * 2.0 ** max(LEAST_EXPONENT, math.frexp(square)[1] if square else 0)
+        grids[name] = FINENESS * 2.0 ** max(LEAST_EXPONENT, math.frexp(square)[1])
 
     with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(channels), seen):
         run(call)
