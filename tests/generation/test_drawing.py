@@ -84,7 +84,7 @@ def test_a_size_that_nobody_names_is_asked_for():
     pipeline = tiny_pipeline("sdxl")
     pipeline.unet.register_to_config(sample_size=None)
     for given in ({}, {"height": 16}):
-        with pytest.raises(UserError, match="names no size of its pictures; give --height and --width"):
+        with pytest.raises(UserError, match="names no size of its images; give --height and --width"):
             call_settings(pipeline, NONE | given)
     with pytest.raises(UserError, match="give --height and --width"):
         predicted_bytes(pipeline, SamplingConfig(), 1, 1)
