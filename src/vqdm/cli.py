@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
     def _add_flag(self, group: argparse._ArgumentGroup, one: Setting) -> None:
         names = [f"--{name}" for name in (one.name, *one.flag.aliases)]
         text = one.flag.help.replace("%", "%%")
-        if one.default not in (None, False) and "default" not in text:
+        if not (one.default is None or one.default is False or "default" in text):
             text += f" (default: {'on' if one.default is True else one.default})"
         if one.kind is bool:
             action = argparse.BooleanOptionalAction if one.default else "store_true"

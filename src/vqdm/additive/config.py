@@ -19,7 +19,9 @@ class SolverConfig:
         shared_damping: the same with shared codebooks, where rows have scales that feedback does not outgrow.
     """
 
-    spec: CodeSpec = flags_in(CodeSpec, "format (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)")
+    spec: CodeSpec = flags_in(
+        CodeSpec, "format of additive codes (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)"
+    )
     encoder: str = flag(
         "ldl", "ldl: error feedback with a beam per group; beam: the paper's beam search over rows", choices=ENCODERS
     )

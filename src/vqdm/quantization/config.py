@@ -167,7 +167,9 @@ class QuantizeConfig(RunConfig):
         None, "reuse the layers of an earlier result, and quantize only the others", metavar="FOLDER"
     )
     snapshot_step: int = _saving(0, "snapshot interval (blocks): save a loadable UNet; 0 = never", ge=0)
-    eval_step: int = _saving(0, "evaluation interval (blocks): measure the error of the UNet's output; 0 = never", ge=0)
+    eval_step: int = _calibration(
+        0, "evaluation interval (blocks): measure the error of the UNet's output; 0 = never", ge=0
+    )
     on_save: str | None = _saving(
         None, "run this after each save, without a shell; {path} becomes what was saved", metavar="COMMAND"
     )
