@@ -38,6 +38,8 @@ class SolverConfig:
     shared_damping: float = 0.003
 
     def __post_init__(self) -> None:
+        if self.spec.row_bits:
+            raise ValueError(f"row_bits is {self.spec.row_bits}; codes of variable rate are loaded but no longer made")
         check_fields(self)
         for name in ("damping", "shared_damping"):
             if not 0 <= getattr(self, name) < 1:
