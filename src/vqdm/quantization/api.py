@@ -13,19 +13,19 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vqdm.additive.code import CodeSpec
-from vqdm.additive.config import SolverConfig
-from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, read_overrides
+from vqdm.config import all_settings, build
 from vqdm.diffusion.model_folders import check_supported_pipeline
-from vqdm.diffusion.pipelines import SCHEDULERS, set_scheduler
+from vqdm.diffusion.pipelines import set_scheduler
 from vqdm.errors import UserError
 from vqdm.prompts import check_prompts, default_prompts, load_prompts
 from vqdm.quantization import job
+from vqdm.quantization.config import HubConfig, QuantizeConfig
 
 # Settings of how a path is loaded, which a loaded pipeline has decided already.
 LOADING = ("dtype", "device", "variant", "revision", "local_files_only")
-# Parts of QuantizeConfig whose fields are settings of their own.
-NESTED = {"sampling": SamplingConfig, "between": BetweenConfig}
+# Arguments with a name of their own, and flags for what a user does with the result.
+OWN = ("model", "calibration_prompts", "evaluation_prompts", "output_dir", "target_bits")
+OWN += tuple(one.name for one in fields(HubConfig))
 
 
 @dataclass(frozen=True)
@@ -118,40 +118,19 @@ def quantize(
         values |= {"evaluation_prompts": _source(evaluation_prompts)}
         values["model"] = str((pipeline.name_or_path or type(pipeline).__name__) if loaded else pipeline)
         values |= {"device": str(pipeline.device)} if loaded else {}
-        if isinstance(values.get("overrides"), str | Path):
-            values["overrides"] = read_overrides(str(values["overrides"]))
-        config = make_config(values)
+        config = build(QuantizeConfig, values)
         work_on = _working_copy(pipeline, config.sampling.scheduler) if loaded else None
         quantized, summary = job.quantize(config, work_on, (calibration, evaluation))
     return quantized, None if summary is None else QuantizationReport.of(summary)
 
 
-def make_config(values: dict) -> QuantizeConfig:
-    """Make the settings of a run from flat values by field name; nested settings are found by their own names.
-
-    Raises:
-        UserError: settings that contradict each other, naming them.
-    """
-    pick = lambda kind: {one.name: values[one.name] for one in fields(kind) if one.name in values}  # noqa: E731
-    try:
-        solver = SolverConfig(spec=CodeSpec(**pick(CodeSpec)), **pick(SolverConfig))
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    if values.get("scheduler", "default") not in SCHEDULERS:
-        raise UserError(f"--scheduler is {values['scheduler']!r}; allowed are {', '.join(SCHEDULERS)}")
-    nested = {name: kind(**pick(kind)) for name, kind in NESTED.items()}
-    code = values.get("code") or ("additive" if values.get("target_bits") is None else "trellis")
-    return QuantizeConfig(**pick(QuantizeConfig) | nested | {"solver": solver, "code": code})
-
-
 def _check_names(settings: dict) -> None:
-    own = ("model", "calibration_prompts", "evaluation_prompts", "output_dir", "target_bits", "solver", "spec", *NESTED)
-    known = {one.name for kind in (QuantizeConfig, SolverConfig, CodeSpec, *NESTED.values()) for one in fields(kind)}
+    known = {setting.name for _, setting in all_settings(QuantizeConfig) if setting.name not in OWN}
     for name in settings:
-        if name not in known.difference(own):
-            near = difflib.get_close_matches(name, known.difference(own), 1)
-            hint = f"; did you mean {near[0]}?" if near else "; settings are the flags of main_text2image.py"
-            raise UserError(f"{name} is not a setting of quantize{hint}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "settings are the flags of main_text2image.py"
+            raise UserError(f"{name} is not a setting of quantize; {hint}")
 
 
 def _check_loaded_pipeline(pipeline: DiffusionPipeline, settings: dict) -> None:

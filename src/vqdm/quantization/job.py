@@ -23,7 +23,6 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode, Bank
-from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.model_folders import check_loaded, check_supported, load_quantized_unet
 from vqdm.diffusion.pipelines import (
@@ -52,6 +51,7 @@ from vqdm.prompts import choose, default_prompts, load_prompts
 from vqdm.quantization.allocation import allocated
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.codebook_training import make_banks, shared
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
     Rest,
     bank_bits,
@@ -164,7 +164,7 @@ def quantize(
         stored, original_bytes = model_files(config, pipeline, given)
         layers = chosen_layers(config, pipeline.unet)
         parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-        rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
+        rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.unquantized_nbits == 8 else [])
         log_info(planned_size(config, layers, parameters, rest, plain_bits(pipeline.unet, stored.get("unet"))))
         steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
         check_timestep_range(pipeline.scheduler, steps, *limits)
@@ -266,8 +266,8 @@ def run(job: Job) -> dict | None:
     config = job.config
     with job.clock("teacher"):
         teacher, teacher_images = teacher_evaluation(job)
-        finetuned_on = teacher_points(job) if config.between.num_intermediate_finetunes else None
-    if config.rest_nbits == 8:
+        finetuned_on = teacher_points(job) if config.intermediate.num_intermediate_finetunes else None
+    if config.unquantized_nbits == 8:
         for name in rest_layers(job.unet, job.layers):  # before Hessians are recorded
             try:
                 round_layer(job.unet, name)
@@ -285,7 +285,7 @@ def run(job: Job) -> dict | None:
     quantized = load_codes(job) | finished_layers(job)
     if job.ranks.main:
         job.folder.rewrite_table([done.report for done in quantized.values()])
-    finetunes = turns(config.between.num_intermediate_finetunes, len(job.blocks))
+    finetunes = turns(config.intermediate.num_intermediate_finetunes, len(job.blocks))
     for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in quantized]
         if todo:

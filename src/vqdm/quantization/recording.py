@@ -188,7 +188,7 @@ def hessian_settings(job: Job) -> dict:
         "model": job.fingerprint or model,
         "variant": config.variant,
         "dtype": str(unet_dtype(job.unet)),
-        "rest_nbits": config.rest_nbits,
+        "unquantized_nbits": config.unquantized_nbits,
         "calibration_prompts_sha256": digest(job.calibration),
         "seed": config.seed,
         "sampling": config.to_dict()["sampling"],
