@@ -17,34 +17,34 @@ import sys
 from vqdm.cli import Parser, run_script
 from vqdm.errors import RunError
 from vqdm.generation.config import GenerateConfig
-from vqdm.generation.job import Drawn, sample_images
+from vqdm.generation.job import GenerationResult, generate_images
 from vqdm.images import NAN, NAN_ADVICE
 
 PARSER = Parser(GenerateConfig, __doc__)
 
 
-def report(drawn: Drawn) -> None:
+def report(result: GenerationResult) -> None:
     """Warn of images with problems, and print where the images are.
 
     Raises:
         RunError: an image holds NaN.
     """
-    words = ", ".join(f"{count} {problem}" for problem, count in sorted(drawn.problems.items()))
+    words = ", ".join(f"{count} {problem}" for problem, count in sorted(result.problems.items()))
     if words:
         logging.getLogger("vqdm").warning("warning: images with problems (problem in manifest.jsonl): %s", words)
-    rate = f"{drawn.new / drawn.seconds:.2f}/s, " if drawn.new else ""
-    print(f"{drawn.total} images, {drawn.new} of them new, {rate}in {drawn.folder}")
-    if NAN in drawn.problems:
+    rate = f"{result.new / result.seconds:.2f}/s, " if result.new else ""
+    print(f"{result.total} images, {result.new} of them new, {rate}in {result.folder}")
+    if NAN in result.problems:
         raise RunError(
-            f"{drawn.problems[NAN]} of {drawn.total} images hold NaN and are black; into another folder, {NAN_ADVICE}"
+            f"{result.problems[NAN]} of {result.total} images hold NaN and are black; into another folder, {NAN_ADVICE}"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, generate, print where the images are."""
-    drawn = sample_images(PARSER.parse(argv))
-    if drawn:
-        report(drawn)
+    result = generate_images(PARSER.parse(argv))
+    if result:
+        report(result)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import torch
 from vqdm.config import SamplingConfig
 from vqdm.diffusion.pipelines import generators, load_pipeline, pick_device, pick_dtype
 from vqdm.generation.config import GenerateConfig
-from vqdm.generation.drawing import call_settings
 from vqdm.generation.job import run, wanted_requests
+from vqdm.generation.requests import call_settings
 from vqdm.image_folder import ImageFolder
 from vqdm.parallel import launched
 from vqdm.prompts import load_prompts, load_rows

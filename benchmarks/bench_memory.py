@@ -25,7 +25,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import SolverConfig
 from vqdm.config import SamplingConfig
 from vqdm.generation.config import GenerateConfig
-from vqdm.generation.job import sample_images
+from vqdm.generation.job import generate_images
 from vqdm.prompts import load_prompts
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.job import quantize
@@ -70,7 +70,8 @@ def generate(model: str, prompts: list[str], batches: int, folder: Path) -> None
     file.write_text("".join(f"{prompts[k % len(prompts)]}\n" for k in range(batches)), encoding="utf-8")
     sampling = SamplingConfig(num_inference_steps=1)
     out = str(folder / "out")
-    sample_images(GenerateConfig(model=model, prompts=str(file), output_dir=out, sampling=sampling, bs=1, device="cpu"))
+    shared = dict(model=model, output_dir=out, sampling=sampling, device="cpu")
+    generate_images(GenerateConfig(prompts=str(file), bs=1, **shared))
 
 
 def quantize_all(model: str, prompts: list[str], folder: Path) -> None:

@@ -72,7 +72,7 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 
 
 def gap(first: Path, second: Path) -> int:
-    """Largest difference of two folders' pictures, in grey levels; the folders must hold the same files."""
+    """Largest difference of two folders' images, in grey levels; the folders must hold the same files."""
     ours, theirs = pixels(first), pixels(second)
     assert ours.keys() == theirs.keys()
     return max(np.abs(ours[name] - theirs[name]).max() for name in ours)
@@ -84,19 +84,19 @@ def rows_of(folder: Path) -> dict[tuple[int, int], dict]:
 
 @pytest.fixture(scope="module")
 def finished(pipelines, prompts, tmp_path_factory) -> Path:
-    """Two pictures of each prompt, drawn one at a time."""
+    """Two images of each prompt, generated one at a time."""
     out = tmp_path_factory.mktemp("finished") / "out"
     assert run(pipelines["sdxl"], prompts, "--num_samples_per_prompt", 2, "--bs", 1, out=out) == 0
     return out
 
 
-def test_pictures_are_those_of_the_plain_pipeline(finished, pipelines):
+def test_images_are_those_of_the_plain_pipeline(finished, pipelines):
     pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"])
     for (index, sample), row in rows_of(finished).items():
         generator = torch.Generator().manual_seed(seed_of(0, str(index), sample))
         plain = pipeline(PROMPTS[index], num_inference_steps=2, generator=generator).images[0]
-        with Image.open(finished / row["file"]) as drawn:
-            assert np.abs(np.asarray(plain).astype(int) - np.asarray(drawn)).max() <= 1
+        with Image.open(finished / row["file"]) as generated:
+            assert np.abs(np.asarray(plain).astype(int) - np.asarray(generated)).max() <= 1
 
 
 def test_manifest_and_run_say_how_to_repeat(finished, pipelines):
@@ -121,7 +121,7 @@ def test_manifest_and_run_say_how_to_repeat(finished, pipelines):
     assert {"versions", "command", "options", "scheduler", "device"} <= run_json.keys()
 
 
-def test_batches_shards_and_limits_draw_the_same(finished, pipelines, prompts, tmp_path):
+def test_batches_shards_and_limits_generate_the_same(finished, pipelines, prompts, tmp_path):
     out = tmp_path / "out"
     words = [pipelines["sdxl"], prompts, "--num_samples_per_prompt", 2, "--bs", 3, "--resume"]
     assert run(*words, "--shard", "1/2", "--limit", 4, out=out) == 0
@@ -132,7 +132,7 @@ def test_batches_shards_and_limits_draw_the_same(finished, pipelines, prompts, t
     assert rows_of(out).keys() == rows_of(finished).keys()
 
 
-def test_two_processes_draw_the_same_bytes(finished, pipelines, prompts, tmp_path):
+def test_two_processes_generate_the_same_bytes(finished, pipelines, prompts, tmp_path):
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "generate.py"]
     words = [pipelines["sdxl"], prompts, "--num_samples_per_prompt", "2", "--bs", "1", "--device", "cpu", *FAST]
@@ -148,24 +148,24 @@ def test_two_processes_draw_the_same_bytes(finished, pipelines, prompts, tmp_pat
 def test_interrupted_run_resumes_where_it_was(finished, pipelines, prompts, tmp_path, monkeypatch, capsys):
     import vqdm.generation.job as job
 
-    out, drawn = tmp_path / "out", []
+    out, generated = tmp_path / "out", []
     words = [pipelines["sdxl"], prompts, "--num_samples_per_prompt", 2, "--bs", 1]
 
-    def tired(pipeline, batch, draw=job.draw):
-        if len(drawn) == 4:
+    def tired(pipeline, batch, generate=job.generate):
+        if len(generated) == 4:
             raise KeyboardInterrupt
-        drawn.extend(batch)
-        return draw(pipeline, batch)
+        generated.extend(batch)
+        return generate(pipeline, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "draw", tired)
+        patch.setattr(job, "generate", tired)
         assert run(*words, out=out) == 130
     assert "--resume goes on" in capsys.readouterr().err
     part = next(out.glob("manifest.*.jsonl"))
     part.write_text(part.read_text()[:-20])
     (out / "000000_00.png").write_bytes(b"damaged")
     assert run(*words, "--resume", out=out) == 0
-    assert "2 of 10 pictures are there already" in capsys.readouterr().out
+    assert "2 of 10 images exist already" in capsys.readouterr().out
     assert rows_of(out) == rows_of(finished) and gap(out, finished) == 0
 
 
@@ -178,7 +178,7 @@ def test_resume_names_what_changed(finished, pipelines, prompts, tmp_path, capsy
     assert "other settings: seed was 0, now 3; guidance_scale was None, now 2.0" in capsys.readouterr().err
 
 
-def test_quantized_unet_draws_and_is_recorded(finished, quantized, pipelines, prompts, tmp_path):
+def test_quantized_unet_is_used_and_is_recorded(finished, quantized, pipelines, prompts, tmp_path):
     for number, folder in enumerate((quantized, quantized / "unet")):
         out = tmp_path / str(number)
         assert run(pipelines["sdxl"], folder, prompts, "--limit", 2, "--seed", 0, out=out) == 0
@@ -189,7 +189,7 @@ def test_quantized_unet_draws_and_is_recorded(finished, quantized, pipelines, pr
     assert any((ours[name] != teacher[name]).any() for name in ours)
 
 
-def test_quantized_model_draws_itself_and_is_no_teacher(quantized, pipelines, prompts, tmp_path, capsys):
+def test_quantized_model_uses_its_own_unet_and_is_no_teacher(quantized, pipelines, prompts, tmp_path, capsys):
     whole = tmp_path / "whole"
     shutil.copytree(pipelines["sdxl"], whole)
     shutil.rmtree(whole / "unet")
@@ -238,38 +238,38 @@ def spoil(folder: Path, target: Path, value: float) -> Path:
     return target
 
 
-def test_black_pictures_are_a_warning(pipelines, prompts, tmp_path, capsys):
+def test_black_images_are_a_warning(pipelines, prompts, tmp_path, capsys):
     model = spoil(pipelines["sdxl"], tmp_path / "black", -5.0)
     assert run(model, prompts, out=tmp_path / "out") == 0
-    assert "warning: pictures to look at (problem in manifest.jsonl): 5 black" in capsys.readouterr().out
+    assert "warning: images with problems (problem in manifest.jsonl): 5 black" in capsys.readouterr().out
     assert {row["problem"] for row in rows_of(tmp_path / "out").values()} == {"black"}
 
 
-def test_nan_from_the_first_picture_on_stops_the_run(pipelines, prompts, tmp_path, capsys):
+def test_nan_from_the_first_image_on_stops_the_run(pipelines, prompts, tmp_path, capsys):
     model = spoil(pipelines["sdxl"], tmp_path / "nan", float("nan"))
     assert run(model, prompts, out=tmp_path / "out") == 1
-    assert "every picture of the first batch holds NaN" in capsys.readouterr().err
+    assert "every image of the first batch holds NaN" in capsys.readouterr().err
     assert not pixels(tmp_path / "out")
 
 
 def test_some_nan_is_marked_and_fails_at_the_end(pipelines, prompts, tmp_path, monkeypatch, capsys):
     import vqdm.generation.job as job
 
-    def spoiled(pipeline, batch, draw=job.draw):
-        pictures = draw(pipeline, batch)
-        return [job.Picture(pictures[0].image, "nan"), *pictures[1:]] if batch[0].index == 2 else pictures
+    def spoiled(pipeline, batch, generate=job.generate):
+        images = generate(pipeline, batch)
+        return [job.Picture(images[0].image, "nan"), *images[1:]] if batch[0].index == 2 else images
 
-    monkeypatch.setattr(job, "draw", spoiled)
+    monkeypatch.setattr(job, "generate", spoiled)
     assert run(pipelines["sdxl"], prompts, "--bs", 2, out=tmp_path / "out") == 1
     captured = capsys.readouterr()
-    assert "5 pictures, 5 of them new" in captured.out and "1 of 5 pictures hold NaN" in captured.err
+    assert "5 images, 5 of them new" in captured.out and "1 of 5 images hold NaN" in captured.err
     assert [row["index"] for row in rows_of(tmp_path / "out").values() if row["problem"]] == [2]
 
 
 def test_dry_run_writes_nothing(pipelines, quantized, prompts, tmp_path, capsys):
     words = [pipelines["sdxl"], quantized, prompts, "--dry_run", "--num_samples_per_prompt", 3]
     assert run(*words, out=tmp_path / "out") == 0
-    assert f"15 pictures of 5 prompts, UNet of {quantized}" in capsys.readouterr().out
+    assert f"15 images of 5 prompts, UNet of {quantized}" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 

@@ -1,10 +1,10 @@
-"""Draw pictures for a prompt file: from prompts to an image folder with a manifest.
+"""Generate images for a prompt file: from prompts to an image folder with a manifest.
 
-Order of work: read prompts, claim the folder, load the pipeline with the quantized UNet in place, draw this rank's
-stride of the batches that are missing, and merge the manifests of all ranks. No picture ever passes between ranks.
+Order of work: read prompts, claim the folder, load the pipeline with the quantized UNet in place, generate this rank's
+shard of the missing batches, and merge the manifests of all ranks. No image ever passes between ranks.
 
-Requests are put into batches before they are spread over ranks, and an interrupted batch is drawn as a whole again: a
-picture's last bits can depend on how many are drawn at once, and so depend neither on ranks nor on interruptions.
+Requests are put into batches before they are spread over ranks, and an interrupted batch is generated as a whole again:
+an image's last bits can depend on the batch size, and so depend neither on ranks nor on interruptions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
-from tqdm import tqdm
 
 import vqdm
 from vqdm.diffusion.model_folders import (
@@ -33,8 +32,15 @@ from vqdm.diffusion.model_folders import (
 from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
 from vqdm.errors import RunError, UserError
 from vqdm.generation.config import GenerateConfig
-from vqdm.generation.drawing import alike, draw, drawn_in_batches, settings_used
-from vqdm.generation.requests import Request, make_requests, unused_columns
+from vqdm.generation.requests import (
+    Request,
+    alike,
+    generate,
+    generate_in_batches,
+    make_requests,
+    settings_used,
+    unused_columns,
+)
 from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
 from vqdm.images import NAN, NAN_ADVICE, Picture
 from vqdm.layers.quantized import quantized_layers
@@ -46,20 +52,20 @@ from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
 from vqdm.tracking import JsonLines, Tracker, log_info, progress_bar
 from vqdm.versions import versions
 
-# The pictures do not depend on these, so they may change between a run and its resumption.
+# The images do not depend on these, so they may change between a run and its resumption.
 FREE_FIELDS = ("output_dir", "device", "bs", "limit", "shard", "num_samples_per_prompt", "compile", "offload")
 FREE_FIELDS += ("report_to", "resume", "dry_run", "prompts", "teacher", "local_files_only")
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GenerationResult:
     """What a finished run has to say.
 
     Attributes:
-        total: pictures asked for, which are all there.
+        total: images of the requests, all of which exist.
         new: those of them that this run drew, with all ranks.
-        seconds: that it took to draw them.
-        problems: what is wrong with a picture → how many there are.
+        seconds: to generate these.
+        problems: problem of an image → number of images with it.
     """
 
     folder: Path
@@ -70,8 +76,8 @@ class Drawn:
 
 
 @dataclass
-class Job:
-    """What the steps of one run share."""
+class GenerationJob:
+    """The state that the steps of one run share."""
 
     config: GenerateConfig
     ranks: Ranks
@@ -80,15 +86,15 @@ class Job:
     tracker: Tracker
 
 
-def sample_images(config: GenerateConfig) -> Drawn | None:
+def generate_images(config: GenerateConfig) -> GenerationResult | None:
     """Run the whole job; None after a dry run, and on every rank but the first.
 
     Raises:
         UserError: bad input, found before anything slow starts.
-        RunError: the work failed, or a picture holds NaN; what is finished stays on disk for `resume`.
+        RunError: the work failed, or an image holds NaN; what is finished stays on disk for `resume`.
     """
     rows = load_rows(config.prompts, "PROMPTS")
-    requests = wanted_requests(config, rows)
+    requests = requests_of_shard(config, rows)
     log_notes(unused_columns(rows), config.prompts, "PROMPTS")
     check_layout(config.layout, [request.id for request in requests], config.num_samples_per_prompt)
     check_model(config.model, config.variant)
@@ -122,14 +128,14 @@ def run(
     pipeline: DiffusionPipeline,
     rows: list[dict],
     requests: list[Request],
-) -> Drawn | None:
+) -> GenerationResult | None:
     """All slow steps once everything is loaded."""
     pending = find_pending(ranks, folder, rows, requests)
     tracker = Tracker(config.report_to if ranks.main else "none", "vqdm-generate", folder.path, config.to_dict())
     began = time.perf_counter()
     try:
         batches = batches_with(requests, pending, config.bs)
-        draw_share(Job(config, ranks, folder, pipeline, tracker), ranks.shard(batches), pending)
+        generate_shard(GenerationJob(config, ranks, folder, pipeline, tracker), ranks.shard(batches), pending)
         ranks.barrier()
     finally:
         tracker.finish()
@@ -137,13 +143,13 @@ def run(
     if not ranks.main:
         return None
     problems = finish(folder, requests)
-    return Drawn(folder.path, len(requests), len(pending), seconds, problems)
+    return GenerationResult(folder.path, len(requests), len(pending), seconds, problems)
 
 
-# ------------------------------------------------------------------------------------------- what is wanted
+# ------------------------------------------------------------------------------------------- requests
 
 
-def wanted_requests(config: GenerateConfig, rows: list[dict]) -> list[Request]:
+def requests_of_shard(config: GenerateConfig, rows: list[dict]) -> list[Request]:
     """Requests of this shard. Seeds and numbers are those of the whole file, so that parts fit together."""
     settings = config.sampling.call()
     every = make_requests(
@@ -164,7 +170,7 @@ def check_offload(offload: str, device: torch.device) -> None:
 
 
 def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], unet_folder: Path | None) -> dict:
-    """Everything the pictures depend on, which a resumption must share."""
+    """Return everything the images depend on, which a resumption must share."""
     own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
     model = Path(config.model)
     return own | {
@@ -176,18 +182,18 @@ def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], unet_fol
 
 
 def plan(config: GenerateConfig, ranks: Ranks, folder: ImageFolder, requests: list[Request]) -> str:
-    """One line: how many pictures, by which UNet, where."""
+    """Format one line: how many images, by which UNet, where."""
     prompts = len({request.index for request in requests})
     source = f"UNet of {config.quantized}" if config.quantized else f"own UNet of {config.model}"
     return (
-        f"{len(requests)} pictures of {prompts} prompts, {source}, {config.bs} at once on {ranks.world} "
+        f"{len(requests)} images of {prompts} prompts, {source}, batch size {config.bs} on {ranks.world} "
         f"{ranks.device.type} process{'es' if ranks.world > 1 else ''}, "
         f"into {folder.path / folder.file_of(requests[0].key)} and on"
     )
 
 
 def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: list[Request]) -> list[Request]:
-    """Requests without an intact picture. Only the first rank looks at the files, and tells the others."""
+    """Return the requests without an intact image. Only the first rank reads the files."""
     done = set()
     if ranks.main:
         folder.sweep()
@@ -195,7 +201,7 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
         done = folder.finished(request.key for request in requests)
     done = ranks.broadcast(done)
     if done:
-        log_info(f"{len(done)} of {len(requests)} pictures are there already")
+        log_info(f"{len(done)} of {len(requests)} images exist already")
     return [request for request in requests if request.key not in done]
 
 
@@ -203,7 +209,7 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
 
 
 def load(config: GenerateConfig, ranks: Ranks, unet_folder: Path | None) -> DiffusionPipeline:
-    """MODEL with QUANTIZED's UNet in it where one is given, ready to draw.
+    """MODEL with QUANTIZED's UNet in it where one is given, ready to generate.
 
     Raises:
         UserError: either cannot be loaded, they do not fit, or `--teacher` names a quantized MODEL.
@@ -217,12 +223,12 @@ def load(config: GenerateConfig, ranks: Ranks, unet_folder: Path | None) -> Diff
     elif config.teacher:
         check_loaded(pipeline.unet, config.model, "--teacher: MODEL")
     elif quantized_layers(pipeline.unet):
-        log_info(f"MODEL {config.model} is quantized itself; its own UNet draws")
+        log_info(f"MODEL {config.model} is quantized itself; its own UNet is used")
     return placed(pipeline, config, ranks.device)
 
 
 def placed(pipeline: DiffusionPipeline, config: GenerateConfig, device: torch.device) -> DiffusionPipeline:
-    """The pipeline on its device, or waiting beside it as `--offload` says."""
+    """Return the pipeline on its device, or offloaded as `--offload` asks."""
     if config.compile:
         pipeline.unet.compile()
     if config.offload == "model":
@@ -261,7 +267,7 @@ def model_commit(model: str, revision: str | None) -> str | None:
     return Path(index).parent.name if isinstance(index, str) else None
 
 
-# ------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------- images
 
 
 def batches_with(requests: list[Request], pending: list[Request], size: int) -> list[list[Request]]:
@@ -271,40 +277,32 @@ def batches_with(requests: list[Request], pending: list[Request], size: int) -> 
     return [batch for batch in every if any(request.key in missing for request in batch)]
 
 
-def draw_share(job: Job, batches: list[list[Request]], pending: list[Request]) -> None:
-    """Draw batches and keep what is pending; each picture and its row are on disk before the next batch begins.
+def generate_shard(job: GenerationJob, batches: list[list[Request]], pending: list[Request]) -> None:
+    """Generate batches and save what is pending; each image and its row are on disk before the next batch begins.
 
     Raises:
-        RunError: every picture of the first batch holds NaN, so that the others would too.
+        RunError: every image of the first batch holds NaN, as all others would.
     """
     lines, done, began = JsonLines(job.folder.part(job.ranks.rank)), 0, time.perf_counter()
     missing = {request.key for request in pending}
-    with progress(job.ranks, sum(map(len, batches))) as ticks:
-        for batch, pictures in drawn_in_batches(partial(draw, job.pipeline), batches, job.config.bs):
-            if not done and all(picture.problem == NAN for picture in pictures):
-                raise RunError(f"every picture of the first batch holds NaN; {NAN_ADVICE}")
-            for request, picture in zip(batch, pictures, strict=True):
+    share = "images" if job.ranks.world == 1 else "images of this process"
+    with progress_bar(total=sum(map(len, batches)), description=share) as ticks:
+        for batch, images in generate_in_batches(partial(generate, job.pipeline), batches, job.config.bs):
+            if not done and all(one.problem == NAN for one in images):
+                raise RunError(f"every image of the first batch holds NaN; {NAN_ADVICE}")
+            for request, image in zip(batch, images, strict=True):
                 if request.key in missing:
-                    lines.write(sealed(keep(job, request, picture) | {"batch_size": len(batch)}))
+                    lines.write(sealed(save_image(job, request, image) | {"batch_size": len(batch)}))
             if not done:
-                job.tracker.images("pictures", [picture.image for picture in pictures])
+                job.tracker.images("images", [one.image for one in images])
             done += len(batch)
             ticks.update(len(batch))
             rate = done / (time.perf_counter() - began)
-            job.tracker.log({"pictures": done, "pictures_per_second": rate}, step=done)
+            job.tracker.log({"images": done, "images_per_second": rate}, step=done)
 
 
-def progress(ranks: Ranks, total: int) -> tqdm:
-    """A bar on the first rank, which shows its own share; the others stay silent."""
-    if not ranks.main:
-        return tqdm(disable=True)
-    ticks = progress_bar(total=total, description="pictures" if ranks.world == 1 else "pictures (one process)")
-    ticks.unit = "image"
-    return ticks
-
-
-def keep(job: Job, request: Request, picture: Picture) -> dict:
-    """Save a picture and return its row of the manifest."""
+def save_image(job: GenerationJob, request: Request, generated: Picture) -> dict:
+    """Save an image and return its row of the manifest."""
     about = {
         "index": request.index,
         "sample": request.sample,
@@ -312,24 +310,24 @@ def keep(job: Job, request: Request, picture: Picture) -> dict:
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
-        "settings": settings_used(job.pipeline, request, picture.image)
+        "settings": settings_used(job.pipeline, request, generated.image)
         | {"scheduler": type(job.pipeline.scheduler).__name__},
     }
     model = {"model": job.config.model, "quantized": job.config.quantized, "vqdm": vqdm.__version__}
-    digest = job.folder.save(request.key, picture.image, about | model)
-    return about | {"file": job.folder.file_of(request.key), "sha256": digest, "problem": picture.problem}
+    digest = job.folder.save(request.key, generated.image, about | model)
+    return about | {"file": job.folder.file_of(request.key), "sha256": digest, "problem": generated.problem}
 
 
 def finish(folder: ImageFolder, requests: list[Request]) -> dict[str, int]:
-    """Merge the manifests, write the layout's sheets, and count pictures with problems.
+    """Merge the manifests, write the layout's sheets, and count images with problems.
 
     Raises:
-        RunError: a rank left pictures out.
+        RunError: a rank left images out.
     """
     rows = folder.merge()
     wanted: list[Key] = [request.key for request in requests]
     missing = [key for key in wanted if key not in rows]
     if missing:
-        raise RunError(f"{len(missing)} pictures are missing, the first is {folder.file_of(missing[0])}; add --resume")
+        raise RunError(f"{len(missing)} images are missing, the first is {folder.file_of(missing[0])}; add --resume")
     folder.write_grids({request.index: request.id for request in requests}, rows)
     return dict(Counter(rows[key]["problem"] for key in wanted if rows[key]["problem"]))

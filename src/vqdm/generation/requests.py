@@ -1,19 +1,33 @@
-"""What is to be drawn: one request a picture, complete and independent of every other."""
+"""Requests for images: one per image, complete and independent of the others; and how batches of them are generated.
+
+A batch that is out of memory is halved.
+"""
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import inspect
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from vqdm.diffusion.pipelines import generators, image_size
 from vqdm.documents import shortened
-from vqdm.errors import UserError
+from vqdm.errors import RunError, UserError
+from vqdm.images import Picture, to_pictures
 from vqdm.prompts import ID_COLUMNS, SETTING_COLUMNS, plain_name
+from vqdm.tracking import log_info
 
 SETTINGS = ("guidance_scale", "num_inference_steps", "height", "width")
 LARGEST_SEED = 2**63 - 1
-# What others call the columns that act, in letters alone.
+# Other names of the columns that are used, in letters alone.
 MISNAMED = dict.fromkeys(("negative", "negprompt", "neg", "negativeprompts", "uncond"), "negative_prompt")
 MISNAMED |= dict.fromkeys(("guidance", "cfg", "cfgscale", "guidancescales"), "guidance_scale")
 MISNAMED |= dict.fromkeys(("steps", "numsteps", "inferencesteps", "samplingsteps"), "num_inference_steps")
@@ -23,13 +37,13 @@ MISNAMED |= {name.replace("_", ""): name for name in SETTING_COLUMNS}
 
 @dataclass(frozen=True)
 class Request:
-    """One picture.
+    """The request for one image.
 
     Attributes:
         index: number of the prompt in its file, from 0.
-        sample: number of the picture among those of the prompt, from 0.
+        sample: number of the image among those of the prompt, from 0.
         id: the prompt's name, unique in its file.
-        seed: of the generator that draws all noise of this picture.
+        seed: of the generator of all noise of this image.
         settings: `SETTINGS` by name; None leaves one to the pipeline.
     """
 
@@ -47,7 +61,7 @@ class Request:
 
 
 def seed_of(base: int, prompt_id: str, sample: int) -> int:
-    """63 bits of SHA-256: a picture's seed depends on neither order, batch, subset nor number of processes."""
+    """Return 63 bits of SHA-256: an image's seed depends on neither order, batch, subset nor number of processes."""
     digest = hashlib.sha256(f"{base}|{prompt_id}|{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") & LARGEST_SEED
 
@@ -55,10 +69,10 @@ def seed_of(base: int, prompt_id: str, sample: int) -> int:
 def make_requests(
     rows: list[dict], samples: int, base_seed: int, negative_prompt: str | None, settings: dict, source: str
 ) -> list[Request]:
-    """`samples` requests a row, in order; columns of a row overrule what is given for all.
+    """Make `samples` requests per row, in order; columns of a row override the settings for all.
 
     Args:
-        rows: as `prompts.load_rows` gives them. Columns that act, where a cell is not empty: `id`, `seed`,
+        rows: as `prompts.load_rows` gives them. Columns that are used, where a cell is not empty: `id`, `seed`,
             `negative_prompt`, `guidance_scale`, `num_inference_steps`, `height`, `width`.
         settings: for all rows, `SETTINGS` by name.
 
@@ -77,7 +91,7 @@ def make_requests(
 
 
 def prompt_ids(rows: list[dict]) -> list[str]:
-    """A name a row: its `id` (or `item_id`) where every row has one of its own, else its number."""
+    """Return a name per row: its `id` (or `item_id`) where every row has one of its own, else its number."""
     for column in ID_COLUMNS:
         names = _texts(rows, column)
         if all(names) and len(set(names)) == len(names):
@@ -86,18 +100,18 @@ def prompt_ids(rows: list[dict]) -> list[str]:
 
 
 def _texts(rows: list[dict], column: str) -> list[str]:
-    """The cells of a column, "" where there is none; names of columns differ in case and blanks."""
+    """Return the cells of a column, "" where there is none; names of columns differ in case and blanks."""
     cells = [{plain_name(name): value for name, value in row.items()}.get(column) for row in rows]
     return ["" if value is None else str(value).strip() for value in cells]
 
 
 def unused_columns(rows: list[dict]) -> list[str]:
-    """Lines about columns of a prompt file that do not act although they look as if they should."""
+    """Return lines about columns of a prompt file that are not used although their names suggest it."""
     lines, names = [], dict.fromkeys(name for row in rows for name in row)
     for name in names:
         wanted = MISNAMED.get(re.sub(r"[^a-z]", "", str(name).lower()))
         if wanted and plain_name(name) != wanted:
-            lines.append(f"column {name} does not act; rename it to {wanted} if it should")
+            lines.append(f"column {name} is not used; rename it to {wanted} if it should be")
     columns = {plain_name(name) for name in names}.intersection(ID_COLUMNS)
     if columns and prompt_ids(rows) == [str(index) for index in range(len(rows))]:
         ids = _texts(rows, next(column for column in ID_COLUMNS if column in columns))
@@ -109,7 +123,7 @@ def unused_columns(rows: list[dict]) -> list[str]:
 
 
 def overrides(row: dict, where: str) -> dict:
-    """The cells of a row that overrule settings, as numbers and text; empty cells do not.
+    """Return the cells of a row that override settings, as numbers and text; empty cells do not.
 
     Raises:
         UserError: as `make_requests`.
@@ -124,7 +138,7 @@ def overrides(row: dict, where: str) -> dict:
 
 
 def check_size(value: int, where: str) -> int:
-    """A picture's height or width. Raises UserError unless a positive multiple of 8."""
+    """Return an image's height or width. Raises UserError unless it is a positive multiple of 8."""
     if value < 8 or value % 8:
         raise UserError(f"{where} is {value}; allowed are multiples of 8")
     return value
@@ -148,7 +162,7 @@ def _number(kind: type, low: float, high: float):
 
 
 def _whole(value) -> int:
-    """A whole number, also where a table holds it as 512.0; text goes through int, which keeps all 63 bits.
+    """Parse a whole number, also where a table holds it as 512.0; text goes through int, which keeps all 63 bits.
 
     Spreadsheets and data frames write the whole numbers of a column with empty cells so.
     """
@@ -175,3 +189,91 @@ _COLUMNS = {
     "height": _size,
     "width": _size,
 }
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+
+def alike(requests: list[Request]) -> list[list[Request]]:
+    """Group requests that one pipeline call can generate: equal settings, negative prompts for all or for none."""
+    ordered = sorted(requests, key=_call_key)
+    return [list(group) for _, group in groupby(ordered, key=_call_key)]
+
+
+def _call_key(request: Request) -> tuple:
+    # None and "" are different negative prompts to diffusers, and None does not compare with numbers.
+    settings = [(value is not None, value or 0) for value in request.settings.values()]
+    return request.negative_prompt is None, *settings
+
+
+def generate_in_batches(
+    generate: Callable[[list[Request]], list[Picture]], groups: list[list[Request]], size: int
+) -> Iterator[tuple[list[Request], list[Picture]]]:
+    """Yield (requests, images) batch by batch; on out of memory, halve the size for good and repeat the batch.
+
+    Raises:
+        RunError: out of memory at batch size 1.
+    """
+    for group in groups:
+        done = 0
+        while done < len(group):
+            batch = group[done : done + size]
+            images = _unless_out_of_memory(generate, batch)
+            if images is not None:
+                yield batch, images
+                done += len(batch)
+            elif len(batch) > 1:
+                size = len(batch) // 2
+                log_info(f"out of memory at batch size {len(batch)}; continuing with {size}")
+            else:
+                advice = "try --offload model, or smaller --height and --width"
+                raise RunError(f"out of memory at batch size 1; {advice}")
+
+
+def _unless_out_of_memory(generate: Callable, batch: list[Request]) -> list[Picture] | None:
+    """Return the images of a batch, or None on out of memory."""
+    try:
+        return generate(batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the handler: while the exception lives, its frames hold the tensors to free.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error means out of memory, of a GPU or of the machine."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "not enough memory" in words
+
+
+@torch.no_grad()
+def generate(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
+    """Generate the images of requests that are alike, each from its own CPU generator."""
+    negative = None if batch[0].negative_prompt is None else [request.negative_prompt for request in batch]
+    result = pipeline(
+        prompt=[request.prompt for request in batch],
+        negative_prompt=negative,
+        generator=generators(0, [request.seed for request in batch]),
+        output_type="pt",
+        **call_settings(pipeline, batch[0].settings),
+    )
+    return to_pictures(result)
+
+
+def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:
+    """Return the given settings as keyword arguments of the pipeline call. Raises UserError as `image_size`."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    height, width = image_size(pipeline, given.get("height"), given.get("width"))
+    # Some pipelines fall back to their own size unless both sides are given.
+    return given | {"height": height, "width": width} if given.keys() & {"height", "width"} else given
+
+
+def settings_used(pipeline: DiffusionPipeline, request: Request, image: Image.Image) -> dict:
+    """Return the settings of a request, completed by the pipeline's defaults and the image's size."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    used = {name: parameters[name].default if value is None else value for name, value in request.settings.items()}
+    return used | {"height": image.height, "width": image.width}
