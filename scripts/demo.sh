@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All steps on the pipeline that ships with the repository: quantize it to 2 stored bits a weight, draw 256
-# prompts with it and in full precision, and score the pictures against each other.
+# All steps on the pipeline that ships with the repository: quantize it to 2 stored bits per weight, generate 256
+# images with it and in full precision, and score them against each other.
 #
 #     bash scripts/demo.sh [OUTPUT_DIR]
 set -euo pipefail

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Draw the evaluation pictures twice, with the quantized UNet and in full precision, from the same noise.
+# Generate the evaluation images twice, with the quantized UNet and in full precision, from the same noise.
 #
-#     bash scripts/eval_image_generation.sh                                     # 128 prompts, 4 pictures each
+#     bash scripts/eval_image_generation.sh                                     # 128 prompts, 4 images each
 #     PROMPTS=coco.csv SAMPLES=1 LIMIT=5000 bash scripts/eval_image_generation.sh
 #     MODEL=assets/shapes-xl PROFILE=small bash scripts/eval_image_generation.sh
 #
-# The fine-tuned UNet draws where there is one. The paper's prompts are published elsewhere: scripts/fetch_prompts.py
-# brings PartiPrompts (128 of them, 4 pictures each) and COCO captions (5,000, 1 picture each). Further flags go to
+# The fine-tuned UNet is used if there is one. The paper's prompts are published elsewhere: scripts/fetch_prompts.py
+# brings PartiPrompts (128 of them, 4 images each) and COCO captions (5,000, 1 image each). Further flags go to
 # generate.py, both times.
 set -euo pipefail
 source "$(dirname "$0")/recipe.sh"

@@ -5,7 +5,7 @@
 #     LAUNCH="accelerate launch" bash scripts/finetuning_quantization.sh        # on all GPUs
 #     MODEL=assets/shapes-xl PROFILE=small bash scripts/finetuning_quantization.sh
 #
-# The learning rate is finetune.py's own choice, by the error that is left; the best step is kept, the start among them.
+# The learning rate is finetune.py's own choice, by the remaining error; the best step is kept, the start included.
 # Further flags go to finetune.py.
 set -euo pipefail
 source "$(dirname "$0")/recipe.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Quantize a UNet: the paper's format, calibration and search budget.
 #
-#     bash scripts/quantization.sh                                              # SDXL at 3x8 bits a group of 8
+#     bash scripts/quantization.sh                                              # SDXL at 3x8 bits per group of 8
 #     BITS=4 LAUNCH="accelerate launch" bash scripts/quantization.sh            # 4x8, on all GPUs
 #     MODEL=assets/shapes-xl PROFILE=small bash scripts/quantization.sh         # the small pipeline
 #

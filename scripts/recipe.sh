@@ -3,7 +3,7 @@
 #
 #     MODEL    the pipeline: a folder, or a name on the hub
 #     PROFILE  sdxl: the paper's settings, for a machine with GPUs; small: minutes on a laptop, for assets/shapes-xl
-#     BITS     codebooks of 8 bits a group of 8 weights with PROFILE sdxl; stored bits a weight with PROFILE small
+#     BITS     codebooks of 8 bits per group of 8 weights with PROFILE sdxl; stored bits per weight with PROFILE small
 #     OUT      where everything goes
 #     LAUNCH   what starts a program: python, or "accelerate launch" for all GPUs
 
@@ -36,7 +36,7 @@ small)
     ;;
 esac
 
-# The last step that there is a result of.
+# The last step with a result.
 QUANTIZED="${QUANTIZED:-$OUT/quantized}"
 FINETUNED="$OUT/finetuned"
 [ -f "$FINETUNED/model_index.json" ] && LAST="$FINETUNED" || LAST="$QUANTIZED"

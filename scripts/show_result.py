@@ -1,4 +1,4 @@
-"""Load a quantized pipeline with stock diffusers, draw a picture with it, and print the figures of its summary.
+"""Load a quantized pipeline with stock diffusers, generate an image with it, and print the figures of its summary.
 
 python scripts/show_result.py out/demo/quantized [--prompt "a big red circle above a small blue star"]
 """
@@ -20,15 +20,15 @@ PROMPT = "a big plain red circle left of a small striped blue star on a white ba
 
 
 def table(summary: dict) -> str:
-    """Two columns: what, and how much."""
+    """Format the figures in two columns."""
     original, now = summary["bytes_of_original_unet"], summary["bytes_of_unet"]
     psnr = summary["images"]["psnr_db"]
     rows = {
-        "stored bits a weight, quantized layers": f"{summary['effective_bits_layers']:.3f}",
-        "stored bits a parameter, whole UNet": f"{summary['effective_bits_unet']:.3f}",
+        "stored bits per weight, quantized layers": f"{summary['effective_bits_layers']:.3f}",
+        "stored bits per parameter, whole UNet": f"{summary['effective_bits_unet']:.3f}",
         "UNet on disk": f"{now / 1e6:.2f} MB" + (f" (was {original / 1e6:.2f} MB)" if original else ""),
-        "UNet-output error, unseen prompts": f"{summary['unet_output_error_db']:.2f} dB",
-        "PSNR of images, equal seeds": "none: all went wrong" if psnr is None else f"{psnr:.2f} dB",
+        "UNet-output error, held-out prompts": f"{summary['unet_output_error_db']:.2f} dB",
+        "PSNR of images, equal seeds": "none: all images have problems" if psnr is None else f"{psnr:.2f} dB",
         "time": f"{summary['seconds']['total']:.0f} s",
     }
     width = max(map(len, rows))
@@ -44,11 +44,11 @@ def main() -> None:
         library.utils.logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(options.folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    draw = pipeline(options.prompt, num_inference_steps=20, guidance_scale=3.0, generator=torch.manual_seed(0))
-    draw.images[0].save(options.folder / "sample.png")
+    result = pipeline(options.prompt, num_inference_steps=20, guidance_scale=3.0, generator=torch.manual_seed(0))
+    result.images[0].save(options.folder / "sample.png")
     print(f"\nvqdm {vqdm.__version__}, {options.folder}\n")
     print(table(json.loads((options.folder / "summary.json").read_text())))
-    print(f"\npicture pairs  {options.folder / 'image_pairs.png'}\none picture    {options.folder / 'sample.png'}")
+    print(f"\nimage pairs  {options.folder / 'image_pairs.png'}\none image    {options.folder / 'sample.png'}")
 
 
 if __name__ == "__main__":

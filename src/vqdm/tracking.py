@@ -29,7 +29,7 @@ LOG_SECONDS = 20  # between lines of the log about a long step
 def progress_bar(items: Iterable | None = None, total: int | None = None, description: str = "") -> tqdm:
     """Return a progress bar with time left; where standard error is not a terminal, lines of the log instead.
 
-    Of bars inside each other the innermost is logged, every `LOG_SECONDS`. Of several processes the first shows its own.
+    Of nested bars the innermost is logged, every `LOG_SECONDS`. Of several processes the first shows its own.
     """
     if os.environ.get("RANK", "0") != "0":
         return tqdm(items, disable=True)

@@ -170,7 +170,7 @@ def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
     bits = sum(8 * p.element_size() * p.numel() for p in unet.parameters())
     assert summary["effective_bits_unet"] == pytest.approx(bits / parameters)
     assert summary["unet_output_error_db"] < -20
-    assert f"{len(others)} others are in 8 bit" in (out / "README.md").read_text()
+    assert f"{len(others)} others are int8" in (out / "README.md").read_text()
     said = capsys.readouterr().out
     assert f"{len(others)} other layers" in said
     assert f"{bits / parameters:.3f} over the whole UNet" in said
@@ -238,7 +238,7 @@ def test_load_takes_layers_over(finished, pipelines, prompt_file, tmp_path, caps
 def test_dry_run_writes_nothing(pipelines, prompt_file, tmp_path, capsys):
     assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", "--dry_run")) == 0
     text = capsys.readouterr().out
-    assert "down_blocks.0.resnets.0.conv1" in text and "stored bits a weight" in text
+    assert "down_blocks.0.resnets.0.conv1" in text and "stored bits per weight" in text
     assert not (tmp_path / "out").exists()
 
 

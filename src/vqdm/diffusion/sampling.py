@@ -111,7 +111,7 @@ def compare_images(
 ) -> dict[str, float | dict | None]:
     """Return the `pair_scores` of the pairs that can be compared, None without any; their `count`; problems of all.
 
-    Warns of images that went wrong, of the full-precision model and of the `name`d one.
+    Warns of images with problems, of the full-precision model and of the `name`d one.
     """
     problems = {}
     for whose, images in (("full-precision", teacher), (name, student)):
