@@ -109,6 +109,7 @@ def test_a_tracker_that_never_closes_is_left_behind(tmp_path, monkeypatch, caplo
 def test_long_steps_are_logged_where_no_terminal_shows_them(monkeypatch, caplog):
     """The innermost of nested steps, with the time left; nothing once they are done."""
     monkeypatch.setattr(tracking, "LOG_SECONDS", 0.01)
+    monkeypatch.setattr(tracking.LoggedBar, "_thread", None)  # that of an earlier test sleeps
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
 
     def wait_for(words: str) -> None:
@@ -118,11 +119,11 @@ def test_long_steps_are_logged_where_no_terminal_shows_them(monkeypatch, caplog)
     with caplog.at_level(logging.INFO, "vqdm"):
         for block in progress_bar(range(2), description="blocks"):
             if block == 1:
-                wait_for("blocks: 1 of 2, 00:0")
-                assert "about 00:0" in caplog.text
+                wait_for("blocks: 1 of 2, ")
+                assert " so far, about " in caplog.text
             with progress_bar(total=5, description="layers") as bar:
                 bar.update(2)
-                wait_for("layers: 2 of 5, 00:0")
+                wait_for("layers: 2 of 5, ")
                 bar.update(3)
             caplog.clear()
         while tracking.LoggedBar._open:

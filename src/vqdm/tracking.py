@@ -49,7 +49,7 @@ class LoggedBar(tqdm):
         super().__init__(*args, file=io.StringIO(), **options)
         with self._guard:
             self._open.append(self)
-            if LoggedBar._thread is None:
+            if LoggedBar._thread is None or not LoggedBar._thread.is_alive():
                 LoggedBar._thread = threading.Thread(target=_log_open_bars, daemon=True)
                 LoggedBar._thread.start()
 
