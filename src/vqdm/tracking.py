@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,15 +41,15 @@ def progress_bar(items: Iterable | None = None, total: int | None = None, descri
 class LoggedBar(tqdm):
     """A progress bar that is never drawn, but logged now and then."""
 
-    _open: ClassVar[list[LoggedBar]] = []
-    _guard: ClassVar[threading.Lock] = threading.Lock()
+    _open: ClassVar[list[weakref.ref]] = []  # the innermost last; one that nobody holds is closed
+    _guard: ClassVar[threading.RLock] = threading.RLock()  # closing may come from garbage collection inside it
     _thread: ClassVar[threading.Thread | None] = None
     monitor_interval = 0  # tqdm's own thread has nothing to redraw
 
     def __init__(self, *args, **options):
         super().__init__(*args, file=io.StringIO(), **options)
         with self._guard:
-            self._open.append(self)
+            self._open.append(weakref.ref(self))
             if LoggedBar._thread is None or not LoggedBar._thread.is_alive():
                 LoggedBar._thread = threading.Thread(target=_log_open_bars, daemon=True)
                 LoggedBar._thread.start()
@@ -68,8 +69,7 @@ class LoggedBar(tqdm):
     def close(self) -> None:
         """Log no more lines of this bar."""
         with self._guard:
-            if self in self._open:
-                self._open.remove(self)
+            self._open[:] = [one for one in self._open if one() is not None and one() is not self]
         super().close()
 
     def line(self) -> str:
@@ -88,8 +88,10 @@ def _log_open_bars() -> None:
             if not LoggedBar._open:
                 LoggedBar._thread = None
                 return
-            line = LoggedBar._open[-1].line()
-        log.info(line)
+            bar = LoggedBar._open[-1]()
+        if bar is not None:
+            log.info(bar.line())
+        del bar  # the last reference may be this one
 
 
 def log_info(line: str) -> None:
