@@ -185,9 +185,9 @@ UNRECORDED = {
 def test_what_is_not_recorded_is_refused_by_name(words):
     """Given to the recorder alone; a UNet may complain of them first."""
     recorder, output = TrajectoryRecorder(rich_unet(), 3), UNet2DConditionOutput(torch.zeros(6, 4, 8, 8))
-    recorder._note(recorder.unet, (), rich_call(), output)
+    recorder._record(recorder.unet, (), rich_call(), output)
     with pytest.raises(UserError, match=f"^MODEL's pipeline calls its UNet with {words}"):
-        TrajectoryRecorder(rich_unet(), 3)._note(recorder.unet, (), UNRECORDED[words](rich_call()), output)
+        TrajectoryRecorder(rich_unet(), 3)._record(recorder.unet, (), UNRECORDED[words](rich_call()), output)
 
 
 CHANGES = {
@@ -207,7 +207,7 @@ def test_conditioning_that_changes_from_step_to_step_is_refused(name):
         unet(**rich_call())
         recorder._hook.remove()
         with pytest.raises(UserError, match=f"with {name.split()[0]}, which changes from step to step"):
-            recorder._note(unet, (), CHANGES[name](rich_call(1)), None)
+            recorder._record(unet, (), CHANGES[name](rich_call(1)), None)
 
 
 def test_an_ip_adapters_images_are_refused_while_the_pipeline_samples(pipelines):

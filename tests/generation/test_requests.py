@@ -89,14 +89,14 @@ def test_bad_cells_name_the_line_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"steps": 3}], "column steps does not act; rename it to num_inference_steps"),
-        ([{"CFG scale": 3}], "column CFG scale does not act; rename it to guidance_scale"),
-        ([{"guidanceScale": 3}], "column guidanceScale does not act"),
+        ([{"steps": 3}], "column steps is not used; rename it to num_inference_steps"),
+        ([{"CFG scale": 3}], "column CFG scale is not used; rename it to guidance_scale"),
+        ([{"guidanceScale": 3}], "column guidanceScale is not used"),
         ([{"id": 1}, {"id": 1}], "ids are not used, since 2 rows share '1'"),
         ([{"id": 1}, {}, {"id": ""}], "ids are not used, since 2 rows have none"),
     ],
 )
-def test_columns_that_do_not_act_are_named(rows, words):
+def test_columns_that_are_not_used_are_named(rows, words):
     (line,) = unused_columns(rows)
     assert words in line
 

@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(planned, pipelines, prompt_file,
 
     out = tmp_path / "out"
     words = target(pipelines, prompt_file, out, "--target_bits", "3", "--hessian_cache", str(planned / "cache"))
-    for place in ("make_banks", "solve_block"):
+    for place in ("make_banks", "quantize_block"):
         with monkeypatch.context() as patch:
             patch.setattr(quantize, place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             assert run_script(main, [*words, "--resume"]) == 130
@@ -111,7 +111,7 @@ def test_codes_are_loaded_only_where_the_bank_is_the_same(pipelines, prompt_file
     for seed, taken in (("0", 6), ("1", 0)):
         words = [*command(pipelines["sdxl"], prompt_file, tmp_path / seed), *share, "--load", str(tmp_path / "first")]
         assert run_script(main, [*words, "--seed", seed]) == 0
-        assert f"{taken} of 6 layers are taken from there" in capsys.readouterr().out
+        assert f"{taken} of 6 layers are taken from it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["kind", "unet"])
@@ -255,4 +255,4 @@ def test_codes_of_a_plan_are_loaded(planned, pipelines, prompt_file, tmp_path, c
     plan = ["--overrides", str(planned / "out" / "plan.json"), "--load", str(planned / "out")]
     words = [*command(pipelines["sdxl"], prompt_file, tmp_path / "out"), *ONLY, *plan, "--seed", "1"]
     assert run_script(main, words) == 0
-    assert "6 of 6 layers are taken from there" in capsys.readouterr().out
+    assert "6 of 6 layers are taken from it" in capsys.readouterr().out

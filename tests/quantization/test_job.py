@@ -124,7 +124,7 @@ def test_a_run_is_resumed_with_less_memory(finished, pipelines, prompt_file, tmp
     ]
     whole = tmp_path / "whole"
     assert run_script(main, command(pipelines["sdxl"], prompt_file, whole, *begin)) == 0
-    save = solving.keep
+    save = solving.save_layer
 
     def killed(job, layer, *result):
         if len(kept) == 3:
@@ -132,9 +132,9 @@ def test_a_run_is_resumed_with_less_memory(finished, pipelines, prompt_file, tmp
         kept.append(layer.name)
         return save(job, layer, *result)
 
-    monkeypatch.setattr(solving, "keep", killed)
+    monkeypatch.setattr(solving, "save_layer", killed)
     assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *begin)) == 130
-    monkeypatch.setattr(solving, "keep", save)
+    monkeypatch.setattr(solving, "save_layer", save)
     recorded = sorted(path.name for path in out.glob("work/calibration/*"))
     (out / "work" / "calibration" / recorded[-1]).unlink()
     (out / "work" / "hessians" / "hessians.json").unlink()
@@ -152,7 +152,7 @@ def test_hessians_hold_for_the_type_that_is_computed_in(pipelines):
     """Also where the first layer is in 8 bit, whose scales are float16."""
     pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"], dtype=torch.float32)
     settings = dict(model=str(pipelines["sdxl"]), calibration_prompts="", evaluation_prompts="", output_dir="")
-    job = SimpleNamespace(config=QuantizeConfig(**settings), unet=pipeline.unet, calibration=["a"])
+    job = SimpleNamespace(config=QuantizeConfig(**settings), unet=pipeline.unet, calibration=["a"], fingerprint=None)
     before = hessian_settings(job)
     round_layer(pipeline.unet, "conv_in")
     assert hessian_settings(job) == before and before["dtype"] == "torch.float32"
@@ -229,7 +229,7 @@ def test_load_takes_layers_over(finished, pipelines, prompt_file, tmp_path, caps
     extra = ["--load", str(finished), "--overrides", str(tmp_path / "plan.yaml")]
     (tmp_path / "plan.yaml").write_text("mid_block.*conv1:\n  num_codebooks: 3\n")
     assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *extra)) == 0
-    assert f"{LAYERS - 2} of {LAYERS} layers are taken from there" in capsys.readouterr().out
+    assert f"{LAYERS - 2} of {LAYERS} layers are taken from it" in capsys.readouterr().out
     old, new = (DiffusionPipeline.from_pretrained(path).unet.state_dict() for path in (finished, tmp_path / "out"))
     same = "down_blocks.0.resnets.0.conv1.codes"
     assert torch.equal(old[same], new[same])

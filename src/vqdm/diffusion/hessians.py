@@ -294,7 +294,8 @@ def record_hessians(
         left = leaders if calls else []
         while left:
             sums = accumulated(unet, left, grids, calls, samples_per_input, tick, ranks)
-            results[-1] |= {name: hessian.mean() for name, hessian in sums.items() if hessian.exact}
+            exact = [name for name, hessian in sums.items() if hessian.exact]
+            results[-1] |= {name: sums.pop(name).mean() for name in exact}  # each sum is freed in turn
             left = [layer for layer in left if layer.name not in results[-1]]
             grids |= {layer.name: COARSER * grids[layer.name] for layer in left}
     return {layer.name: (results[0][layer.name], results[1].get(layer.name)) for layer in leaders}
