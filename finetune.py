@@ -21,7 +21,7 @@ from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, lear
 from vqdm.config import SamplingConfig, generate_command
 from vqdm.finetuning.code_updates import CodeUpdateSettings
 from vqdm.finetuning.config import DECODE, LR_SCHEDULERS, TIMESTEP_SAMPLING, FinetuneConfig, OptimizerConfig
-from vqdm.finetuning.job import distill
+from vqdm.finetuning.job import finetune
 
 REFUSED = {
     "--model_path": "give the model as the first positional argument",
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse(argv)
     logging.getLogger().setLevel(options.loglevel)
     config = to_config(vars(options))
-    summary = distill(config)
+    summary = finetune(config)
     if summary:
         print(report(config, summary))
 
@@ -272,15 +272,15 @@ def report(config: FinetuneConfig, summary: dict) -> str:
     names = {"sum": "unet_output_error_db", "median": "unet_output_error_median_db"}
     pairs = {name: (summary[f"{key}_before"], summary[f"{key}_after"]) for name, key in names.items()}
     errors = "; ".join(f"{name} {pair[0]:.2f} dB before, {pair[1]:.2f} dB after" for name, pair in pairs.items())
-    rate = f"learning rate {summary['learning_rate']:g}"
-    rate += f", reduced {summary['learning_rate_reductions']}×" if summary["learning_rate_reductions"] else ""
+    learning_rate = f"learning rate {summary['learning_rate']:g}"
+    learning_rate += f", reduced {summary['learning_rate_reductions']}×" if summary["learning_rate_reductions"] else ""
     kept = f"step {summary['step_kept']} of {summary['steps']}" if summary["step_kept"] else "step 0: nothing gained"
     risen = [name for name, (before, after) in pairs.items() if after > before + 0.01]
     advice = f"; the {' and the '.join(risen)} got worse: compare images, or try a lower --finetune_lr"
     return (
         f"result: {config.output_dir}, image pairs: {config.output_dir}/image_pairs.png\n"
         f"generate images with it: {generate_command(config, config.evaluation_prompts)}\n"
-        f"UNet-output error on unseen prompts: {errors}; {rate}; kept {kept}{codes}"
+        f"UNet-output error on evaluation prompts: {errors}; {learning_rate}; kept {kept}{codes}"
         f"{advice if risen else ''}"
     )
 

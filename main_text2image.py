@@ -22,6 +22,7 @@ from vqdm.additive.config import ENCODERS, SolverConfig
 from vqdm.cli import Parser, Refused, add_sampling_flags, add_shared_flags, learning_rate, real, run_script, whole
 from vqdm.config import BetweenConfig, QuantizeConfig, SamplingConfig, generate_command, read_overrides
 from vqdm.errors import UserError
+from vqdm.finetuning.intermediate import block_finetuner
 from vqdm.quantization.job import quantize
 from vqdm.storage.hub import open_repository, push_folder
 
@@ -278,10 +279,11 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse(argv)
     logging.getLogger().setLevel(options.loglevel)
     config = to_config(vars(options))
+    finetune_blocks = block_finetuner(config.between, config.seed)
     pushing = options.push_to_hub and not config.dry_run
     name = options.hub_model_id or Path(config.output_dir).resolve().name
     repository = open_repository(name, options.hub_private) if pushing else None
-    summary = quantize(config)
+    summary = quantize(config, finetune_blocks)
     if summary:
         print(
             f"{summary['effective_bits_layers']:.3f} bits a weight ({summary['effective_bits_unet']:.3f} over the "

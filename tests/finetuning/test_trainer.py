@@ -1,18 +1,29 @@
 """Steps of training: divided batches, formats, what a loss does, and what is written back."""
 
+from itertools import pairwise
+
 import classroom
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
-from vqdm.finetuning.evaluation import measure
+from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.evaluation import evaluate
 from vqdm.finetuning.parameters import stored_types, write_back
-from vqdm.finetuning.trainer import SMALLEST_SCALE, Diverged
+from vqdm.finetuning.trainer import (
+    LEARNING_RATES,
+    SMALLEST_SCALE,
+    DistillationLoss,
+    Diverged,
+    _cast,
+    choose_learning_rate,
+    schedule_factor,
+)
 
 
 def train(unet, points, steps: int, **options):
-    """`steps` steps of eight points each."""
+    """Train `steps` steps of eight points each."""
     trainer = classroom.trainer(unet, steps, **options)
     every = points.all()
     for k in range(steps):
@@ -26,10 +37,10 @@ def test_every_format_learns_and_stays_what_it_is(name, tmp_path):
     unet = classroom.student(spec, rounded=name == "rounded")
     types, before, points = stored_types(unet), classroom.codes(unet), classroom.points(classroom.teacher())
     trainer = classroom.trainer(unet, 0)
-    first = measure(trainer.lesson, points, points.all()).loss
+    first = evaluate(trainer.loss_fn, points, points.all()).loss
     train(unet, points, 8)
     write_back(unet, types)
-    assert measure(trainer.lesson, points, points.all()).loss < 0.95 * first
+    assert evaluate(trainer.loss_fn, points, points.all()).loss < 0.95 * first
     assert stored_types(unet) == types and not any(tensor.requires_grad for tensor in unet.parameters())
     unet.save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path)
@@ -62,13 +73,13 @@ def test_the_loss_is_the_mean_squared_error():
     chosen = points.all()[:5]
     batch = points.batch(chosen, classroom.CPU, torch.float32)
     with torch.no_grad():
-        wanted = (unet(**batch.call).sample - batch.expected).square().mean().item()
+        wanted = (unet(**batch.call).sample - batch.teacher_output).square().mean().item()
     trainer = classroom.trainer(unet, local=2)
     assert trainer.step(points, chosen).loss == pytest.approx(wanted, rel=1e-5)
-    assert measure(trainer.lesson, points, chosen).loss != wanted  # it has moved
+    assert evaluate(trainer.loss_fn, points, chosen).loss != wanted  # it has moved
 
 
-def test_kinds_whose_rate_is_zero_stay():
+def test_kinds_with_a_learning_rate_of_zero_stay():
     points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
     before = {name: tensor.clone() for name, tensor in unet.named_parameters()}
     train(unet, points, 2, codebook_lr=0.0, weight_lr=0.0, bias_lr=0.0)
@@ -84,17 +95,17 @@ def test_gradients_are_clipped_together():
     assert norm > 1e-2 and left == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_average_is_what_is_shown_and_saved():
+def test_the_average_is_the_result():
     points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
     trainer = train(unet, points, 3, ema_decay=0.9, finetune_lr=1e-3)
     name = f"{classroom.NAMES[0]}.codebooks"
     raw, averaged = trainer.trained.tensors[name].detach().clone(), trainer.average.tensors[name].clone()
     assert not torch.equal(raw, averaged)
-    assert torch.equal(trainer.shown_tensors()[name], averaged)
-    with trainer.average.shown():
+    assert torch.equal(trainer.result_tensors()[name], averaged)
+    with trainer.average.applied():
         assert torch.equal(trainer.trained.tensors[name], averaged)
     assert torch.equal(trainer.trained.tensors[name], raw)
-    trainer.average.adopt()
+    trainer.average.swap()
     assert torch.equal(trainer.trained.tensors[name], averaged)
 
 
@@ -185,17 +196,17 @@ def test_a_loss_that_is_not_finite_ends_training():
         trainer.step(points, points.all()[:4])
 
 
-def test_the_teacher_is_asked_where_points_come_without_its_outputs():
+def test_the_teacher_computes_outputs_that_are_not_recorded():
     teacher, spec = classroom.teacher(), classroom.FORMATS["own"]
     points = classroom.points(teacher)
     wanted = classroom.trainer(classroom.student(spec)).step(points, points.all()[:4])
     points.parts[0].outputs = None
     trainer = classroom.trainer(classroom.student(spec))
-    trainer.lesson = trainer.lesson.__class__(trainer.lesson.student, teacher, torch.float32, 8, classroom.ALONE)
+    trainer.loss_fn = DistillationLoss(trainer.loss_fn.student, teacher, torch.float32, 8, classroom.ALONE)
     assert trainer.step(points, points.all()[:4]).loss == pytest.approx(wanted.loss, rel=1e-4)
 
 
-def test_state_goes_on_as_without_a_stop():
+def test_a_restored_state_continues_as_without_a_stop():
     points, spec = classroom.points(classroom.teacher()), classroom.FORMATS["shared"]
     straight = train(classroom.student(spec), points, 4, ema_decay=0.5)
     halted = classroom.trainer(classroom.student(spec), 4, ema_decay=0.5)
@@ -207,8 +218,8 @@ def test_state_goes_on_as_without_a_stop():
     again.load_state(state, 2, halted.scaler.state_dict())
     for k in range(2, 4):
         again.step(points, [every[(8 * k + i) % len(every)] for i in range(8)])
-    for name, tensor in straight.shown_tensors().items():
-        assert torch.equal(again.shown_tensors()[name], tensor), name
+    for name, tensor in straight.result_tensors().items():
+        assert torch.equal(again.result_tensors()[name], tensor), name
 
 
 def test_codes_learn_with_all_else_and_go_on_after_a_stop():
@@ -228,5 +239,30 @@ def test_codes_learn_with_all_else_and_go_on_after_a_stop():
         again.step(points, every[4 * k : 4 * k + 4])
     assert sum(count["groups_changed"] for count in counts) > 0
     assert any(not torch.equal(before[name], tensor) for name, tensor in classroom.codes(unets[0]).items())
-    for name, tensor in straight.shown_tensors().items():
-        assert torch.equal(again.shown_tensors()[name], tensor), name
+    for name, tensor in straight.result_tensors().items():
+        assert torch.equal(again.result_tensors()[name], tensor), name
+
+
+def test_labels_masks_and_timesteps_stay_as_they_are():
+    floats, kept = (
+        torch.ones(2),
+        {"class_labels": torch.arange(2), "mask": torch.ones(2) > 0, "timestep": torch.ones(2)},
+    )
+    cast = _cast({"sample": floats, "added": {"text_embeds": floats}, **kept}, torch.float16)
+    assert cast["sample"].dtype == cast["added"]["text_embeds"].dtype == torch.float16
+    assert all(cast[name] is value for name, value in kept.items())
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(lr_scheduler="linear", lr_warmup_steps=3)
+    assert [schedule_factor(k, 10, config) for k in range(5)] == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6])
+    cosine = OptimizerConfig(lr_warmup_steps=0)
+    assert [schedule_factor(k, 2, cosine) for k in (0, 1, 2)] == pytest.approx([1.0, 0.5, 0.0])
+    assert schedule_factor(9, 10, OptimizerConfig(lr_scheduler="constant", lr_warmup_steps=0)) == 1.0
+
+
+def test_the_automatic_learning_rate_is_proportional_to_the_error():
+    found = [choose_learning_rate(OptimizerConfig(), db) for db in (-50.0, -60.0, -70.0)]
+    assert all(one / two == pytest.approx(10**0.5, rel=0.05) for one, two in pairwise(found))
+    assert [choose_learning_rate(OptimizerConfig(), db) for db in (-200.0, 3.0)] == list(LEARNING_RATES)
+    assert choose_learning_rate(OptimizerConfig(finetune_lr=0.03), -60.0) == 0.03

@@ -36,7 +36,7 @@ def spoiled(request, pipelines, tmp_path_factory) -> tuple[Path, str]:
 
 
 def check(out: Path, problem: str, whose: str, said: str):
-    found = json.loads((out / "summary.json").read_text())["pictures"]
+    found = json.loads((out / "summary.json").read_text())["images"]
     assert found["psnr_db"] is None and found["count"] == 0
     assert found["problems"] == {"full_precision": {problem: 2}, whose.replace("-", "_"): {problem: 2}}
     assert f"warning: 2 of 2 images of the {whose} model" in said and "--dtype bfloat16 or float32" in said

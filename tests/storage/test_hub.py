@@ -25,7 +25,7 @@ SUMMARY = {
     "effective_bits_unet": 3.5,
     "bytes_of_unet": 6e6,
     "unet_output_error_db": -30.0,
-    "pictures": {"count": 2, "psnr_db": 40.0},
+    "images": {"count": 2, "psnr_db": 40.0},
 }
 
 
@@ -61,7 +61,7 @@ def test_what_is_pushed_loads_and_has_its_card_and_no_data_of_the_run(remote, tm
     pipeline.register_modules(unet=quantized_unet())
     pipeline.save_pretrained(out)
     (out / "README.md").write_text(model_card("some/model", SUMMARY))
-    local = ["run.json", "summary.json", "training.jsonl", "work/points.safetensors", "pictures/step-000001.png"]
+    local = ["run.json", "summary.json", "training.jsonl", "work/points.safetensors", "images/step-000001.png"]
     local += ["snapshots/01_mid_block/unet/config.json", "vqdm-quantize/events.out.tfevents.1", "wandb/run-1/logs/a"]
     for name in local:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
