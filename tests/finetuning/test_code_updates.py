@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from classroom import FORMATS, codes, points, student, teacher, trainer
+from tiny_students import FORMATS, codes, points, student, teacher, trainer
 from torch import nn
 
 from vqdm.additive.code import AdditiveCode, Bank, CodeSpec

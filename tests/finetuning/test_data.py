@@ -42,7 +42,7 @@ def test_prompts_that_are_evaluated_on_are_neither_trained_on_nor_held_out(promp
     parts = [set(datasets.training), set(datasets.held_out), set(datasets.evaluation)]
     assert len(parts[2]) == 3 and parts[0] and parts[1]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-    assert "holds 18 prompts beside 6 evaluation prompts, which are neither trained on nor held out" in caplog.text
+    assert "holds 18 prompts besides 6 evaluation prompts; evaluation prompts are neither trained on" in caplog.text
 
 
 def test_prompts_repeat_only_after_all_were_used():

@@ -1,8 +1,8 @@
 import json
 import statistics
 
-import classroom
 import pytest
+import tiny_students
 from PIL import Image
 
 from vqdm.diffusion.sampling import error_spread, output_error, point_errors
@@ -11,8 +11,8 @@ from vqdm.finetuning.evaluation import BINS, Throughput, duration, evaluate, rea
 
 
 def test_errors_are_those_of_the_whole_and_of_each_quarter():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
-    trainer = classroom.trainer(unet, local=3)
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
+    trainer = tiny_students.trainer(unet, local=3)
     errors = evaluate(trainer.loss_fn, points, points.all())
     part = points.parts[0]
     assert errors.db == pytest.approx(output_error(unet, part, 4), abs=1e-3)
@@ -23,9 +23,9 @@ def test_errors_are_those_of_the_whole_and_of_each_quarter():
 
 
 def test_the_median_is_over_prompts_and_the_spread_over_outputs():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
     points.parts[0].outputs[0] *= 30  # an outlier
-    trainer = classroom.trainer(unet)
+    trainer = tiny_students.trainer(unet)
     errors, part = evaluate(trainer.loss_fn, points, points.all()), points.parts[0]
     assert errors.by_point == pytest.approx(error_spread(*point_errors(unet, part, 4)), abs=1e-3)
     each = []

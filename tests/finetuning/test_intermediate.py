@@ -2,8 +2,8 @@
 
 import shlex
 
-import classroom
 import pytest
+import tiny_students
 import torch
 from main_text2image import main
 from safetensors.torch import load_file
@@ -64,12 +64,12 @@ def test_blocks_that_are_done_move_and_their_codes_stay(pipelines, prompt_file, 
 
 @pytest.mark.parametrize("harm", ["larger error", "not a number"])
 def test_a_fine_tuning_that_raises_the_held_out_error_is_undone(harm, monkeypatch, caplog):
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
     types, real = stored_types(unet), Trainer.step
 
     def step(self, points, chosen):
         found = real(self, points, chosen)
-        for name in classroom.NAMES:
+        for name in tiny_students.NAMES:
             self.trained.tensors[f"{name}.scales"].data.mul_(3.0 if harm == "larger error" else float("nan"))
         return found
 
@@ -78,7 +78,7 @@ def test_a_fine_tuning_that_raises_the_held_out_error_is_undone(harm, monkeypatc
     trained = trainable(unet, config)
     before = {name: tensor.detach().clone() for name, tensor in trained.tensors.items()}
     training, held_out = split_held_out(points)
-    loss_fn = DistillationLoss(unet, None, torch.float32, 8, classroom.ALONE)
+    loss_fn = DistillationLoss(unet, None, torch.float32, 8, tiny_students.ALONE)
     with caplog.at_level("INFO"):
         intermediate.train(loss_fn, trained, config, points, [training[:4]] * 3, held_out, types)
     assert all(torch.equal(before[name], tensor) for name, tensor in trained.tensors.items())

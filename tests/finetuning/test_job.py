@@ -6,9 +6,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-import classroom
 import finetune
 import pytest
+import tiny_students
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -54,7 +54,7 @@ def quantized(tmp_path_factory, pipelines) -> Path:
     """A pipeline folder with some layers quantized, to shared codebooks, and one in 8 bit."""
     folder = tmp_path_factory.mktemp("quantized") / "pipeline"
     shutil.copytree(pipelines["sdxl"], folder, ignore=shutil.ignore_patterns("unet"))
-    classroom.student(classroom.FORMATS["shared"], rounded=True).save_pretrained(folder / "unet")
+    tiny_students.student(tiny_students.FORMATS["shared"], rounded=True).save_pretrained(folder / "unet")
     return folder
 
 
@@ -110,7 +110,7 @@ def test_the_result_is_the_same_pipeline_with_other_numbers(finished, quantized)
         finished
     ).items()
     pipeline = DiffusionPipeline.from_pretrained(finished)
-    assert len(quantized_layers(pipeline.unet)) == len(classroom.NAMES)
+    assert len(quantized_layers(pipeline.unet)) == len(tiny_students.NAMES)
     assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
@@ -234,7 +234,7 @@ def test_keep_best_takes_the_best_and_not_the_last(run, tmp_path, monkeypatch):
     def step(self, points, chosen):
         found = real(self, points, chosen)
         if self.steps_done == 6:
-            for name in classroom.NAMES:
+            for name in tiny_students.NAMES:
                 self.trained.tensors[f"{name}.scales"].data.mul_(1.2)
         seen[self.steps_done] = {name: tensor.detach().clone() for name, tensor in self.trained.tensors.items()}
         return found
@@ -253,7 +253,7 @@ def ruined(real):
 
     def step(self, points, chosen):
         found = real(self, points, chosen)
-        for name in classroom.NAMES:
+        for name in tiny_students.NAMES:
             self.trained.tensors[f"{name}.scales"].data.mul_(1.05)
         return found
 
@@ -273,7 +273,7 @@ def test_steps_that_do_harm_leave_the_model_as_it_was(run, quantized, tmp_path, 
     for key in ("unet_output_error_db", "unet_output_error_median_db"):
         assert summary[f"{key}_after"] == pytest.approx(summary[f"{key}_before"], abs=1e-6)
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("UNet-output error on unseen prompts") and "kept step 0: nothing gained" in last
+    assert last.startswith("UNet-output error on evaluation prompts") and "kept step 0: nothing gained" in last
 
 
 def test_the_last_step_is_kept_on_request(run, quantized, tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_the_last_step_is_kept_on_request(run, quantized, tmp_path, monkeypatch)
     assert run(tmp_path / "out", "--no-finetune_keep_best", "--max_steps", "2", "--finetune_lr", "1e-5") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["step_kept"], summary["best"]["step"]) == (2, 0)
-    name = f"{classroom.NAMES[0]}.scales"
+    name = f"{tiny_students.NAMES[0]}.scales"
     assert not torch.equal(weights(quantized)[name], weights(tmp_path / "out")[name])
 
 
@@ -308,7 +308,7 @@ def test_real_images(run, tmp_path, finished):
         (["--finetune_method", "real"], "--real_images FOLDER are given together"),
         (["--held_out_nsamples", "12"], "--held_out_nsamples is 12, but"),
         (["--finetune_nsamples", "9"], "--finetune_nsamples is 9, but"),
-        (["--evaluation_nsamples", "12"], "holds 0 prompts beside 12 evaluation prompts"),
+        (["--evaluation_nsamples", "12"], "holds 0 prompts besides 12 evaluation prompts"),
         (["--finetune_batch_size", "13"], "--finetune_batch_size is 13, but an epoch has 12 points"),
         (["--visualize_nsamples", "3"], "--visualize_nsamples 3 is more"),
     ],

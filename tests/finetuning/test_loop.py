@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-import classroom
 import pytest
+import tiny_students
 import torch
 
 from vqdm.finetuning.checkpoints import Checkpoints
@@ -43,8 +43,8 @@ def test_a_better_step_gains_and_has_neither_figure_above_step_0(found, best, be
 
 def loop(folder, unet, total: int = 12, patience: int = 0, **options) -> Loop:
     """A loop that evaluates after every step, on the training points."""
-    types, points = stored_types(unet), classroom.points(classroom.teacher())
-    trainer = classroom.trainer(unet, total, **options)
+    types, points = stored_types(unet), tiny_students.points(tiny_students.teacher())
+    trainer = tiny_students.trainer(unet, total, **options)
     schedule = TrainingSchedule(lambda epoch: points, 3, total, 8, "uniform", 0)
     evaluations = EvaluationSchedule(1, 2, 0, True, patience, 0.0, types, lambda step: None)
     checkpoints, log = Checkpoints(folder, 2), JsonLines(folder / "log.jsonl")
@@ -58,7 +58,7 @@ def harmful(monkeypatch, start: int, factor: float = 1.1) -> None:
 
     def step(self, points, chosen):
         found = real(self, points, chosen)
-        for name in classroom.NAMES if self.steps_done >= start else ():
+        for name in tiny_students.NAMES if self.steps_done >= start else ():
             self.trained.tensors[f"{name}.scales"].data.mul_(factor)
         return found
 
@@ -68,13 +68,13 @@ def harmful(monkeypatch, start: int, factor: float = 1.1) -> None:
 @pytest.mark.parametrize(("start", "best"), [(1, 0), (4, 3)])
 def test_training_stops_after_evaluations_without_a_gain(start, best, tmp_path, monkeypatch, caplog):
     harmful(monkeypatch, start)
-    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), patience=2, finetune_lr=1e-3)
+    held = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), patience=2, finetune_lr=1e-3)
     with caplog.at_level("INFO"):
         held.run()
     assert (held.progress.best["step"], held.trainer.steps_done) == (best, best + 2)
     assert f"training stops at step {best + 2}: 2 evaluations without a gain over step {best}" in caplog.text
     held.save_checkpoint()
-    again = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), patience=2, finetune_lr=1e-3)
+    again = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), patience=2, finetune_lr=1e-3)
     again.resume(best + 2)
     again.run()
     assert again.trainer.steps_done == best + 2
@@ -82,14 +82,14 @@ def test_training_stops_after_evaluations_without_a_gain(start, best, tmp_path, 
 
 def test_patience_of_zero_never_stops_training(tmp_path, monkeypatch):
     harmful(monkeypatch, 1, 1.001)
-    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), finetune_lr=1e-5)
+    held = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), finetune_lr=1e-5)
     held.run()
     assert held.progress.best["step"] == 0 and held.trainer.steps_done == 12
 
 
 def test_evaluated_is_what_would_be_stored(tmp_path):
     """Steps too short for float16 to keep gain nothing, though the exact parameters are better."""
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     types = dict.fromkeys(stored_types(unet), torch.float16)
     write_back(unet, types, torch.float32)
     held = loop(tmp_path, unet, 3, finetune_lr=1e-6, lr_scheduler="constant")
@@ -100,14 +100,14 @@ def test_evaluated_is_what_would_be_stored(tmp_path):
 
 
 def test_a_learning_rate_by_the_error_is_chosen_once_and_resumed(tmp_path, caplog):
-    spec = classroom.FORMATS["own"]
+    spec = tiny_students.FORMATS["own"]
     with caplog.at_level("INFO"):
-        held = loop(tmp_path, classroom.student(spec), 4, finetune_lr="auto")
+        held = loop(tmp_path, tiny_students.student(spec), 4, finetune_lr="auto")
         held.run()
     chosen = held.progress.learning_rate
     lines = [line for line in caplog.messages if line.startswith("learning rate")]
     assert len(lines) == 1 and f"learning rate {chosen:g}, chosen by the held-out error" in lines[0]
-    again = loop(tmp_path, classroom.student(spec), 4, finetune_lr="auto")
+    again = loop(tmp_path, tiny_students.student(spec), 4, finetune_lr="auto")
     again.resume(2)
     assert again.trainer.learning_rate == again.progress.learning_rate == chosen
     again.run()
@@ -117,7 +117,7 @@ def test_a_learning_rate_by_the_error_is_chosen_once_and_resumed(tmp_path, caplo
 
 def test_a_first_step_that_is_not_a_number_leaves_step_0_as_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "compute_gradients", lambda *_: NAN)
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     before = {name: tensor.detach().float().clone() for name, tensor in unet.named_parameters()}
     held = loop(tmp_path, unet)
     with pytest.raises(Diverged):
@@ -129,7 +129,7 @@ def test_a_first_step_that_is_not_a_number_leaves_step_0_as_the_best(tmp_path, m
 def test_the_average_is_what_is_evaluated(tmp_path, monkeypatch):
     """One step that ruins the parameters hardly moves their average."""
     harmful(monkeypatch, 3, 1.5)
-    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), 3, ema_decay=0.999, finetune_lr=1e-3)
+    held = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), 3, ema_decay=0.999, finetune_lr=1e-3)
     held.trainer.average.update = lambda step: None
     held.run()
     rows = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "held_out_db" in line]
@@ -143,7 +143,7 @@ def test_a_learning_rate_that_does_harm_is_reduced(trained, tmp_path, monkeypatc
     options = {"ema_decay": 0.5 if trained == "average" else 0.0, "finetune_lr": "auto", "lr_warmup_steps": 1}
 
     def learner() -> Loop:
-        unet = classroom.student(classroom.FORMATS["own"])
+        unet = tiny_students.student(tiny_students.FORMATS["own"])
         updates = CodeUpdates(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)) if trained == "codes" else None
         return loop(tmp_path, unet, 10, updates=updates, **options)
 
@@ -166,7 +166,7 @@ def test_a_learning_rate_that_does_harm_is_reduced(trained, tmp_path, monkeypatc
 def test_the_last_step_on_request_is_not_undone(tmp_path, monkeypatch):
     monkeypatch.setattr("vqdm.finetuning.loop.choose_learning_rate", lambda *_: 1e-5)
     harmful(monkeypatch, 1)
-    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), 3, finetune_lr="auto")
+    held = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), 3, finetune_lr="auto")
     held.evaluations = held.evaluations._replace(keep_best=False)
     held.run()
     assert (held.progress.reductions, held.progress.best["step"], held.trainer.steps_done) == (0, 0, 3)

@@ -1,5 +1,5 @@
-import classroom
 import pytest
+import tiny_students
 import torch
 
 from vqdm.errors import RunError, UserError
@@ -17,18 +17,18 @@ from vqdm.layers.shared_codebooks import BANKS
 
 
 def test_kinds():
-    unet = classroom.student(classroom.FORMATS["shared"], rounded=True)
-    kinds, name = kinds_of(unet), classroom.NAMES[0]
+    unet = tiny_students.student(tiny_students.FORMATS["shared"], rounded=True)
+    kinds, name = kinds_of(unet), tiny_students.NAMES[0]
     assert kinds[f"{BANKS}.bank"] == "codebook" and kinds[f"{name}.scales"] == "scale"
     assert kinds["time_embedding.linear_1.scales"] == "scale" and kinds["conv_in.weight"] == "weight"
     assert kinds["conv_norm_out.weight"] == kinds[f"{name}.bias"] == "bias"
     assert f"{name}.codes" not in kinds and len(kinds) == sum(p.is_floating_point() for p in unet.parameters())
-    tables = kinds_of(classroom.student(classroom.FORMATS["value_tables"]))
+    tables = kinds_of(tiny_students.student(tiny_students.FORMATS["value_tables"]))
     assert tables[f"{name}.codebook_values"] == "codebook"
 
 
 def test_learning_rates_are_relative_except_those_of_biases():
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     config = OptimizerConfig(codebook_lr=1.0, scale_lr=2.0, weight_lr=0.0, bias_lr=0.5)
     trained = trainable(unet, config)
     groups = parameter_groups(trained, config)
@@ -42,7 +42,7 @@ def test_learning_rates_are_relative_except_those_of_biases():
 
 
 def test_types_go_back_to_what_was_stored(tmp_path):
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     types = stored_types(unet)
     assert set(types.values()) == {torch.float16, torch.float32}
     unet.save_pretrained(tmp_path)
@@ -50,7 +50,7 @@ def test_types_go_back_to_what_was_stored(tmp_path):
     trained = trainable(unet, OptimizerConfig())
     write_back(unet, types)
     assert stored_types(unet) == types
-    trained.tensors[f"{classroom.NAMES[0]}.scales"].data = torch.full((32,), 1e6)
+    trained.tensors[f"{tiny_students.NAMES[0]}.scales"].data = torch.full((32,), 1e6)
     with pytest.raises(RunError, match=r"conv1\.scales exceeds the range of torch.float16"):
         write_back(unet, types)
 
@@ -70,7 +70,7 @@ def test_impossible_settings(settings, words):
 
 def test_stored_values_can_be_measured_in_the_type_that_is_computed_in():
     """A model that is stored in 16 bit still runs in float32 afterwards, with the values that will be read back."""
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     types = {name: torch.float16 for name in stored_types(unet)}
     wanted = {name: tensor.half().float() for name, tensor in unet.named_parameters() if name in types}
     write_back(unet, types, torch.float32)
@@ -81,10 +81,10 @@ def test_stored_values_can_be_measured_in_the_type_that_is_computed_in():
 
 
 def test_parameters_are_rounded_inside_and_exact_outside():
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     types = stored_types(unet)
     trained = trainable(unet, OptimizerConfig())
-    scales = trained.tensors[f"{classroom.NAMES[0]}.scales"]
+    scales = trained.tensors[f"{tiny_students.NAMES[0]}.scales"]
     scales.data.mul_(1 + 1e-5)  # less than float16 distinguishes
     exact = scales.detach().clone()
     with rounded_to(types, trained):

@@ -1,5 +1,5 @@
-import classroom
 import pytest
+import tiny_students
 import torch
 from conftest import tiny_pipeline
 
@@ -23,7 +23,7 @@ from vqdm.finetuning.points import (
 
 
 def two_parts() -> Points:
-    whole = classroom.points(classroom.teacher(), prompts=3, steps=4).parts[0]
+    whole = tiny_students.points(tiny_students.teacher(), prompts=3, steps=4).parts[0]
     first, second = (
         Trajectories(
             whole.latents[part],
@@ -39,7 +39,7 @@ def two_parts() -> Points:
 def test_a_batch_over_several_parts_is_that_of_the_parts_joined():
     points = two_parts()
     chosen = [Point(1, 0, 2), Point(0, 1, 0), Point(0, 0, 3)]
-    batch, whole = points.batch(chosen, classroom.CPU, torch.float32), join(points.parts)
+    batch, whole = points.batch(chosen, tiny_students.CPU, torch.float32), join(points.parts)
     pairs = [(2, 2), (1, 0), (0, 3)]
     wanted = whole.inputs(pairs, "cpu", torch.float32)
     assert torch.equal(batch.call["sample"], wanted["sample"]) and torch.equal(
@@ -49,7 +49,7 @@ def test_a_batch_over_several_parts_is_that_of_the_parts_joined():
     assert torch.equal(batch.call["added_cond_kwargs"]["text_embeds"], wanted["added_cond_kwargs"]["text_embeds"])
     assert torch.equal(batch.teacher_output, whole.expected(pairs, "cpu")) and batch.count == 3
     points.parts[1].outputs = None
-    assert points.batch(chosen, classroom.CPU, torch.float32).teacher_output is None
+    assert points.batch(chosen, tiny_students.CPU, torch.float32).teacher_output is None
 
 
 def test_orders_depend_on_the_seed_alone():
@@ -131,7 +131,7 @@ def pipeline():
 @pytest.fixture
 def student():
     """A student in training, so in float32."""
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     trainable(unet, OptimizerConfig())
     return unet
 

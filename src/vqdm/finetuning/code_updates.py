@@ -157,7 +157,7 @@ class Drift:
         self.due.view(-1)[at] = FIRST_TRY * (p * self.blocks.shape[1]) ** 0.5
 
     def metrics(self, at: Tensor, p: int) -> Tensor:
-        """Return the metrics [N, g, g] of groups `at` [N]: the column group's damped block times the mean square of the rows."""
+        """Return metrics [N, g, g] of groups `at` [N]: damped block of the column group, times mean square of rows."""
         G = len(self.blocks)
         size = self.blocks.diagonal(dim1=1, dim2=2).mean(1)  # [G]
         damping = DAMPING * size.clamp(min=SMALLEST * size.mean())

@@ -87,8 +87,8 @@ def load_datasets(config: FinetuneConfig) -> Datasets:
     usable = [prompt for prompt in every if prompt not in set(evaluation)]
     found = f"{config.calibration_prompts} holds {len(usable)} prompts"
     if len(usable) < len(every):
-        found += f" beside {len(every) - len(usable)} evaluation prompts"
-        log_info(f"{found}, which are neither trained on nor held out")
+        found += f" besides {len(every) - len(usable)} evaluation prompts"
+        log_info(f"{found}; evaluation prompts are neither trained on nor held out")
     if config.held_out_nsamples >= len(usable):
         raise UserError(
             f"--held_out_nsamples is {config.held_out_nsamples}, but {found}; some must be left to train on"

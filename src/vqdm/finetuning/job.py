@@ -204,7 +204,7 @@ def run(job: FinetuneJob, trained: TrainedParameters) -> dict | None:
     with job.clock("evaluation"):
         before = evaluate(job.loss_fn, evaluation, evaluation.all())
     log_info(
-        f"UNet-output error on {len(job.datasets.evaluation)} evaluation prompts before: {before.db:.2f} dB, "
+        f"UNet-output error on {len(job.datasets.evaluation)} evaluation prompts before training: {before.db:.2f} dB, "
         f"median {before.median_db:.2f} dB"
     )
     loop = make_loop(job, trained, held_out, teacher_images)

@@ -267,7 +267,8 @@ class TrajectoryRecorder:
         need = outputs[0].nbytes * self.config.finetune_nsamples
         free = shutil.disk_usage(self.folder).free
         fits = self.ranks.broadcast(need <= 1e9 * self.config.target_cache_gb and 2 * need < free)
-        log_info(f"teacher outputs: {need / 1e9:.2f} GB per epoch, {'on disk' if fits else 'computed at every step'}")
+        where = "kept on disk" if fits else "computed at every step"
+        log_info(f"teacher outputs: {need / 1e9:.2f} GB per epoch, {where}")
         return fits
 
     @property
