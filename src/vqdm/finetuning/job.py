@@ -243,10 +243,8 @@ def make_loop(
 ) -> Loop:
     """Build the training loop, and restore the newest checkpoint if there is one."""
     config, folder, recorder = job.config, job.folder.path, job.recorder
-    per_epoch, keep_outputs = (
-        steps_per_epoch(config, len(held_out.parts[0].timesteps)),
-        recorder.keeps_outputs(held_out),
-    )
+    per_epoch = steps_per_epoch(config, len(held_out.parts[0].timesteps))
+    keep_outputs = recorder.keeps_outputs(held_out)
     total = per_epoch * config.finetune_max_epochs
     total = min(total, config.max_steps) if config.max_steps else total
     updates = CodeUpdates(job.student, config.code_updates) if config.code_updates else None
