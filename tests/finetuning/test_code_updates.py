@@ -55,7 +55,7 @@ def test_the_loss_falls_by_codes_alone():
 
 
 def trellis_problem(log_scales):
-    """As `linear_problem`, with a layer in trellis codes of other weights than those that answer; one column is 0."""
+    """Like `linear_problem`, with trellis codes of other weights than those of the outputs; one column is 0."""
     generator = torch.Generator().manual_seed(4)
     W = torch.randn(96, 40, generator=generator) * 0.02
     W[:, 3] = 0
@@ -105,13 +105,13 @@ def test_a_trellis_changes_no_more_than_the_trust_ratio():
 
 @pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
 def test_training_is_better_with_code_updates(spec):
-    material = points(teacher())
+    recorded = points(teacher())
     losses = []
     for changing in (False, True):
         unet = student(spec)
         learner, before = trainer(unet, total=8, finetune_lr=2e-3), codes(unet)
         learner.updates = CodeUpdates(unet, BOLD) if changing else None
-        steps = [learner.step(material, material.all()[:8]) for _ in range(8)]
+        steps = [learner.step(recorded, recorded.all()[:8]) for _ in range(8)]
         losses.append(steps[-1].loss)
         after = codes(unet)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
