@@ -123,7 +123,7 @@ def test_a_failed_upload_says_that_the_folder_is_finished(remote, tmp_path, monk
 def test_the_script_opens_before_and_pushes_after(remote, tmp_path, monkeypatch, capsys, extra):
     name, out = (extra or ["", "someone/result"])[1], tmp_path / "result"
 
-    def quantize(config):
+    def quantize(config, finetune_blocks):
         assert (remote / name).is_dir()
         out.mkdir()
         (out / "model_index.json").write_text("{}")
