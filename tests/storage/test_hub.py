@@ -132,6 +132,6 @@ def test_the_script_opens_before_and_pushes_after(remote, tmp_path, monkeypatch,
     words = ["model", "c.txt", "e.txt", "--output_dir", str(out), "--push_to_hub", *extra]
     assert run_script(main_text2image.main, words) == 0
     assert (remote / name / "model_index.json").is_file() and f"/{name}" in capsys.readouterr().out
-    monkeypatch.setattr(main_text2image, "quantize", lambda config: None)
+    monkeypatch.setattr(main_text2image, "quantize", lambda config, finetune_blocks: None)
     shutil.rmtree(remote)
     assert run_script(main_text2image.main, [*words, "--dry_run"]) == 0 and not remote.exists()
