@@ -241,7 +241,7 @@ def spoil(folder: Path, target: Path, value: float) -> Path:
 def test_black_pictures_are_a_warning(pipelines, prompts, tmp_path, capsys):
     model = spoil(pipelines["sdxl"], tmp_path / "black", -5.0)
     assert run(model, prompts, out=tmp_path / "out") == 0
-    assert "warning: pictures to look at (problem in manifest.jsonl): 5 black" in capsys.readouterr().out
+    assert "warning: images with problems (problem in manifest.jsonl): 5 black" in capsys.readouterr().out
     assert {row["problem"] for row in rows_of(tmp_path / "out").values()} == {"black"}
 
 
@@ -262,7 +262,7 @@ def test_some_nan_is_marked_and_fails_at_the_end(pipelines, prompts, tmp_path, m
     monkeypatch.setattr(job, "draw", spoiled)
     assert run(pipelines["sdxl"], prompts, "--bs", 2, out=tmp_path / "out") == 1
     captured = capsys.readouterr()
-    assert "5 pictures, 5 of them new" in captured.out and "1 of 5 pictures hold NaN" in captured.err
+    assert "5 images, 5 of them new" in captured.out and "1 of 5 images hold NaN" in captured.err
     assert [row["index"] for row in rows_of(tmp_path / "out").values() if row["problem"]] == [2]
 
 
