@@ -38,7 +38,7 @@ def test_prompts_that_are_evaluated_on_are_neither_trained_on_nor_held_out(promp
     twice.write_text("\n".join([*prompts, *prompts]))
     words = ["model", "quantized", str(twice), str(prompt_file), *FEW]
     with caplog.at_level("INFO"):
-        datasets = load_datasets(finetune.to_config(vars(finetune.build_parser().parse(words))))
+        datasets = load_datasets(finetune.PARSER.parse(words))
     parts = [set(datasets.training), set(datasets.held_out), set(datasets.evaluation)]
     assert len(parts[2]) == 3 and parts[0] and parts[1]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])

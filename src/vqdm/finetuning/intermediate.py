@@ -12,10 +12,10 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 
-from vqdm.config import BetweenConfig
 from vqdm.diffusion.blocks import block_of
 from vqdm.diffusion.sampling import unet_dtype
 from vqdm.diffusion.trajectories import Trajectories
@@ -31,10 +31,22 @@ from vqdm.storage.atomic import save_sealed
 from vqdm.storage.pieces import read
 from vqdm.tracking import log_info, progress_bar
 
+
+class IntermediateSettings(Protocol):
+    """The settings that are used here, of the configuration of a quantization."""
+
+    finetune_max_epochs: int
+    finetune_batch_size: int
+    local_batch_size: int
+    finetune_lr: float | str
+    finetune_adam_beta1: float
+    finetune_adam_beta2: float
+
+
 FinetuneBlocks = Callable[[nn.Module, list[Trajectories], Sequence[str], Ranks, Path], None]
 
 
-def block_finetuner(settings: BetweenConfig, seed: int) -> FinetuneBlocks:
+def block_finetuner(settings: IntermediateSettings, seed: int) -> FinetuneBlocks:
     """Return `finetune_blocks` with these settings, for `quantize`. Raises UserError on impossible settings."""
     names = ("finetune_lr", "finetune_adam_beta1", "finetune_adam_beta2")
     optimizer = OptimizerConfig(**{name: getattr(settings, name) for name in names})
@@ -48,7 +60,7 @@ def finetune_blocks(
     ranks: Ranks,
     file: Path,
     *,
-    settings: BetweenConfig,
+    settings: IntermediateSettings,
     optimizer: OptimizerConfig,
     seed: int,
 ) -> None:
@@ -81,7 +93,7 @@ def finetune_blocks(
     ranks.barrier()
 
 
-def batches_of(training: list[Point], settings: BetweenConfig, seed: str) -> list[list[Point]]:
+def batches_of(training: list[Point], settings: IntermediateSettings, seed: str) -> list[list[Point]]:
     """Return the batch of each step: every point at most once per epoch, without an incomplete last batch."""
     size = min(settings.finetune_batch_size, len(training))
     epochs = range(settings.finetune_max_epochs)

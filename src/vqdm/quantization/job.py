@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode
-from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.pipelines import (
     check_float64,
@@ -54,6 +53,7 @@ from vqdm.prompts import draw, load_prompts
 from vqdm.quantization.allocation import allocated
 from vqdm.quantization.block import layer_row, load_solved, solve_block
 from vqdm.quantization.codebook_training import make_banks, shared
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
     Rest,
     bank_bits,
@@ -95,7 +95,7 @@ def quantize(config: QuantizeConfig, finetune_blocks: Callable | None = None) ->
         UserError: bad input, found before anything slow starts.
         RunError: the work failed; what is finished stays on disk for `resume`.
     """
-    if config.between.num_intermediate_finetunes and finetune_blocks is None:
+    if config.intermediate.num_intermediate_finetunes and finetune_blocks is None:
         raise UserError("--num_intermediate_finetunes is above 0, but quantize() was called without finetune_blocks")
     prompts = read_prompts(config)
     check_model(config.model, config.variant)
@@ -117,7 +117,7 @@ def quantize_on(
     check_loaded(pipeline.unet, config.model)
     layers = chosen_layers(config, pipeline.unet)
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-    rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
+    rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.unquantized_nbits == 8 else [])
     stored = stored_dtypes(config.model, config.variant, config.revision)
     plain = plain_bits(pipeline.unet, stored.get("unet"))
     if config.target_bits:
@@ -130,7 +130,7 @@ def quantize_on(
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
-    blocks_before_finetuning(config.between.num_intermediate_finetunes, len({layer.block for layer in layers}))
+    blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({layer.block for layer in layers}))
     if ranks.main:
         log_truncated(pipeline, calibration + evaluation)
     if config.dry_run:
@@ -186,14 +186,14 @@ def run(job: Job) -> dict | None:
     """All slow steps; every one of them finds and keeps what an interrupted run left."""
     with job.clock("teacher"):
         teacher, teacher_pictures = teacher_evaluation(job)
-        finetuned_on = finetuning_trajectories(job) if job.config.between.num_intermediate_finetunes else []
-    if job.config.rest_nbits == 8:
+        finetuned_on = finetuning_trajectories(job) if job.config.intermediate.num_intermediate_finetunes else []
+    if job.config.unquantized_nbits == 8:
         round_rest(job)
     prepare(job)
     solved = load_codes(job) | finished_layers(job)
     if job.ranks.main:
         job.folder.rewrite_table([done.report for done in solved.values()])
-    finetunes = blocks_before_finetuning(job.config.between.num_intermediate_finetunes, len(job.blocks))
+    finetunes = blocks_before_finetuning(job.config.intermediate.num_intermediate_finetunes, len(job.blocks))
     for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in solved]
         if todo:

@@ -116,7 +116,7 @@ def _calibration_batch(job: Job, prompts: list[str], first: int) -> Tensors:
 
 def finetuning_trajectories(job: Job) -> list[Trajectories]:
     """Record the full-precision model's points and outputs, for fine-tuning between blocks; one part per batch."""
-    prompts = job.calibration[: job.config.between.finetune_nsamples]
+    prompts = job.calibration[: job.config.intermediate.finetune_nsamples]
     return list(map(Trajectories.of_tensors, in_batches(job, "finetune", prompts, partial(_finetuning_batch, job))))
 
 
@@ -200,7 +200,7 @@ def hessian_settings(job: Job) -> dict:
         "model": pipeline_fingerprint(folder) if folder.is_dir() else f"{config.model}@{config.revision}",
         "variant": config.variant,
         "dtype": str(unet_dtype(job.unet)),
-        "rest_nbits": config.rest_nbits,
+        "unquantized_nbits": config.unquantized_nbits,
         "calibration_prompts_sha256": digest(job.calibration),
         "seed": config.seed,
         "sampling": config.to_dict()["sampling"],
