@@ -360,9 +360,8 @@ def layer_curves(W: Tensor, H: Tensor, spec: CodeSpec, others: Sequence[CodeSpec
         plain.append(rate_distortion(widths, errors))
         if one is spec:
             exact = rate_distortion(widths, expected_errors(ordered, demand, known, widths))
-    more = exact.errors / plain[0].errors
-    shared = [replace(one, errors=one.errors * np.interp(one.totals, exact.totals, more)) for one in plain[1:]]
-    return [exact, *shared]
+    excess = Curve(exact.totals, exact.errors / plain[0].errors)
+    return [exact, *(replace(one, errors=one.errors * excess.at(one.totals.numpy())) for one in plain[1:])]
 
 
 def solve_trellis(layers: Sequence[tuple[Tensor, Tensor]], spec: CodeSpec) -> list[AdditiveCode]:
