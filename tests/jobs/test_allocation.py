@@ -13,9 +13,10 @@ from test_quantize import command, file_hashes
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.trellis import allowed_widths
+from vqdm.additive.trellis_solve import Curve
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import Layer
-from vqdm.jobs.allocation import LEAST_BITS, divide, offered, segment_bits, trellis_layer, width_total
+from vqdm.jobs.allocation import LEAST_BITS, corrected, divide, offered, segment_bits, trellis_layer, width_total
 from vqdm.jobs.banks import choose_layers, shared
 from vqdm.jobs.plan import layer_bits
 from vqdm.layers.quantized import quantized_layers
@@ -213,6 +214,14 @@ def test_every_rate_that_is_offered_is_a_sum_of_widths(rows, columns, state_bits
         total = width_total(one)
         assert total * one.spec.segment_rows == 4 * one.spec.segment_bits
         assert total % (widths[-1] - widths[-2]) == 0 and widths[1] <= total <= columns * widths[-1]
+
+
+def test_curves_are_corrected_by_what_was_found_over_what_was_expected():
+    """Not by codes of nearly as many bits per weight as state bits, which are single values."""
+    curves, fast_curves = ({"a": Curve(torch.tensor([0, 999]), torch.tensor([e, e]).double())} for e in (0.2, 0.4))
+    for bits, error in ((2, 0.1), (7, 0.2)):
+        coded = trellis_layer(layer("a", columns=16), 8, bits)
+        assert corrected(curves, fast_curves, [coded], {"a": 0.2})["a"].at([300])[0] == pytest.approx(error)
 
 
 def test_segment_bits_are_about_those_asked_for():

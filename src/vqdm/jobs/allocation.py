@@ -53,6 +53,8 @@ LEAST_BITS = 1.0  # of code per weight in every layer: what a layer that vanishe
 RATE_STEP = 1 / 16  # bits per weight between the rates that are offered
 FAST_STATE_BITS = 8  # of the codes that effects are measured with: within half a decibel, at a tenth of the time
 
+COMPARABLE_BITS = 6.0  # per weight, up to which codes of `FAST_STATE_BITS` say what others will leave
+
 
 def trellis_layer(layer: Layer, state_bits: int, bits: float, exponent: int = 0) -> Layer:
     """The layer as a trellis code of about `bits` per weight."""
@@ -161,9 +163,10 @@ def corrected(
 ) -> dict[str, Curve]:
     """The curves, corrected by the errors that coding with `FAST_STATE_BITS` gave, over those expected of it.
 
-    Args: `layers` as they were coded, and `errors` by layer name.
+    Args: `layers` as they were coded, and `errors` by layer name. Those of more than `COMPARABLE_BITS` correct nothing.
     """
-    totals = {layer.name: width_total(layer) for layer in layers}
+    known = [layer for layer in layers if layer.spec.code_bits_per_weight(layer.columns) <= COMPARABLE_BITS]
+    totals = {layer.name: width_total(layer) for layer in known}
     ratios = {name: fast_curves[name].ratio(total, errors[name]) for name, total in totals.items()}
     return curves | {name: curves[name].corrected(total, ratios[name]) for name, total in totals.items()}
 
