@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vqdm.cli import Parser, run_script
 from vqdm.config import generate_command
+from vqdm.finetuning.intermediate import block_finetuner
 from vqdm.prompts import default_file
 from vqdm.quantization.config import UNSUPPORTED_FLAGS, QuantizeConfig
 from vqdm.quantization.job import quantize
@@ -27,10 +28,11 @@ PARSER = Parser(QuantizeConfig, __doc__, UNSUPPORTED_FLAGS)
 def main(argv: list[str] | None = None) -> None:
     """Parse, quantize, print where the result is."""
     config = PARSER.parse(argv)
+    finetune_blocks = block_finetuner(config.intermediate, config.seed)
     pushing = config.hub.push_to_hub and not config.dry_run
     name = config.hub.hub_model_id or Path(config.output_dir).resolve().name
     repository = open_repository(name, config.hub.hub_private) if pushing else None
-    _, summary = quantize(config)
+    _, summary = quantize(config, finetune_blocks)
     if summary:
         prompts = config.evaluation_prompts or default_file("evaluation")
         print(

@@ -123,7 +123,12 @@ FILES = {
     "prompts: [{...}]": ("json", '{"prompts": [{"text": "a red circle"}]}', TWO[:1], []),
     "columns of two lengths": ("json", '{"prompt": ["a", "b"], "seed": [1]}', "list seed has 1 entries", ["has 2"]),
     "a single object": ("json", '{"prompt": "a", "negative_prompt": "b"}', "a single object", ["into a list"]),
-    "lines in .json": ("json", '{"prompt": "a red circle"}\n{"prompt": "a blue star"}\n', TWO, ["a JSON value a line"]),
+    "lines in .json": (
+        "json",
+        '{"prompt": "a red circle"}\n{"prompt": "a blue star"}\n',
+        TWO,
+        ["one JSON value per line"],
+    ),
     "one value in .jsonl": ("jsonl", '[\n"a red circle",\n"a blue star"\n]', TWO, ["one JSON value"]),
     "lists in lines": ("jsonl", '"a"\n["b"]\n', "line 2 is ['b'], a list", []),
     "json, cut off": ("json", '["a",\n"b', "line 2, column 1: Unterminated string", ["cut off"]),

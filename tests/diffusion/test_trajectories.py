@@ -14,7 +14,7 @@ from vqdm.diffusion.sampling import (
     record_evaluation,
     record_trajectories,
 )
-from vqdm.diffusion.trajectories import Trajectories, TrajectoryRecorder, held_out, join, spread_points
+from vqdm.diffusion.trajectories import CallRecorder, Trajectories, held_out, join, spread_points
 from vqdm.errors import RunError, UserError
 
 PROMPTS = ["a red circle", "a blue star", "a big green heart"]
@@ -139,7 +139,7 @@ def positional(unet, call: dict):
 @pytest.mark.parametrize("make", [lambda unet, call: unet(**call).sample, positional], ids=["keywords", "positions"])
 def test_every_recorded_argument_is_replayed(make):
     unet, outputs = rich_unet(), []
-    with TrajectoryRecorder(unet, 3, outputs=True) as recorder:
+    with CallRecorder(unet, 3, outputs=True) as recorder:
         outputs = [make(unet, rich_call(step)) for step in range(2)]
     recorded = recorder.trajectories()
     assert len(recorded.conditioning) == 6
@@ -184,10 +184,10 @@ UNRECORDED = {
 @pytest.mark.parametrize("words", UNRECORDED)
 def test_what_is_not_recorded_is_refused_by_name(words):
     """Given to the recorder alone; a UNet may complain of them first."""
-    recorder, output = TrajectoryRecorder(rich_unet(), 3), UNet2DConditionOutput(torch.zeros(6, 4, 8, 8))
+    recorder, output = CallRecorder(rich_unet(), 3), UNet2DConditionOutput(torch.zeros(6, 4, 8, 8))
     recorder._record(recorder.unet, (), rich_call(), output)
     with pytest.raises(UserError, match=f"^MODEL's pipeline calls its UNet with {words}"):
-        TrajectoryRecorder(rich_unet(), 3)._record(recorder.unet, (), UNRECORDED[words](rich_call()), output)
+        CallRecorder(rich_unet(), 3)._record(recorder.unet, (), UNRECORDED[words](rich_call()), output)
 
 
 CHANGES = {
@@ -203,7 +203,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_conditioning_that_changes_from_step_to_step_is_refused(name):
     unet = rich_unet()
-    with TrajectoryRecorder(unet, 3) as recorder:
+    with CallRecorder(unet, 3) as recorder:
         unet(**rich_call())
         recorder._hook.remove()
         with pytest.raises(UserError, match=f"with {name.split()[0]}, which changes from step to step"):
@@ -237,6 +237,6 @@ def test_batches_of_other_timesteps_are_not_joined():
 def test_recorder_leaves_no_hook(pipelines):
     pipeline = load(pipelines["sdxl"])
     before = len(pipeline.unet._forward_hooks)
-    with pytest.raises(RuntimeError), TrajectoryRecorder(pipeline.unet, 1):
+    with pytest.raises(RuntimeError), CallRecorder(pipeline.unet, 1):
         raise RuntimeError
     assert len(pipeline.unet._forward_hooks) == before

@@ -9,6 +9,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from vqdm.config import SamplingConfig
+from vqdm.diffusion.sampling import predicted_bytes
 from vqdm.errors import RunError, UserError
 from vqdm.generation.requests import (
     SETTINGS,
@@ -25,7 +26,6 @@ from vqdm.generation.requests import (
 )
 from vqdm.images import Picture, to_picture
 from vqdm.prompts import load_rows
-from vqdm.quantization.plan import predicted_bytes
 
 NONE = dict.fromkeys(SETTINGS)
 

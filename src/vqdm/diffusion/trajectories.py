@@ -84,7 +84,7 @@ class Trajectories:
         return cls(tensors["latents"], tensors["timesteps"], conditioning, tensors.get("outputs"))
 
 
-class TrajectoryRecorder:
+class CallRecorder:
     """Context manager that records every call of a UNet while a pipeline samples `prompts` images per batch.
 
     Leaves no hook behind, also after an exception. A call that `Trajectories` cannot hold raises UserError with the
@@ -98,7 +98,7 @@ class TrajectoryRecorder:
         self._given: dict[str, Tensor] | None = None  # of the first call, as it was given
         self._signature = inspect.signature(type(unet).forward)
 
-    def __enter__(self) -> TrajectoryRecorder:
+    def __enter__(self) -> CallRecorder:
         self._hook = self.unet.register_forward_hook(self._record, with_kwargs=True)
         return self
 

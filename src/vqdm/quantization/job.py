@@ -13,6 +13,7 @@ import json
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -37,11 +38,17 @@ from vqdm.diffusion.pipelines import (
     weight_files,
     weights_fingerprint,
 )
-from vqdm.diffusion.sampling import check_timestep_range, compare_images, error_spread, output_error, point_errors
+from vqdm.diffusion.sampling import (
+    check_timestep_range,
+    compare_images,
+    error_spread,
+    output_error,
+    point_errors,
+    predicted_bytes,
+)
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
-from vqdm.errors import RunError
-from vqdm.finetuning.intermediate import check_between, finetune_between, teacher_points, turns
+from vqdm.errors import RunError, UserError
 from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import round_layer, rounded_layers
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
@@ -56,15 +63,16 @@ from vqdm.quantization.plan import (
     Rest,
     bank_bits,
     bank_users,
+    blocks_before_finetuning,
     hessian_bytes,
     layer_table,
     plain_bits,
-    predicted_bytes,
     totals,
 )
 from vqdm.quantization.recording import (
     calibration_trajectories,
     digest,
+    finetuning_trajectories,
     student_images,
     teacher_evaluation,
     teacher_hessians,
@@ -94,6 +102,7 @@ class Job:
         banks: shared codebooks by name.
         bank_memory_gb: for Hessians of the layers that shared codebooks are trained on, as the run was started with.
         ranks: the processes that work on it, each of which has this same job.
+        finetune_blocks: as `quantize` takes it.
     """
 
     config: QuantizeConfig
@@ -113,6 +122,7 @@ class Job:
     banks: dict[str, Bank] = field(default_factory=dict)
     bank_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
+    finetune_blocks: Callable | None = None
 
     @property
     def unet(self) -> torch.nn.Module:
@@ -135,22 +145,31 @@ class Job:
 
 def quantize(
     config: QuantizeConfig,
+    finetune_blocks: Callable | None = None,
     pipeline: DiffusionPipeline | None = None,
     prompts: tuple[list[str], list[str]] | None = None,
 ) -> tuple[DiffusionPipeline, dict | None]:
     """Run the whole job.
 
     Args:
+        finetune_blocks: as `finetuning.intermediate.block_finetuner` makes it; fine-tunes the quantized blocks.
         pipeline: a loaded one to work on, changed in place; without it `config.model` is loaded.
         prompts: for calibration and for evaluation, in place of the files that `config` names.
 
     Returns:
         The quantized pipeline, and the summary; None in its place after a dry run, and on every process but the first.
 
+    Args:
+        finetune_blocks: trains the blocks that are quantized so far, `num_intermediate_finetunes` times; called with
+            the UNet, full-precision trajectories with outputs, the blocks' names, the ranks, and a file for the trained
+            parameters. `finetuning.intermediate.block_finetuner` returns one.
+
     Raises:
         UserError: bad input, found before anything slow starts.
         RunError: the work failed; what is finished stays on disk for `resume`.
     """
+    if config.intermediate.num_intermediate_finetunes and finetune_blocks is None:
+        raise UserError("--num_intermediate_finetunes is above 0, but quantize() was called without finetune_blocks")
     calibration, evaluation = choose_prompts(config, *(prompts or read_prompts(config)))
     given = pipeline is not None
     if not given:
@@ -168,7 +187,7 @@ def quantize(
         log_info(planned_size(config, layers, parameters, rest, plain_bits(pipeline.unet, stored.get("unet"))))
         steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
         check_timestep_range(pipeline.scheduler, steps, *limits)
-        check_between(config, len({layer.block for layer in layers}))
+        blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
         if ranks.main:
             log_truncated(pipeline, calibration + evaluation)
         if config.dry_run:
@@ -188,7 +207,8 @@ def quantize(
             about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
             tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
             job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
-            job.stored, job.original_bytes, job.fingerprint, job.ranks = stored, original_bytes, fingerprint, ranks
+            job.stored, job.original_bytes, job.fingerprint = stored, original_bytes, fingerprint
+            job.ranks, job.finetune_blocks = ranks, finetune_blocks
             job.bank_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
             try:
                 return pipeline, run(job)
@@ -266,7 +286,7 @@ def run(job: Job) -> dict | None:
     config = job.config
     with job.clock("teacher"):
         teacher, teacher_images = teacher_evaluation(job)
-        finetuned_on = teacher_points(job) if config.intermediate.num_intermediate_finetunes else None
+        finetuned_on = finetuning_trajectories(job) if config.intermediate.num_intermediate_finetunes else []
     if config.unquantized_nbits == 8:
         for name in rest_layers(job.unet, job.layers):  # before Hessians are recorded
             try:
@@ -285,7 +305,7 @@ def run(job: Job) -> dict | None:
     quantized = load_codes(job) | finished_layers(job)
     if job.ranks.main:
         job.folder.rewrite_table([done.report for done in quantized.values()])
-    finetunes = turns(config.intermediate.num_intermediate_finetunes, len(job.blocks))
+    finetunes = blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len(job.blocks))
     for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in quantized]
         if todo:
@@ -293,7 +313,9 @@ def run(job: Job) -> dict | None:
             quantized |= quantize_block(job, layers, todo, calibration_points(job, block))
         swap_block(job, layers, quantized)
         if index in finetunes:
-            finetune_between(job, index, finetuned_on)
+            done, file = [block for block, _ in job.blocks[:index]], f"finetuned/after-{index:02d}.safetensors"
+            with job.clock("fine-tuning"):
+                job.finetune_blocks(job.unet, finetuned_on, done, job.ranks, job.folder.work / file)
         after_block(job, index, block, teacher)
     with job.clock("evaluation"), decoded_once(job.unet):
         errors = point_errors(job.unet, teacher, config.xtx_batch_size, job.ranks)

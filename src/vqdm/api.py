@@ -17,6 +17,7 @@ from vqdm.config import all_settings, build
 from vqdm.diffusion.model_folders import check_supported_pipeline
 from vqdm.diffusion.pipelines import set_scheduler
 from vqdm.errors import UserError
+from vqdm.finetuning.intermediate import block_finetuner
 from vqdm.prompts import check_prompts, default_prompts, load_prompts
 from vqdm.quantization import job
 from vqdm.quantization.config import HubConfig, QuantizeConfig
@@ -119,8 +120,9 @@ def quantize(
         values["model"] = str((pipeline.name_or_path or type(pipeline).__name__) if loaded else pipeline)
         values |= {"device": str(pipeline.device)} if loaded else {}
         config = build(QuantizeConfig, values)
+        finetune_blocks = block_finetuner(config.intermediate, config.seed)
         work_on = _working_copy(pipeline, config.sampling.scheduler) if loaded else None
-        quantized, summary = job.quantize(config, work_on, (calibration, evaluation))
+        quantized, summary = job.quantize(config, finetune_blocks, work_on, (calibration, evaluation))
     return quantized, None if summary is None else QuantizationReport.of(summary)
 
 

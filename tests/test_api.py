@@ -9,11 +9,11 @@ from diffusers import DiffusionPipeline
 from main_text2image import main
 from tiny_runs import file_hashes
 
+from vqdm.api import QuantizationReport, quantize
 from vqdm.cli import run_script
 from vqdm.errors import UserError
 from vqdm.layers.quantized import quantized_layers
 from vqdm.prompts import default_file, load_prompts
-from vqdm.quantization.api import QuantizationReport, quantize
 
 PROMPTS = [f"a big red circle number {i}" for i in range(12)]
 SETTINGS = dict(
@@ -83,7 +83,7 @@ def test_prompts_that_ship_with_the_package_are_the_default(pipelines, monkeypat
     """For the call and the program; a shorter list of one's own is used as a whole."""
     asked = []
 
-    def stop(config, pipeline=None, prompts=None):
+    def stop(config, finetune_blocks, pipeline, prompts):
         asked.append((config, prompts))
         return pipeline, None
 
