@@ -1,13 +1,13 @@
-"""Score pictures, alone or against those of the full-precision model, and compare runs.
+"""Score images, alone or against those of the full-precision model, and compare runs.
 
     python metrics.py out/images-3bit --reference out/images-full
     python metrics.py out/images-3bit --reference out/images-full --fid_reference coco.npz --metrics fid fid_fp clip
-    python metrics.py real-pictures --save_stats coco.npz
+    python metrics.py real-images --save_stats coco.npz
     accelerate launch metrics.py out/images-3bit --reference out/images-full --bs 64
     python metrics.py compare out/images-4bit out/images-3bit out/images-2bit
 
-IMAGES is a folder of generate.py, any folder of pictures, or a zip file; pictures of two folders belong together by
-prompt id and sample. Without --metrics, everything is scored that the input allows and whose network is at hand.
+IMAGES is a folder of generate.py, any folder of images, or a zip file; images of two folders are paired by prompt
+id and sample. Without --metrics, every metric is computed that the input allows and whose network is on this machine.
 The result goes into IMAGES/metrics: metrics.json, per_image.csv and report.html.
 """
 
@@ -19,11 +19,11 @@ import re
 import sys
 from dataclasses import fields
 
-from vqdm.cli import LOG_LEVELS, Parser, add_shared_flags, run_script, whole
-from vqdm.metrics.catalogue import NAMES
-from vqdm.metrics.compare import CompareConfig, compare_runs
-from vqdm.metrics.comparison import markdown
-from vqdm.metrics.job import Scored, score_images
+from vqdm.cli import LOG_LEVELS, Parser, Refused, add_shared_flags, run_script, whole
+from vqdm.metrics.catalogue import NAMES, REMOVED_FLAGS
+from vqdm.metrics.compare import CompareConfig
+from vqdm.metrics.comparison import compare_runs, markdown
+from vqdm.metrics.job import ScoreResult, score_images
 from vqdm.metrics.networks import LPIPS_FILES
 from vqdm.metrics.results import terminal_table
 from vqdm.metrics.score_job import FID_MODES, ScoreConfig
@@ -32,25 +32,27 @@ from vqdm.metrics.score_job import FID_MODES, ScoreConfig
 def build_parser() -> Parser:
     """All flags of scoring, grouped."""
     parser = Parser(__doc__, "IMAGES [--reference IMAGES_FP] [--fid_reference DIR|ZIP|NPZ]")
-    parser.add_argument("images", metavar="IMAGES", help="pictures to score: a folder, or a zip file")
+    parser.add_argument("images", metavar="IMAGES", help="images to score: a folder, or a zip file")
     _add_input_flags(parser.add_argument_group("what is scored"))
     _add_network_flags(parser.add_argument_group("networks (each a folder or file, or a name on the hub)"))
     _add_report_flags(parser.add_argument_group("report"))
     add_shared_flags(parser, output=None, dtype=False)
+    for flag, advice in REMOVED_FLAGS.items():
+        parser.add_argument(flag, action=Refused, advice=advice)
     return parser
 
 
 def _add_input_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--reference", metavar="IMAGES_FP", help="the full-precision model's pictures, same prompts, seeds"
+        "--reference", metavar="IMAGES_FP", help="images of the full-precision model, same prompts, seeds"
     )
     group.add_argument("--fid_reference", metavar="PATH", help="what fid, kid, ... compare with: folder, zip or .npz")
     group.add_argument("--metrics", nargs="+", metavar="NAME", help=f"only these: {', '.join(NAMES)}")
     group.add_argument("--force", action="store_true", help="score pairs although their settings differ")
     group.add_argument("--save_stats", metavar="FILE.npz", help="write IMAGES' statistics for a later --fid_reference")
-    group.add_argument("--save_features", action="store_true", help="also into FILE.npz; kid and mind need them")
-    group.add_argument("--bs", type=whole(1), default=16, help="pictures a network sees at once")
-    group.add_argument("--threads", type=whole(1, 256), default=4, help="threads that decode pictures")
+    group.add_argument("--save_features", action="store_true", help="also into FILE.npz; kid needs them")
+    group.add_argument("--bs", type=whole(1), default=16, help="images per batch")
+    group.add_argument("--threads", type=whole(1, 256), default=4, help="threads that decode images")
 
 
 def _add_network_flags(group: argparse._ArgumentGroup) -> None:
@@ -58,37 +60,32 @@ def _add_network_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--clip_pretrained", default="laion2b_s32b_b79k", help="open_clip tag, or file of weights")
     group.add_argument("--fid_features", default="inception", help="inception, a file of its weights, or an encoder")
     group.add_argument(
-        "--fid_mode", choices=FID_MODES, help="how pictures reach Inception's 299 pixels; default: clean"
+        "--fid_mode", choices=FID_MODES, help="how images are resized to Inception's 299 pixels; default: clean"
     )
-    group.add_argument("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="CLIP of cmmd")
-    group.add_argument("--fd_dinov2_model", default="facebook/dinov2-large", help="DINOv2 of fd_dinov2")
     group.add_argument("--pickscore_model", default="yuvalkirstain/PickScore_v1", help="CLIP of pickscore")
-    group.add_argument("--hpsv2_weights", metavar="FILE.pt", help="default: HPS_v2.1_compressed.pt of the hub")
     group.add_argument("--image_reward_model", default="THUDM/ImageReward", help="folder with ImageReward.pt")
     group.add_argument("--lpips_net", choices=tuple(LPIPS_FILES), default="alex", help="backbone of LPIPS")
     group.add_argument("--lpips_weights", metavar="FILE.pth", help="default: torchvision's, in torch.hub's folder")
-    group.add_argument("--clip_i_model", default="openai/clip-vit-large-patch14", help="CLIP of clip_i")
-    group.add_argument("--dino_i_model", default="facebook/dinov2-base", help="DINOv2 of dino_i")
     group.add_argument("--local_files_only", action="store_true", help="never ask the hub")
 
 
 def _add_report_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--report_images", type=whole(0), default=64, help="worst in report.html, and as many by lot; 0: none"
+        "--report_images", type=whole(0), default=64, help="worst in report.html, and as many random ones; 0: none"
     )
-    group.add_argument("--report_size", type=whole(16), default=512, help="pixels of the longer side of its pictures")
+    group.add_argument("--report_size", type=whole(16), default=512, help="pixels of the longer side of its images")
 
 
 def build_compare_parser() -> Parser:
     """All flags of comparing."""
     parser = Parser("Put scored runs into one table and one figure of bits against quality.", "RUN [RUN ...]")
     parser.prog += " compare"
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of scored pictures, or a metrics.json")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of scored images, or a metrics.json")
     parser.add_argument("-h", "--help", action="help", help="show this help and exit")
     parser.add_argument("--output_dir", metavar="DIR", default="out/comparison", help="where the result goes")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="one for each RUN; default: their folders'")
     parser.add_argument("--plot", nargs="+", metavar="METRIC", help="panels of the figure; default: the usual ones")
-    parser.add_argument("--force", action="store_true", help="compare although networks or numbers of pictures differ")
+    parser.add_argument("--force", action="store_true", help="compare although networks or numbers of images differ")
     parser.add_argument("--loglevel", choices=LOG_LEVELS, default="INFO", help="DEBUG adds tracebacks")
     return parser
 
@@ -110,7 +107,7 @@ def split(words: list[str]) -> tuple[str, ...]:
     return tuple(name for word in words for name in re.split(r"[,\s]+", word) if name)
 
 
-def report(scored: Scored) -> None:
+def report(scored: ScoreResult) -> None:
     """The table, what was skipped and why, and where the files are."""
     if scored.scores:
         print(f"\n{terminal_table(scored.scores)}\n")

@@ -2,17 +2,30 @@
 
 import csv
 import io
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from metrics import main
 from PIL import Image
 
 from vqdm.cli import run_script
-from vqdm.metrics.comparison import compare, incomparable, latex, markdown, read_run, table_csv
+from vqdm.metrics.comparison import (
+    compare,
+    front,
+    incomparable,
+    is_far,
+    latex,
+    markdown,
+    read_run,
+    table_csv,
+    write_names,
+)
 
 LABELS = {"clip": "CLIP score[a_b]", "psnr": "PSNR (dB)", "fid_fp": "FID-8[clean] to full precision"}
 
@@ -40,7 +53,7 @@ RECORDS = {
 
 @pytest.fixture
 def runs(tmp_path) -> dict[str, Path]:
-    """Folders of pictures, each with its record where metrics.py puts it."""
+    """Folders of images, each with its record where metrics.py puts it."""
     for name, one in RECORDS.items():
         folder = tmp_path / name / "metrics"
         folder.mkdir(parents=True)
@@ -53,7 +66,7 @@ def comparison(runs):
     return compare([read_run(str(path)) for path in runs.values()])
 
 
-def test_results_that_the_scripts_call_alike_are_told_apart(tmp_path, runs):
+def test_results_of_one_name_get_that_of_the_folder_above(tmp_path, runs):
     for bits in (3, 2):
         one = record({"psnr": 10.0 * bits}, bits) | {
             "run": {"settings": {"quantized": f"out/sdxl-{bits}bit/quantized"}}
@@ -155,7 +168,7 @@ def test_the_command_writes_tables_and_figure(runs, tmp_path, capsys):
 def test_runs_without_bits_are_named(tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps(record({"psnr": 20.0}) | {"images": "out/unknown"}))
     assert run_script(main, ["compare", str(tmp_path / "x.json"), "--output_dir", str(tmp_path / "out")]) == 0
-    assert "no summary.json tells their bits: model_None" in capsys.readouterr().out
+    assert "without a summary.json that has their bits: model_None" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -173,3 +186,33 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, words, message):
     assert run_script(main, ["compare", *line, "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------- figure
+
+
+def test_front_keeps_what_nothing_beats():
+    points = [(4.0, 30.0), (3.0, 25.0), (3.5, 24.0), (2.0, 20.0), (2.0, 19.0)]
+    assert front(points, higher=True) == [3, 1, 0]
+    assert front([(b, -v) for b, v in points], higher=False) == [3, 1, 0]
+    assert front([(2.0, 1.0), (2.0, 1.0)], higher=True) == [0, 1]
+
+
+def test_a_line_far_from_all_points_is_left_out():
+    assert is_far(100, [30, 32]) and not is_far(34, [30, 32]) and not is_far(5, [])
+
+
+@pytest.mark.parametrize("upside_down", [False, True])
+def test_names_neither_overlap_nor_leave_their_panel_sideways(upside_down):
+    """Points at one place, near each other, and at the right edge, where the axis grows."""
+    axes = Figure(figsize=(4, 3)).add_subplot()
+    axes.set(xlim=(1.5, 4.5), ylim=(9, 0) if upside_down else (0, 9))
+    axes.annotate("full precision", (0, 5), (4, 3), textcoords="offset points")
+    places = [(2, 5), (2, 5), (2, 5.1), (3, 4.9), (4.4, 5), (4.4, 5)]
+    write_names(
+        axes, [(SimpleNamespace(bits=bits, name=f"{k} bits, fine-tuned"), y) for k, (bits, y) in enumerate(places)]
+    )
+    assert len(axes.texts) == 7
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes[1:])

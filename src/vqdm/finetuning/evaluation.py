@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from vqdm.diffusion.sampling import error_spread
+from vqdm.fidelity import decibels
 from vqdm.finetuning.points import Point, Points, bin_of
 from vqdm.finetuning.step import Lesson
 from vqdm.layers.quantized import decoded_once
-from vqdm.metrics.fidelity import decibels
 from vqdm.storage.atomic import save_bytes, save_text
 
 BINS = 4  # of timesteps, equally wide

@@ -43,11 +43,11 @@ from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError
+from vqdm.fidelity import decibels
 from vqdm.finetuning.intermediate import check_between, finetune_between, teacher_points, turns
 from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import round_layer, rounded_layers
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
-from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import draw, load_prompts
 from vqdm.quantization.allocation import allocated
