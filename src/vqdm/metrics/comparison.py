@@ -27,9 +27,7 @@ FULL, FLOOR = "full precision", "noise floor"
 # Panels of the figure if none are named, the most important first.
 PANELS = ("fid", "fid_fp", "clip", "pickscore", "image_reward", "lpips", "psnr", "ssim")
 MOST_PANELS, COLUMNS = 6, 3
-BESIDE = (6, -11)  # points from the mark of a run to its name
-MOST_ROOM = 0.6
-FRONT, DOMINATED, LINE = "#2456c9", "#a5a29b", "#5b5852"
+MARKERS, LINE = "osD^vP", "#5b5852"
 # Scores against the reference images have a noise floor.
 AGAINST_REFERENCE = tuple(name for name, metric in METRICS.items() if "reference" in metric.needs)
 
@@ -363,14 +361,14 @@ def plot_pareto(comparison: Comparison, names: Sequence[str]) -> dict[str, bytes
     columns = 2 if len(names) == 4 else min(COLUMNS, len(names))
     rows = -(-len(names) // columns)
     style = {"svg.hashsalt": "vqdm", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.color": "#e6e3dc"}
+    style |= {"text.parse_math": False}  # names are no formulas
     with rc_context(style):
-        figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
-        subplots = [(figure.add_subplot(rows, columns, place + 1), name) for place, name in enumerate(names)]
-        for axes, name in subplots:
-            plot_panel(axes, comparison, name)
-        figure.draw_without_rendering()  # fixes the places of the points
-        for axes, name in subplots:
-            write_names(axes, [(row, row.cells[name].value) for row in shown(comparison, name)])
+        figure = Figure(figsize=(4.2 * columns, 3.4 * rows + 0.4), layout="constrained")
+        marks = {}
+        for place, name in enumerate(names):
+            marks |= plot_panel(figure.add_subplot(rows, columns, place + 1), comparison, name)
+        if marks:
+            figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=2 * columns, frameon=False)
         files = {}
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
@@ -379,81 +377,46 @@ def plot_pareto(comparison: Comparison, names: Sequence[str]) -> dict[str, bytes
     return files
 
 
-def plot_panel(axes, comparison: Comparison, name: str) -> None:
-    """Plot one metric; up is always better."""
-    runs = shown(comparison, name)
-    points = [(row.bits, row.cells[name].value) for row in runs]
-    best = front(points, METRICS[name].higher)
-    axes.plot([points[k][0] for k in best], [points[k][1] for k in best], color=FRONT, linewidth=1.2, zorder=2)
-    for k, row in enumerate(runs):
-        plot_point(axes, row, name, FRONT if k in best else DOMINATED)
-    plot_lines(axes, comparison, name, [value for _, value in points])
+def plot_panel(axes, comparison: Comparison, name: str) -> dict:
+    """Plot one metric, up is better: runs with their intervals, the front, full precision and the noise floor.
+
+    Returns:
+        Label → mark of the legend.
+    """
+    higher = METRICS[name].higher
+    shown = [(k, row) for k, row in enumerate(comparison.runs) if row.bits is not None and name in row.cells]
+    points = [(row.bits, row.cells[name].value) for _, row in shown]
+    best = [points[k] for k in front(points, higher)]
+    axes.plot([bits for bits, _ in best], [value for _, value in best], color=LINE, linewidth=1, zorder=2)
+    marks = {}
+    for k, row in shown:
+        cell = row.cells[name]
+        low, high = cell.interval or (cell.value, cell.value)
+        # A percentile interval may leave out the value itself; a bar cannot have a negative length.
+        bars = [[max(0, cell.value - low)], [max(0, high - cell.value)]]
+        mark = {"fmt": MARKERS[k % len(MARKERS)], "color": f"C{k}"}
+        marks[row.name] = axes.errorbar(row.bits, cell.value, bars, **mark, zorder=3)
+    for kind, style in ((FULL, "--"), (FLOOR, ":")):
+        row = comparison.row(kind)
+        if row is None or name not in row.cells:
+            continue
+        value = row.cells[name].value
+        if kind == FULL or not is_far(value, [one for _, one in points]):
+            marks[kind] = axes.axhline(value, color=LINE, linestyle=style, linewidth=1, zorder=1)
+        else:
+            text = f"{kind} {number(value, METRICS[name].decimals)}"
+            axes.annotate(text, (0, 1), (4, -10), xycoords="axes fraction", textcoords="offset points", fontsize=7.5)
     axes.set_xlabel("stored bits per weight, whole UNet")
     axes.set_title(comparison.columns[name], fontsize=9)
     axes.margins(x=0.12, y=0.12)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if not METRICS[name].higher:
+    axes.spines[["top", "right"]].set_visible(False)
+    if not higher:
         axes.invert_yaxis()
         axes.set_ylabel("less is better →", fontsize=8)
-
-
-def shown(comparison: Comparison, name: str) -> list[RunRow]:
-    """Return the runs whose bits and value are known."""
-    return [row for row in comparison.runs if row.bits is not None and name in row.cells]
-
-
-def plot_point(axes, row: RunRow, name: str, colour: str) -> None:
-    """Plot a run with its interval."""
-    cell = row.cells[name]
-    low, high = cell.interval or (cell.value, cell.value)
-    # A percentile interval may leave out the value itself; a bar cannot have a negative length.
-    bars = [[max(0, cell.value - low)], [max(0, high - cell.value)]]
-    axes.errorbar(row.bits, cell.value, yerr=bars, fmt="o", color=colour, markersize=5, elinewidth=1, zorder=3)
-
-
-def write_names(axes, points: Sequence[tuple[RunRow, float]]) -> None:
-    """Write a name at the lower right of each point, moved down until it overlaps no other."""
-    taken = [text.get_window_extent() for text in axes.texts]
-    words = {"textcoords": "offset points", "fontsize": 7.5, "color": LINE, "in_layout": False}
-    labels = [axes.annotate(row.name, (row.bits, value), BESIDE, **words) for row, value in points]
-    widen(axes, labels)
-    for label in sorted(labels, key=lambda one: -axes.transData.transform(one.xy)[1]):
-        while any(label.get_window_extent().overlaps(box) for box in taken):
-            label.xyann = (label.xyann[0], label.xyann[1] - 1)
-        taken.append(label.get_window_extent())
-
-
-def widen(axes, labels: Sequence) -> None:
-    """Widen the axis of bits until the longest name right of the last point fits, up to `MOST_ROOM` of the panel."""
-    if not labels:
-        return
-    width = axes.get_window_extent().width
-    longest = max(label.get_window_extent().width for label in labels) + 2 * BESIDE[0] * axes.figure.dpi / 72
-    left, right = axes.get_xlim()
-    last = max(label.xy[0] for label in labels)
-    axes.set_xlim(left, max(right, left + (last - left) / (1 - min(longest / width, MOST_ROOM))))
-
-
-def plot_lines(axes, comparison: Comparison, name: str, values: Sequence[float]) -> None:
-    """Plot full precision (dashed) and the noise floor (dotted), or a note if that is far from the points."""
-    words = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 7.5, "color": LINE}
-    for kind, style in ((FULL, "--"), (FLOOR, ":")):
-        row = comparison.row(kind)
-        if not row or name not in row.cells:
-            continue
-        value = row.cells[name].value
-        if kind == FLOOR and is_far(value, values):
-            text = f"{kind} {number(value, METRICS[name].decimals)}"
-            axes.annotate(text, (0, 1), (4, -10), **words | {"xycoords": "axes fraction"})
-            continue
-        axes.axhline(value, color=LINE, linestyle=style, linewidth=1, zorder=1)
-        axes.annotate(kind, (0, value), (4, 3), **words)
+    return marks
 
 
 def is_far(value: float, values: Sequence[float]) -> bool:
     """Return whether a line at `value` would squeeze the points together."""
-    if not values:
-        return False
-    span = max(values) - min(values)
-    return min(abs(value - one) for one in values) > 1.5 * span
+    span = max(values, default=0) - min(values, default=0)
+    return bool(values) and min(abs(value - one) for one in values) > 1.5 * span

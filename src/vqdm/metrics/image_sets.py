@@ -97,8 +97,8 @@ class ImageSet:
     notes: tuple[str, ...] = ()
 
     @cached_property
-    def _files(self) -> FolderFiles | ZipFiles:
-        return open_files(self.path)
+    def _files(self) -> ImageFiles:
+        return ImageFiles(self.path)
 
     def load(self, entry: ImageEntry) -> Image.Image:
         """Decode an image to 8-bit RGB. Raises RunError for a file that is no image, or one of too many pixels."""
@@ -140,95 +140,68 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 # --------------------------------------------------------------------------------------------- files
 
 
-class FolderFiles:
-    """Files of a folder, by names relative to it."""
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files of a folder, or of a zip file that is read in place, by names relative to it."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    path: Path
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile | None:
+        """None for a folder."""
+        return zipfile.ZipFile(self.path) if self.path.is_file() else None
 
     @cached_property
     def _entries(self) -> list[str]:
-        """Everything at any depth but folders; os.walk, unlike glob, raises for a folder that cannot be read."""
+        """Everything at any depth but folders; os.walk, unlike glob, raises OSError for a folder it cannot read."""
+        if self._archive:
+            return [name for name in self._archive.namelist() if not name.endswith("/")]
         found = []
         for folder, folders, files in os.walk(self.path, onerror=_raise):
             links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
             found += [Path(folder, name).relative_to(self.path).as_posix() for name in (*files, *links)]
         return found
 
+    @cached_property
+    def _unique(self) -> frozenset[str]:
+        return frozenset(self._entries)
+
+    @cached_property
+    def _top(self) -> str:
+        """The folder of the manifest, with its slash: the only one at the top of a zip file, as `zip -r` leaves it."""
+        tops = {name.split("/")[0] for name in self._entries if not name.startswith("__MACOSX/")}
+        top = f"{tops.pop()}/" if self._archive and len(tops) == 1 else ""
+        return top if top + MANIFEST in self._unique else ""
+
     def names(self) -> list[str]:
-        """List all files, at any depth. Raises OSError for a folder that cannot be read."""
         return [name for name in self._entries if self.has(name)]
 
     def unreachable(self) -> list[str]:
         """List links to folders or to nothing."""
         return [name for name in self._entries if not self.has(name)]
 
-    def matching(self, pattern: str) -> list[str]:
-        """List the files beside the manifest whose names match."""
-        return [path.name for path in self.path.glob(pattern)]
-
     def beside_manifest(self, name: str) -> str:
         """Return the name here of a file that the manifest names."""
-        return name
+        return self._top + name
+
+    def matching(self, pattern: str) -> list[str]:
+        """List the files beside the manifest whose names match."""
+        return [name for name in self._entries if fnmatchcase(name, self._top + pattern)]
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return name in self._unique if self._archive else (self.path / name).is_file()
 
     def leaves(self, name: str) -> bool:
         """Return whether a file is a link to somewhere outside."""
-        return not (self.path / name).resolve().is_relative_to(self.path.resolve())
+        return not self._archive and not (self.path / name).resolve().is_relative_to(self.path.resolve())
 
     def open(self, name: str) -> IO[bytes]:
-        return (self.path / name).open("rb")
+        return self._archive.open(name) if self._archive else (self.path / name).open("rb")
 
     def text(self, name: str) -> str:
         """Read a text file. Raises OSError, or ValueError if it is too long or not UTF-8."""
-        return read_text(self.path / name, MOST_TEXT)
-
-
-class ZipFiles:
-    """The same of a zip file; the manifest's folder may be its only one at the top, as `zip -r` leaves it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    @cached_property
-    def _archive(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(self.path)
-
-    @cached_property
-    def _names(self) -> frozenset[str]:
-        return frozenset(self.names())
-
-    @cached_property
-    def _top(self) -> str:
-        """The folder of the manifest, with its slash."""
-        tops = {name.split("/")[0] for name in self._names if not name.startswith("__MACOSX/")}
-        top = f"{tops.pop()}/" if len(tops) == 1 else ""
-        return top if top + MANIFEST in self._names else ""
-
-    def names(self) -> list[str]:
-        return [name for name in self._archive.namelist() if not name.endswith("/")]
-
-    def unreachable(self) -> list[str]:
-        return []
-
-    def matching(self, pattern: str) -> list[str]:
-        return [name for name in self._names if fnmatchcase(name, self._top + pattern)]
-
-    def beside_manifest(self, name: str) -> str:
-        return self._top + name
-
-    def has(self, name: str) -> bool:
-        return name in self._names
-
-    def leaves(self, name: str) -> bool:
-        return False
-
-    def open(self, name: str) -> IO[bytes]:
-        return self._archive.open(name)
-
-    def text(self, name: str) -> str:
+        if not self._archive:
+            return read_text(self.path / name, MOST_TEXT)
         if self._archive.getinfo(name).file_size > MOST_TEXT:
             raise ValueError(f"it has more than {MOST_TEXT} bytes")
         return decoded(self._archive.read(name))
@@ -236,11 +209,6 @@ class ZipFiles:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def open_files(path: Path) -> FolderFiles | ZipFiles:
-    """Return the files of a folder, or of a zip file, which is opened with the first access."""
-    return ZipFiles(path) if path.is_file() else FolderFiles(path)
 
 
 # --------------------------------------------------------------------------------------------- opening
@@ -261,7 +229,7 @@ def open_images(path: str, flag: str) -> ImageSet:
         )
     if place.is_file() and not zipfile.is_zipfile(place):
         raise UserError(f"{flag}: {path} is neither a folder nor a zip file")
-    files = open_files(place)
+    files = ImageFiles(place)
     try:
         images = _of_manifest(files, flag)
         named = bool(images)
@@ -281,7 +249,7 @@ def open_images(path: str, flag: str) -> ImageSet:
     return ImageSet(place, images, run, tuple(f"{flag}: {path}: {note}" for note in notes))
 
 
-def _left_out(files: FolderFiles | ZipFiles, used: set[str]) -> list[str]:
+def _left_out(files: ImageFiles, used: set[str]) -> list[str]:
     """Return lines about images that are not in the set: of other formats, hidden, or not in its manifest."""
     every = [name for name in files.names() if not name.startswith("__MACOSX/")]
     every = [name for name in every if name not in used and not PurePosixPath(name).name.startswith("._")]
@@ -298,7 +266,7 @@ def _left_out(files: FolderFiles | ZipFiles, used: set[str]) -> list[str]:
     return [f"left out, {reason}: {_listed(names)}" for reason, names in reasons.items() if names]
 
 
-def _unexpected(files: FolderFiles | ZipFiles, names: list[str]) -> list[str]:
+def _unexpected(files: ImageFiles, names: list[str]) -> list[str]:
     """Return lines about images of a set without a manifest that are in folders below, or animated."""
     depths = [len(PurePosixPath(name).parts) for name in names]
     below = [name for name, depth in zip(names, depths, strict=True) if depth > min(depths)]
@@ -307,7 +275,7 @@ def _unexpected(files: FolderFiles | ZipFiles, names: list[str]) -> list[str]:
     return lines + ([f"animated, of which the first frame is taken: {_listed(animated)}"] if animated else [])
 
 
-def _frames(files: FolderFiles | ZipFiles, name: str) -> int:
+def _frames(files: ImageFiles, name: str) -> int:
     """Count the frames of a file; 1 for one that cannot be read, which `ImageSet.load` refuses."""
     try:
         with files.open(name) as source, Image.open(source, formats=FORMATS) as image:
@@ -333,7 +301,7 @@ def _is_sheet(name: str) -> bool:
     return bool({"grids", "metrics"} & set(PurePosixPath(name).parts[:-1]))
 
 
-def _of_manifest(files: FolderFiles | ZipFiles, flag: str) -> dict[Key, ImageEntry]:
+def _of_manifest(files: ImageFiles, flag: str) -> dict[Key, ImageEntry]:
     """Return the images that the manifest names; none without a manifest."""
     if files.matching("manifest.*.jsonl"):
         raise UserError(f"{flag}: {files.path} is not finished; run the same generate.py with --resume first")
@@ -350,7 +318,7 @@ def _of_manifest(files: FolderFiles | ZipFiles, flag: str) -> dict[Key, ImageEnt
     return {image.key: image for image in found}
 
 
-def _rows(files: FolderFiles | ZipFiles, flag: str) -> list[dict]:
+def _rows(files: ImageFiles, flag: str) -> list[dict]:
     """Return the rows of a finished manifest; a damaged line is an error, since fewer images would be scored."""
     name = files.beside_manifest(MANIFEST)
     if not files.has(name):
@@ -370,7 +338,7 @@ def _of_names(names: Iterable[str]) -> dict[Key, ImageEntry]:
     return {image.key: image for image in found}
 
 
-def _names(files: FolderFiles | ZipFiles) -> list[str]:
+def _names(files: ImageFiles) -> list[str]:
     """List images at any depth but hidden ones. Raises ValueError for a zip file that has a name twice."""
     names = [name for name in files.names() if not _is_hidden(name) and name.lower().endswith(SUFFIXES)]
     if len(set(names)) < len(names):
@@ -379,7 +347,7 @@ def _names(files: FolderFiles | ZipFiles) -> list[str]:
     return names
 
 
-def _read_run(files: FolderFiles | ZipFiles, flag: str) -> dict:
+def _read_run(files: ImageFiles, flag: str) -> dict:
     """Return the content of run.json, with the parts that are read here of their types; empty without that file."""
     name = files.beside_manifest("run.json")
     if not files.has(name):
