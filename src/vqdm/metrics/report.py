@@ -240,8 +240,8 @@ def facts(record: dict) -> str:
     if "bytes_of_unet" in size:
         items |= {"MB UNet": f"{size['bytes_of_unet'] / 1e6:.1f}"}
     lines = [f"<li><b>{escaped(value)}</b> {name}</li>" for name, value in items.items()]
-    if settings.get("quantized"):
-        lines.append(f"<li>from <b>{escaped(settings.get('model'))}</b></li>")
+    if settings.get("quantized") and settings.get("model"):
+        lines.append(f"<li>from <b>{escaped(settings['model'])}</b></li>")
     if record["reference"]:
         lines.append(f"<li>against <b>{escaped(record['reference'])}</b></li>")
     return "".join(lines)
