@@ -1,5 +1,7 @@
 """Encoders from random models on disk, compared with the libraries' own use of them."""
 
+from pathlib import Path
+
 import numpy as np
 import open_clip
 import pytest
@@ -208,3 +210,20 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="does not hold Inception's weights"):
         load_inception(tmp_path / "x.pth", torch.device("cpu"))
+
+
+class Payload:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_inception_is_not_unpickled(tmp_path):
+    torch.save({"a": Payload(tmp_path / "mark")}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="does not hold Inception's weights"):
+        load_inception(tmp_path / "x.pth", torch.device("cpu"))
+    assert not (tmp_path / "mark").exists()

@@ -17,6 +17,7 @@ import torch
 from metrics import build_compare_parser, build_parser, main, to_compare_config, to_config
 from PIL import Image
 from tiny_runs import PROMPTS, pixels, write_folder
+from torch_fidelity import calculate_metrics
 from torchvision.models import inception_v3
 
 from vqdm.cli import run_script
@@ -168,6 +169,9 @@ def inception(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth"
     net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
     torch.save(net.state_dict(), path)
     return path
 
@@ -193,6 +197,26 @@ def test_inception_scores_and_saved_statistics(folders, inception, tmp_path, mon
     capsys.readouterr()
     assert score(*words, tmp_path / "full.npz", "--fid_mode", "vqdm", out=tmp_path / "d") == 2
     assert "was made with preprocess clean, here it is vqdm" in capsys.readouterr().err
+
+
+def test_the_printed_kid_is_that_of_torch_fidelity(inception, tmp_path, monkeypatch):
+    """From files to the number: with the resize that torch-fidelity has, the features and the kernel are its own."""
+    ours, theirs = (write_folder(tmp_path / str(noise), noise, True) for noise in (0, 60))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", networks.file_sha256(inception)[:8])
+    words = ["--fid_features", inception, "--fid_mode", "legacy", "--metrics", "kid", "--seed", 7]
+    assert score(ours, "--fid_reference", theirs, *words, out=tmp_path / "out") == 0
+    options = {
+        "feature_extractor_weights_path": str(inception),
+        "kid_subset_size": 8,
+        "rng_seed": 7,
+        "save_cpu_ram": True,
+    }
+    found = calculate_metrics(
+        input1=str(ours), input2=str(theirs), kid=True, cuda=False, cache=False, verbose=False, **options
+    )
+    printed = result(tmp_path / "out")["metrics"]["kid"]
+    assert printed["label"] == "KID[legacy]" and abs(printed["value"]) > 1e-3
+    assert printed["value"] == pytest.approx(1000 * found["kernel_inception_distance_mean"], rel=1e-3)
 
 
 def test_plain_images_give_statistics_from_folder_and_zip(folders, tmp_path, capsys):

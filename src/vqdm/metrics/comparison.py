@@ -249,12 +249,11 @@ def full_row(runs: Sequence[RunRecord]) -> RunRow | None:
 
 def floor_row(runs: Sequence[RunRecord]) -> RunRow | None:
     """Return the row of full precision against itself: the effect of rounding alone."""
-    run = next((run for run in runs if run.floor), None)
-    if run is None:
-        return None
-    return RunRow(
-        FLOOR, FLOOR, None, None, {name: cell for name, cell in cells_of(run).items() if name in AGAINST_REFERENCE}
-    )
+    for run in runs:
+        if run.floor:
+            cells = {name: cell for name, cell in cells_of(run).items() if name in AGAINST_REFERENCE}
+            return RunRow(FLOOR, FLOOR, None, None, cells)
+    return None
 
 
 # --------------------------------------------------------------------------------------------- writing
