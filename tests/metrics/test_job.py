@@ -201,19 +201,13 @@ def test_inception_scores_and_saved_statistics(folders, inception, tmp_path, mon
 
 def test_the_printed_kid_is_that_of_torch_fidelity(inception, tmp_path, monkeypatch):
     """From files to the number: with the resize that torch-fidelity has, the features and the kernel are its own."""
-    ours, theirs = (write_folder(tmp_path / str(noise), noise, True) for noise in (0, 60))
+    ours, theirs = (write_folder(tmp_path / str(noise), noise, True, samples=1) for noise in (0, 60))
     monkeypatch.setattr(networks, "INCEPTION_SHA256", networks.file_sha256(inception)[:8])
     words = ["--fid_features", inception, "--fid_mode", "legacy", "--metrics", "kid", "--seed", 7]
     assert score(ours, "--fid_reference", theirs, *words, out=tmp_path / "out") == 0
-    options = {
-        "feature_extractor_weights_path": str(inception),
-        "kid_subset_size": 8,
-        "rng_seed": 7,
-        "save_cpu_ram": True,
-    }
-    found = calculate_metrics(
-        input1=str(ours), input2=str(theirs), kid=True, cuda=False, cache=False, verbose=False, **options
-    )
+    options = {"kid": True, "kid_subset_size": 4, "rng_seed": 7, "feature_extractor_weights_path": str(inception)}
+    options |= {"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True}
+    found = calculate_metrics(input1=str(ours), input2=str(theirs), **options)
     printed = result(tmp_path / "out")["metrics"]["kid"]
     assert printed["label"] == "KID[legacy]" and abs(printed["value"]) > 1e-3
     assert printed["value"] == pytest.approx(1000 * found["kernel_inception_distance_mean"], rel=1e-3)
