@@ -18,7 +18,7 @@ from pathlib import Path
 from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.metrics.catalogue import METRICS
-from vqdm.metrics.compare import CompareConfig
+from vqdm.metrics.config import CompareConfig
 from vqdm.metrics.results import SCHEMA, number
 from vqdm.storage.atomic import save_bytes, save_text
 from vqdm.storage.locks import locked

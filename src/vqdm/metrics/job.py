@@ -18,6 +18,7 @@ from vqdm.errors import UserError
 from vqdm.fidelity import SMALLEST_FOR_LPIPS, SMALLEST_FOR_SSIM, load_lpips
 from vqdm.images import NAN
 from vqdm.metrics.catalogue import METRICS
+from vqdm.metrics.config import MetricsConfig
 from vqdm.metrics.encoders import exact, load_encoder
 from vqdm.metrics.frechet import (
     FeatureStatistics,
@@ -45,7 +46,6 @@ from vqdm.metrics.results import (
     short_name,
     winrate,
 )
-from vqdm.metrics.score_job import ScoreConfig
 from vqdm.parallel import Ranks, launched
 from vqdm.redaction import own_command
 from vqdm.storage.atomic import probe, save_json, save_text, sweep
@@ -77,7 +77,7 @@ class ScoreResult:
 class ScoreRun:
     """What the passes of one run share, and what they find."""
 
-    config: ScoreConfig
+    config: MetricsConfig
     loader: ImageLoader
     images: ImageSet
     reference: ImageSet | None
@@ -93,7 +93,7 @@ class ScoreRun:
         return shared_keys(self.images, self.reference)
 
 
-def score_images(config: ScoreConfig) -> ScoreResult | None:
+def score_images(config: MetricsConfig) -> ScoreResult | None:
     """Run the whole job; return None after a dry run, and on every rank but the first.
 
     Raises:
@@ -175,7 +175,7 @@ def check_problems(sets: dict[str, ImageSet], force: bool) -> list[str]:
     return lines
 
 
-def describe(config: ScoreConfig, images: ImageSet, ranks: Ranks, plan: ScorePlan) -> str:
+def describe(config: MetricsConfig, images: ImageSet, ranks: Ranks, plan: ScorePlan) -> str:
     """Return one line: how many images, which metrics, and the folder of the result."""
     prompts = len({entry.id for entry in images.entries.values()})
     processes = f"{ranks.world} {ranks.device.type} process{'es' if ranks.world > 1 else ''}"

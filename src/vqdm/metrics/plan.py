@@ -8,10 +8,10 @@ from functools import partial
 from vqdm.errors import UserError
 from vqdm.metrics import networks
 from vqdm.metrics.catalogue import FLAGS, METRICS, NAMES, NEEDS
+from vqdm.metrics.config import MetricsConfig
 from vqdm.metrics.frechet import FeatureStatistics
 from vqdm.metrics.image_sets import ImageSet, shared_keys
 from vqdm.metrics.networks import Network, Unavailable
-from vqdm.metrics.score_job import ScoreConfig
 
 SET_METRICS = ("fid", "fid_fp", "kid")
 
@@ -32,7 +32,7 @@ class ScorePlan:
 
 
 def make_plan(
-    config: ScoreConfig, images: ImageSet, reference: ImageSet | None, target: ImageSet | FeatureStatistics | None
+    config: MetricsConfig, images: ImageSet, reference: ImageSet | None, target: ImageSet | FeatureStatistics | None
 ) -> ScorePlan:
     """Decide which metrics are computed; each network is searched for once.
 
@@ -76,7 +76,7 @@ def check_inputs(
             raise Unavailable("needs at least two images in each set")
 
 
-def find_network(config: ScoreConfig, slot: str, download: bool) -> Network:
+def find_network(config: MetricsConfig, slot: str, download: bool) -> Network:
     """Find the network of a name of `FLAGS`.
 
     Raises:
@@ -97,7 +97,7 @@ def find_network(config: ScoreConfig, slot: str, download: bool) -> Network:
         raise Unavailable(f"{reason}; {FLAGS[slot]} names another{advice}") from None
 
 
-def find_statistics_network(config: ScoreConfig, found: dict[str, Network]) -> Network:
+def find_statistics_network(config: MetricsConfig, found: dict[str, Network]) -> Network:
     """Return the network of `--save_stats`. Raises UserError if it is not found."""
     try:
         return found.get("features") or find_network(config, "features", download=True)
