@@ -1,5 +1,6 @@
 import logging
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +175,13 @@ def test_a_damaged_cached_backbone_is_a_warning(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "vqdm"):
         assert lpips(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)) is None
     assert "LPIPS is left out" in caplog.text and LPIPS_FILES["alex"] in caplog.text
+
+
+def test_without_torchmetrics_lpips_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / LPIPS_FILES["alex"]).touch()
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    with caplog.at_level(logging.WARNING, "vqdm"):
+        assert pair_scores(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32))["lpips"] is None
+    assert "LPIPS is left out" in caplog.text

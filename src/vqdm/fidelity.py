@@ -107,7 +107,7 @@ def lpips(reference: Tensor, images: Tensor) -> float | None:
         return None
     try:
         distance = load_lpips("alex", backbone, torch.device("cpu"))
-    except UserError as error:
+    except (UserError, ImportError) as error:  # torchmetrics comes with the extra for metrics
         log.warning("warning: LPIPS is left out: %s", error)
         return None
     pairs = zip(reference.split(8), images.split(8), strict=True)
