@@ -18,36 +18,16 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from PIL import Image, features
+from PIL import Image
 
 from vqdm.documents import decoded, first_line, parse_json, read_text, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import is_encodable, parse_rows
+from vqdm.images import BESIDE, FORMATS, SUFFIXES, is_hidden, is_sheet, listed, read_image
 from vqdm.parallel import Ranks
 from vqdm.tracking import progress_bar
 
-# Format as PIL names it → endings of its files, in any case. Whatever a file is called, no other decoder sees it: the
-# rest of them are less used to hostile input, and that of EPS starts a program.
-KINDS = {
-    "PNG": (".png", ".apng"),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "DIB": (".dib",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "JPEG2000": (".jp2", ".j2k", ".jpx"),
-    "AVIF": (".avif",),
-}
-BUILT_IN = {"JPEG2000": "jpg_2000", "TIFF": "libtiff", "AVIF": "avif", "WEBP": "webp"}  # names of `PIL.features`
-FORMATS = tuple(kind for kind in KINDS if kind not in BUILT_IN or features.check(BUILT_IN[kind]))
-SUFFIXES = tuple(suffix for kind in FORMATS for suffix in KINDS[kind])
-# What lies beside images and is none; any other file that is not read is named, for it may be an image.
-BESIDE = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".html", ".md", ".npz", ".yaml", ".yml", ".log", ".lock")
-BESIDE += (".parquet", ".tex", ".db", ".ini", ".py", ".sh", ".caption")
 ANIMATED = (".png", ".apng", ".gif", ".webp", ".tif", ".tiff", ".avif")  # endings of files that may hold several images
-MOST_PIXELS = 2**26
 MOST_TEXT = 2**28  # bytes of a text file once unpacked
 MANIFEST = "manifest.jsonl"
 # What two images of one prompt must share, so that only the denoiser differs between them.
@@ -103,13 +83,11 @@ class ImageSet:
     def load(self, entry: ImageEntry) -> Image.Image:
         """Decode an image to 8-bit RGB. Raises RunError for a file that is no image, or one of too many pixels."""
         try:
-            with self._files.open(entry.file) as source, Image.open(source, formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise ValueError(f"it has {image.width} × {image.height} pixels; allowed are {MOST_PIXELS}")
-                return _eight_bit(image).convert("RGB")
+            with self._files.open(entry.file) as source:
+                return read_image(source)
         except MemoryError:
             raise
-        except Exception as error:  # decoders and archives know a dozen kinds, some of them only Exception
+        except Exception as error:  # archives know a dozen kinds, some of them only Exception
             raise RunError(f"{self.path / entry.file} cannot be read as an image: {first_line(error)}") from None
 
     @property
@@ -124,17 +102,6 @@ class ImageSet:
         """Count the images that have a problem in the manifest: problem → count."""
         found = [entry.row.get("problem") for entry in self.entries.values()]
         return {problem: found.count(problem) for problem in sorted({one for one in found if one})}
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Reduce 16-bit grey to its high byte, as PIL does for 16-bit colours; `convert` would clip it to white.
-
-    Raises:
-        ValueError: values of 32 bits, whose white level is unknown.
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError("it has values of 32 bits; save it with 8 or 16")
-    return image.point(lambda level: level / 256).convert("L") if image.mode.startswith("I;16") else image
 
 
 # --------------------------------------------------------------------------------------------- files
@@ -255,15 +222,15 @@ def _left_out(files: ImageFiles, used: set[str]) -> list[str]:
     every = [name for name in every if name not in used and not PurePosixPath(name).name.startswith("._")]
     reasons = {
         "in formats that are not read": [
-            name for name in every if not name.lower().endswith(SUFFIXES + BESIDE) and not _is_hidden(name)
+            name for name in every if not name.lower().endswith(SUFFIXES + BESIDE) and not is_hidden(name)
         ],
-        "hidden": [name for name in every if name.lower().endswith(SUFFIXES) and _is_hidden(name)],
+        "hidden": [name for name in every if name.lower().endswith(SUFFIXES) and is_hidden(name)],
         "not named by the manifest": [
-            name for name in every if name.lower().endswith(SUFFIXES) and not _is_hidden(name) and not _is_sheet(name)
+            name for name in every if name.lower().endswith(SUFFIXES) and not is_hidden(name) and not is_sheet(name)
         ],
         "links to folders or to nothing, which are not followed": files.unreachable(),
     }
-    return [f"left out, {reason}: {_listed(names)}" for reason, names in reasons.items() if names]
+    return [f"left out, {reason}: {listed(names)}" for reason, names in reasons.items() if names]
 
 
 def _unexpected(files: ImageFiles, names: list[str]) -> list[str]:
@@ -271,8 +238,8 @@ def _unexpected(files: ImageFiles, names: list[str]) -> list[str]:
     depths = [len(PurePosixPath(name).parts) for name in names]
     below = [name for name, depth in zip(names, depths, strict=True) if depth > min(depths)]
     animated = [name for name in names if name.lower().endswith(ANIMATED) and _frames(files, name) > 1]
-    lines = [f"in folders below the others: {_listed(below)}"] if below else []
-    return lines + ([f"animated, of which the first frame is taken: {_listed(animated)}"] if animated else [])
+    lines = [f"in folders below the others: {listed(below)}"] if below else []
+    return lines + ([f"animated, of which the first frame is taken: {listed(animated)}"] if animated else [])
 
 
 def _frames(files: ImageFiles, name: str) -> int:
@@ -282,23 +249,6 @@ def _frames(files: ImageFiles, name: str) -> int:
             return getattr(image, "n_frames", 1)
     except Exception:  # as in `load`
         return 1
-
-
-def _listed(names: list[str]) -> str:
-    """Describe files: how many, of which endings, and the first."""
-    endings = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in names)
-    return (
-        f"{', '.join(f'{count} {ending}' for ending, count in endings.items())} (the first is {shortened(min(names))})"
-    )
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
-def _is_sheet(name: str) -> bool:
-    """Return whether a file is one that generate.py and metrics.py add to their images."""
-    return bool({"grids", "metrics"} & set(PurePosixPath(name).parts[:-1]))
 
 
 def _of_manifest(files: ImageFiles, flag: str) -> dict[Key, ImageEntry]:
@@ -340,7 +290,7 @@ def _of_names(names: Iterable[str]) -> dict[Key, ImageEntry]:
 
 def _names(files: ImageFiles) -> list[str]:
     """List images at any depth but hidden ones. Raises ValueError for a zip file that has a name twice."""
-    names = [name for name in files.names() if not _is_hidden(name) and name.lower().endswith(SUFFIXES)]
+    names = [name for name in files.names() if not is_hidden(name) and name.lower().endswith(SUFFIXES)]
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"it holds {shortened(twice)} twice")

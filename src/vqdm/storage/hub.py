@@ -12,8 +12,8 @@ from vqdm.errors import RunError, UserError
 
 # Paths of this machine and the data of the run; the card has the figures.
 KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
-# Half-quantized UNets, pictures of steps in between, and what trackers write: tensorboard under the program's name.
-KEPT_HERE += ["work/*", "snapshots/*", "pictures/*", "wandb/*", "vqdm-*/*", "runs/*"]
+# Half-quantized UNets, images of steps in between, and what trackers write: tensorboard under the program's name.
+KEPT_HERE += ["work/*", "snapshots/*", "images/*", "wandb/*", "vqdm-*/*", "runs/*"]
 
 
 def open_repository(name: str, private: bool) -> str:
