@@ -32,6 +32,7 @@ from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import read_json
+from vqdm.fidelity import decibels
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.evaluation import evaluate
@@ -39,7 +40,6 @@ from vqdm.finetuning.parameters import trainable, types_on_disk, write_back
 from vqdm.finetuning.points import Points, shuffled, spread
 from vqdm.finetuning.trainer import DistillationLoss, Trainer, choose_learning_rate
 from vqdm.layers.quantized import decoded_once
-from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import launched
 from vqdm.prompts import choose, load_prompts
 from vqdm.storage.atomic import save_json

@@ -26,8 +26,8 @@ from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
+from vqdm.fidelity import decibels
 from vqdm.layers.quantized import decoded_once
-from vqdm.metrics.fidelity import decibels
 from vqdm.prompts import choose, load_prompts
 
 

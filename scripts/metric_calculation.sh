@@ -6,15 +6,15 @@
 #     MODEL=assets/shapes-xl PROFILE=small bash scripts/metric_calculation.sh
 #
 # Networks that are not on this machine are downloaded. FID_REFERENCE is a folder, a zip or the .npz that
-# "metrics.py IMAGES --save_stats" wrote; --fid_mode vqdm computes it as the paper does. Further flags go to metrics.py.
+# "metrics.py IMAGES --save_stats" wrote; --fid_mode vqdm resizes as the paper does. Further flags go to metrics.py.
 set -euo pipefail
 source "$(dirname "$0")/recipe.sh"
 
 case "$PROFILE" in
 sdxl) settings=(--metrics clip pickscore fid_fp lpips psnr ssim) ;;
 small)
-    settings=(--clip_model assets/shapes-clip --fid_features assets/shapes-clip --clip_i_model assets/shapes-clip)
-    settings+=(--metrics clip fid_fp clip_i psnr ssim)
+    settings=(--clip_model assets/shapes-clip --fid_features assets/shapes-clip)
+    settings+=(--metrics clip fid_fp psnr ssim)
     ;;
 esac
 if [ -n "${FID_REFERENCE:-}" ]; then settings+=(fid --fid_reference "$FID_REFERENCE"); fi

@@ -257,7 +257,7 @@ def test_some_nan_is_marked_and_fails_at_the_end(pipelines, prompts, tmp_path, m
 
     def spoiled(pipeline, batch, generate=job.generate):
         images = generate(pipeline, batch)
-        return [job.Picture(images[0].image, "nan"), *images[1:]] if batch[0].index == 2 else images
+        return [job.GeneratedImage(images[0].image, "nan"), *images[1:]] if batch[0].index == 2 else images
 
     monkeypatch.setattr(job, "generate", spoiled)
     assert run(pipelines["sdxl"], prompts, "--bs", 2, out=tmp_path / "out") == 1

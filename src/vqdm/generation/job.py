@@ -42,7 +42,7 @@ from vqdm.generation.requests import (
     unused_columns,
 )
 from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
-from vqdm.images import NAN, NAN_ADVICE, Picture
+from vqdm.images import NAN, NAN_ADVICE, GeneratedImage
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows, log_notes
@@ -301,7 +301,7 @@ def generate_shard(job: GenerationJob, batches: list[list[Request]], pending: li
             job.tracker.log({"images": done, "images_per_second": rate}, step=done)
 
 
-def save_image(job: GenerationJob, request: Request, generated: Picture) -> dict:
+def save_image(job: GenerationJob, request: Request, generated: GeneratedImage) -> dict:
     """Save an image and return its row of the manifest."""
     about = {
         "index": request.index,

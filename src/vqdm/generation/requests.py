@@ -21,7 +21,7 @@ from PIL import Image
 from vqdm.diffusion.pipelines import generators, image_size
 from vqdm.documents import shortened
 from vqdm.errors import RunError, UserError
-from vqdm.images import Picture, to_pictures
+from vqdm.images import GeneratedImage, generated_images
 from vqdm.prompts import ID_COLUMNS, SETTING_COLUMNS, plain_name
 from vqdm.tracking import log_info
 
@@ -207,8 +207,8 @@ def _call_key(request: Request) -> tuple:
 
 
 def generate_in_batches(
-    generate: Callable[[list[Request]], list[Picture]], groups: list[list[Request]], size: int
-) -> Iterator[tuple[list[Request], list[Picture]]]:
+    generate: Callable[[list[Request]], list[GeneratedImage]], groups: list[list[Request]], size: int
+) -> Iterator[tuple[list[Request], list[GeneratedImage]]]:
     """Yield (requests, images) batch by batch; on out of memory, halve the size for good and repeat the batch.
 
     Raises:
@@ -230,7 +230,7 @@ def generate_in_batches(
                 raise RunError(f"out of memory at batch size 1; {advice}")
 
 
-def _unless_out_of_memory(generate: Callable, batch: list[Request]) -> list[Picture] | None:
+def _unless_out_of_memory(generate: Callable, batch: list[Request]) -> list[GeneratedImage] | None:
     """Return the images of a batch, or None on out of memory."""
     try:
         return generate(batch)
@@ -251,7 +251,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @torch.no_grad()
-def generate(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
+def generate(pipeline: DiffusionPipeline, batch: list[Request]) -> list[GeneratedImage]:
     """Generate the images of requests that are alike, each from its own CPU generator."""
     negative = None if batch[0].negative_prompt is None else [request.negative_prompt for request in batch]
     result = pipeline(
@@ -261,7 +261,7 @@ def generate(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]
         output_type="pt",
         **call_settings(pipeline, batch[0].settings),
     )
-    return to_pictures(result)
+    return generated_images(result)
 
 
 def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:
