@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from main_text2image import main
 from tiny_runs import file_hashes
 
+import vqdm
 from vqdm.api import QuantizationReport, quantize
 from vqdm.cli import run_script
 from vqdm.errors import UserError
@@ -100,6 +101,10 @@ def test_prompts_that_ship_with_the_package_are_the_default(pipelines, monkeypat
     quantize(pipeline, PROMPTS, evaluation_prompts=PROMPTS[:3])
     config = asked[1][0]
     assert (config.calibration_nsamples, config.evaluation_nsamples, config.visualize_nsamples) == (12, 3, 3)
+
+
+def test_the_call_is_of_the_package():
+    assert vqdm.quantize is quantize and {"quantize", "QuantizationReport"} <= set(vqdm.__all__)
 
 
 def test_the_program_uses_the_default_prompts(pipelines, tmp_path, capsys):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vqdm.errors import UserError
-from vqdm.prompts import choose, load_prompts, load_rows
+from vqdm.prompts import choose, default_file, load_prompts, load_rows
 
 PROMPTS = ["a red circle", 'a "blue" star, small', "ein grüner Stern"]
 
@@ -104,3 +104,10 @@ def test_bad_files_are_named(tmp_path, name, content, words):
 def test_a_data_set_that_cannot_be_had_is_named():
     with pytest.raises(UserError, match="CALIBRATION_PROMPTS: no-such-owner/no-such-set"):
         load_prompts("no-such-owner/no-such-set", "CALIBRATION_PROMPTS")
+
+
+@pytest.mark.parametrize(("kind", "count"), [("calibration", 256), ("evaluation", 64)])
+def test_prompts_that_ship_are_the_first_of_the_repositorys_files(kind, count):
+    """Which are in turn from many categories, and share no scene."""
+    shipped = load_prompts(default_file(kind), "PROMPTS")
+    assert shipped == load_prompts(f"prompts/{kind}.csv", "PROMPTS")[:count] and len(set(shipped)) == count

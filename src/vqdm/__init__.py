@@ -3,6 +3,9 @@
 Importing it teaches diffusers and transformers the format, after which `from_pretrained` loads quantized folders.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.config import SolverConfig
 from vqdm.layers.decode import set_decode_path
@@ -13,10 +16,14 @@ from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
 from vqdm.storage.hf_methods import register_methods
 from vqdm.storage.hf_text import VqdmTextQuantizer, register_text
 
+if TYPE_CHECKING:
+    from vqdm.api import QuantizationReport, quantize
+
 __version__ = "0.1.0"
 __all__ = [
     "AdditiveCode",
     "CodeSpec",
+    "QuantizationReport",
     "QuantizedConv2d",
     "QuantizedLinear",
     "SolverConfig",
@@ -25,9 +32,18 @@ __all__ = [
     "VqdmTextQuantizer",
     "allow_casting",
     "decoded_once",
+    "quantize",
     "quantize_text_encoder",
     "set_decode_path",
 ]
+_LAZY = {"QuantizationReport": "vqdm.api", "quantize": "vqdm.api"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
 
 register()
 register_text()
