@@ -28,8 +28,8 @@ def load(folder):
 def test_replaying_recorded_points_gives_the_recorded_outputs(pipelines, family, guidance, branches):
     pipeline = load(pipelines[family])
     settings = {"guidance_scale": guidance, "num_inference_steps": 3}
-    trajectories, pictures = record_evaluation(pipeline, PROMPTS, 0, settings, size=2)
-    assert len(pictures) == 3 and trajectories.outputs.shape[:3] == (3, 3, branches)
+    trajectories, images = record_evaluation(pipeline, PROMPTS, 0, settings, size=2)
+    assert len(images) == 3 and trajectories.outputs.shape[:3] == (3, 3, branches)
     points = [(2, 0), (0, 2), (1, 1)]
     with torch.no_grad():
         again = pipeline.unet(**trajectories.inputs(points, "cpu", torch.float32)).sample
@@ -46,7 +46,7 @@ def test_the_spread_of_errors_is_that_of_single_points():
     assert spread["95%"] == pytest.approx(-21)
 
 
-def test_pictures_do_not_depend_on_the_batch(pipelines):
+def test_images_do_not_depend_on_the_batch(pipelines):
     pipeline, settings = load(pipelines["sdxl"]), {"num_inference_steps": 2, "output_type": "latent"}
     together = sample(pipeline, PROMPTS, 7, 0, settings)
     alone = sample(pipeline, PROMPTS[2:], 7, 2, settings)

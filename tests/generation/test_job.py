@@ -63,7 +63,7 @@ def run(*words, out: Path) -> int:
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
-    """Relative path → picture."""
+    """Relative path → image."""
     found = {}
     for path in sorted(folder.rglob("*.png")):
         with Image.open(path) as image:

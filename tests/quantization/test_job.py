@@ -38,8 +38,8 @@ def finished(pipelines, prompt_file, tmp_path_factory) -> Path:
 def test_result_is_a_pipeline_that_stock_diffusers_loads(finished):
     pipeline = DiffusionPipeline.from_pretrained(finished)
     assert len(quantized_layers(pipeline.unet)) == LAYERS
-    picture = pipeline("a red circle", num_inference_steps=2, output_type="np").images
-    assert picture.shape == (1, 16, 16, 3)
+    image = pipeline("a red circle", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 16, 16, 3)
     assert not (finished / "work").exists()
 
 
@@ -252,7 +252,7 @@ def test_offline_wandb_runs(pipelines, prompt_file, tmp_path, monkeypatch):
     assert list(run.glob("*.wandb")) and list(run.glob("files/media/images/image_pairs*.png"))
 
 
-def test_the_tracker_gets_layers_figures_and_pictures(pipelines, prompt_file, tmp_path, monkeypatch):
+def test_the_tracker_gets_layers_figures_and_images(pipelines, prompt_file, tmp_path, monkeypatch):
     logged, images = {}, []
 
     class Fake:

@@ -43,7 +43,7 @@ def output_effects(
 
     Args:
         changes: by layer name, the tensor that is added to the weight, in its shape.
-        calls: functions that make the keyword arguments of one UNet call each; every call is one random draw of v.
+        calls: functions that make the keyword arguments of one UNet call each; every call uses one random v.
             They are spread over the ranks, and summed in their order.
         generator: gives the random numbers of the call of a number.
         tick: called after every call of this rank.

@@ -19,7 +19,7 @@ from vqdm.layers.quantized import decoded_once, swap
 from vqdm.storage.hf_text import mark_text_quantized, short_name
 from vqdm.storage.runs import layer_generator
 
-HELD_OUT_EVERY = 8  # of the batches, one in so many is only measured on
+HELD_OUT_EVERY = 8  # of the batches, one in this many is held out
 _LINEAR = re.compile(r"((?:text_model\.)?encoder\.layers\.\d+)\.(self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12])")
 
 
@@ -59,11 +59,11 @@ def quantize_text_encoder(
     Args:
         prompts: to record second moments of layer inputs on; a few hundred suffice.
         config: the code's format and the search; three 8-bit codebooks at group 8 by default.
-        seed: layers draw from it and their own name.
-        batch_size: prompts at once.
+        seed: with the name of a layer, of its random numbers.
+        batch_size: batch size, in prompts.
 
     Returns:
-        Name of the layer → what its code is worth; `held_out_error` is None for fewer than 8 batches.
+        Name of the layer → its report; `held_out_error` is None for fewer than 8 batches.
 
     Raises:
         ValueError: no prompts, a model of another kind or quantized itself, or layers that do not divide into groups.
@@ -92,7 +92,7 @@ def _call(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: l
 def _quantize_layers(
     model: PreTrainedModel, layers: list[Layer], calls: list[partial], config: SolverConfig, seed: int
 ) -> dict[str, LayerReport]:
-    """Record, solve and swap one block's layers."""
+    """Record Hessians of one block, quantize its layers, and swap them."""
     held_out = calls[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     training = [call for call in calls if call not in held_out]
     first = calls[0]()
@@ -104,8 +104,8 @@ def _quantize_layers(
         for layer in group:
             weight = model.get_submodule(layer.name).weight.detach().float()
             generator = layer_generator(seed, short_name(layer.name))
-            hessian, unseen = hessians[group[0].name]
-            codes[layer.name], reports[layer.name] = solve_layer(weight, hessian, config, generator, unseen)
+            hessian, held_out = hessians[group[0].name]
+            codes[layer.name], reports[layer.name] = solve_layer(weight, hessian, config, generator, held_out)
     for name, code in codes.items():
         swap(model, name, config.spec).set_code(code)
     return reports
