@@ -1,4 +1,4 @@
-"""Between formats: quantized folder → plain model, text encoder → aqlm, the original's pickle → quantized folder."""
+"""Convert formats: quantized folder → plain model, text encoder → aqlm, the original's pickle → quantized folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ConvertConfig:
 
 
 def convert(config: ConvertConfig) -> str:
-    """Do it, and return a line that says what was written.
+    """Convert, and return a line about what was written.
 
     Raises:
         UserError: the source is not of its kind, the folder is not free, or the target format cannot hold it.
@@ -89,7 +89,7 @@ def convert(config: ConvertConfig) -> str:
 
 @contextmanager
 def new_folder(path: str) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when all went well, and disappears otherwise."""
+    """Give a folder to write into that becomes `path` on success, and is removed otherwise."""
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output_dir {path} exists and is not empty; choose an empty or new folder")
@@ -114,7 +114,7 @@ def new_folder(path: str) -> Iterator[Path]:
 
 
 def dequantize(config: ConvertConfig, folder: Path) -> str:
-    """The plain model of a quantized pipeline, or of its UNet's or a text encoder's own folder."""
+    """Write the plain model of a quantized pipeline, or of its UNet's or a text encoder's own folder."""
     source = load_source(config.source, config.variant)
     parts = models_of(source)
     quantized = {name: part for name, part in parts.items() if quantized_layers(part) or rounded_layers(part)}
@@ -135,7 +135,7 @@ def make_plain(model: nn.Module, dtype: str) -> None:
     for tensor in model.parameters():
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
-    # transformers casts to the type of its configuration unless told another.
+    # transformers casts to the type of its configuration unless given another.
     model.dequantize(dtype=target) if isinstance(model, PreTrainedModel) else model.dequantize()
     model.to(target)
 
@@ -145,10 +145,10 @@ def _stored(module: nn.Module) -> list[torch.Tensor]:
 
 
 def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn.Module:
-    """A pipeline, a UNet or a text encoder from its folder, in the types it is stored in.
+    """Load a pipeline, a UNet or a text encoder from its folder, in its stored types.
 
     Raises:
-        UserError: none of these is there, it lacks the variant, or it cannot be loaded.
+        UserError: none of these is found, it lacks the variant, or it cannot be loaded.
     """
     folder = Path(path)
     if folder.is_file() or not (folder / "config.json").is_file():
@@ -177,7 +177,7 @@ def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn
 
 
 def models_of(source: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
-    """Name → model of a pipeline's parts, or of the one that it is."""
+    """Return by name the models of a pipeline, or the one that is given."""
     if isinstance(source, nn.Module):
         return {type(source).__name__: source}
     return {name: part for name, part in source.components.items() if isinstance(part, nn.Module)}
@@ -187,7 +187,7 @@ def models_of(source: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
 
 
 def to_aqlm(config: ConvertConfig, folder: Path) -> str:
-    """A text encoder in the aqlm format; of a pipeline, each quantized text encoder in a folder of its name."""
+    """Write a text encoder in the aqlm format; of a pipeline, each quantized text encoder in a folder of its name."""
     source = load_source(config.source, config.variant)
     found = {name: part for name, part in models_of(source).items() if isinstance(part, PreTrainedModel)}
     quantized = {name: part for name, part in found.items() if quantized_layers(part)}
@@ -202,7 +202,7 @@ def to_aqlm(config: ConvertConfig, folder: Path) -> str:
 
 
 def from_pickle(config: ConvertConfig, folder: Path) -> str:
-    """The pipeline `config.model` with the UNet of a pickle, as a quantized folder."""
+    """Write the pipeline `config.model` with the UNet of a pickle, as a quantized folder."""
     if not Path(config.source).is_file():
         raise UserError(f"pickle {config.source} is not a file")
     check_full_precision(config.model, None, config.local_files_only, "--model")
@@ -214,9 +214,9 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
         local_files_only=config.local_files_only,
     )
     check_loaded(pipeline.unet, config.model, "--model")
-    with tempfile.TemporaryDirectory() as apart:
-        converted = Path(apart) / "unet.safetensors"
-        read_apart(config.source, converted)
+    with tempfile.TemporaryDirectory() as folder_between:
+        converted = Path(folder_between) / "unet.safetensors"
+        read_in_process(config.source, converted)
         fill(pipeline.unet, converted, config.source)
     mark_quantized(pipeline.unet)
     with saved_types(pipeline, stored_dtypes(config.model, config.variant)):
@@ -224,8 +224,8 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
     return f"{len(quantized_layers(pipeline.unet))} layers of the original"
 
 
-def read_apart(source: str, target: Path) -> None:
-    """Read a pickle in another process, which writes `target`. Raises UserError with what that process says."""
+def read_in_process(source: str, target: Path) -> None:
+    """Read a pickle in another process, which writes `target`. Raises UserError with the last line of its errors."""
     command = [sys.executable, "-m", "vqdm.storage.inert", source, str(target)]
     done = subprocess.run(command, capture_output=True, text=True, env=without_secrets(os.environ))
     if done.returncode:

@@ -108,7 +108,7 @@ def sampled_rows(size: int, points: tuple[int, ...], images: int, each: int, sha
     """Choose which of the A·B·L samples of a batch count: a share of every point's, at least one; sorted.
 
     Args:
-        size: I, which the choice depends on, so that layers of one width and resolution share it.
+        size: I, on which the choice depends: layers of one width and resolution share it.
         points: numbers of the B points; branches are outermost in the batch.
         images: A·B.
         each: L.

@@ -48,7 +48,7 @@ SHARED_SETTINGS = ("in_channels", "out_channels", "cross_attention_dim", "additi
 
 
 def check_place(model: str, flag: str = "MODEL") -> None:
-    """Raise UserError for a path that is there but is no pipeline folder: says what it is, and what to do."""
+    """Raise UserError, with what to do, for a path that exists but is no pipeline folder."""
     path = Path(model)
     if path.is_file():
         raise UserError(f"{flag} {model} is {_of_file(path)}")
@@ -71,7 +71,7 @@ def check_place(model: str, flag: str = "MODEL") -> None:
 
 
 def not_found(model: str) -> str:
-    """Words for a MODEL that is neither here nor on the hub, with the nearest name in its folder."""
+    """Return the nearest name in the folder of a MODEL that is not found, in words."""
     path = Path(model)
     try:
         names = sorted(entry.name for entry in path.parent.iterdir()) if path.name else []
@@ -134,7 +134,7 @@ def _header(path: Path) -> tuple[list[str], str]:
 
 
 def variants(folder: Path) -> dict[str | None, str]:
-    """Variants of a component's weight files, None for plain ones → the first file of each."""
+    """Return by variant of a component's weight files, None for plain ones, the first file."""
     found: dict[str | None, str] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = WEIGHTS.fullmatch(file.name)
@@ -144,13 +144,13 @@ def variants(folder: Path) -> dict[str | None, str]:
 
 
 def only_variant(folder: Path) -> str | None:
-    """The variant of a component that has files of just one variant and no plain ones, else None."""
+    """Return the variant of a component that has files of one variant and no plain ones, else None."""
     found = variants(folder)
     return next(iter(found)) if len(found) == 1 else None
 
 
 def pickled(model: str) -> list[str]:
-    """Components of a pipeline folder whose weights are `.bin` files alone."""
+    """Return the components of a pipeline folder with weights in `.bin` files alone."""
     endings = {
         part.name: {file.suffix for file in part.iterdir() if WEIGHTS.fullmatch(file.name)}
         for part in sorted(Path(model).iterdir())
@@ -234,7 +234,7 @@ def check_loaded(unet: nn.Module, model: str, name: str = "MODEL", role: str = "
 
 
 def quantized_by(model: nn.Module) -> str | None:
-    """What a loaded model is quantized with, or the type of its first unusual weight; None for a plain model."""
+    """Return the method that a loaded model is quantized with, or the type of an unusual weight; None if plain."""
     method = getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "quant_method", None)
     if method:
         return str(getattr(method, "value", method))
@@ -280,7 +280,7 @@ def _check_unet(model: str, config: dict | None, vae: dict) -> None:
 
 
 def _quantization(model: str, part: str, config: dict | None) -> str | None:
-    """The method that a component's files name, None where they name none."""
+    """Return the quantization method that a component's files name, or None."""
     found = next((config[key] for key in QUANTIZED_KEYS if (config or {}).get(key)), None)
     if found:
         return str(found.get("quant_method") or found.get("quant_type") or "quantization_config")
@@ -298,7 +298,7 @@ def _component(model: str, part: str, revision: str | None, local_files_only: bo
 def _config(
     kind: type, model: str, file: str, part: str | None, revision: str | None, local_files_only: bool
 ) -> dict | None:
-    """A small file of a folder or of the hub; None where it cannot be had, of which loading will complain."""
+    """Read a small file of a folder or of the hub; None where that fails, as loading then does."""
     try:
         if Path(model).is_dir():
             found = read_json(Path(model) / file)
@@ -327,7 +327,7 @@ def check_declared(config: dict) -> None:
 
 
 def find_quantized_unet(path: str) -> Path:
-    """The UNet's folder, given it or the pipeline folder around it.
+    """Return the UNet's folder, given it or the pipeline folder around it.
 
     Raises:
         UserError: no UNet is there, or it is not quantized.
@@ -352,7 +352,7 @@ def find_quantized_unet(path: str) -> Path:
 
 
 def load_quantized_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A frozen UNet on the CPU with at least one quantized layer.
+    """Load a frozen UNet on the CPU with at least one quantized layer.
 
     Raises:
         UserError: the folder cannot be loaded, or nothing in it is quantized.

@@ -129,7 +129,7 @@ def check_model(model: str, variant: str | None = None) -> None:
 
 
 def _check_index(index: Path, model: str) -> None:
-    """Raise UserError for a `model_index.json` that is no object, or whose parts would lie outside of its folder."""
+    """Raise UserError for a `model_index.json` that is no object, or names parts outside of its folder."""
     try:
         names = list(read_json(index).items())
     except (OSError, ValueError, AttributeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,12 +24,14 @@ LARGEST_REPLAY_ERROR = 1e-2  # of the output's energy; rounding in 16 bit is far
 
 
 def sampled(pipeline, prompts: list[str], seed: int, settings: dict, size: int, what: str) -> Iterator[tuple]:
-    """Yield (prompts of a batch, function that samples it), `size` prompts per batch, under a progress bar."""
-    with progress_bar(total=len(prompts), description=what) as progress:
+    """Yield (prompts of a batch, function that samples it), `size` prompts per batch; several under a progress bar."""
+    several = len(prompts) > size
+    with progress_bar(total=len(prompts), description=what) if several else nullcontext() as progress:
         for indices in batches(list(range(len(prompts))), size):
             chunk = [prompts[i] for i in indices]
             yield chunk, lambda chunk=chunk, first=indices[0]: sample(pipeline, chunk, seed, first, settings)
-            progress.update(len(chunk))
+            if several:
+                progress.update(len(chunk))
 
 
 def record_trajectories(
@@ -116,9 +119,9 @@ def compare_images(
     Warns of images with problems, of the full-precision model and of the `name`d one.
     """
     problems = {}
-    for whose, images in (("full-precision", teacher), (name, student)):
-        warn_of_problems(images, prompts, f"the {whose} model")
-        problems[whose.replace("-", "_")] = problems_of(images)
+    for source, images in (("full-precision", teacher), (name, student)):
+        warn_of_problems(images, prompts, f"the {source} model")
+        problems[source.replace("-", "_")] = problems_of(images)
     pairs = [pair for pair in zip(teacher, student, strict=True) if comparable(*pair)]
     scores = pair_scores(*map(to_tensor, zip(*pairs, strict=True))) if pairs else dict.fromkeys(PAIR_SCORES)
     return scores | {"count": len(pairs), "problems": problems}

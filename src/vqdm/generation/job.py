@@ -129,7 +129,7 @@ def run(
     rows: list[dict],
     requests: list[Request],
 ) -> GenerationResult | None:
-    """All slow steps once everything is loaded."""
+    """Generate what is missing, once everything is loaded."""
     pending = find_pending(ranks, folder, rows, requests)
     tracker = Tracker(config.report_to if ranks.main else "none", "vqdm-generate", folder.path, config.to_dict())
     began = time.perf_counter()
@@ -150,7 +150,7 @@ def run(
 
 
 def requests_of_shard(config: GenerateConfig, rows: list[dict]) -> list[Request]:
-    """Requests of this shard. Seeds and numbers are those of the whole file, so that parts fit together."""
+    """Return the requests of this shard. Seeds and numbers are those of the whole file: shards fit together."""
     settings = config.sampling.call()
     every = make_requests(
         rows, config.num_samples_per_prompt, config.seed, config.negative_prompt, settings, config.prompts
@@ -209,7 +209,7 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
 
 
 def load(config: GenerateConfig, ranks: Ranks, unet_folder: Path | None) -> DiffusionPipeline:
-    """MODEL with QUANTIZED's UNet in it where one is given, ready to generate.
+    """Load MODEL with QUANTIZED's UNet in it where one is given, ready to generate.
 
     Raises:
         UserError: either cannot be loaded, they do not fit, or `--teacher` names a quantized MODEL.
@@ -241,7 +241,7 @@ def placed(pipeline: DiffusionPipeline, config: GenerateConfig, device: torch.de
 
 
 def record(config: GenerateConfig, settings: dict, ranks: Ranks, pipeline: DiffusionPipeline) -> dict:
-    """The content of `run.json`: everything needed to repeat the run."""
+    """Return the content of `run.json`: everything needed to repeat the run."""
     layers = quantized_layers(pipeline.unet)
     device = ranks.device
     return {
@@ -260,7 +260,7 @@ def record(config: GenerateConfig, settings: dict, ranks: Ranks, pipeline: Diffu
 
 
 def model_commit(model: str, revision: str | None) -> str | None:
-    """The commit that a name on the hub stands for; None for a folder."""
+    """Return the commit of a name on the hub; None for a folder."""
     if Path(model).is_dir():
         return None
     index = try_to_load_from_cache(model, "model_index.json", revision=revision)
@@ -271,7 +271,7 @@ def model_commit(model: str, revision: str | None) -> str | None:
 
 
 def batches_with(requests: list[Request], pending: list[Request], size: int) -> list[list[Request]]:
-    """The batches of all requests that hold a pending one."""
+    """Return those batches of all requests that hold a pending one."""
     missing = {request.key for request in pending}
     every = [group[start : start + size] for group in alike(requests) for start in range(0, len(group), size)]
     return [batch for batch in every if any(request.key in missing for request in batch)]

@@ -152,17 +152,14 @@ def quantize(
     """Run the whole job.
 
     Args:
-        finetune_blocks: as `finetuning.intermediate.block_finetuner` makes it; fine-tunes the quantized blocks.
+        finetune_blocks: trains the quantized blocks, `num_intermediate_finetunes` times; called with the UNet,
+            full-precision trajectories with outputs, the blocks' names, the ranks, and a file for the trained
+            parameters. `finetuning.intermediate.block_finetuner` returns one.
         pipeline: a loaded one to work on, changed in place; without it `config.model` is loaded.
         prompts: for calibration and for evaluation, in place of the files that `config` names.
 
     Returns:
         The quantized pipeline, and the summary; None in its place after a dry run, and on every process but the first.
-
-    Args:
-        finetune_blocks: trains the blocks that are quantized so far, `num_intermediate_finetunes` times; called with
-            the UNet, full-precision trajectories with outputs, the blocks' names, the ranks, and a file for the trained
-            parameters. `finetuning.intermediate.block_finetuner` returns one.
 
     Raises:
         UserError: bad input, found before anything slow starts.

@@ -51,11 +51,17 @@ def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str
     found = spans(job.ranks, folder, 0, len(prompts), job.config.xtx_batch_size)
     by_name = {span_name(*span): span for span in found}
 
+    missing = [span for name, span in by_name.items() if not (folder / f"{name}.safetensors").is_file()]
+
     def make(piece: str) -> Tensors:
         first, count = by_name[piece]
-        return work(prompts[first : first + count], first)
+        made = work(prompts[first : first + count], first)
+        progress.update(count)
+        return made
 
-    return pieces(job.ranks, folder, list(by_name), make)
+    own = sum(count for _, count in job.ranks.shard(missing))
+    with progress_bar(total=own, description=f"prompts ({name.replace('_', ' ')})") as progress:
+        return pieces(job.ranks, folder, list(by_name), make)
 
 
 def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
