@@ -107,7 +107,7 @@ def test_a_tracker_that_never_closes_is_left_behind(tmp_path, monkeypatch, caplo
 
 
 def test_long_steps_are_logged_where_no_terminal_shows_them(monkeypatch, caplog):
-    """The innermost of nested steps, with the time left; none once they are done, or nobody holds them."""
+    """Nested ones in one line, with the time left; none once they are done, or nobody holds them."""
     monkeypatch.setattr(tracking, "LOG_SECONDS", 0.01)
     monkeypatch.setattr(tracking.LoggedBar, "_thread", None)  # that of an earlier test sleeps
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
@@ -123,7 +123,7 @@ def test_long_steps_are_logged_where_no_terminal_shows_them(monkeypatch, caplog)
                 assert " so far, about " in caplog.text
             with progress_bar(total=5, description="layers") as bar:
                 bar.update(2)
-                wait_for("layers: 2 of 5, ")
+                wait_for("; layers: 2 of 5, ")
                 bar.update(3)
             caplog.clear()
         progress_bar(total=3, description="left behind").update()

@@ -30,7 +30,7 @@ LOG_SECONDS = 20  # between lines of the log about a long step
 def progress_bar(items: Iterable | None = None, total: int | None = None, description: str = "") -> tqdm:
     """Return a progress bar with time left; where standard error is not a terminal, lines of the log instead.
 
-    Of nested bars the innermost is logged, every `LOG_SECONDS`. Of several processes the first shows its own.
+    Nested bars share a line, every `LOG_SECONDS`. Of several processes the first shows its own.
     """
     if os.environ.get("RANK", "0") != "0":
         return tqdm(items, disable=True)
@@ -88,10 +88,10 @@ def _log_open_bars() -> None:
             if not LoggedBar._open:
                 LoggedBar._thread = None
                 return
-            bar = LoggedBar._open[-1]()
-        if bar is not None:
-            log.info(bar.line())
-        del bar  # the last reference may be this one
+            lines = [bar.line() for one in LoggedBar._open if (bar := one()) is not None]
+            bar = None  # the last reference may be this one
+        if lines:
+            log.info("; ".join(lines))
 
 
 def log_info(line: str) -> None:
