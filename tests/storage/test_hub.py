@@ -127,6 +127,7 @@ def test_the_script_opens_before_and_pushes_after(remote, tmp_path, monkeypatch,
         assert (remote / name).is_dir()
         out.mkdir()
         (out / "model_index.json").write_text("{}")
+        return None, None
 
     monkeypatch.setattr(main_text2image, "quantize", quantize)
     words = ["model", "c.txt", "e.txt", "--output_dir", str(out), "--push_to_hub", *extra]

@@ -4,7 +4,7 @@ In the folder:
 
 run.json                    settings and versions, written first; what --resume compares
 work/evaluation, ...        pieces of long steps, such as recorded trajectories: see storage/pieces.py
-work/hessians*, work/banks  Hessians, and shared codebooks, where the run needs them
+work/hessians*, work/shared_codebooks  Hessians, and shared codebooks, where the run needs them
 work/layers/*.safetensors   a solved layer each: stored tensors, and its report in the header
 plan.json                   the formats that --target_bits chose
 layers.jsonl                a line a layer, as it goes
