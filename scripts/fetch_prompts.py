@@ -41,7 +41,7 @@ class PromptSet:
     """Where a set comes from.
 
     Attributes:
-        licence: as its page says.
+        licence: as on its page.
         local: reads a local copy.
         hub: reads it from the hub.
     """
@@ -60,7 +60,7 @@ def read_table(path: Path) -> list[dict]:
 
 
 def read_coco(path: Path) -> list[dict]:
-    """One caption a picture: of COCO's own annotations that with the lowest number, of a table the first."""
+    """Return one caption per image: of COCO's own annotations that with the lowest number, of a table the first."""
     if path.suffix == ".zip":
         return first_captions(captions_in_zip(path))
     if path.suffix == ".json":
@@ -72,7 +72,7 @@ def read_coco(path: Path) -> list[dict]:
 
 
 def captions_in_zip(path: Path) -> list[dict]:
-    """The captions of a zip file of annotations, those of the validation pictures where it has several."""
+    """Return the captions of a zip file of annotations, those of the validation images if it has several."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(name for name in archive.namelist() if Path(name).name.startswith("captions_"))
@@ -117,7 +117,7 @@ def from_hub(repository: str, file: str) -> list[dict]:
 
 
 def captions_on_hub() -> list[dict]:
-    """COCO's captions without its pictures."""
+    """COCO's captions without its images."""
     from huggingface_hub import HfFileSystem
 
     return captions_of(HfFileSystem(), "datasets/sayakpaul/coco-30-val-2014/**/*.parquet")
@@ -171,7 +171,7 @@ def fetched(name: str, source: str | None) -> list[dict]:
 
 
 def chosen(rows: list[dict], count: int, seed: int) -> list[dict]:
-    """`count` rows drawn without replacement, in their order; 0 means all."""
+    """Choose `count` rows without replacement, in their order; 0 means all."""
     if count > len(rows):
         raise UserError(f"--count is {count}, but there are {len(rows)} prompts")
     numbers = sorted(random.Random(seed).sample(range(len(rows)), count)) if count else range(len(rows))

@@ -5,7 +5,7 @@
 #   bash scripts/test_matrix.sh sse avx2            some of them
 #   TESTS="tests/storage" bash scripts/test_matrix.sh odd    some of the tests
 #
-# Ends with a line for every variant; the exit status is 1 if one failed.
+# Ends with one line per variant; the exit status is 1 if one failed.
 set -euo pipefail
 source "$(dirname "$0")/install.sh" requirements.txt requirements-dev.txt
 export HF_HUB_OFFLINE=1
