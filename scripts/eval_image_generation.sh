@@ -13,7 +13,7 @@ source "$(dirname "$0")/recipe.sh"
 
 case "$PROFILE" in
 sdxl) settings=(--num_samples_per_prompt "${SAMPLES:-4}" --bs 8 --limit "${LIMIT:-0}") ;;
-small) settings=(--num_samples_per_prompt "${SAMPLES:-1}" --bs 16 --limit "${LIMIT:-256}") ;;
+small) settings=(--num_samples_per_prompt "${SAMPLES:-1}" --bs 64 --limit "${LIMIT:-256}") ;;
 esac
 "${LAUNCH[@]}" generate.py "$MODEL" "$PROMPTS" --teacher \
     "${SAMPLING[@]}" "${settings[@]}" --output_dir "$OUT/images-full" --resume "$@"
