@@ -17,7 +17,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.conversion import fill, new_folder
 from vqdm.errors import UserError
-from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers
 from vqdm.storage import inert
 
@@ -110,7 +110,7 @@ def test_a_pickle_of_the_original_becomes_a_quantized_folder(pipelines, tmp_path
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert set(quantized_layers(pipeline.unet)) == set(ORIGINAL)
     torch.testing.assert_close(run(pipeline.unet), run(unet), rtol=1e-2, atol=1e-2)
-    assert not rounded_layers(pipeline.unet) and "src.aq" not in sys.modules
+    assert not int8_layers(pipeline.unet) and "src.aq" not in sys.modules
     assert json.loads((out / "unet" / "config.json").read_text())["quantization_config"]["format_version"] == 1
 
 

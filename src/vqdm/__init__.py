@@ -5,7 +5,7 @@ Importing it teaches diffusers and transformers the format, after which `from_pr
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.config import SolverConfig
-from vqdm.layers.decode import set_decode_path
+from vqdm.layers.decode import set_decode_backend
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
 from vqdm.quantization.text_encoder import quantize_text_encoder
 from vqdm.storage.casting import allow_casting
@@ -26,7 +26,7 @@ __all__ = [
     "allow_casting",
     "decoded_once",
     "quantize_text_encoder",
-    "set_decode_path",
+    "set_decode_backend",
 ]
 
 register()

@@ -25,7 +25,7 @@ from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
 from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
-from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers
 from vqdm.redaction import without_secrets
 from vqdm.storage.aqlm import export_aqlm
@@ -117,10 +117,10 @@ def dequantize(config: ConvertConfig, folder: Path) -> str:
     """The plain model of a quantized pipeline, or of its UNet's or a text encoder's own folder."""
     source = load_source(config.source, config.variant)
     parts = models_of(source)
-    quantized = {name: part for name, part in parts.items() if quantized_layers(part) or rounded_layers(part)}
+    quantized = {name: part for name, part in parts.items() if quantized_layers(part) or int8_layers(part)}
     if not quantized:
         raise UserError(f"{config.source} is not quantized; there is nothing to dequantize")
-    count = sum(len(quantized_layers(part)) + len(rounded_layers(part)) for part in quantized.values())
+    count = sum(len(quantized_layers(part)) + len(int8_layers(part)) for part in quantized.values())
     for part in quantized.values():
         make_plain(part, config.dtype)
     source.save_pretrained(folder)

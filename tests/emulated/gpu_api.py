@@ -22,7 +22,7 @@ from vqdm.additive.solve import solve_layer
 from vqdm.diffusion.pipelines import check_float64, pick_device, pick_dtype
 from vqdm.errors import UserError
 from vqdm.finetuning.checkpoints import Checkpoints
-from vqdm.layers.decode import decode, set_decode_path
+from vqdm.layers.decode import decode, set_decode_backend
 from vqdm.layers.quantized import decoded_once, quantized_layers
 from vqdm.parallel import launched
 from vqdm.tracking import peak_memory
@@ -47,9 +47,9 @@ def use_on_both_devices(folder: str) -> None:
     wanted = image_of(loaded(folder))
     for device in ("cuda", "cuda:1"):
         pipeline = loaded(folder).to(device)
-        set_decode_path("triton")
+        set_decode_backend("triton")
         torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-3, atol=1e-3)
-        set_decode_path(None)
+        set_decode_backend(None)
         half = loaded(folder, dtype=torch.bfloat16).to(device)
         assert image_of(half, torch.Generator(device).manual_seed(0)).isfinite().all()
         with decoded_once(half.unet):
@@ -61,7 +61,7 @@ def place_parts_on_different_devices(folder: str) -> None:
     pipeline = loaded(folder, device_map="balanced")
     assert image_of(pipeline).isfinite().all()
     unet = loaded(folder).unet.to(SECOND)
-    set_decode_path("triton")
+    set_decode_backend("triton")
     for layer in quantized_layers(unet).values():
         assert layer.weight.device == SECOND
 

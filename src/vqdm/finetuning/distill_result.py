@@ -17,7 +17,7 @@ from vqdm.finetuning.result import sizes, stage
 from vqdm.finetuning.sources import using
 from vqdm.finetuning.trainer import Trainer
 from vqdm.images import pair_sheet, save_png
-from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers
 from vqdm.redaction import own_command
 from vqdm.storage.atomic import save_json, save_text
@@ -73,7 +73,7 @@ def summary_of(job: Distillation, loop: Loop, step_kept: int, before: Errors, af
         "model": config.model,
         "quantized": config.quantized,
         "layers_quantized": len(quantized_layers(job.student)),
-        "layers_in_8_bit": len(rounded_layers(job.student)),
+        "layers_in_8_bit": len(int8_layers(job.student)),
         "bytes_of_original_unet": original or None,
         "unet_output_error_db_before": before.db,
         "unet_output_error_db_after": after.db,

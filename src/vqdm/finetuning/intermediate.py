@@ -28,7 +28,7 @@ from vqdm.finetuning.points import Point, Points, split
 from vqdm.finetuning.sources import Chunk, divided, sampled
 from vqdm.finetuning.step import Lesson
 from vqdm.finetuning.trainer import Diverged, Trainer
-from vqdm.layers.shared_codebooks import BANKS
+from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 from vqdm.quantization.quantization_job import Job
 from vqdm.storage.atomic import save_sealed
 from vqdm.storage.pieces import read
@@ -78,7 +78,7 @@ def finetune_between(job: Job, index: int, points: Points) -> None:
         return
     done = {block for block, _ in job.blocks[:index]}
     dtype, config = unet_dtype(job.unet), optimizer_config(job.config.between)
-    trained = trainable(job.unet, config, lambda name: block_of(name) in done and not name.startswith(BANKS))
+    trained = trainable(job.unet, config, lambda name: block_of(name) in done and not name.startswith(SHARED_CODEBOOKS))
     settings = job.config.between
     lesson = Lesson(job.unet, None, dtype, settings.local_batch_size, job.ranks)
     with job.clock("fine-tuning"):

@@ -12,7 +12,7 @@ from torch import nn
 from vqdm.diffusion.pipelines import saved_types, stored_dtypes
 from vqdm.finetuning.config import FinetuneConfig
 from vqdm.layers.quantized import quantized_layers
-from vqdm.layers.shared_codebooks import BANKS
+from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 
 
 def stage(
@@ -50,7 +50,7 @@ def sizes(student: nn.Module, parameters: int, staged: Path) -> dict[str, float]
     """Effective bits from the tensors as saved, and bytes of the UNet's files; `parameters` of the original UNet."""
     layers = quantized_layers(student).values()
     weights = sum(layer._rows * layer._columns for layer in layers)
-    banks = getattr(student, BANKS, None)
+    banks = getattr(student, SHARED_CODEBOOKS, None)
     code_bits = sum(layer.stored_bits for layer in layers) + (_bits(banks) if banks else 0)
     return {
         "weights_quantized": weights,

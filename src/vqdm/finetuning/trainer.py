@@ -17,8 +17,7 @@ from vqdm.finetuning.optimizer import Average, adam, load_optimizer, optimizer_t
 from vqdm.finetuning.parameters import Trained
 from vqdm.finetuning.points import Point, Points
 from vqdm.finetuning.step import Lesson, add_up, add_up_number
-from vqdm.layers.held import held_weights
-from vqdm.layers.quantized import quantized_layers
+from vqdm.layers.quantized import held_weights, quantized_layers
 
 SMALLEST_SCALE = 2.0**-16  # of the loss in float16; a gradient that overflows even then is not a matter of scale
 

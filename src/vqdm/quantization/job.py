@@ -45,7 +45,7 @@ from vqdm.documents import first_line
 from vqdm.errors import RunError
 from vqdm.finetuning.intermediate import check_between, finetune_between, teacher_points, turns
 from vqdm.images import pair_sheet, save_png
-from vqdm.layers.int8 import round_layer, rounded_layers
+from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
 from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import Ranks, launched
@@ -253,7 +253,7 @@ def round_rest(job: Job) -> None:
     """
     for name in rest_layers(job.unet, job.layers):
         try:
-            round_layer(job.unet, name)
+            quantize_int8(job.unet, name)
         except ValueError as error:
             raise RunError(str(error)) from None
 
@@ -266,7 +266,7 @@ def swap_block(job: Job, layers: list[Layer], solved: dict[str, SolvedLayer]) ->
         code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors, bank and bank.codebooks)
         quantized = swap(job.unet, layer.name, layer.spec)
         if bank:
-            quantized.banks[0].fill(name, bank.codebooks)
+            quantized.shared[0].fill(name, bank.codebooks)
         quantized.set_code(code)
 
 
@@ -311,7 +311,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
     summary = {
         "model": job.config.model,
         "layers_quantized": len(job.layers),
-        "layers_in_8_bit": len(rounded_layers(job.unet)),
+        "layers_in_8_bit": len(int8_layers(job.unet)),
         **sizes,
         "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
         "unet_output_error_db": decibels(*map(sum, errors)),

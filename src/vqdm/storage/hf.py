@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from vqdm.additive import trellis
 from vqdm.additive.code import CodeSpec
-from vqdm.layers.int8 import rounded_layers, swap_rounded, unround_layers
+from vqdm.layers.int8 import dequantize_int8, int8_layers, swap_int8
 from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
 
 FORMAT_VERSION = 4  # the newest; a file that uses nothing of a version is written as the one before
@@ -79,7 +79,7 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         for name in LATER_SETTINGS:
             if not code[name]:
                 del code[name]  # the first version does not know it
-        return cls(code, layers, rounded_layers(model))
+        return cls(code, layers, int8_layers(model))
 
     @property
     def format_version(self) -> int:
@@ -157,7 +157,7 @@ class VqdmQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_layers(model)
-        unround_layers(model)
+        dequantize_int8(model)
         kept = {name: value for name, value in model.config.items() if name not in QUANTIZED_FIELDS}
         model._internal_dict = FrozenDict(kept)  # diffusers leaves the fields behind, and would save them
         return model
@@ -182,7 +182,7 @@ def build_layers(model: nn.Module, config: VqdmConfig) -> None:
         swap(model, name, spec)
     for name in config.rounded:
         _check_plain(model, name)
-        swap_rounded(model, name)
+        swap_int8(model, name)
 
 
 def tensors_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

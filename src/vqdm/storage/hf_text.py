@@ -10,7 +10,7 @@ from torch import dtype as Dtype
 from torch import nn
 from transformers.quantizers import HfQuantizer, auto
 
-from vqdm.layers.int8 import unround_layers
+from vqdm.layers.int8 import dequantize_int8
 from vqdm.layers.quantized import dequantize_layers
 from vqdm.storage.hf import Method, VqdmConfig, build_layers, check_tensors, check_widths, tensors_in, tensors_of
 
@@ -35,7 +35,7 @@ class VqdmTextQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: Dtype | None = None) -> nn.Module:
         dequantize_layers(model)
-        unround_layers(model)
+        dequantize_int8(model)
         return model.to(dtype or model.dtype)
 
     def is_serializable(self) -> bool:

@@ -1,16 +1,34 @@
-"""Every decode backend gives a trellis the weights of the plain reference, for widths and shapes of all kinds."""
+"""Random layers of every kind of format, as their tensors are stored."""
 
-import pytest
 import torch
+from test_quantized import SPECS, random_code
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows, table, unpack
-from vqdm.layers.decode import decode
-from vqdm.layers.decode_compiled import pointwise
-from vqdm.layers.stored import Stored
-from vqdm.layers.trellis_cpu import native_trellis
+from vqdm.layers.decode import Stored
 
-SHAPES = [(4, 3), (6, 17), (48, 1), (48, 70), (320, 5), (640, 17)]
+WIDTHS = [CodeSpec(M, b, 4) for b in range(1, 17) for M in (1, 3)]
+VARIABLE = [
+    CodeSpec(1, 12, 4, shared_codebooks="bank", row_bits=31),
+    CodeSpec(1, 5, 8, shared_codebooks="bank", row_bits=7, input_channel_scales=True, scale_nbits=3),
+    CodeSpec(1, 7, 2, out_group_size=3, shared_codebooks="bank", row_bits=16, scale_nbits=16),
+    CodeSpec(1, 16, 8, shared_codebooks="bank", row_bits=1),
+    CodeSpec(1, 12, 2, shared_codebooks="bank", row_bits=91, input_channel_scales=True),
+    CodeSpec(1, 12, 1, shared_codebooks="bank", row_bits=150, input_channel_scales=True),
+]
+FORMATS = [
+    *SPECS,
+    CodeSpec(5, 3, 4),
+    CodeSpec(4, 2, 1),
+    CodeSpec(2, 4, 8, out_group_size=3, scale_nbits=2),
+    *VARIABLE,
+]
+
+
+def stored_of(spec, rows, columns):
+    code = random_code(spec, rows, columns)
+    bank = code.codebooks.half() if spec.shared_codebooks else None
+    return Stored.of(spec, (rows, columns), code.pack(), bank), code
 
 
 def random_states(rows: int, widths: torch.Tensor, L: int, generator: torch.Generator) -> torch.Tensor:
@@ -48,40 +66,3 @@ def trellis_of(rows: int, columns: int, L: int, log_scales: bool) -> tuple[Store
     books = table(L).half().view(1, -1, 1, 1)
     code = AdditiveCode(spec, states[:, :, None], books, scales, columns_scales, widths).stored()
     return Stored.of(spec, (rows, columns), code.pack(), books), code
-
-
-@pytest.fixture(params=[True, False], ids=["logarithms", "float16"])
-def log_scales(request):
-    return request.param
-
-
-@pytest.mark.parametrize("L", [4, 8, 12, 16])
-@pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_native_and_pointwise_are_exact(rows, columns, L, log_scales):
-    stored, code = trellis_of(rows, columns, L, log_scales)
-    expected = code.dequantize()
-    out = torch.full((rows, columns), torch.nan)
-    native_trellis(stored, out)
-    assert torch.equal(out, expected) and torch.equal(pointwise(stored), expected)
-    assert not expected[:, code.widths == 0].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("path", ["native", "torch"])
-def test_other_types(dtype, path, log_scales):
-    stored, code = trellis_of(48, 17, 10, log_scales)
-    torch.testing.assert_close(decode(stored, dtype, path=path), code.dequantize().to(dtype))
-
-
-def test_the_choice_is_measured_on_the_first_segment():
-    stored, code = trellis_of(640, 70, 8, True)
-    assert torch.equal(decode(stored, torch.float32), code.dequantize())
-
-
-def test_nothing_after_the_codes_is_read():
-    stored, code = trellis_of(48, 17, 12, True)
-    for poison in (0, 255):
-        behind = torch.cat([stored.codes, torch.full((64,), poison, dtype=torch.uint8)])
-        out = torch.empty(48, 17)
-        native_trellis(stored._replace(codes=behind[: len(stored.codes)]), out)
-        assert torch.equal(out, code.dequantize())

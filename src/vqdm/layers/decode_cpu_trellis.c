@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 
-#include "decoding.h"
+#include "decode_cpu.h"
 
 enum { LOGARITHM = FLOAT16 + 1 }; /* of scales: bytes that stand for the values of a table */
 
@@ -23,7 +23,7 @@ typedef struct {
     const float *table, *rows, *factors; /* in float32: values of states [2^L], scales [O], input scales [I] */
 } Trellis;
 
-_Static_assert(offsetof(Trellis, next) == 128 && sizeof(Trellis) == 168, "native_trellis.py packs 128 bytes and 40");
+_Static_assert(offsetof(Trellis, next) == 128 && sizeof(Trellis) == 168, "decode_cpu.py packs 128 bytes and 40");
 
 /* A word holds WORD bits at least from any bit on. From row LATE on no window begins at the end of its ring. The bits of a
    tile's columns, a line of cache each, and the table should fit in the first-level cache. */

@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 
-#include "decoding.h"
+#include "decode_cpu.h"
 
 /* Of a single codebook, where a column group's code lies in a row group. */
 typedef struct {
@@ -29,7 +29,7 @@ typedef struct {
     const float *factors; /* [G, p, g] where there are input scales, else ones [p, g] */
 } Layer;
 
-_Static_assert(offsetof(Layer, next) == 128 && sizeof(Layer) == 160, "native_decode.py packs 128 bytes and 32 for the rest");
+_Static_assert(offsetof(Layer, next) == 128 && sizeof(Layer) == 160, "decode_cpu.py packs 128 bytes and 32 for the rest");
 
 /* Of a row, the most that is decoded at once, which leaves the first-level cache to the codebooks; and the bytes that
    such codes of up to 16 bits take, with those that are read beside them. */
