@@ -38,7 +38,7 @@ from vqdm.additive.code import Bank, CodeSpec
 from vqdm.additive.config import ENCODERS, SolverConfig
 from vqdm.additive.shared import sample_layer, train_bank
 from vqdm.additive.solve import LayerReport, Problem, Task, initial_code, solve_layer, solve_layers, without_feedback
-from vqdm.tracking import peak_memory
+from vqdm.devices import peak_memory
 
 BANK_GROUPS = 2**15  # column groups that a bank is trained on here
 SDXL_WEIGHTS = 2_540_953_600  # that share a bank

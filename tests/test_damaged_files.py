@@ -23,11 +23,10 @@ from vqdm.metrics.frechet import load_statistics
 from vqdm.metrics.image_sets import open_pictures
 from vqdm.prompts import load_rows
 from vqdm.quantization.allocation import planned, read_plan
-from vqdm.storage.atomic import save_sealed_json, save_tensors
-from vqdm.storage.claims import check_claim
+from vqdm.storage.files import save_checked_json, save_tensors
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import VqdmConfig
-from vqdm.storage.runs import RunFolder
+from vqdm.storage.run_folder import RunFolder, check_claim
 
 DEEP = "[" * 5_000 + "]" * 5_000
 LAYER = Layer("mid_block.a.b", "mid_block", "linear", 8, 16, SPECS[0])
@@ -152,14 +151,14 @@ def test_model_indices(tmp_path, text):
 @pytest.mark.parametrize("plan", [[], {}, {LAYER.name: 3}, {LAYER.name: {"num_codebooks": 99}}, {LAYER.name: {"x": 1}}])
 def test_plans(tmp_path, plan):
     path = tmp_path / "plan.json"
-    save_sealed_json(plan, path)
+    save_checked_json(plan, path)
     with pytest.raises(RunError, match=r"plan\.json is damaged"):
         planned([LAYER], read_plan(path), path)
 
 
 def test_a_plan_that_was_changed(tmp_path):
     path = tmp_path / "plan.json"
-    save_sealed_json({LAYER.name: {"num_codebooks": 2}}, path)
+    save_checked_json({LAYER.name: {"num_codebooks": 2}}, path)
     path.write_text(path.read_text().replace("2", "3", 1))
     with pytest.raises(RunError, match=r"plan\.json is damaged"):
         read_plan(path)

@@ -7,7 +7,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from PIL import Image
 
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, peak_memory, progress_bar
+from vqdm.devices import peak_memory
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, progress_bar
 
 
 def test_json_lines_append(tmp_path):

@@ -8,10 +8,8 @@ from vqdm.additive.config import SolverConfig
 from vqdm.layers.decode import set_decode_backend
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
 from vqdm.quantization.text_encoder import quantize_text_encoder
-from vqdm.storage.casting import allow_casting
-from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
+from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, VqdmTextQuantizer, allow_casting, register
 from vqdm.storage.hf_methods import register_methods
-from vqdm.storage.hf_text import VqdmTextQuantizer, register_text
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,5 +28,5 @@ __all__ = [
 ]
 
 register()
-register_text()
+register()
 register_methods()

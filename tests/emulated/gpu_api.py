@@ -19,13 +19,12 @@ from vqdm.additive import kernels, scoring
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import solve_layer
-from vqdm.diffusion.pipelines import check_float64, pick_device, pick_dtype
+from vqdm.devices import check_float64, peak_memory, pick_device, pick_dtype
 from vqdm.errors import UserError
 from vqdm.finetuning.checkpoints import Checkpoints
 from vqdm.layers.decode import decode, set_decode_backend
 from vqdm.layers.quantized import decoded_once, quantized_layers
 from vqdm.parallel import launched
-from vqdm.tracking import peak_memory
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 STEPS = {"num_inference_steps": 2, "output_type": "pt"}

@@ -120,7 +120,9 @@ def test_what_is_measured_is_the_layers_first_rows(spec, monkeypatch):
 
 def test_an_unknown_backend_and_one_for_another_device_are_refused():
     stored, _ = stored_of(SPECS[0], 8, 16)
-    with pytest.raises(UserError, match="set_decode_backend is 'fast'; allowed are auto, torch, native, triton, compile"):
+    with pytest.raises(
+        UserError, match="set_decode_backend is 'fast'; allowed are auto, torch, native, triton, compile"
+    ):
         decoding.set_decode_backend("fast")
     with pytest.raises(UserError, match="native, which is for the CPU; meta takes"):
         decode(stored._replace(codes=stored.codes.to("meta")), torch.float32, backend="native")

@@ -16,8 +16,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLinear, quantized_layers, swap
 from vqdm.quantization.text_encoder import text_layers
-from vqdm.storage.hf import FORMAT_VERSION
-from vqdm.storage.hf_text import mark_text_quantized, short_name
+from vqdm.storage.hf import FORMAT_VERSION, mark_text_quantized, short_name
 
 pytestmark = pytest.mark.usefixtures("odd_addresses")
 KINDS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}

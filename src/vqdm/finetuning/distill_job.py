@@ -14,7 +14,7 @@ from vqdm.finetuning.config import FinetuneConfig
 from vqdm.finetuning.data import Material
 from vqdm.finetuning.step import Lesson
 from vqdm.parallel import Ranks
-from vqdm.storage.runs import RunFolder
+from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import Stopwatch, Tracker
 
 

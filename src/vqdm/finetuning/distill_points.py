@@ -16,7 +16,7 @@ from vqdm.finetuning.points import Points
 from vqdm.finetuning.sources import Chunk, Studio, divided
 from vqdm.images import save_png
 from vqdm.parallel import Ranks
-from vqdm.storage.pieces import appear, span_name, spans
+from vqdm.storage.run_folder import span_name, spans, wait_for_file
 from vqdm.tracking import log_info, progress_bar
 
 HELD_OUT_SEED_OFFSET, TRAINING_SEED_OFFSET = 2_000_000, 3_000_000  # far from those of calibration and evaluation
@@ -38,7 +38,7 @@ def recorded(
         record(chunks[k]).save(files[k])
     ranks.barrier()
     for file in files:
-        appear(file)
+        wait_for_file(file)
     return Points([Trajectories.load(file) for file in files])
 
 

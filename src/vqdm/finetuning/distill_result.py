@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vqdm.devices import peak_memory
 from vqdm.diffusion.pipelines import weight_files
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compared_pictures, pictures
 from vqdm.finetuning.distill_job import Distillation
@@ -20,9 +21,8 @@ from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers
 from vqdm.redaction import own_command
-from vqdm.storage.atomic import save_json, save_text
-from vqdm.storage.card import model_card
-from vqdm.tracking import peak_memory
+from vqdm.storage.files import save_json, save_text
+from vqdm.storage.hub import model_card
 from vqdm.versions import versions
 
 

@@ -18,7 +18,7 @@ from vqdm.finetuning.points import Point, Points, bin_of
 from vqdm.finetuning.step import Lesson
 from vqdm.layers.quantized import decoded_once
 from vqdm.metrics.fidelity import decibels
-from vqdm.storage.atomic import save_bytes, save_text
+from vqdm.storage.files import save_bytes, save_text
 
 BINS = 4  # of timesteps, equally wide
 FASTER = 0.9  # how much of the speed so far the newest step leaves

@@ -30,8 +30,8 @@ from vqdm.finetuning.step import Lesson
 from vqdm.finetuning.trainer import Diverged, Trainer
 from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 from vqdm.quantization.quantization_job import Job
-from vqdm.storage.atomic import save_sealed
-from vqdm.storage.pieces import read
+from vqdm.storage.files import save_checked
+from vqdm.storage.run_folder import read_shard
 from vqdm.tracking import log_info, progress_bar
 
 SEED_OFFSET = 4_000_000  # far from the seeds of other points
@@ -74,7 +74,7 @@ def finetune_between(job: Job, index: int, points: Points) -> None:
     path = job.folder.work / "finetuned" / f"after-{index:02d}.safetensors"
     types = stored_types(job.unet)
     if job.ranks.broadcast(path.is_file()):
-        place(job.unet, read(path))
+        place(job.unet, read_shard(path))
         return
     done = {block for block, _ in job.blocks[:index]}
     dtype, config = unet_dtype(job.unet), optimizer_config(job.config.between)
@@ -87,7 +87,7 @@ def finetune_between(job: Job, index: int, points: Points) -> None:
         train(lesson, trained, config, points, steps, held_out, types)
     write_back(job.unet, types)
     if job.ranks.main:
-        save_sealed(trained.tensors, path)
+        save_checked(trained.tensors, path)
     job.ranks.barrier()
 
 

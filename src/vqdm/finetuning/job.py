@@ -15,7 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from vqdm.diffusion.pipelines import check_float64, check_model, configured_pipeline, log_truncated, pick_dtype
+from vqdm.devices import check_float64, pick_dtype
+from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.errors import RunError, UserError
@@ -41,9 +42,9 @@ from vqdm.finetuning.trainer import Diverged, Trainer
 from vqdm.layers.quantized import float_scales
 from vqdm.parallel import Ranks, launched
 from vqdm.quantization.plan import predicted_bytes
-from vqdm.storage.fingerprint import folder_fingerprint
+from vqdm.storage.files import folder_fingerprint
 from vqdm.storage.hf import mark_quantized
-from vqdm.storage.runs import RunFolder
+from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info
 from vqdm.versions import versions
 
@@ -82,7 +83,7 @@ def distill(config: FinetuneConfig) -> dict | None:
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)
-        held.enter_context(folder.held(ranks))
+        held.enter_context(folder.lock(ranks))
         if ranks.main:
             folder.open(
                 settings_of(config, material, source), versions(), config.resume, needed_bytes(config, pipeline)

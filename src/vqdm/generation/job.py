@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import vqdm
 from vqdm.config import RunConfig
-from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
+from vqdm.devices import pick_dtype
+from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.errors import RunError, UserError
@@ -36,8 +37,8 @@ from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows, log_notes
 from vqdm.redaction import own_command
-from vqdm.storage.claims import check_claim
-from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
+from vqdm.storage.files import folder_fingerprint, pipeline_fingerprint
+from vqdm.storage.run_folder import check_claim
 from vqdm.tracking import JsonLines, Tracker, log_info, progress_bar
 from vqdm.versions import versions
 

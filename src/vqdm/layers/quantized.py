@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,26 @@ from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits, stored_codeb
 from vqdm.layers.decode import Stored, decode
 from vqdm.layers.functional import Convolution, Linear, code_gradients, coded, decoded_weight
 from vqdm.layers.shared_codebooks import SharedCodebookModule, drop_shared_codebooks, shared_codebook_module
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to quantize.
+
+    Attributes:
+        name: dotted, in the model.
+        block: the block that it belongs to.
+        kind: "linear" or "conv".
+        rows, columns: shape of its matrix [O, I].
+        spec: the format.
+    """
+
+    name: str
+    block: str
+    kind: str
+    rows: int
+    columns: int
+    spec: CodeSpec
 
 
 class _Quantized:

@@ -17,8 +17,7 @@ from vqdm.metrics.comparison import (
     told_apart,
 )
 from vqdm.metrics.pareto import draw_pareto, panels
-from vqdm.storage.atomic import save_bytes, save_text
-from vqdm.storage.locks import locked
+from vqdm.storage.files import locked, save_bytes, save_text
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import vqdm
 from vqdm.documents import first_line
 from vqdm.errors import UserError
 from vqdm.metrics.npz import read_npz
-from vqdm.storage.atomic import save_bytes
+from vqdm.storage.files import save_bytes
 
 TAGS = ("preprocess", "weights_sha256", "dataset")
 

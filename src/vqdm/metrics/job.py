@@ -40,8 +40,7 @@ from vqdm.metrics.score_plan import make_plan
 from vqdm.metrics.score_sets import SET_METRICS, set_pass
 from vqdm.parallel import Ranks, launched
 from vqdm.redaction import own_command
-from vqdm.storage.atomic import probe, save_json, save_text, sweep
-from vqdm.storage.locks import locked
+from vqdm.storage.files import locked, probe, save_json, save_text, sweep
 from vqdm.tracking import Tracker, log_info
 from vqdm.versions import versions
 

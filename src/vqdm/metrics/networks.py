@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vqdm.storage.fingerprint import file_sha256
+from vqdm.storage.files import file_sha256
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[1]}"

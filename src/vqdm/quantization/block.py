@@ -21,8 +21,7 @@ from vqdm.quantization.plan import layer_line
 from vqdm.quantization.quantization_job import Job, on_save
 from vqdm.quantization.recording import Recorder
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.pieces import appear
-from vqdm.storage.runs import SolvedLayer, layer_generator
+from vqdm.storage.run_folder import SolvedLayer, layer_generator, wait_for_file
 from vqdm.tracking import JsonLines, log_info, progress_bar
 
 MATRICES_A_LAYER = 6  # square matrices of a layer's size that its solution holds at once
@@ -90,7 +89,7 @@ def solve_groups(
 
 def load_solved(job: Job, layer: Layer) -> SolvedLayer:
     """A layer that some rank has solved."""
-    appear(job.folder.layer_path(layer.name))
+    wait_for_file(job.folder.layer_path(layer.name))
     return job.folder.load_layer(layer)
 
 

@@ -17,10 +17,9 @@ from vqdm.additive.trellis import table
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.quantization.plan import bank_users
 from vqdm.quantization.quantization_job import Job
-from vqdm.storage.atomic import save_sealed
+from vqdm.storage.files import save_checked
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.pieces import read
-from vqdm.storage.runs import layer_generator
+from vqdm.storage.run_folder import layer_generator, read_shard
 from vqdm.tracking import log_info, progress_bar
 
 LAYERS = 48  # layers that a bank is trained on at most
@@ -86,7 +85,7 @@ def train(job: Job, config: SolverConfig, samples: Callable[[], dict[str, Sample
     if not bank_path(job, name).is_file():
         log_info(f"bank {name}: training on {len(samples())} layers")
         codebooks = train_bank(list(samples().values()), config, layer_generator(job.config.seed, name))
-        save_sealed({"codebooks": codebooks}, bank_path(job, name))
+        save_checked({"codebooks": codebooks}, bank_path(job, name))
     return load_codebooks(job, name)
 
 
@@ -96,7 +95,7 @@ def bank_path(job: Job, name: str) -> Path:
 
 def load_codebooks(job: Job, name: str) -> Tensor:
     """A trained bank's codebooks [M, K, p, g]."""
-    return read(bank_path(job, name))["codebooks"].to(job.unet.device)
+    return read_shard(bank_path(job, name))["codebooks"].to(job.unet.device)
 
 
 def draw_samples(job: Job, store: HessianStore, layers: list[Layer], config: SolverConfig) -> dict[str, Sample]:

@@ -20,14 +20,13 @@ from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.config import QuantizeConfig
+from vqdm.devices import check_float64, peak_memory, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.pipelines import (
-    check_float64,
     check_model,
     configured_pipeline,
     load_pipeline,
     log_truncated,
-    pick_dtype,
     saved_types,
     stored_dtypes,
     weight_files,
@@ -73,11 +72,11 @@ from vqdm.quantization.recording import (
     teacher_trajectories,
 )
 from vqdm.redaction import own_command
-from vqdm.storage.atomic import save_json, save_text
-from vqdm.storage.card import model_card
+from vqdm.storage.files import save_json, save_text
 from vqdm.storage.hf import mark_quantized
-from vqdm.storage.runs import RunFolder, SolvedLayer
-from vqdm.tracking import Stopwatch, Tracker, log_info, peak_memory, progress_bar
+from vqdm.storage.hub import model_card
+from vqdm.storage.run_folder import RunFolder, SolvedLayer
+from vqdm.tracking import Stopwatch, Tracker, log_info, progress_bar
 from vqdm.versions import versions
 
 
@@ -121,7 +120,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     if config.dry_run:
         return None
     folder = RunFolder(config.output_dir)
-    with folder.held(ranks):
+    with folder.lock(ranks):
         settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
         settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
         if ranks.main:

@@ -18,7 +18,7 @@ from vqdm.parallel import Ranks
 from vqdm.quantization.plan import Rest
 from vqdm.redaction import redacted
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.runs import RunFolder
+from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import Stopwatch, Tracker, log_info
 
 

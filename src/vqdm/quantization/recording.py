@@ -1,6 +1,6 @@
 """What is recorded before layers are solved: the teacher's points and pictures, and Hessians.
 
-Prompts are sampled in batches, each in a file (`storage.pieces`); Hessians are exact sums (`diffusion.hessians`).
+Prompts are sampled in batches, each in a file (`storage.run_folder`); Hessians are exact sums (`diffusion.hessians`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, s
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
 from vqdm.quantization.quantization_job import Job
-from vqdm.storage.atomic import sweep
-from vqdm.storage.fingerprint import pipeline_fingerprint
+from vqdm.storage.files import locked, pipeline_fingerprint, sweep
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.locks import locked
-from vqdm.storage.pieces import Tensors, pieces, span_name, spans
+from vqdm.storage.run_folder import Tensors, shards, span_name, spans
 from vqdm.tracking import log_info, progress_bar
 
 PROBLEMS = (None, BLACK, NAN, REPLACED)
@@ -50,7 +48,7 @@ def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str
         first, count = by_name[piece]
         return work(prompts[first : first + count], first)
 
-    return pieces(job.ranks, folder, list(by_name), make)
+    return shards(job.ranks, folder, list(by_name), make)
 
 
 def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:

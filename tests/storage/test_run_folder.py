@@ -1,14 +1,18 @@
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
 from test_quantized import SPECS, random_code
 
+from vqdm.config import BetweenConfig, QuantizeConfig
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import UNFINISHED, save_bytes
-from vqdm.storage.runs import RunFolder, layer_generator
+from vqdm.parallel import Ranks
+from vqdm.storage import run_folder as module
+from vqdm.storage.files import UNFINISHED, save_bytes, save_json
+from vqdm.storage.run_folder import RunFolder, check_claim, layer_generator, shards, span_name, spans
 
 LAYER = Layer("mid_block.a.b", "mid_block", "linear", 8, 16, SPECS[0])
 SETTINGS = {"seed": 0, "solver": {"spec": {"num_codebooks": 2}}, "output_dir": "x", "overrides": {}}
@@ -94,3 +98,56 @@ def test_a_layers_random_numbers_depend_on_seed_and_name_only():
     assert torch.equal(first, torch.rand(3, generator=layer_generator(0, "a")))
     assert not torch.equal(first, torch.rand(3, generator=layer_generator(0, "b")))
     assert not torch.equal(first, torch.rand(3, generator=layer_generator(1, "a")))
+
+
+def test_a_run_goes_on_without_the_hub_but_not_with_another_seed(tmp_path):
+    config = QuantizeConfig(
+        model="owner/model", calibration_prompts="c.txt", evaluation_prompts="e.txt", output_dir=str(tmp_path)
+    )
+    save_json({"settings": config.to_dict()}, tmp_path / "run.json")
+    check_claim(tmp_path, replace(config, local_files_only=True, device="cpu").to_dict(), resume=True)
+    smaller = {"xtx_batch_size": 1, "hessian_memory_gb": 0.5, "visualize_nsamples": 0, "hessian_cache": "elsewhere"}
+    smaller["between"] = BetweenConfig(local_batch_size=1)
+    check_claim(tmp_path, replace(config, **smaller).to_dict(), resume=True)
+    larger = replace(config, between=BetweenConfig(finetune_batch_size=1)).to_dict()
+    with pytest.raises(UserError, match=r"other settings: finetune_batch_size was 32, now 1$"):
+        check_claim(tmp_path, larger, resume=True)
+    with pytest.raises(UserError, match=r"was started with other settings: seed was 0, now 1$"):
+        check_claim(tmp_path, replace(config, local_files_only=True, seed=1).to_dict(), resume=True)
+
+
+def test_only_missing_pieces_are_made(tmp_path):
+    made = []
+
+    def make(name):
+        made.append(name)
+        return {"value": torch.tensor(float(name))}
+
+    values = lambda names: [part["value"].item() for part in shards(Ranks(), tmp_path, names, make)]  # noqa: E731
+    assert values(["2", "1"]) == [2.0, 1.0]
+    assert values(["1", "3", "2"]) == [1.0, 3.0, 2.0]
+    assert made == ["2", "1", "3"]
+    (tmp_path / "3.safetensors").write_bytes(b"spoiled")
+    with pytest.raises(RunError, match=r"3\.safetensors is damaged .*; delete it and run again with --resume"):
+        values(["3"])
+
+
+def test_spans_keep_what_is_there_and_fill_the_gaps(tmp_path):
+    found = lambda size, first=0, count=10: spans(Ranks(), tmp_path, first, count, size)  # noqa: E731
+    assert found(4) == [(0, 4), (4, 4), (8, 2)]
+    (tmp_path / f"{span_name(4, 4)}.safetensors").touch()
+    (tmp_path / f".{span_name(0, 4)}.safetensors.7.vqdm-tmp").touch()
+    assert found(4) == [(0, 4), (4, 4), (8, 2)]
+    assert found(3) == [(0, 3), (3, 1), (4, 4), (8, 2)]
+    assert found(100) == [(0, 4), (4, 4), (8, 2)]
+    assert found(3, first=6, count=5) == [(6, 3), (9, 2)]
+    (tmp_path / f"{span_name(6, 3)}.safetensors").touch()
+    for size in (1, 3, 4):
+        covered = [item for first, count in found(size) for item in range(first, first + count)]
+        assert covered == list(range(10))
+
+
+def test_a_file_that_never_appears_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_TO_APPEAR", 0.0)
+    with pytest.raises(RunError, match=r"x\.safetensors does not appear; all machines must share"):
+        module.read_shard(tmp_path / "x.safetensors")

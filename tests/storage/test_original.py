@@ -9,8 +9,7 @@ from torch import nn
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.errors import UserError
-from vqdm.storage.inert import Inert, load_inert, tensors_and_specs
-from vqdm.storage.original import stored_layer
+from vqdm.storage.original import StandIn, load_pickle, stored_layer, tensors_and_specs
 
 SETTINGS = {
     "plain": {},
@@ -30,7 +29,7 @@ SETTINGS = {
 def passed_through(value, tmp_path):
     with original_modules():
         torch.save(value, tmp_path / "one.pickle")
-    return load_inert(tmp_path / "one.pickle")
+    return load_pickle(tmp_path / "one.pickle")
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -48,7 +47,7 @@ def test_a_layer_decodes_to_the_same_matrix(tmp_path, settings, plain):
 
 def test_all_tensors_of_a_unet_are_found_under_their_names(tmp_path):
     unet = original_unet({"mid_block.resnets.0.conv1": {}, "mid_block.attentions.0.proj_in": {}})
-    tensors, specs = tensors_and_specs(load_inert(save_original(unet, tmp_path / "unet.pickle")))
+    tensors, specs = tensors_and_specs(load_pickle(save_original(unet, tmp_path / "unet.pickle")))
     assert set(specs) == {"mid_block.resnets.0.conv1", "mid_block.attentions.0.proj_in"}
     plain = {name for name in unet.state_dict() if "quantized_weight" not in name and "_dummy" not in name}
     assert plain == {name for name in tensors if not name.endswith(("codes", "codebooks", "scales"))}
@@ -70,13 +69,13 @@ def test_other_names_are_refused(tmp_path, module, monkeypatch):
     monkeypatch.setattr(sys.modules[module], "system", trap, raising=False)
     torch.save(OrderedDict(a=trap()), tmp_path / "bad.pickle")
     with pytest.raises(UserError, match=r"the pickle names [\w.]+\.system, which no UNet"):
-        load_inert(tmp_path / "bad.pickle")
+        load_pickle(tmp_path / "bad.pickle")
 
 
 def test_nothing_that_a_pickle_asks_for_is_called(tmp_path):
     torch.save(Trap(str(tmp_path / "made")), tmp_path / "bad.pickle")
     with pytest.raises(UserError, match=r"names \w+\.mkdir"):
-        load_inert(tmp_path / "bad.pickle")
+        load_pickle(tmp_path / "bad.pickle")
     assert not (tmp_path / "made").exists()
 
 
@@ -85,7 +84,7 @@ def test_stand_ins_import_nothing(tmp_path):
     layer = nn.Linear(4, 4)
     layer.activation = nn.functional.gelu
     loaded = passed_through(layer, tmp_path)
-    assert isinstance(loaded, Inert) and type(loaded).__name__ == "Linear" and type(loaded) is not nn.Linear
+    assert isinstance(loaded, StandIn) and type(loaded).__name__ == "Linear" and type(loaded) is not nn.Linear
     assert torch.equal(loaded._parameters["weight"], layer.weight)
 
 
@@ -102,7 +101,7 @@ def test_stand_ins_import_nothing(tmp_path):
 def test_other_files_are_refused(tmp_path, make, words):
     make(tmp_path / "file")
     with pytest.raises(UserError, match=words):
-        tensors_and_specs(load_inert(tmp_path / "file"))
+        tensors_and_specs(load_pickle(tmp_path / "file"))
 
 
 def test_a_layer_without_its_parts_is_named(tmp_path):
