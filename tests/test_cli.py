@@ -61,7 +61,7 @@ def test_flags_that_share_a_name_take_a_value_from_the_config_file(tmp_path):
         ("encoder: --", "encoder is '--'"),
         ("seed: !!bool perhaps", "cannot be read"),
         ("[" * 9999, "nested too deeply"),
-        ("seed: 1\nheight: 8\nseed: 2", "cannot be read: line 3: 'seed' is there twice"),
+        ("seed: 1\nheight: 8\nseed: 2", "cannot be read: line 3: 'seed' appears twice"),
         ("seed: 1\n  height: 8", "cannot be read: line 2: "),
         ("revision: 1.10", "revision is 1.1, which YAML does not take for text; put it in quotes"),
         ("variant: no", "variant is False, which YAML does not take for text"),

@@ -77,7 +77,7 @@ def test_a_device_without_end_is_not_read_to_it():
         ("p.jsonl", DEEP, "nested too deeply"),
         ("p.json", '[{"prompt": ["a"]}]', "its prompt is a list"),
         ("p.yaml", "- prompt: 0x" + "f" * 6000, "row 1 cannot be written as JSON"),
-        ("p.yaml", "- prompt: &a [*a]", "alias of what it stands in"),
+        ("p.yaml", "- prompt: &a [*a]", "line 1: \\*a is an alias; write its value out"),
         ("p.csv", "a\nb\n", "no column named"),
     ],
 )

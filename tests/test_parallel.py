@@ -9,7 +9,7 @@ from itertools import pairwise, product
 import pytest
 
 from vqdm.errors import RunError
-from vqdm.parallel import LOST, Ranks, shares
+from vqdm.parallel import Ranks, shares
 
 
 def test_a_process_that_was_not_launched_is_alone():

@@ -245,15 +245,13 @@ def test_a_zip_bomb_of_statistics_is_refused(tmp_path):
         load_statistics(path, "--fid_reference")
 
 
-def test_aliases_of_yaml_repeat_within_measure():
-    assert parse_yaml("a: &x {b: [1, 2]}\nc: *x\n") == {"a": {"b": [1, 2]}, "c": {"b": [1, 2]}}
+def test_aliases_of_yaml_are_refused():
+    """A few lines of them stand for more values than memory holds."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 10)]
-    with pytest.raises(ValueError, match="its aliases repeat too much"):
+    with pytest.raises(ValueError, match=r"line 2: \*a0 is an alias; write its value out"):
         parse_yaml("\n".join(lines))
-    with pytest.raises(ValueError, match="alias of what it stands in"):
-        parse_yaml("&a [*a]")
-    assert len(parse_yaml("[" + "1, " * 10**4 + "1]")) == 10**4 + 1
+    assert parse_yaml("a: &x {b: [1, 2]}\nc: '*x'\n") == {"a": {"b": [1, 2]}, "c": "*x"}
 
 
 # ------------------------------------------------------------------------------------------------ words on screen

@@ -22,7 +22,7 @@ from vqdm.storage import files as atomic
 from vqdm.storage import files as locks
 from vqdm.storage.files import (
     LOCK,
-    PIECE_BYTES,
+    SAMPLE_BYTES,
     UNFINISHED,
     CorruptFileError,
     file_sha256,
@@ -205,8 +205,8 @@ def test_the_first_rank_holds_it_for_all(tmp_path):
 
 def test_shards_share_a_folder_and_each_is_held_once(tmp_path):
     first, second = (ImageFolder(tmp_path, shard=(number, 2)) for number in (0, 1))
-    with first.lock(Ranks()), second.lock(Ranks()), pytest.raises(UserError, match="in use by"):
-        second.lock(Ranks()).__enter__()
+    with first.held(Ranks()), second.held(Ranks()), pytest.raises(UserError, match="in use by"):
+        second.held(Ranks()).__enter__()
 
 
 def test_who_waits_goes_on_when_the_holder_has_ended(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_file_sha256(tmp_path):
 
 
 def test_every_part_of_a_component_counts(tmp_path):
-    weights = bytearray(20 * PIECE_BYTES)
+    weights = bytearray(20 * SAMPLE_BYTES)
     seen = set()
     for step in range(5):
         if step == 2:

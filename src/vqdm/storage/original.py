@@ -79,7 +79,7 @@ def load_pickle(path: Path):
         if any(name.endswith("constants.pkl") for name in archive.namelist()):
             raise UserError("it is a TorchScript file, not one of torch.save")
     try:
-        safe = SimpleNamespace(Unpickler=SafeUnpickler)  # all that torch asks of a pickle module
+        safe = SimpleNamespace(__name__=__name__, Unpickler=SafeUnpickler)  # all that torch uses of a pickle module
         return torch.load(path, map_location="cpu", pickle_module=safe, weights_only=False)  # nosec B614
     except UserError:
         raise
