@@ -1,9 +1,9 @@
-"""What scales that reach are worth: the layers of a run with shared codebooks solved again without and with them.
+"""What the scale search is worth: the layers of a run with shared codebooks solved again without and with it.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_reach.py assets/shapes-xl out/bits/ours-3 --hessian_cache FOLDER
+    OMP_NUM_THREADS=1 python benchmarks/bench_reach.py assets/shapes-xl out/shared --hessian_cache FOLDER
 
-Formats and banks are the run's. Errors are on Hessians of other prompts than those that the codes were found on. A line
-of JSON a layer, the last one over all.
+RUN is of `main_text2image.py --share_codebooks unet`, and gives formats and shared codebooks. Errors are on Hessians of
+other prompts than those that the codes were found on. A line of JSON a layer, the last one over all.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def overall(rows: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("run", metavar="RUN", help="a folder of main_text2image.py --target_bits")
+    parser.add_argument("run", metavar="RUN", help="a folder of main_text2image.py --share_codebooks")
     parser.add_argument("--hessian_cache", required=True, metavar="FOLDER")
     parser.add_argument("--limit", type=int, help="layers at most")
     arguments = parser.parse_args()

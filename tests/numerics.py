@@ -38,3 +38,9 @@ def assert_close_outputs(found: Tensor, expected: Tensor, terms: int = TERMS, ga
     """
     atol = gain * rounding(expected.dtype, terms) * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def random_widths(groups: int, total: int, most: int, generator: torch.Generator) -> Tensor:
+    """Widths of the column groups of a code of variable rate, 0 to `most`, that add up to `total`: int64 [groups]."""
+    places = torch.randperm(groups * most, generator=generator)[:total]  # of which every group has `most`
+    return torch.bincount(places % groups, minlength=groups)

@@ -110,6 +110,8 @@ def test_bad_flags_say_which_and_what_is_allowed(flags, words):
         ('{"a": 3}', "expected null"),
         ('{"a": {"x": 1}}', "settings out of"),
         ('{"(": null}', "regular"),
+        ('{"a": null, ".*to_q": {"row_bits": 16}}', r"--overrides \.\*to_q: row_bits is 16, but .* use --target_bits"),
+        ('{"a": {"num_codebooks": 1, "shared_codebooks": "unet", "row_bits": "x"}}', "or segment_bits as in its plan"),
         ('{\n"a": null,\n"a": {"num_codebooks": 2}\n}', "names 'a' twice"),
         ('{\n"a": null\n"b": null}', "line 3, column 1: "),
         (b'{\n"caf\xe9": null}', "line 2: byte 0xe9 is not UTF-8; save it as UTF-8"),
@@ -118,8 +120,14 @@ def test_bad_flags_say_which_and_what_is_allowed(flags, words):
 def test_bad_overrides(tmp_path, plan, words):
     path = tmp_path / "plan.json"
     path.write_bytes(plan if isinstance(plan, bytes) else plan.encode())
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as caught:
         config_of("--overrides", str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_of_constant_rate_from_before_trellis_codes_is_taken(tmp_path):
+    (tmp_path / "plan.json").write_text('{"a": {"num_codebooks": 2, "row_bits": 0}}')
+    assert config_of("--overrides", str(tmp_path / "plan.json")).overrides["a"]["row_bits"] == 0
 
 
 @pytest.mark.parametrize("text", ['{\n\t"a": null\n}', '\ufeff{"a": null}'])

@@ -322,7 +322,7 @@ def plan(draw, folder: Path) -> None:
     from vqdm.quantization.allocation import planned, read_plan
 
     path = folder / "plan.json"
-    write_sealed(draw, {LAYER.name: {"num_codebooks": 1, "shared_codebooks": "unet", "row_bits": 8}}, path)
+    write_sealed(draw, {LAYER.name: {"num_codebooks": 1, "shared_codebooks": "unet", "segment_bits": 0}}, path)
     for layer in planned([LAYER], read_plan(path), path):
         layer.spec.tensor_shapes(8, 16)
 

@@ -166,6 +166,12 @@ class QuantizeConfig(RunConfig):
         check_pictures(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
         if self.on_save is not None:
             _split_command(self.on_save)
+        for pattern, settings in self.overrides.items():
+            if settings and settings.get("row_bits"):
+                raise UserError(
+                    f"--overrides {pattern}: row_bits is {settings['row_bits']!r}, but codes of variable rate are only "
+                    "loaded, no longer made; use --target_bits (--code trellis), or segment_bits as in its plan.json"
+                )
         self._check_sharing()
 
     def _check_sharing(self) -> None:
@@ -259,8 +265,9 @@ def read_overrides(path: str | None) -> dict[str, dict | None]:
 def _check_override(path: str, pattern, settings) -> None:
     if not isinstance(pattern, str):
         raise UserError(f"--overrides {path}: {pattern!r} is a {type(pattern).__name__}; patterns are text in quotes")
-    allowed = [one.name for one in fields(CodeSpec)]
-    if not isinstance(settings, dict | None) or any(name not in allowed for name in settings or ()):
+    known = [one.name for one in fields(CodeSpec)]
+    if not isinstance(settings, dict | None) or any(name not in known for name in settings or ()):
+        allowed = [name for name in known if name != "row_bits"]
         raise UserError(f"--overrides {path}: {pattern}: expected null, or settings out of {', '.join(allowed)}")
     try:
         re.compile(pattern)

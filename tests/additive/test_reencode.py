@@ -9,7 +9,7 @@ from test_quantized import random_code
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.encode import encode_vectors
-from vqdm.additive.rates import entry_slices
+from vqdm.additive.rates import width_slice
 from vqdm.additive.reencode import Move, encode_under, nearest_moves, within
 
 SPECS = [
@@ -104,7 +104,7 @@ def test_codes_of_variable_rate_are_the_nearest_of_their_width():
     code, at, wishes, metrics = problem(spec)
     move = nearest_moves(code, at, wishes, metrics, beam_size=1)
     found = distances(code, wishes, metrics, move.codes)
-    for n, entries in enumerate(entry_slices(code.widths) * 6):
+    for n, entries in enumerate(list(map(width_slice, code.widths.tolist())) * 6):
         tried = [
             distances(code, wishes, metrics, code.codes.view(-1).index_fill(0, torch.tensor(n), entry))[n]
             for entry in range(entries.start, entries.stop)

@@ -11,13 +11,9 @@ from vqdm.additive import scoring
 from vqdm.additive.code import Bank, CodeSpec
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import coordinate_descent, encode_vectors, feedback_encode, feedback_factors
-from vqdm.additive.rates import first_entries
 from vqdm.additive.shared import sample_layer, train_bank
 from vqdm.additive.solve import Task, solve_layer, solve_layers
 from vqdm.additive.stacks import apart, stacked, together
-
-VARIABLE = CodeSpec(1, 4, 4, shared_codebooks="bank", row_bits=7)
-WIDTHS = torch.tensor([[0, 1, 4, 2], [3, 1, 0, 3], [2, 2, 2, 1]])
 
 
 @pytest.fixture
@@ -54,13 +50,10 @@ def coded_layers(spec):
     H[1][4:8], H[1][:, 4:8] = 0, 0
     codes = [random_code(spec, 12, 16, seed) for seed in range(3)]
     codes = [replace(code, codebooks=code.codebooks.double(), scales=code.scales.double()) for code in codes]
-    if spec.row_bits:
-        firsts = [first_entries(widths).expand(12, 4)[..., None] for widths in WIDTHS]
-        codes = [replace(code, codes=first, widths=w) for code, first, w in zip(codes, firsts, WIDTHS, strict=True)]
     return W, H, [replace(code, input_scales=None) for code in codes]
 
 
-@pytest.mark.parametrize("spec", [*SPECS[:5], VARIABLE], ids=str)
+@pytest.mark.parametrize("spec", SPECS[:5], ids=str)
 @pytest.mark.parametrize("block", [4, 128])
 def test_codes_found_together_are_those_found_alone(spec, block, monkeypatch):
     monkeypatch.setitem(feedback_encode.__globals__, "COLUMNS_AT_ONCE", block)
@@ -75,15 +68,14 @@ def test_codes_found_together_are_those_found_alone(spec, block, monkeypatch):
     assert not torch.equal(found[0].codes, codes[0].codes)
 
 
-@pytest.mark.parametrize("spec", [*SPECS[:5], VARIABLE], ids=str)
+@pytest.mark.parametrize("spec", SPECS[:5], ids=str)
 def test_a_stack_decodes_to_all_matrices_and_comes_apart(spec):
     _, _, codes = coded_layers(spec)
     whole = stacked(codes)
     assert torch.equal(whole.dequantize(), torch.stack([code.dequantize() for code in codes]))
     for code, part in zip(codes, apart(whole), strict=True):
-        for name in ("codes", "codebooks", "scales", "widths"):
-            one, other = getattr(code, name), getattr(part, name)
-            assert one is other is None or torch.equal(one, other)
+        for name in ("codes", "codebooks", "scales"):
+            assert torch.equal(getattr(code, name), getattr(part, name))
 
 
 def tasks(spec, bank=None, rows=24, device="cpu", **settings):
@@ -127,18 +119,17 @@ def test_also_with_the_search_over_rows():
     check_same(tasks(CodeSpec(2, 3, 4), encoder="beam", max_epochs=3, steps_per_epoch=5, lr=1e-3))
 
 
-@pytest.mark.parametrize("row_bits", [0, 9])
-def test_also_by_the_kernel(row_bits, triton_device, scored_by):
+@pytest.mark.parametrize("sharing", [False, True])
+def test_also_by_the_kernel(sharing, triton_device, scored_by):
     scored_by("triton")
     small = dict(rows=6, device=triton_device, max_epochs=2, init_max_iter=1, beam_size=2)
-    own, shared = CodeSpec(2, 2, 8), CodeSpec(1, 3, 8, shared_codebooks="bank", row_bits=row_bits)
+    own, shared = CodeSpec(2, 2, 8), CodeSpec(1, 3, 8, shared_codebooks="bank")
     bank = Bank(randn(*shared.codebooks_shape).half().float().to(triton_device), 10_000)
-    check_same(tasks(shared, bank, **small) if row_bits else tasks(own, **small))
+    check_same(tasks(shared, bank, **small) if sharing else tasks(own, **small))
 
 
-@pytest.mark.parametrize("row_bits", [0, 25])
-def test_also_with_a_bank_and_variable_rate_and_different_numbers_of_searches(row_bits):
-    spec = CodeSpec(1, 6, 4, shared_codebooks="bank", row_bits=row_bits)
+def test_also_with_a_bank_and_different_numbers_of_searches():
+    spec = CodeSpec(1, 6, 4, shared_codebooks="bank")
     config, first = SolverConfig(spec, init_max_iter=5), tasks(CodeSpec(1, 2, 4))[0]
     bank = train_bank([sample_layer(first.W, first.H, 24, config, first.generator)], config, first.generator)
     epochs = check_same(tasks(spec, bank=Bank(bank, 10_000), max_epochs=12))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from conftest import tiny_unet
+from numerics import random_widths
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.rates import divided_bits
+from vqdm.additive.trellis import UNITS
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.parameters import trainable
@@ -38,6 +39,9 @@ FORMATS = {
     "value_tables": CodeSpec(2, 4, 4, codebook_value_nbits=3, codebook_value_num_groups=2),
     "out_groups": CodeSpec(2, 4, 4, out_group_size=2),
     "variable": CodeSpec(1, 5, 4, shared_codebooks="bank", row_bits=23, input_channel_scales=True),
+    "trellis": CodeSpec(
+        1, 4, 1, shared_codebooks="bank", segment_rows=16, segment_bits=16 * 60, input_channel_scales=True
+    ),
 }
 
 
@@ -62,14 +66,17 @@ def student(spec: CodeSpec, names: tuple[str, ...] = NAMES, rounded: bool = Fals
 def _fill(layer, size: float, generator: torch.Generator) -> None:
     for name, tensor in layer.stored_tensors().items():
         if name == "code_widths":
-            widths = divided_bits(torch.randn(len(tensor), generator=generator), layer.spec.row_bits, 5)
-            tensor.copy_(widths)
+            trellis, b = layer.spec.is_trellis, layer.spec.nbits_per_codebook
+            total = layer.spec.segment_bits // layer.spec.segment_rows if trellis else layer.spec.row_bits
+            tensor.copy_(random_widths(len(tensor), total, b, generator) * (UNITS if trellis else 1))
         elif tensor.dtype == torch.uint8:
             tensor.copy_(torch.randint(0, 256, tensor.shape, generator=generator))
         elif name.startswith("codebook"):
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
         else:
             tensor.copy_((0.5 + torch.rand(tensor.shape, generator=generator)) * (size if "input" not in name else 1.0))
+    if layer.spec.is_trellis:
+        layer.input_scales[layer.code_widths == 0] = 0
 
 
 def points(unet: nn.Module, prompts: int = 6, steps: int = 4) -> Points:

@@ -9,6 +9,7 @@ from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.finetuning.evaluation import measure
 from vqdm.finetuning.parameters import stored_types, write_back
 from vqdm.finetuning.trainer import SMALLEST_SCALE, Diverged
+from vqdm.layers.quantized import quantized_layers
 
 
 def train(unet, points, steps: int, **options):
@@ -38,6 +39,20 @@ def test_every_format_learns_and_stays_what_it_is(name, tmp_path):
     assert loaded.config.quantization_config.to_dict() == unet.config.quantization_config.to_dict()
     for key, tensor in unet.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("decode", ["step", "call"])
+@pytest.mark.parametrize("changing", [False, True])
+def test_columns_of_a_trellis_without_bits_stay_zero(decode, changing):
+    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["trellis"])
+    layers = quantized_layers(unet)
+    before = {name: layer.input_scales.detach().clone() for name, layer in layers.items()}
+    updates = CodeUpdates(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)) if changing else None
+    train(unet, points, 3, decode=decode, updates=updates, ema_decay=0.5)
+    for name, layer in layers.items():
+        empty, scales = layer.code_widths == 0, layer.input_scales
+        assert empty.any() and not scales[empty].any() and not layer.decoded_matrix()[:, empty].any()
+        assert (scales != before[name])[~empty].float().mean() > 0.9
 
 
 @pytest.mark.parametrize("decode", ["step", "call"])

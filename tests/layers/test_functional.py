@@ -6,13 +6,14 @@ import weakref
 
 import pytest
 import torch
-from stored_layers import VARIABLE, stored_of
+from stored_layers import VARIABLE, stored_of, trellis_of
 from test_quantized import SPECS, random_code
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers import functional
+from vqdm.layers.decode_compiled import pointwise
 from vqdm.layers.functional import Convolution, DecodedWeight, Linear, _idle, coded, free_scratch, scratch
 from vqdm.layers.int8 import quantize_int8
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, swap
@@ -67,6 +68,17 @@ def test_gradients_of_a_convolution(operation, spec):
     taps = operation.kernel_size[0] * operation.kernel_size[1]
     stored, _ = stored_of(spec, 6, C * taps)
     compare(operation, torch.randn(2, C, 7, 9), stored, torch.randn(6))
+
+
+def test_gradients_of_a_trellis_are_zero_where_there_are_no_bits():
+    """Whichever way the weight is decoded: in a call, as a matrix, or to be compiled."""
+    stored, code = trellis_of(48, 17, 8, log_scales=False)
+    compare(Linear(), torch.randn(2, 3, 17), stored, torch.randn(48))
+    stored, (_, _, scales) = learned(stored)
+    empty = code.widths == 0
+    for W in (coded(Linear(), torch.eye(17), stored, None).T, stored.working().dequantize(), pointwise(stored)):
+        (found,) = torch.autograd.grad((W * torch.randn(48, 17)).sum(), [scales])
+        assert empty.any() and not found[empty].any() and found[~empty].all()
 
 
 def test_only_what_is_needed_gets_a_gradient():

@@ -3,11 +3,12 @@ import copy
 import classroom
 import pytest
 import torch
+from numerics import random_widths
 from torch import nn
 
 from vqdm.additive import trellis
 from vqdm.additive.code import AdditiveCode, CodeSpec
-from vqdm.additive.rates import divided_bits, first_entries
+from vqdm.additive.rates import first_entries
 from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.parameters import trainable
 from vqdm.layers.quantized import (
@@ -38,7 +39,7 @@ def random_code(spec: CodeSpec, rows: int, columns: int) -> AdditiveCode:
     shape = (*banks, spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size)
     codes, widths = torch.randint(0, 2**spec.nbits_per_codebook, (R, G, spec.num_codebooks), generator=generator), None
     if spec.row_bits:
-        widths = divided_bits(torch.randn(G, generator=generator) * 3, spec.row_bits, spec.nbits_per_codebook)
+        widths = random_widths(G, spec.row_bits, spec.nbits_per_codebook, generator)
         codes = codes % 2 ** widths[:, None] + first_entries(widths)[:, None]
     return AdditiveCode(
         spec,

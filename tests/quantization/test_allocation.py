@@ -3,10 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from generate import main as generate
 from main_text2image import main
+from PIL import Image
 from tiny_runs import command, file_hashes
 
 from vqdm.additive.code import CodeSpec
@@ -21,11 +24,6 @@ from vqdm.quantization.plan import layer_bits
 ONLY = ["--layer_filter", r"mid_block.*attn1\.to|mid_block.*conv1"]
 
 
-@pytest.fixture(autouse=True)
-def plain_decoding(monkeypatch):
-    monkeypatch.setenv("VQDM_DECODE", "torch")
-
-
 def target(pipelines, prompts, out, *extra):
     """The command without the flags of the format, which --target_bits decides; with a small table."""
     words = command(pipelines["sdxl"], prompts, out)
@@ -38,10 +36,8 @@ def target(pipelines, prompts, out, *extra):
 def planned(pipelines, prompt_file, tmp_path_factory):
     """A run to 3 bits that keeps its Hessians."""
     folder = tmp_path_factory.mktemp("planned")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VQDM_DECODE", "torch")
-        cache = ["--hessian_cache", str(folder / "cache")]
-        assert run_script(main, target(pipelines, prompt_file, folder / "out", "--target_bits", "3", *cache)) == 0
+    cache = ["--hessian_cache", str(folder / "cache")]
+    assert run_script(main, target(pipelines, prompt_file, folder / "out", "--target_bits", "3", *cache)) == 0
     return folder
 
 
@@ -58,9 +54,10 @@ def test_the_target_is_kept_with_table_widths_and_scales(planned):
     assert 2.95 < summary["effective_bits_layers"] <= 3
     unet = DiffusionPipeline.from_pretrained(planned / "out").unet
     assert summary["effective_bits_layers"] == pytest.approx(counted_bits(unet))
-    specs = [layer.spec for layer in quantized_layers(unet).values()]
+    layers = quantized_layers(unet).values()
+    specs = [layer.spec for layer in layers]
     assert len(set(specs)) > 1 and {(spec.is_trellis, spec.nbits_per_codebook) for spec in specs} == {(True, 8)}
-    assert all(spec.segment_bits >= LEAST_BITS for spec in specs)
+    assert all(layer.spec.code_bits_per_weight(layer._columns) >= LEAST_BITS for layer in layers)
     assert summary["unet_output_error_db"] < -8
 
 
@@ -174,6 +171,38 @@ def test_state_bits_are_those_of_the_codes_and_all_layers_are_coded(pipelines, p
     assert sum("time_emb_proj" in name for name in layers) > 4 and 2.95 < counted_bits(unet) <= 3
 
 
+def test_layers_of_odd_numbers_of_rows_are_coded_loaded_and_generate(pipelines, prompt_file, tmp_path):
+    """3, 5 and 33 rows, and 264 of feed-forward; every segment is as long as its layer has rows."""
+    pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"])
+    config = dict(pipeline.unet.config) | {
+        "block_out_channels": (3, 5, 33),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 3,
+        "norm_num_groups": 1,
+    }
+    torch.manual_seed(0)
+    pipeline.unet = UNet2DConditionModel.from_config(config)
+    model, out = tmp_path / "model", tmp_path / "out"
+    pipeline.save_pretrained(model)
+    flags = ["--layer_filter", "(down|mid).*(conv1|to_q|net.0.proj)", "--target_bits", "7", "--sensitivity_points", "4"]
+    words = target({"sdxl": model}, prompt_file, out, *flags)
+    assert run_script(main, words) == 0
+    summary, unet = json.loads((out / "summary.json").read_text()), DiffusionPipeline.from_pretrained(out).unet
+    layers = quantized_layers(unet).values()
+    assert {(layer._rows, layer.spec.segment_rows) for layer in layers} == {(3, 3), (5, 5), (33, 33), (264, 264)}
+    assert summary["effective_bits_layers"] == pytest.approx(counted_bits(unet)) and counted_bits(unet) <= 7
+    assert summary["unet_output_error_db"] < -15
+    images = [tmp_path / name for name in ("full", "coded")]
+    flags = ["--num_inference_steps", "2", "--limit", "2"]
+    assert run_script(generate, [str(model), str(prompt_file), "--output_dir", str(images[0]), *flags]) == 0
+    assert run_script(generate, [str(model), str(out), str(prompt_file), "--output_dir", str(images[1]), *flags]) == 0
+    pixels = [[np.asarray(Image.open(path), float) for path in sorted(folder.rglob("*.png"))] for folder in images]
+    assert len(pixels[0]) == len(pixels[1]) == 2
+    for full, coded in zip(*pixels, strict=True):
+        assert full.std() > 10 and 0 < np.abs(coded - full).mean() < 0.2 * full.std()
+
+
 # ------------------------------------------------------------------------------------------- without a model
 
 
@@ -189,6 +218,8 @@ def test_every_rate_that_is_offered_is_a_sum_of_widths(rows, columns, state_bits
     bits = [layer_bits(one) for one in options]
     assert bits == sorted(bits) and options[-1].spec.code_bits_per_weight(columns) == state_bits
     widths = allowed_widths(options[0].spec.segment_rows, state_bits)
+    rounding = (widths[-1] - widths[-2]) / 2 if rows == 1 else 0  # the steps of a single row are as long as a state
+    assert width_total(options[0]) >= 4 * columns * LEAST_BITS - rounding
     for one in options:
         one.spec.check_shape(rows, columns)
         total = width_total(one)

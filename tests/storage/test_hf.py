@@ -198,8 +198,7 @@ def trellis_unet(scales: str = "logarithms") -> UNet2DConditionModel:
 
 
 @pytest.mark.parametrize("scales", ["logarithms", "float16"])
-def test_trellis_codes_are_version_4_and_round_trip(tmp_path, scales, monkeypatch):
-    monkeypatch.setenv("VQDM_DECODE", "torch")
+def test_trellis_codes_are_version_4_and_round_trip(tmp_path, scales):
     unet = trellis_unet(scales)
     unet.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -209,7 +208,7 @@ def test_trellis_codes_are_version_4_and_round_trip(tmp_path, scales, monkeypatc
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     specs = [{name: layer.spec for name, layer in quantized_layers(one).items()} for one in (unet, again)]
     assert specs[0] == specs[1] and len(set(specs[0].values())) > 3
-    assert torch.equal(run(unet), run(again)) and run(again).isfinite().all()
+    assert_close_outputs(run(again), run(unet), gain=10)
 
 
 def exchanged(widths):

@@ -109,7 +109,7 @@ def _extend(
     Taking the old values v off Ŵ turns the pull P into Q = P + v H_jj and the loss into L + 2⟨v, Q⟩ − v H_jj vᵀ;
     adding the entry c at scale s then changes it by −2 s⟨c, Q⟩ + s² c H_jj cᵀ.
     """
-    scales, codebooks = group_values(code, j, slice(None))
+    scales, codebooks = group_values(code, j)
     s = scales[:, None, None, None]  # [R, 1, 1, 1]
     old = s * codebooks[m][code.codes[:, j, m].long()][:, None]  # [R, 1, p, g]
     without = state.pull + old @ metric

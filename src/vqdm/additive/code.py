@@ -43,7 +43,7 @@ class CodeSpec:
         shared_codebooks: the name of a bank of codebooks that layers share and the model stores once, of up to 64
             letters, digits, _ and -; empty: the layer stores its own.
         row_bits: 0 gives every code b bits. Else the rate is variable, see `vqdm.additive.rates`: one shared codebook
-            of all widths up to b, and so many bits for the codes of a row group together.
+            of all widths up to b, and so many bits for the codes of a row group together. Only old models have it.
         segment_rows: 0: every code stands alone. Else a bitshift trellis, see `vqdm.additive.trellis`: codes are states
             of b bits, and so many rows of a column are one ring. One shared codebook of single values.
         segment_bits: bits of the codes of all columns in one segment of a trellis.

@@ -40,6 +40,8 @@ class SolverConfig:
     shared_damping: float = 0.003
 
     def __post_init__(self) -> None:
+        if self.spec.row_bits:
+            raise ValueError(f"row_bits is {self.spec.row_bits}; codes of variable rate are loaded but no longer made")
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder is {self.encoder!r}; allowed are {', '.join(ENCODERS)}")
         for name in ("beam_size", "init_max_iter", "init_max_points_per_centroid", "max_epochs"):

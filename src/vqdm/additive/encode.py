@@ -20,7 +20,6 @@ from torch import Tensor
 from vqdm.additive import native
 from vqdm.additive.code import AdditiveCode
 from vqdm.additive.kmeans import rows_at_once
-from vqdm.additive.rates import entry_slices, padded_entries
 from vqdm.additive.scoring import BestEntries, fused_scoring, native_scoring
 from vqdm.additive.topk import smallest
 
@@ -28,7 +27,6 @@ MINIMAL_DAMPING = 1e-6  # the least that helps a float32 factorization
 COLUMNS_AT_ONCE = 128  # columns between two products with the rest of the matrix
 
 Picks = Callable[[int, Tensor, int, int], tuple[Tensor, Tensor]]
-Entries = slice | Tensor
 
 
 def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
@@ -127,14 +125,12 @@ def feedback_encode(W: Tensor, code: AdditiveCode, factors: Tensor, feedback: Te
     g = code.spec.in_group_size
     difference = torch.zeros_like(W)  # W − Ŵ where coded
     target = W.clone()
-    codes, entries = torch.empty_like(code.codes), usable_entries(code)
+    codes = torch.empty_like(code.codes)
     for block in column_blocks(W.shape[-1], g):
         for j in range(block.start // g, block.stop // g):
             done, columns = slice(block.start, j * g), slice(j * g, (j + 1) * g)
             wanted = target[..., columns] + difference[..., done] @ feedback[..., done, columns]
-            usable, factor = entries(j), factors[..., j, :, :]
-            found, coded = encode_group(wanted, *group_values(code, j, usable), factor, beam_size)
-            codes[..., j, :] = numbered(found, usable)
+            codes[..., j, :], coded = encode_group(wanted, *group_values(code, j), factors[..., j, :, :], beam_size)
             difference[..., columns] = W[..., columns] - coded
         target[..., block.stop :] += difference[..., block] @ feedback[..., block, block.stop :]
     return replace(code, codes=codes)
@@ -190,20 +186,20 @@ def coordinate_descent(W: Tensor, H: Tensor, code: AdditiveCode, beam_size: int)
     Args: `W` [..., O, I] and `H` [..., I, I].
     """
     p, g = code.spec.out_group_size, code.spec.in_group_size
-    codes, entries, factors = code.codes.clone(), usable_entries(code), block_factors(H, g)
+    codes, factors = code.codes.clone(), block_factors(H, g)
     coded = code.dequantize()
     P = (W - coded) @ H
     moved = torch.zeros_like(W)
     for block in column_blocks(W.shape[-1], g):
         for j in range(block.start // g, block.stop // g):
             done, columns = slice(block.start, j * g), slice(j * g, (j + 1) * g)
-            usable, factor, now = entries(j), factors[..., j, :, :], coded[..., columns]
+            factor, now = factors[..., j, :, :], coded[..., columns]
             pull = P[..., columns] - moved[..., done] @ H[..., done, columns]
             wanted = now + over_metric(pull, factor)
-            found, values = encode_group(wanted, *group_values(code, j, usable), factor, beam_size)
+            found, values = encode_group(wanted, *group_values(code, j), factor, beam_size)
             before, after = (row_groups((wanted - x) @ factor, p).square().sum(-1) for x in (now, values))
             better = after < before  # [..., R]
-            codes[..., j, :] = torch.where(better[..., None], numbered(found, usable).to(codes.dtype), codes[..., j, :])
+            codes[..., j, :] = torch.where(better[..., None], found.to(codes.dtype), codes[..., j, :])
             moved[..., columns] = (values - now) * better.repeat_interleave(p, dim=-1)[..., None]
         P[..., block.stop :] -= moved[..., block] @ H[..., block, block.stop :]
     return replace(code, codes=codes)
@@ -221,26 +217,7 @@ def column_blocks(columns: int, g: int) -> list[slice]:
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def usable_entries(code: AdditiveCode) -> Callable[[int], Entries]:
-    """From a column group to the entries of its codebooks that its codes may name; [L, K'] where layers differ."""
-    if code.widths is None:
-        return lambda _: slice(None)
-    if code.widths.dim() == 1:
-        return entry_slices(code.widths).__getitem__
-    most = code.widths.amax(0).tolist()
-    return lambda j: padded_entries(code.widths[:, j], most[j])
-
-
-def numbered(codes: Tensor, entries: Entries) -> Tensor:
-    """Codes [..., R, M] that count the usable entries as numbers in the whole codebooks."""
-    return codes + (entries.start or 0) if isinstance(entries, slice) else take_rows(entries[..., None], codes)
-
-
-def group_values(code: AdditiveCode, j: int, entries: Entries) -> tuple[Tensor, Tensor]:
-    """Scales [..., R] and the usable part [..., M, K', p, g] of the codebooks of column group j."""
+def group_values(code: AdditiveCode, j: int) -> tuple[Tensor, Tensor]:
+    """Scales [..., R] and codebooks [..., M, K, p, g] of column group j."""
     codebooks = code.codebooks.select(-5, j) if code.spec.groupwise_codebooks else code.codebooks
-    if isinstance(entries, slice):
-        usable = codebooks[..., entries, :, :]
-    else:
-        usable = torch.take_along_dim(codebooks, entries[:, None, :, None, None], dim=-3)
-    return code.scales[..., j if code.scales.shape[-1] > 1 else 0], usable
+    return code.scales[..., j if code.scales.shape[-1] > 1 else 0], codebooks

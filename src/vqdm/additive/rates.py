@@ -1,4 +1,4 @@
-"""Variable rate: the column groups of one layer have codes of different widths, more bits where they matter more.
+"""Variable rate: the column groups of one layer have codes of different widths. Loaded, no longer made.
 
 A codebook for that holds one codebook of every width w = 0..b, one after another: that of width w begins at entry
 2^w − 1 and has 2^w entries, the only one of width 0 being zero. Codes count from the beginning of the whole.
@@ -12,61 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STEPS = 60  # of the bisection for the water level
-
-
-def divided_bits(demands: Tensor, total: int, most: int) -> Tensor:
-    """Widths [G], int64 from 0 to `most`, that add up to `total` and follow `demands` [G] plus a common level.
-
-    Reverse water-filling: of widths in range, w_j = demand_j + level minimises Σ 2^(−2 (w_j − demand_j) / d).
-    """
-    low, high = (-demands.max() - 1).item(), (most - demands.min() + 1).item()
-    for _ in range(STEPS):
-        level = (low + high) / 2
-        low, high = (low, level) if (demands + level).floor().clamp(0, most).sum() > total else (level, high)
-    wanted = demands + low
-    widths = wanted.floor().clamp(0, most)
-    while (left := total - int(widths.sum())) > 0:
-        behind = torch.where(widths < most, wanted - widths, -torch.inf)
-        widths[behind.argsort(descending=True, stable=True)[:left]] += 1
-        widths = widths.clamp(max=most)
-    return widths.to(torch.int64)
-
-
-def group_demands(groups: Tensor, factors: Tensor) -> Tensor:
-    """Bits [G] by which column groups differ: d/2 · log2 of an average value's weight in the error, d = p·g.
-
-    Args: `groups` [R, G, d] of a matrix of row groups whose RMS is one; `factors` F_j [G, g, g], triangular, of the
-    metrics F_j F_jᵀ under which error feedback judges the groups.
-    """
-    d = groups.shape[2]
-    metric = 2 * factors.diagonal(dim1=1, dim2=2).abs().clamp(min=1e-20).log2().mean(1)  # log2 |F Fᵀ|^(1/g)
-    energy = groups.square().mean((0, 2)).clamp(min=1e-20).log2()
-    return (metric + energy) * (d / 2)
-
 
 def first_entries(widths: Tensor) -> Tensor:
     """Where the codebooks of the widths [G] begin: int64 [G]."""
     return 2 ** widths.to(torch.int64) - 1
 
 
-def entry_slices(widths: Tensor) -> list[slice]:
-    """The entries that each column group may use."""
-    return [width_slice(width) for width in widths.tolist()]
-
-
 def width_slice(width: int) -> slice:
     """The entries of the codebook of one width."""
     return slice(2**width - 1, 2 ** (width + 1) - 1)
-
-
-def padded_entries(widths: Tensor, most: int) -> Tensor:
-    """The entries of the codebooks of `widths` [L], `most` at most, in rows of one length: int64 [L, 2^most].
-
-    The last entry is repeated, so that of equal ones the first is always inside its codebook.
-    """
-    last = first_entries(widths)[:, None]  # both the first entry of width w, and how far the last is from it
-    return last + torch.arange(2**most, device=widths.device).minimum(last)
 
 
 def offsets(widths: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from vqdm.additive.code import AdditiveCode
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import feedback_encode, feedback_factors
 from vqdm.additive.kmeans import draw, residual_kmeans
-from vqdm.additive.reach import reaching_feedback
 from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, weighted_error
 from vqdm.additive.solve import Problem, scaled_groups, support_rms, zero_code
 
@@ -57,34 +56,18 @@ def sample_layer(W: Tensor, H: Tensor, rows: int, config: SolverConfig, generato
 def train_bank(samples: list[Sample], config: SolverConfig, generator: torch.Generator) -> Tensor:
     """Codebooks [M, K, p, g] for `config.spec`, float32 with the values that float16 keeps; rows have an RMS of one.
 
-    Residual k-means of the samples' scaled groups. At constant rate then rounds of error feedback and of least squares
-    under all H, which fit several codebooks to each other; single ones gain next to nothing (0.06 dB).
+    Residual k-means of the samples' scaled groups, then rounds of error feedback and of least squares under all H,
+    which fit several codebooks to each other; single ones gain next to nothing (0.06 dB).
     """
-    if config.spec.row_bits:
-        return _all_widths(samples, config, generator)
-    codebooks = _clustered(samples, config, generator)
-    for _ in range(ROUNDS):
-        fits = [Fit(some.W, some.H, encode(some, codebooks, config, reach=False), some.share) for some in samples]
-        codebooks = refit_codebooks(fits, REFIT_ITERATIONS, RIDGE)
-    return codebooks.half().float()
-
-
-def _clustered(samples: list[Sample], config: SolverConfig, generator: torch.Generator) -> Tensor:
-    """Codebooks [M, K, p, g] by residual k-means."""
     spec = config.spec
     points = torch.cat([_points(sample, config) for sample in samples])  # [N, d]
     limit = config.init_max_points_per_centroid * spec.entries
     codebooks = residual_kmeans(points, spec.num_codebooks, spec.entries, config.init_max_iter, limit, generator)
-    return codebooks.view(spec.codebooks_shape)  # [M, K, d] → [M, K, p, g]
-
-
-def _all_widths(samples: list[Sample], config: SolverConfig, generator: torch.Generator) -> Tensor:
-    """Codebooks [1, 2^(b+1) − 1, p, g] of every width from 0 to b, each trained by itself, one after another."""
-    books = [torch.zeros(1, 1, *config.spec.codebooks_shape[2:], device=samples[0].W.device)]
-    for width in range(1, config.spec.nbits_per_codebook + 1):
-        constant = config.with_spec(config.spec.changed(nbits_per_codebook=width, row_bits=0))
-        books.append(_clustered(samples, constant, generator))
-    return torch.cat(books, dim=1).half().float()
+    codebooks = codebooks.view(spec.codebooks_shape)  # [M, K, d] → [M, K, p, g]
+    for _ in range(ROUNDS):
+        fits = [Fit(some.W, some.H, encode(some, codebooks, config), some.share) for some in samples]
+        codebooks = refit_codebooks(fits, REFIT_ITERATIONS, RIDGE)
+    return codebooks.half().float()
 
 
 def _points(sample: Sample, config: SolverConfig) -> Tensor:
@@ -93,22 +76,12 @@ def _points(sample: Sample, config: SolverConfig) -> Tensor:
     return groups.flatten(0, 1)  # [R, G, d] → [R·G, d]
 
 
-def encode(sample: Sample, codebooks: Tensor, config: SolverConfig, reach: bool = True) -> AdditiveCode:
+def encode(sample: Sample, codebooks: Tensor, config: SolverConfig) -> AdditiveCode:
     """The sample's code by error feedback with given codebooks, its scales fitted.
 
-    `reach`: with the best of several scales first, as layers are coded. Codebooks gain nothing from it in training.
+    Without the scale search of layers, from which codebooks gain nothing.
     """
     spec = config.spec.changed(input_channel_scales=False)  # which the sample has had taken out
-    code = zero_code(sample.W, spec, codebooks, support_rms(sample.W, spec), sample.factors)
-    if reach:
-        given = ([one] for one in (sample.W, sample.H, code, sample.factors, sample.feedback))
-        (code,) = reaching_feedback(*given, config.beam_size)
-    else:
-        code = feedback_encode(sample.W, code, sample.factors, sample.feedback, config.beam_size)
+    code = zero_code(spec, sample.W.shape[1], codebooks, support_rms(sample.W, spec))
+    code = feedback_encode(sample.W, code, sample.factors, sample.feedback, config.beam_size)
     return refit_scales(sample.W, sample.H, code, REFIT_ITERATIONS)
-
-
-def sample_error(sample: Sample, code: AdditiveCode) -> float:
-    """Relative error of a sample's code."""
-    energy = weighted_error(sample.W, sample.H).item()
-    return weighted_error(sample.W - code.dequantize(), sample.H).item() / energy if energy > 0 else 0.0

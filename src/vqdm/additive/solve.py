@@ -21,7 +21,6 @@ from vqdm.additive.code import AdditiveCode, Bank, CodeSpec, group_columns, stor
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors
 from vqdm.additive.kmeans import draw, residual_kmeans
-from vqdm.additive.rates import divided_bits, first_entries, group_demands
 from vqdm.additive.reach import reaching_feedback
 from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, weighted_error
 from vqdm.additive.stacks import together
@@ -303,7 +302,7 @@ def _fixed_candidates(
     spec, beam_size = config.spec, config.beam_size
     W, H = _matrices(problems)
     factors, feedback = _feedback(H, config)
-    codes = [zero_code(w, spec, *given) for w, *given in zip(W, codebooks, scales, factors, strict=True)]
+    codes = [zero_code(spec, w.shape[1], *given) for w, *given in zip(W, codebooks, scales, strict=True)]
     codes = reaching_feedback(W, H, codes, factors, feedback, beam_size)
     del factors, feedback  # as large as H
     while True:
@@ -391,16 +390,11 @@ def initial_code(W: Tensor, config: SolverConfig, generator: torch.Generator) ->
     return as_stored(AdditiveCode(spec, codes, codebooks if spec.groupwise_codebooks else codebooks[0], scales))
 
 
-def zero_code(W: Tensor, spec: CodeSpec, codebooks: Tensor, scales: Tensor, factors: Tensor) -> AdditiveCode:
-    """Given codebooks and scales [R, S], and codes that are all the first; variable rate looks at `factors` too."""
-    R, G = len(W) // spec.out_group_size, W.shape[1] // spec.in_group_size
-    codes = torch.zeros(R, G, spec.num_codebooks, dtype=torch.int64, device=W.device)
-    if not spec.row_bits:
-        return as_stored(AdditiveCode(spec, codes, codebooks, scales))
-    groups = scaled_groups(W, support_rms(W, spec), spec.out_group_size, spec.in_group_size)
-    widths = divided_bits(group_demands(groups, factors), spec.row_bits, spec.nbits_per_codebook)
-    codes += first_entries(widths)[:, None]
-    return as_stored(AdditiveCode(spec, codes, codebooks, scales, widths=widths))
+def zero_code(spec: CodeSpec, columns: int, codebooks: Tensor, scales: Tensor) -> AdditiveCode:
+    """Given codebooks and scales [R, S], and codes that are all the first."""
+    shape = len(scales), columns // spec.in_group_size, spec.num_codebooks
+    codes = torch.zeros(shape, dtype=torch.int64, device=scales.device)
+    return as_stored(AdditiveCode(spec, codes, codebooks, scales))
 
 
 def row_norms(W: Tensor, spec: CodeSpec) -> Tensor:

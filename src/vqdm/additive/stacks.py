@@ -37,5 +37,4 @@ def apart(code: AdditiveCode) -> list[AdditiveCode]:
 
 
 def _tensors(code: AdditiveCode) -> dict[str, Tensor]:
-    tensors = {"codes": code.codes, "codebooks": code.codebooks, "scales": code.scales, "widths": code.widths}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {"codes": code.codes, "codebooks": code.codebooks, "scales": code.scales}

@@ -118,6 +118,8 @@ class Stored(NamedTuple):
         """Look up the input scales: [I], or None."""
         if self.input_scale_logarithms is not None:
             return trellis.scale_values(self.input_scale_logarithms, self.spec.scale_exponent)
+        if self.spec.is_trellis:  # without a gradient where there are no bits, so that zero columns stay zero
+            return torch.where(self.code_widths > 0, self.input_scales, self.input_scales.detach())
         return self.input_scales
 
     def learnable(self) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -114,7 +114,7 @@ def code_gradients(stored: Stored, E: Tensor, needs: tuple[bool, bool, bool]) ->
     """Return the gradients of codebooks, scales and input scales that are needed, given that of W = `E` [O, I].
 
     With v = Σ_m of entries, W = s·v·t: an entry gets the sum of E·s·t over the groups that use it, s that of E·v·t over
-    what it scales, t that of E·s·v over the rows.
+    what it scales, t that of E·s·v over the rows; 0 in columns of a trellis that have no bits, which are to stay zero.
     """
     code, (R, G) = stored.working(), stored.groups
     p, g = stored.spec.out_group_size, stored.spec.in_group_size
@@ -134,6 +134,8 @@ def code_gradients(stored: Stored, E: Tensor, needs: tuple[bool, bool, bool]) ->
             v = torch.nn.functional.embedding_bag(bags, books, mode="sum").view_as(e)
             grad_s[part] = (e * v * t).sum((2, 3), keepdim=True).sum_to_size(grad_s[part].shape)
             grad_t += (e * v * s[part]).sum((0, 2)).unsqueeze(1)
+    if stored.spec.is_trellis:
+        grad_t[code.widths == 0] = 0
     return (
         grad_books.view_as(code.codebooks).to(code.codebooks.dtype) if needs[0] else None,
         grad_s.view_as(code.scales).to(code.scales.dtype) if needs[1] else None,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,9 +14,8 @@ from vqdm.additive.trellis import table
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.quantization.plan import bank_users
 from vqdm.quantization.quantization_job import Job
-from vqdm.storage.files import save_checked
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.run_folder import layer_generator, read_shard
+from vqdm.storage.run_folder import layer_generator
 from vqdm.tracking import log_info, progress_bar
 
 LAYERS = 48  # layers that a bank is trained on at most
@@ -43,15 +39,10 @@ def trellis_codebooks(state_bits: int) -> Tensor:
     return table(state_bits).view(1, -1, 1, 1)
 
 
-def owner_of(how: str, kind: str) -> str:
-    """Whose a bank is: of the whole UNet, or of a kind of layer."""
-    return kind if how == "kind" else "unet"
-
-
 def bank_name(spec: CodeSpec, how: str, kind: str) -> str:
     """Like `unet_2x8_1x4`: whose, codebooks x bits, out x in group size."""
     books, group = (spec.num_codebooks, spec.nbits_per_codebook), (spec.out_group_size, spec.in_group_size)
-    return "{}_{}x{}_{}x{}".format(owner_of(how, kind), *books, *group)
+    return "{}_{}x{}_{}x{}".format(kind if how == "kind" else "unet", *books, *group)
 
 
 def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
@@ -64,11 +55,14 @@ def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
             banks[name] = Bank(codebooks, weights)
             continue
         config = job.config.solver.with_spec(layers[0].spec)
-        if job.ranks.main:
-            chosen = trained_on(job.layers, name, layers[0].spec)
-            train(job, config, cache(partial(draw_samples, job, store, chosen, config)))
+        path = job.folder.work / "banks" / f"{name}.safetensors"
+        if job.ranks.main and not path.is_file():
+            samples = draw_samples(job, store, trained_on(job.layers, name, layers[0].spec), config)
+            log_info(f"bank {name}: training on {len(samples)} layers")
+            codebooks = train_bank(samples, config, layer_generator(job.config.seed, name))
+            save_checked({"codebooks": codebooks}, path)
         job.ranks.barrier()
-        banks[name] = Bank(load_codebooks(job, name), weights)
+        banks[name] = Bank(read_shard(path)["codebooks"].to(job.unet.device), weights)
     return banks
 
 
@@ -79,34 +73,15 @@ def trained_on(layers: list[Layer], name: str, spec: CodeSpec) -> list[Layer]:
     return [one for one in fits if not owners or one.kind in owners]
 
 
-def train(job: Job, config: SolverConfig, samples: Callable[[], dict[str, Sample]]) -> Tensor:
-    """The codebooks of the bank that `config.spec` names; trained where the run's folder does not hold them yet."""
-    name = config.spec.shared_codebooks
-    if not bank_path(job, name).is_file():
-        log_info(f"bank {name}: training on {len(samples())} layers")
-        codebooks = train_bank(list(samples().values()), config, layer_generator(job.config.seed, name))
-        save_checked({"codebooks": codebooks}, bank_path(job, name))
-    return load_codebooks(job, name)
-
-
-def bank_path(job: Job, name: str) -> Path:
-    return job.folder.work / "banks" / f"{name}.safetensors"
-
-
-def load_codebooks(job: Job, name: str) -> Tensor:
-    """A trained bank's codebooks [M, K, p, g]."""
-    return read_shard(bank_path(job, name))["codebooks"].to(job.unet.device)
-
-
-def draw_samples(job: Job, store: HessianStore, layers: list[Layer], config: SolverConfig) -> dict[str, Sample]:
-    """By name, rows of some of the layers, drawn with a seed: as many layers as memory holds the Hessians of."""
+def draw_samples(job: Job, store: HessianStore, layers: list[Layer], config: SolverConfig) -> list[Sample]:
+    """Rows of some of the layers, drawn with a seed: as many layers as memory holds the Hessians of."""
     chosen = choose_layers(layers, job.bank_memory_gb, job.config.seed)
     rows = max(8, GROUPS * config.spec.in_group_size // sum(layer.columns for layer in chosen))
-    samples = {}
+    samples = []
     for layer in progress_bar(chosen, description="layers of the bank"):
         generator = layer_generator(job.config.seed, f"bank:{layer.name}")
         W = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
-        samples[layer.name] = sample_layer(W, store.load(layer, W.device)[0], rows, config, generator)
+        samples.append(sample_layer(W, store.load(layer, W.device)[0], rows, config, generator))
     return samples
 
 

@@ -68,8 +68,6 @@ def layer_table(layers: list[Layer], parameters: int, rest: Rest, plain: int) ->
     for layer in layers:
         spec, weights = layer.spec, layer.rows * layer.columns
         code = f"{spec.num_codebooks}x{spec.nbits_per_codebook} g{spec.in_group_size}"
-        if spec.row_bits:
-            code = f"0-{spec.nbits_per_codebook} g{spec.in_group_size}"
         if spec.is_trellis:
             code = f"trellis {spec.nbits_per_codebook}"
         shape = f"{layer.rows:5d} × {layer.columns:<7d}"
