@@ -14,8 +14,9 @@ from vqdm.additive.trellis import table
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.quantization.plan import bank_users
 from vqdm.quantization.quantization_job import Job
+from vqdm.storage.files import save_checked
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.run_folder import layer_generator
+from vqdm.storage.run_folder import layer_generator, read_shard
 from vqdm.tracking import log_info, progress_bar
 
 LAYERS = 48  # layers that a bank is trained on at most
