@@ -1,15 +1,21 @@
-"""vqdm: text-to-image diffusion models at 2 to 4 bits a weight, with additive vector quantization.
+"""vqdm: text-to-image diffusion models at 2 to 4 bits per weight, with additive vector quantization.
 
-Importing it teaches diffusers and transformers the format, after which `from_pretrained` loads quantized folders.
+Importing it registers the format in diffusers and transformers: `from_pretrained` then loads quantized folders. What
+quantizes is imported on first use.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from vqdm.additive.code import AdditiveCode, CodeSpec
-from vqdm.additive.config import SolverConfig
 from vqdm.layers.decode import set_decode_backend
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
-from vqdm.quantization.text_encoder import quantize_text_encoder
 from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, VqdmTextQuantizer, allow_casting, register
 from vqdm.storage.hf_methods import register_methods
+
+if TYPE_CHECKING:
+    from vqdm.additive.config import SolverConfig
+    from vqdm.quantization.text_encoder import quantize_text_encoder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,7 +32,21 @@ __all__ = [
     "quantize_text_encoder",
     "set_decode_backend",
 ]
+_LAZY = {"SolverConfig": "vqdm.additive.config", "quantize_text_encoder": "vqdm.quantization.text_encoder"}
 
-register()
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"vqdm.{name} needs the package {error.name}: pip install 'vqdm[quantize]'") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 register()
 register_methods()
