@@ -23,8 +23,9 @@ import torch
 from vqdm.config import SamplingConfig
 from vqdm.devices import pick_device, pick_dtype
 from vqdm.diffusion.pipelines import generators, load_pipeline
+from vqdm.generation.config import GenerateConfig
 from vqdm.generation.drawing import call_settings
-from vqdm.generation.job import SampleConfig, run, wanted_requests
+from vqdm.generation.job import run, wanted_requests
 from vqdm.image_folder import ImageFolder
 from vqdm.parallel import launched
 from vqdm.prompts import load_prompts, load_rows
@@ -49,7 +50,7 @@ def bare_loop(pipeline, prompts: list[str], size: int, settings: dict, folder: P
             image.save(folder / f"{number:06d}.png")
 
 
-def tool(pipeline, config: SampleConfig) -> None:
+def tool(pipeline, config: GenerateConfig) -> None:
     """All that generate.py does after loading."""
     rows, folder = load_rows(config.prompts, "PROMPTS"), ImageFolder(Path(config.output_dir))
     folder.path.mkdir()
@@ -57,7 +58,7 @@ def tool(pipeline, config: SampleConfig) -> None:
         run(config, ranks, folder, pipeline, rows, wanted_requests(config, rows))
 
 
-def rounds(config: SampleConfig, count: int) -> tuple[list[Seconds], list[Seconds]]:
+def rounds(config: GenerateConfig, count: int) -> tuple[list[Seconds], list[Seconds]]:
     """Seconds of each round of the bare loop, and of generate.py, with the same pipeline."""
     device = pick_device(config.device)
     pipeline = load_pipeline(config.model, device, pick_dtype(config.dtype, device))
@@ -96,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     sampling = SamplingConfig(guidance_scale=options.guidance_scale, num_inference_steps=options.num_inference_steps)
     with tempfile.TemporaryDirectory() as home, torch.no_grad():
-        config = SampleConfig(
+        config = GenerateConfig(
             model=options.model,
             prompts=options.prompts,
             output_dir=home,

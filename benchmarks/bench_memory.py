@@ -23,9 +23,11 @@ import psutil
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import SolverConfig
-from vqdm.config import QuantizeConfig, SamplingConfig
-from vqdm.generation.job import SampleConfig, sample_images
+from vqdm.config import SamplingConfig
+from vqdm.generation.config import GenerateConfig
+from vqdm.generation.job import sample_images
 from vqdm.prompts import load_prompts
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.job import quantize
 
 
@@ -68,7 +70,7 @@ def generate(model: str, prompts: list[str], batches: int, folder: Path) -> None
     file.write_text("".join(f"{prompts[k % len(prompts)]}\n" for k in range(batches)), encoding="utf-8")
     sampling = SamplingConfig(num_inference_steps=1)
     out = str(folder / "out")
-    sample_images(SampleConfig(model=model, prompts=str(file), output_dir=out, sampling=sampling, bs=1, device="cpu"))
+    sample_images(GenerateConfig(model=model, prompts=str(file), output_dir=out, sampling=sampling, bs=1, device="cpu"))
 
 
 def quantize_all(model: str, prompts: list[str], folder: Path) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vqdm.config import QuantizeConfig, SamplingConfig
+from vqdm.config import SamplingConfig
 from vqdm.diffusion.blocks import matrix_of, select_layers
 from vqdm.diffusion.pipelines import load_pipeline
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.job import read_prompts
 from vqdm.quantization.plan import Rest
 from vqdm.quantization.quantization_job import Job

@@ -7,12 +7,12 @@
 
 SET is one of
 
-    coco   COCO 2014 captions, one a picture. --source: captions_*.json, the zip file of annotations, or a table with
+    coco   COCO 2014 captions, one per image. --source: captions_*.json, the zip file of annotations, or a table with
            columns image_id (or id) and caption. From the hub: sayakpaul/coco-30-val-2014, captions only
     parti  PartiPrompts. --source: PartiPrompts.tsv. From the hub: nateraw/parti-prompts
     mjhq   MJHQ-30K. --source: meta_data.json. From the hub: playgroundai/MJHQ-30K
 
-Without --count all prompts are written, in their order; with it as many are drawn without replacement, by --seed.
+Without --count all prompts are written, in their order; with it so many, chosen at random without replacement.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqdm.cli import LOG_LEVELS, Parser, run_script, whole
+from vqdm.cli import Parser, run_script
+from vqdm.config import argument, check_flags, flag
 from vqdm.documents import decoded, first_line, parse_json
 from vqdm.errors import UserError
 from vqdm.prompts import load_rows
@@ -193,22 +194,26 @@ def table(rows: list[dict]) -> str:
     return buffer.getvalue()
 
 
-def build_parser() -> Parser:
-    """All flags."""
-    parser = Parser(__doc__, "SET FILE.csv")
-    parser.add_argument("set", metavar="SET", choices=tuple(SETS), help=", ".join(SETS))
-    parser.add_argument("file", metavar="FILE.csv", help="is written")
-    parser.add_argument("-h", "--help", action="help", help="show this help and exit")
-    parser.add_argument("--source", metavar="FILE", help="a local copy; without it the hub is asked")
-    parser.add_argument("--count", type=whole(0), default=0, help="prompts drawn; 0 = all")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the draw")
-    parser.add_argument("--loglevel", choices=LOG_LEVELS, default="INFO", help="DEBUG adds tracebacks")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Settings of this program."""
+
+    set: str = argument(", ".join(SETS), choices=tuple(SETS), metavar="SET")
+    file: str = argument("file to write", metavar="FILE.csv")
+    source: str | None = flag(None, "a local copy (default: the hub is asked)", metavar="FILE", common=True)
+    count: int = flag(0, "prompts, chosen at random; 0 = all", ge=0, common=True)
+    seed: int = flag(0, "random seed", ge=0, common=True)
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+
+
+PARSER = Parser(FetchConfig, __doc__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, fetch, write, say where the result is."""
-    options = build_parser().parse(argv)
+    """Parse, fetch, write, print where the result is."""
+    options = PARSER.parse(argv)
     path = Path(options.file)
     if path.suffix != ".csv":
         raise UserError(f"FILE.csv is {path}; allowed are names that end in .csv")

@@ -23,7 +23,7 @@ import torch
 from conftest import tiny_unet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from main_text2image import build_parser, to_config
+from main_text2image import PARSER
 from mutations import (
     broken_bytes,
     broken_json,
@@ -41,7 +41,6 @@ from safetensors.torch import save as tensor_bytes
 from test_hf import quantized_unet
 from test_quantized import SPECS, random_code
 
-from vqdm.config import read_overrides
 from vqdm.diffusion.blocks import Layer, select_layers
 from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_unet
 from vqdm.errors import RunError, UserError
@@ -54,6 +53,7 @@ from vqdm.metrics.job import model_size
 from vqdm.metrics.report import facts, title_of
 from vqdm.metrics.report import settings as settings_text
 from vqdm.prompts import load_rows
+from vqdm.quantization.config import read_overrides
 from vqdm.quantization.recording import digest
 from vqdm.storage.files import CHECK, load_checked_json, save_checked, save_checked_json
 from vqdm.storage.hessian_store import HessianStore
@@ -145,7 +145,7 @@ def broken_parquet(draw) -> bytes:
 def config_file(draw, folder: Path) -> None:
     path = folder / "flags.yaml"
     path.write_bytes(broken_yaml(draw, FLAGS))
-    to_config(vars(build_parser().parse(["model", "a.txt", "b.txt", "--config", str(path)])))
+    PARSER.parse(["model", "a.txt", "b.txt", "--config", str(path)])
 
 
 def overrides_file(draw, folder: Path) -> None:

@@ -14,10 +14,9 @@ ROOT = Path(vqdm.__file__).parent
 FLOORS = ("small", "additive", "layers", "storage", "diffusion", "program")  # each imports from those before it only
 PROGRAMS = ("quantization", "finetuning", "generation", "metrics")
 # Modules beside the rooms that belong to a floor above the small ones.
-PLACES = {"config": "additive", "images": "storage", "image_folder": "storage", "conversion": "program"}
+PLACES = {"images": "storage", "image_folder": "storage", "conversion": "program"}
 # Upward imports, and imports between programs, that are still to go: (importing room or module, imported one).
 KNOWN = {
-    ("cli", "diffusion"),
     ("diffusion", "metrics"),
     ("finetuning", "metrics"),
     ("quantization", "metrics"),
@@ -26,7 +25,17 @@ KNOWN = {
 }
 KNOWN_CLASSES = {"_Layer", "Job", "Material", "Picture", "Recorder", "Row"}  # several of one name, likewise
 REPEATABLE = ("job", "config", "__init__")
-RESEARCH = ("quantization", "finetuning", "generation", "metrics", "diffusion", "config", "cli", "parallel", "tracking")
+RESEARCH = (
+    "quantization",
+    "finetuning",
+    "generation",
+    "metrics",
+    "diffusion",
+    "documents",
+    "cli",
+    "parallel",
+    "tracking",
+)
 SOLVER = ("solve", "encode", "beam", "refit", "scoring", "trellis_solve", "viterbi", "kmeans")
 HEAVY = ("torchmetrics", "open_clip", "matplotlib", "wandb", "pandas", "torch_fidelity", "pyarrow")
 

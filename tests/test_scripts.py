@@ -25,11 +25,11 @@ printf '\\035' >>"$CALLS"
 
 
 def parse(program: str, words: list[str]):
-    """The flags as the program's own parser reads them."""
+    """The settings as the program's own parser reads them."""
     module = importlib.import_module(program.removesuffix(".py"))
     if program == "metrics.py" and words[:1] == ["compare"]:
-        return module.build_compare_parser().parse(words[1:])
-    return module.build_parser().parse(words)
+        return module.COMPARE_PARSER.parse(words[1:])
+    return module.PARSER.parse(words)
 
 
 def written_calls(text: str) -> list[tuple[str, list[str]]]:
@@ -79,9 +79,10 @@ def test_recipes_pass_flags_that_exist(calls_of, name, variables):
 def test_the_recipe_of_quantization_is_the_papers(calls_of):
     ((_, words),) = calls_of(Path("scripts/quantization.sh"), BITS="4")
     options = parse("main_text2image.py", words)
-    assert (options.num_codebooks, options.nbits_per_codebook, options.in_group_size) == (4, 8, 8)
-    assert (options.scheduler, options.num_inference_steps, options.guidance_scale) == ("ddim", 50, 5)
-    assert (options.calibration_nsamples, options.beam_size) == (256, 8)
+    spec, sampling = options.spec, options.sampling
+    assert (spec.num_codebooks, spec.nbits_per_codebook, spec.in_group_size) == (4, 8, 8)
+    assert (sampling.scheduler, sampling.num_inference_steps, sampling.guidance_scale) == ("ddim", 50, 5)
+    assert (options.calibration_nsamples, options.solver.beam_size) == (256, 8)
 
 
 def test_further_flags_and_a_launcher_reach_the_program(calls_of):

@@ -67,10 +67,7 @@ def only(needs: set, folder: Path) -> Path:
     """A folder of links to what these distributions installed."""
     packages = Path(sysconfig.get_paths()["purelib"])
     names = {
-        Path(file).parts[0]
-        for name, _ in needs
-        for file in distribution(name).files or []
-        if ".." not in str(file)
+        Path(file).parts[0] for name, _ in needs for file in distribution(name).files or [] if ".." not in str(file)
     }
     folder.mkdir()
     for name in names - {"__pycache__"}:

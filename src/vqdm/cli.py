@@ -1,48 +1,146 @@
-"""What the four scripts share: a parser without surprises, and one-line errors with their exit status."""
+"""Run a program: its command line from a dataclass of flags, plain log lines, one-line errors with an exit status."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING
 from pathlib import Path
+from typing import Any
 
-from vqdm.diffusion.pipelines import SCHEDULERS
+import diffusers
+import transformers
+
+from vqdm.config import Setting, all_settings, build
 from vqdm.documents import first_line, printable, read_yaml, shortened
 from vqdm.errors import RunError, UserError
-from vqdm.library_logs import plain_library_logs
 from vqdm.redaction import redacted
 
-DTYPES = ("auto", "float16", "bfloat16", "float32")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LAST_GROUPS = ("sampling", "model", "saving and resuming", "hub", "run")  # in `--help_all`, of every program
+
+# Log records of libraries that are shown at DEBUG only, by a part of their text: the programs expect them, or count
+# and report them in a line of their own.
+EXPECTED = (
+    "cannot run with `cpu` device",  # a 16-bit pipeline is moved to the CPU to be saved
+    "Token indices sequence length is longer",  # `pipelines.log_truncated` counts these and the next
+    "The following part of your input was truncated",
+    "invalid value encountered in cast",  # NaN in an image, which `drawing` counts
+    "should be kept in float32: []",
+    "Defaulting to unsafe serialization",  # a folder of .bin files alone, which are read as tensors only
+)
+UNIMPORTANT = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning)
+PACKAGE_PATH = re.compile(r"\S*(?:site|dist)-packages[/\\]")
+LONGEST_LINE = 500  # characters
+
+
+# ------------------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser: no prefix matching, defaults in the help, `--config FILE.yaml` beneath the flags."""
+    """Parse command lines into instances of a dataclass of flags.
 
-    def __init__(self, doc: str, usage: str):
+    No abbreviated flags; `--config FILE.yaml` gives values that the command line overrides; `--help` lists the common
+    flags and `--help_all` all of them.
+
+    Args:
+        kind: dataclass whose fields `config.flag` and `config.argument` declare.
+        doc: description of the program.
+        unsupported: flags of the original that are refused → what to use instead.
+        command: first word of the command line of a program with several.
+    """
+
+    def __init__(self, kind: type, doc: str, unsupported: dict[str, str] | None = None, command: str = ""):
         super().__init__(
-            usage=f"%(prog)s {usage} [FLAGS]",
             description=doc.strip(),
-            formatter_class=_HelpFormatter,
+            formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=36, width=120),
             allow_abbrev=False,
             add_help=False,
         )
+        self.prog += command and f" {command}"
+        self.kind, self.common = kind, {"config", "help", "help_all"}
+        settings = all_settings(kind)
+        found = [*(group for group, one in settings if not one.flag.positional), "run"]
+        titles = [*(title for title in found if title not in LAST_GROUPS), *LAST_GROUPS]
+        groups = {title: self.add_argument_group(title) for title in dict.fromkeys(titles) if title in found}
+        for group, one in settings:
+            if one.flag.positional:
+                self._add_positional(one)
+            else:
+                self._add_flag(groups[group], one)
+        run = groups["run"]
+        run.add_argument(
+            "--loglevel",
+            choices=LOG_LEVELS,
+            default="INFO",
+            type=_log_level,
+            help="DEBUG adds tracebacks (default: INFO)",
+        )
+        run.add_argument("--config", metavar="FILE.yaml", help="values for any of these flags; the command line wins")
+        run.add_argument("-h", "--help", action=_Help, everything=False, help="show the common flags")
+        run.add_argument("--help_all", action=_Help, everything=True, help="show all flags, by group")
+        for name, advice in (unsupported or {}).items():
+            self.add_argument(name, action=_Unsupported, advice=advice)
+        self.usage = " ".join(["%(prog)s", *map(_usage, self._get_positional_actions()), "[FLAGS]"])
+
+    def _add_positional(self, one: Setting) -> None:
+        metavar, given = one.flag.metavar or one.name.upper(), {"help": one.flag.help.replace("%", "%%")}
+        given |= {"choices": one.flag.choices} if one.flag.choices else {}
+        given |= {"nargs": "+"} if one.kind is tuple else {} if one.default is MISSING else {"nargs": "?"}
+        self.add_argument(one.name, metavar=metavar, **given)
+
+    def _add_flag(self, group: argparse._ArgumentGroup, one: Setting) -> None:
+        names = [f"--{name}" for name in (one.name, *one.flag.aliases)]
+        text = one.flag.help.replace("%", "%%")
+        if not (one.default is None or one.default is False or "default" in text):
+            text += f" (default: {'on' if one.default is True else one.default})"
+        if one.kind is bool:
+            action = argparse.BooleanOptionalAction if one.default else "store_true"
+            group.add_argument(*names, dest=one.name, action=action, default=one.default).help = text
+        else:
+            plain = one.kind is tuple or (one.kind is str and not one.flag.choices)
+            given = {"choices": one.flag.choices} if one.flag.choices else {"metavar": _metavar(one)}
+            given |= {"metavar": one.flag.metavar} if one.flag.metavar else {}
+            given |= {} if plain else {"type": _reader(one)}
+            given |= {"nargs": "+"} if one.kind is tuple else {}
+            group.add_argument(*names, dest=one.name, default=one.default, help=text, **given)
+        for value in one.flag.shorthands:
+            text = f"the same as --{one.name} {value}"
+            group.add_argument(
+                f"--{value}", dest=one.name, action="store_const", const=value, default=one.default, help=text
+            )
+        if one.flag.common:
+            self.common.add(one.name)
 
     def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help_all)")
 
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Flags over `--config` over defaults. Raises UserError on anything unknown."""
+    def parse(self, argv: list[str] | None = None) -> Any:
+        """Return the dataclass of a command line, and set the log level.
+
+        Raises:
+            UserError: an unknown flag, a value that is not allowed, or settings that contradict each other.
+        """
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--config", nargs="?")  # without a value it is the whole parser that complains
         known, _ = early.parse_known_args(argv)
-        if known.config:
-            self.set_defaults(**self._from_yaml(Path(known.config)))
-        return self.parse_intermixed_args(argv)
+        changed = self._from_file(Path(known.config)) if known.config else {}
+        kept = {action.dest: action.default for action in self._actions}
+        self.set_defaults(**changed)
+        try:
+            values = vars(self.parse_intermixed_args(argv))
+        finally:
+            self.set_defaults(**{name: kept[name] for name in changed})
+        logging.getLogger().setLevel(values["loglevel"])
+        return build(self.kind, values)
 
-    def _from_yaml(self, path: Path) -> dict:
+    def _from_file(self, path: Path) -> dict:
         try:
             values = read_yaml(path)
         except (OSError, ValueError) as error:
@@ -50,14 +148,21 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(values, dict):
             raise UserError(f"--config: {path} must hold a mapping of flags to values")
         # Of flags that share a name, such as --report_to and --wandb, the first one takes the value.
-        actions = {action.dest: action for action in reversed(self._actions) if action.option_strings}
+        others = ("config", "help", "help_all", argparse.SUPPRESS)
+        flags = [one for one in self._actions if one.option_strings and one.dest not in others]
+        actions = {action.dest: action for action in reversed(flags)}
+        actions |= {name.removeprefix("--"): one for one in flags if one.nargs != 0 for name in one.option_strings}
         unknown = [name for name in values if name not in actions]
         if unknown:
             raise UserError(f"--config: {path}: no such flag: {', '.join(map(shortened, unknown))}")
-        return {name: self._typed(actions[name], value, path) for name, value in values.items()}
+        found = [(actions[name].dest, self._typed(actions[name], name, value, path)) for name, value in values.items()]
+        twice = [name for k, (name, _) in enumerate(found) if name in dict(found[:k])]
+        if twice:
+            raise UserError(f"--config: {path}: {twice[0]} is given under two names; leave one out")
+        return dict(found)
 
-    def _typed(self, action: argparse.Action, value, path: Path):
-        where = f"--config: {path}: {action.dest} is {shortened(value)}"
+    def _typed(self, action: argparse.Action, name: str, value: Any, path: Path) -> Any:
+        where = f"--config: {path}: {name} is {shortened(value)}"
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f"{where}; allowed are true and false")
@@ -75,27 +180,51 @@ class Parser(argparse.ArgumentParser):
         except ValueError as error:  # a number of thousands of digits
             raise UserError(f"{where}: {error}") from None
 
+    def help_text(self, everything: bool) -> str:
+        """Return the help: usage, description, positional arguments, and the common flags or all groups."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        groups = {group.title: group._group_actions for group in self._action_groups}
+        places = self._get_positional_actions()
+        sections = {"positional arguments": places} | {
+            title: actions for title, actions in groups.items() if actions and actions[0] not in places
+        }
+        if not everything:
+            shown = [one for group in self._action_groups for one in group._group_actions if one.dest in self.common]
+            sections = {"positional arguments": places, "common flags": shown}
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
 
-def _log_level(text: str) -> str:
-    return {"WARN": "WARNING"}.get(text.upper(), text.upper())
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help with line breaks in the description, and `--flag, --alias VALUE`."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, action.metavar or '')}"
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=110)
+class _Help(argparse.Action):
+    """Print the help of the common flags, or of everything, and exit."""
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        silent = any(action.default is one for one in (None, False, True, argparse.SUPPRESS))
-        return action.help if silent or not action.option_strings else super()._get_help_string(action)
+    def __init__(self, option_strings, dest, everything: bool, help: str):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+        self.everything = everything
 
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return getattr(action.type, "metavar", "TEXT")
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.help_text(self.everything), end="")
+        parser.exit()
 
 
-class Refused(argparse.Action):
-    """A flag of the original that has no meaning here: says what to use instead."""
+class _Unsupported(argparse.Action):
+    """Refuse a flag of the original that has no meaning here, with what to use instead."""
 
-    def __init__(self, option_strings, dest, advice: str, **_):
+    def __init__(self, option_strings, dest, advice: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs="?", help=argparse.SUPPRESS)
         self.advice = advice
 
@@ -103,75 +232,42 @@ class Refused(argparse.Action):
         raise UserError(f"{option_string} is not a flag here: {self.advice}")
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers in [low, high]."""
-    return _number(int, "whole number", "N", low, high)
+def _usage(action: argparse.Action) -> str:
+    return {"?": f"[{action.metavar}]", "+": f"{action.metavar} [{action.metavar} ...]"}.get(
+        action.nargs, action.metavar
+    )
 
 
-def real(low: float, high: float | None = None) -> Callable[[str], float]:
-    """A parser of numbers in [low, high]."""
-    return _number(float, "number", "X", low, high)
+def _log_level(text: str) -> str:
+    return {"WARN": "WARNING"}.get(text.upper(), text.upper())
 
 
-def _number(kind: type, words: str, metavar: str, low, high):
-    allowed = f"{words}s from {low}" + ("" if high is None else f" to {high}")
+def _metavar(one: Setting) -> str:
+    number = {int: "N", float: "X"}.get(one.kind, "TEXT")
+    return f"{{{','.join((*one.flag.words, number))}}}" if one.flag.words else number
 
-    def parse(text: str):
+
+def _reader(one: Setting) -> Callable[[str], Any]:
+    """Return the function that turns the text of a flag into its value, for argparse."""
+
+    def read(text: str) -> Any:
+        if one.kind is str:  # argparse compares with the choices
+            return {choice.lower(): choice for choice in one.flag.choices}.get(text.lower(), text)
+        if text in one.flag.words:
+            return text
         try:
-            value = kind(text)
+            value = one.kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {words}; allowed are {allowed}") from None
-        if not low <= value or (high is not None and not value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is out of range; allowed are {allowed}")
+            name = "whole number" if one.kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}; allowed are {one.allowed}") from None
+        if not one.flag.choices and not one.accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; allowed are {one.allowed}")
         return value
 
-    parse.metavar = metavar
-    return parse
+    return read
 
 
-def learning_rate(text: str) -> float | str:
-    """Parse a number in [0, 1], or "auto"."""
-    try:
-        return text if text == "auto" else real(0, 1)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, and auto") from None
-
-
-def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
-    """Flags of every script that samples: how, and where the pipeline comes from."""
-    group.add_argument(
-        "--scheduler",
-        choices=tuple(SCHEDULERS),
-        default="default",
-        type=str.lower,
-        help="default: the pipeline's own",
-    )
-    group.add_argument("--guidance_scale", type=real(0), help="default: the pipeline's own; 0 for SDXL-Turbo")
-    group.add_argument("--num_inference_steps", type=whole(1, 1000), help="default: the pipeline's own")
-    group.add_argument("--height", type=whole(8), help="pixels; default: the pipeline's own")
-    group.add_argument("--width", type=whole(8), help="pixels; default: the pipeline's own")
-    group.add_argument("--variant", help="file variant of the model, such as fp16")
-    group.add_argument("--revision", help="branch, tag or commit on the hub")
-    group.add_argument("--local_files_only", action="store_true", help="never ask the hub")
-
-
-def add_shared_flags(parser: argparse.ArgumentParser, output: str | None, dtype: bool = True) -> None:
-    """Flags that every script has; `--dtype` where the number format is free."""
-    group = parser.add_argument_group("run")
-    group.add_argument("-h", "--help", action="help", help="show this help and exit")
-    group.add_argument("--output_dir", "--save", metavar="DIR", default=output, help="where the result goes")
-    group.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="start of every random draw")
-    if dtype:
-        words = "auto: float32 on a CPU, bfloat16 on a GPU that has it (NVIDIA from Ampere on), float16 on others"
-        group.add_argument("--dtype", choices=DTYPES, default="auto", help=words)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; mps to draw and to score")
-    group.add_argument("--report_to", choices=("none", "wandb", "tensorboard"), default="none", help="live tracker")
-    group.add_argument(
-        "--wandb", dest="report_to", action="store_const", const="wandb", help="the same as --report_to wandb"
-    )
-    group.add_argument("--loglevel", choices=LOG_LEVELS, default="INFO", type=_log_level, help="DEBUG adds tracebacks")
-    group.add_argument("--config", metavar="FILE.yaml", help="values for any of these flags; the command line wins")
-    group.add_argument("--dry_run", action="store_true", help="check everything cheap, say what would be done, stop")
+# ------------------------------------------------------------------------------------------- programs
 
 
 def run_script(
@@ -203,3 +299,52 @@ def _complain(error: BaseException, status: int) -> int:
         logging.getLogger().debug("", exc_info=True)
     print(f"error: {printable(redacted(first_line(error)))}", file=sys.stderr)
     return status
+
+
+# ------------------------------------------------------------------------------------------- log lines of libraries
+
+
+class _OneLine(logging.Filter):
+    """Lets a library's record through as one line, where it matters to the user; those of `vqdm` as they are."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.split(".")[0] == "vqdm" or record.exc_info:
+            return True
+        text = PACKAGE_PATH.sub("", " ".join(record.getMessage().split()))
+        record.msg, record.args = f"warning: {printable(text, LONGEST_LINE)}", None
+        debugging = logging.getLogger().level <= logging.DEBUG
+        if debugging or any(words in text for words in EXPECTED):
+            return debugging
+        first = os.environ.get("RANK", "0") == "0"
+        return record.levelno >= max(logging.WARNING if first else logging.ERROR, logging.getLogger().level)
+
+
+def _log_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """In place of `warnings.showwarning`, which prints the path of the source and a line of it."""
+    level = logging.DEBUG if issubclass(category, UNIMPORTANT) else logging.WARNING
+    logging.getLogger("py.warnings").log(level, "%s", message)
+
+
+@contextmanager
+def plain_library_logs() -> Iterator[None]:
+    """Inside, what libraries log and warn of reaches the root logger's handlers as plain single lines.
+
+    diffusers and transformers have handlers of their own, which write to standard error.
+    """
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    one_line, handlers = _OneLine(), list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(one_line)
+    for library in libraries:
+        library.disable_default_handler()
+        library.enable_propagation()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _log_warning
+            yield
+    finally:
+        for library in libraries:
+            library.disable_propagation()
+            library.enable_default_handler()
+        for handler in handlers:
+            handler.removeFilter(one_line)

@@ -1,91 +1,285 @@
-"""Settings of the jobs: frozen, checked, printed, and saved beside the result before work starts."""
+"""Declare the settings of the programs: each a field of a frozen dataclass, with its flag, help and allowed values.
+
+`cli.Parser` makes the command line, the `--config` file and the help of such a dataclass.
+"""
 
 from __future__ import annotations
 
 import json
-import re
+import math
 import shlex
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+import types
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from vqdm.additive.code import CodeSpec
-from vqdm.additive.config import SolverConfig
-from vqdm.documents import first_line, read_yaml
 from vqdm.errors import UserError
-from vqdm.redaction import redacted
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+TRACKERS = ("none", "wandb", "tensorboard")
+SCHEDULERS = {  # name → class of diffusers
+    "default": None,
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmsolver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "ode": "EulerDiscreteScheduler",
+}
+PROMPT_FILE = "prompt file (.txt .csv .tsv .json .jsonl .yaml .parquet), or datasets id"
 
 # Fields that may change between a run and its resumption, because the result does not depend on them.
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
 FREE_FIELDS += ("local_files_only", "visualize_nsamples", "hessian_cache")
 # Those that change memory, and results by rounding at most: what a run that was out of memory is resumed with.
-FREE_FIELDS += ("xtx_batch_size", "hessian_memory_gb", "between.local_batch_size")
+FREE_FIELDS += ("xtx_batch_size", "hessian_memory_gb", "intermediate.local_batch_size")
 
-# Fields of the format of additive codes, which --target_bits does not use.
-ADDITIVE_FIELDS = (
-    "num_codebooks",
-    "nbits_per_codebook",
-    "in_group_size",
-    "out_group_size",
-    "scale_nbits",
-    "codebook_value_nbits",
-    "codebook_value_num_groups",
-    "groupwise_codebooks",
-    "input_channel_scales",
-)
+
+# ------------------------------------------------------------------------------------------- declaring flags
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field appears on the command line; made by `flag`.
+
+    Attributes:
+        help: one line; the default is appended.
+        group: title that the flag stands under in `--help_all`; None: that of the field that holds its dataclass.
+        common: whether `--help` shows it.
+        choices: allowed values; a text is matched without regard to case.
+        ge, gt, le, lt: bounds of a number.
+        words: texts that are allowed beside numbers.
+        metavar: placeholder of the value in the help.
+        aliases: other names.
+        shorthands: values that are flags of their own: `--wandb` for `--report_to wandb`.
+        positional: whether it is given by its place; a field without a default always is.
+    """
+
+    help: str
+    group: str | None = None
+    common: bool = False
+    choices: tuple = ()
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    words: tuple[str, ...] = ()
+    metavar: str | None = None
+    aliases: tuple[str, ...] = ()
+    shorthands: tuple[str, ...] = ()
+    positional: bool = False
+
+
+def flag(default: Any, help: str, group: str | None = None, **about) -> Any:
+    """Return the dataclass field of a flag; `about` are fields of `Flag`."""
+    return field(default=default, metadata={"flag": Flag(help, group, **about)})
+
+
+def argument(help: str, **about) -> Any:
+    """Return the dataclass field of a positional argument that must be given."""
+    return field(metadata={"flag": Flag(help, positional=True, **about)})
+
+
+def flags_in(kind: type, group: str) -> Any:
+    """Return the field of a dataclass whose fields are flags, by default under one group title."""
+    return field(default_factory=kind, metadata={"group": group})
+
+
+def optional_flags(switch: str, help: str, group: str, **about) -> Any:
+    """Return the field of a dataclass of flags that is None unless `--switch` is given."""
+    return field(default=None, metadata={"group": group, "switch": switch, "flag": Flag(help, group, **about)})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag with what its field says.
+
+    Attributes:
+        kind: type of a value; of a sequence, `tuple`.
+        optional: whether the value may be None.
+        default: of the field; MISSING where it must be given.
+    """
+
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    flag: Flag
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words."""
+        one = self.flag
+        if self.kind is bool:
+            return "true and false"
+        if one.choices:
+            return ", ".join(map(str, one.choices))
+        low = "" if one.ge is None else f" from {one.ge}"
+        low += "" if one.gt is None else f" above {one.gt}"
+        high = "" if one.le is None else f" {'to' if one.gt is None else 'up to'} {one.le}"
+        high += "" if one.lt is None else f" to below {one.lt}"
+        numbers = {int: "whole numbers", float: "numbers"}.get(self.kind, "texts")
+        return ", and ".join((f"{numbers}{low}{high}", *one.words))
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether a value is of the type, and allowed."""
+        one = self.flag
+        if value is None:
+            return self.optional
+        if self.kind is bool:
+            return isinstance(value, bool)
+        if self.kind not in (int, float):
+            return not one.choices or (isinstance(value, str) and value in one.choices)
+        if isinstance(value, str):
+            return value in one.words
+        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else int | float):
+            return False
+        above = value >= (-math.inf if one.ge is None else one.ge) and (one.gt is None or value > one.gt)
+        below = value <= (math.inf if one.le is None else one.le) and (one.lt is None or value < one.lt)
+        return above and below and (not one.choices or value in one.choices)
+
+
+@cache
+def settings_of(kind: type) -> tuple[Setting, ...]:
+    """Return the flags of a dataclass, without those of dataclasses inside it."""
+    hints = get_type_hints(kind)
+    found = []
+    for one in fields(kind):
+        if "flag" in one.metadata:
+            optional, parts = _parts(hints[one.name])
+            switch = one.metadata.get("switch")
+            kinds = [part for part in (bool, float, int, str) if part in parts]
+            default = False if switch else one.default
+            typed = bool if switch else kinds[0] if kinds else tuple
+            found.append(Setting(switch or one.name, typed, optional and not switch, default, one.metadata["flag"]))
+    return tuple(found)
+
+
+def _parts(hint: Any) -> tuple[bool, tuple]:
+    """(whether None is allowed, the other types) of an annotation."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return type(None) in parts, tuple(part for part in parts if part is not type(None))
+
+
+def inner(kind: type) -> dict[str, type]:
+    """Return field → dataclass, for the fields of a dataclass that hold another one with flags."""
+    hints = get_type_hints(kind)
+    held = {one.name: _parts(hints[one.name])[1][0] for one in fields(kind) if "group" in one.metadata}
+    return {name: part for name, part in held.items() if is_dataclass(part)}
+
+
+def all_settings(kind: type, group: str = "run") -> list[tuple[str, Setting]]:
+    """Return (group title, flag) for each flag of a dataclass and of those inside it, in the order of the fields."""
+    found, own, nested = [], {one.name: one for one in settings_of(kind)}, inner(kind)
+    for one in fields(kind):
+        name = one.metadata.get("switch", one.name)
+        if name in own:
+            found.append((own[name].flag.group or group, own[name]))
+        if one.name in nested:
+            found += all_settings(nested[one.name], one.metadata["group"])
+    return found
+
+
+def build(kind: type, values: dict) -> Any:
+    """Return a dataclass of the values of its flags, with the dataclasses inside it.
+
+    Raises:
+        UserError: settings that contradict each other.
+    """
+    given = {one.name: values[one.name] for one in fields(kind) if one.name in values}
+    switches = {one.name: one.metadata["switch"] for one in fields(kind) if "switch" in one.metadata}
+    for name, part in inner(kind).items():
+        if name not in switches or values.get(switches[name]):
+            given[name] = build(part, values)
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def check_fields(config: Any) -> None:
+    """Raise ValueError, naming the field, its value and what is allowed, for a value that its flag does not allow."""
+    for one in settings_of(type(config)):
+        if hasattr(config, one.name) and not one.accepts(value := getattr(config, one.name)):
+            raise ValueError(f"{one.name} is {value!r}; allowed are {one.allowed}")
+
+
+def check_flags(config: Any) -> None:
+    """Raise UserError, naming the flag, as `check_fields`."""
+    try:
+        check_fields(config)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+# ------------------------------------------------------------------------------------------- shared settings
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How pictures are sampled; None leaves a setting to the pipeline.
+    """How images are sampled; None leaves a setting to the pipeline."""
 
-    Attributes:
-        scheduler: a name of `pipelines.SCHEDULERS`.
-        guidance_scale: classifier-free guidance weight.
-        num_inference_steps: steps of the scheduler.
-        height, width: picture size in pixels.
-    """
+    scheduler: str = flag(
+        "default", "noise scheduler; default: the pipeline's own", choices=tuple(SCHEDULERS), common=True
+    )
+    guidance_scale: float | None = flag(
+        None, "classifier-free guidance; default: the pipeline's own; 0 for SDXL-Turbo", ge=0, common=True
+    )
+    num_inference_steps: int | None = flag(
+        None, "denoising steps; default: the pipeline's own", ge=1, le=1000, common=True
+    )
+    height: int | None = flag(None, "image height in pixels; default: the pipeline's own", ge=8)
+    width: int | None = flag(None, "image width in pixels; default: the pipeline's own", ge=8)
 
-    scheduler: str = "default"
-    guidance_scale: float | None = None
-    num_inference_steps: int | None = None
-    height: int | None = None
-    width: int | None = None
+    def __post_init__(self) -> None:
+        check_flags(self)
 
     def call(self) -> dict:
         """Keyword arguments of the pipeline call."""
         return {name: value for name, value in asdict(self).items() if name != "scheduler"}
 
 
+def output_dir(default: str | None, help: str = "folder of the result") -> Any:
+    """Return the field of `--output_dir`."""
+    return flag(default, help, "saving and resuming", common=True, metavar="DIR", aliases=("save",))
+
+
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What every program that runs a model is told.
+class ProgramConfig:
+    """Settings of every program. Raises UserError, naming the flag, on a value that is not allowed."""
 
-    Attributes:
-        model: diffusers pipeline, a folder or a name on the hub; variant, revision and local_files_only belong to it.
-        output_dir: folder of the result; resume goes on with what is there.
-        seed: of all that is drawn at random.
-        dtype, device: what is computed in, and where; "auto" is the first GPU, in bfloat16 if it has that (NVIDIA's
-            from compute capability 8.0 on) and else in float16, or the CPU in float32.
-        report_to: a tracker of `tracking`.
-        dry_run: check, print, and write nothing.
-    """
+    output_dir: str = output_dir("out")
+    seed: int = flag(0, "random seed", "run", ge=0, le=2**63 - 1)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...; mps to generate images and for metrics", "run")
+    local_files_only: bool = flag(False, "never ask the hub", "model")
+    report_to: str = flag("none", "live tracker", "run", choices=TRACKERS, shorthands=("wandb",))
+    dry_run: bool = flag(False, "check the input, print the plan, and stop", "run", common=True)
 
-    model: str
-    output_dir: str
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    variant: str | None = None
-    revision: str | None = None
-    local_files_only: bool = False
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    report_to: str = "none"
-    resume: bool = False
-    dry_run: bool = False
+    def __post_init__(self) -> None:
+        check_flags(self)
 
     def to_dict(self) -> dict:
         """Plain JSON types, nested as the dataclasses are."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ProgramConfig):
+    """Settings of every program that runs a model."""
+
+    model: str = argument("diffusers pipeline: a folder, or a name on the hub")
+    dtype: str = flag(
+        "auto",
+        "auto: float32 on a CPU, bfloat16 on a GPU that has it (NVIDIA from Ampere on), float16 on others",
+        "run",
+        choices=DTYPES,
+    )
+    variant: str | None = flag(None, "file variant of the model, such as fp16", "model")
+    revision: str | None = flag(None, "branch, tag or commit on the hub", "model")
+    sampling: SamplingConfig = flags_in(SamplingConfig, "sampling")
+    resume: bool = flag(False, "continue an interrupted run in --output_dir", "saving and resuming", common=True)
 
 
 # Flags of a run that generating images with its result needs as well.
@@ -93,7 +287,7 @@ REPEATED = ("variant", "revision", "dtype", "device")
 
 
 def generate_command(config: RunConfig, prompts: str) -> str:
-    """The command, quoted for a shell, that generates images with a run's result as the run itself does."""
+    """Return the command, quoted for a shell, that generates images with a run's result as the run itself does."""
     given = {name: getattr(config, name) for name in REPEATED} | asdict(config.sampling)
     usual = {one.name: one.default for one in (*fields(RunConfig), *fields(SamplingConfig))}
     words = [config.model, config.output_dir, prompts]
@@ -103,107 +297,8 @@ def generate_command(config: RunConfig, prompts: str) -> str:
     return shlex.join(["python", "generate.py", *words, "--output_dir", f"{config.output_dir.rstrip('/')}-images"])
 
 
-@dataclass(frozen=True)
-class BetweenConfig:
-    """Fine-tuning between blocks; see `finetuning.intermediate`; `finetuning.config` explains learning rates.
-
-    Attributes:
-        num_intermediate_finetunes: how many; 0 = none.
-        finetune_nsamples: the first calibration prompts, whose trajectories are learned from.
-        finetune_max_epochs: how often each time.
-    """
-
-    num_intermediate_finetunes: int = 0
-    finetune_nsamples: int = 64
-    finetune_max_epochs: int = 1
-    finetune_batch_size: int = 32
-    local_batch_size: int = 8
-    finetune_lr: float | str = "auto"
-    finetune_adam_beta1: float = 0.9
-    finetune_adam_beta2: float = 0.95
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeConfig(RunConfig):
-    """Everything that `quantization.job` needs; the flags of `main_text2image.py` by the same names.
-
-    Raises:
-        UserError: settings that contradict each other, naming the flags.
-    """
-
-    calibration_prompts: str
-    evaluation_prompts: str
-    solver: SolverConfig = field(default_factory=SolverConfig)
-    between: BetweenConfig = field(default_factory=BetweenConfig)
-    overrides: dict[str, dict | None] = field(default_factory=dict)
-    rest_nbits: int = 16
-    layer_filter: str = "default"
-    min_channels: int = 0
-    calibration_nsamples: int = 256
-    calibration_nsteps: int = 0
-    evaluation_nsamples: int = 32
-    visualize_nsamples: int = 16
-    xtx_batch_size: int = 16
-    calibration_latents: str = "teacher"
-    min_timestep: float = 0.0
-    max_timestep: float = 1000.0
-    hessian_memory_gb: float = 8.0
-    hessian_samples_per_input: int = 32
-    hessian_cache: str | None = None
-    share_codebooks: str = "none"
-    target_bits: float | None = None
-    code: str = "additive"
-    state_bits: int = 12
-    sensitivity_points: int = 64
-    load: str | None = None
-    on_save: str | None = None
-    snapshot_step: int = 0
-    eval_step: int = 0
-
-    def __post_init__(self) -> None:
-        if self.min_timestep > self.max_timestep:
-            raise UserError(f"--min_timestep {self.min_timestep} is above --max_timestep {self.max_timestep}")
-        check_pictures(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
-        if self.on_save is not None:
-            _split_command(self.on_save)
-        for pattern, settings in self.overrides.items():
-            if settings and settings.get("row_bits"):
-                raise UserError(
-                    f"--overrides {pattern}: row_bits is {settings['row_bits']!r}, but codes of variable rate are only "
-                    "loaded, no longer made; use --target_bits (--code trellis), or segment_bits as in its plan.json"
-                )
-        self._check_sharing()
-
-    def _check_sharing(self) -> None:
-        if self.share_codebooks != "none" and self.solver.encoder != "ldl":
-            raise UserError("--share_codebooks needs --encoder ldl; beam fits codebooks to one layer")
-        if self.share_codebooks != "none" and not self.spec.can_share:
-            raise UserError("--share_codebooks goes neither with --groupwise_codebooks nor with --codebook_value_nbits")
-        if self.hessian_cache and self.calibration_latents == "student":
-            raise UserError("--hessian_cache is of the full-precision model; --calibration_latents student is not")
-        if self.code == "trellis" and self.target_bits is None:
-            raise UserError("--code trellis needs --target_bits, such as --target_bits 3")
-        if self.target_bits is None:
-            return
-        if self.code == "additive":
-            raise UserError("--code additive does not go with --target_bits, which divides bits among trellis codes")
-        changed = [name for name in ADDITIVE_FIELDS if getattr(self.spec, name) != getattr(CodeSpec(), name)]
-        if changed:
-            raise UserError(f"--target_bits chooses formats itself; leave out --{', --'.join(changed)}")
-        if self.share_codebooks != "none":
-            raise UserError("--share_codebooks is for additive codes; --target_bits needs none")
-
-    def to_dict(self) -> dict:
-        """Without the tokens that a command may hold."""
-        return super().to_dict() | {"on_save": self.on_save and redacted(self.on_save)}
-
-    @property
-    def spec(self) -> CodeSpec:
-        return self.solver.spec
-
-
-def check_pictures(evaluated: int, shown: int, sampling: SamplingConfig) -> None:
-    """Raise UserError, naming the flags, where the pictures of an evaluation cannot be as they say."""
+def check_image_pairs(evaluated: int, shown: int, sampling: SamplingConfig) -> None:
+    """Raise UserError, naming the flags, where the image pairs of an evaluation contradict its other settings."""
     if shown > evaluated:
         raise UserError(
             f"--visualize_nsamples {shown} is more than --evaluation_nsamples {evaluated}, of which they are the first"
@@ -212,18 +307,11 @@ def check_pictures(evaluated: int, shown: int, sampling: SamplingConfig) -> None
         raise UserError("--height and --width are given together, or neither")
 
 
-def _split_command(command: str) -> list[str]:
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise UserError(f"--on_save {command!r} is not a command: {error}") from None
-    if not words:
-        raise UserError("--on_save is empty; give a program and its arguments")
-    return words
+# ------------------------------------------------------------------------------------------- saved settings
 
 
 def flatten(settings: dict, prefix: str = "") -> dict:
-    """Nested settings as one level of dotted names."""
+    """Return nested settings as one level of dotted names."""
     out = {}
     for name, value in settings.items():
         deeper = isinstance(value, dict) and name != "overrides"
@@ -232,7 +320,7 @@ def flatten(settings: dict, prefix: str = "") -> dict:
 
 
 def differences(saved: dict, now: dict) -> list[str]:
-    """Lines that say which settings differ, and how, leaving out those the result does not depend on."""
+    """Return a line for each setting that differs, without those that the result does not depend on."""
     before, after = flatten(saved), flatten(json.loads(json.dumps(now)))
     free = lambda name: name in FREE_FIELDS or name.split(".")[0] in FREE_FIELDS  # noqa: E731
     names = [name for name in dict.fromkeys([*before, *after]) if not free(name)]
@@ -241,35 +329,3 @@ def differences(saved: dict, now: dict) -> list[str]:
         for name in names
         if before.get(name) != after.get(name)
     ]
-
-
-def read_overrides(path: str | None) -> dict[str, dict | None]:
-    """Full-match pattern → settings or None, from a JSON or YAML file; empty without a file.
-
-    Raises:
-        UserError: unreadable file, a bad pattern, or a setting that does not exist.
-    """
-    if path is None:
-        return {}
-    try:
-        plan = read_yaml(Path(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--overrides {path} cannot be read: {first_line(error)}") from None
-    if not isinstance(plan, dict):
-        raise UserError(f"--overrides {path} must map layer names or patterns to settings, or to null")
-    for pattern, settings in plan.items():
-        _check_override(path, pattern, settings)
-    return plan
-
-
-def _check_override(path: str, pattern, settings) -> None:
-    if not isinstance(pattern, str):
-        raise UserError(f"--overrides {path}: {pattern!r} is a {type(pattern).__name__}; patterns are text in quotes")
-    known = [one.name for one in fields(CodeSpec)]
-    if not isinstance(settings, dict | None) or any(name not in known for name in settings or ()):
-        allowed = [name for name in known if name != "row_bits"]
-        raise UserError(f"--overrides {path}: {pattern}: expected null, or settings out of {', '.join(allowed)}")
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"--overrides {path}: {pattern} is not a regular expression: {error}") from None

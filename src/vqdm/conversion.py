@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
+from vqdm.config import DTYPES, argument, check_flags, flag, output_dir
 from vqdm.diffusion.model_folders import check_place, check_variant, not_found, only_variant
 from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
 from vqdm.diffusion.supported import check_full_precision, check_loaded
@@ -31,34 +32,27 @@ KINDS = ("dequantize", "aqlm", "pickle")
 TEXT_CLASSES = {one.__name__: one for one in (CLIPTextModel, CLIPTextModelWithProjection)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to convert; the flags of `convert.py` by the same names.
-
-    Attributes:
-        kind: one of `KINDS`.
-        source: folder or file to read.
-        output_dir: folder to write; new or empty.
-        model: the full-precision pipeline that a pickle belongs to.
-        trust_pickle: the user's word that the pickle comes from a source they trust.
-        dtype: of what "dequantize" writes; "auto" is that of the parts that are not quantized.
-        variant: of `model`, or of `source` where it is a folder.
-        local_files_only: of `model`.
+    """Settings of `convert`.
 
     Raises:
-        UserError: settings that contradict each other, naming the flags.
+        UserError: a value that is not allowed, or settings that contradict each other, naming the flags.
     """
 
-    kind: str
-    source: str
-    output_dir: str
-    model: str | None = None
-    trust_pickle: bool = False
-    dtype: str = "auto"
-    variant: str | None = None
-    local_files_only: bool = False
+    kind: str = argument("dequantize, aqlm or pickle", choices=KINDS, metavar="KIND")
+    source: str = argument("pipeline folder, a model's own folder, or a pickle")
+    output_dir: str = output_dir("out/converted", "new or empty folder")
+    dtype: str = flag("auto", "dequantize: auto = as stored", "source and target", choices=DTYPES, common=True)
+    model: str | None = flag(
+        None, "pickle: the full-precision pipeline, a folder or a hub name", "source and target", common=True
+    )
+    variant: str | None = flag(None, "file variant of MODEL or SOURCE, such as fp16", "source and target", common=True)
+    local_files_only: bool = flag(False, "pickle: never ask the hub", "source and target", common=True)
+    trust_pickle: bool = flag(False, "pickle: you trust its source", "source and target", common=True)
 
     def __post_init__(self) -> None:
+        check_flags(self)
         if self.kind == "pickle" and self.model is None:
             raise UserError("pickle needs --model: the full-precision pipeline that was quantized")
         if self.kind == "pickle" and not self.trust_pickle:

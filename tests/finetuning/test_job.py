@@ -287,7 +287,7 @@ def test_prompts_that_are_evaluated_on_are_neither_trained_on_nor_held_out(promp
     twice.write_text("\n".join([*prompts, *prompts]))
     words = ["model", "quantized", str(twice), str(prompt_file), *FAST, "--evaluation_nsamples", "3"]
     with caplog.at_level("INFO"):
-        material = read_material(finetune.to_config(vars(finetune.build_parser().parse(words))))
+        material = read_material(finetune.PARSER.parse(words))
     parts = [set(material.training), set(material.held_out), set(material.evaluation)]
     assert len(parts[2]) == 3 and parts[0] and parts[1]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
@@ -336,26 +336,24 @@ def test_a_quantized_teacher_is_refused(quantized, prompt_file, tmp_path, capsys
 
 def test_every_flag_reaches_the_settings():
     flags = "--finetune_lr 0.1 --ema_decay 0.9 --codebook_lr 2 --decode call --guidance_scale 0 --use_checkpointing"
-    config = finetune.to_config(vars(finetune.build_parser().parse(["a", "b", "c", "d", *shlex.split(flags)])))
+    config = finetune.PARSER.parse(["a", "b", "c", "d", *shlex.split(flags)])
     assert (config.optimizer.finetune_lr, config.optimizer.ema_decay, config.optimizer.codebook_lr) == (0.1, 0.9, 2.0)
     assert (
         config.finetune_keep_best
-        and not finetune.to_config(
-            vars(finetune.build_parser().parse(["a", "b", "c", "d", "--no-finetune_keep_best"]))
-        ).finetune_keep_best
+        and not finetune.PARSER.parse(["a", "b", "c", "d", "--no-finetune_keep_best"]).finetune_keep_best
     )
     assert (config.decode, config.sampling.guidance_scale, config.use_checkpointing) == ("call", 0.0, True)
     with pytest.raises(UserError, match="--lr is not a flag here: it is called --finetune_lr"):
-        finetune.build_parser().parse(["a", "b", "c", "d", "--lr", "1e-6"])
-    with pytest.raises(UserError, match="'fast' is not a number; allowed are numbers from 0 to 1, and auto"):
-        finetune.build_parser().parse(["a", "b", "c", "d", "--finetune_lr", "fast"])
+        finetune.PARSER.parse(["a", "b", "c", "d", "--lr", "1e-6"])
+    with pytest.raises(UserError, match="'fast' is not a number; allowed are numbers above 0 up to 1, and auto"):
+        finetune.PARSER.parse(["a", "b", "c", "d", "--finetune_lr", "fast"])
     with pytest.raises(UserError, match="invalid choice"):
-        finetune.build_parser().parse(["a", "b", "c", "d", "--lr_scheduler", "sawtooth"])
+        finetune.PARSER.parse(["a", "b", "c", "d", "--lr_scheduler", "sawtooth"])
 
 
 def reported(**changes) -> str:
     """The last line of a run that began at -30 dB, -35 dB of the median prompt, and took seven steps."""
-    config = finetune.to_config(vars(finetune.build_parser().parse(["m", "q", "c", "e", "--update_codes"])))
+    config = finetune.PARSER.parse(["m", "q", "c", "e", "--update_codes"])
     summary = {
         "steps": 7,
         "step_kept": 7,

@@ -56,8 +56,8 @@ def test_types_go_back_to_what_was_stored(tmp_path):
     ("settings", "words"),
     [
         ({"finetune_adam_beta2": 1.0}, "--finetune_adam_beta2 is 1.0"),
-        ({"finetune_lr": 0.0}, "--finetune_lr is 0.0; allowed are auto and numbers above 0"),
-        ({"finetune_lr": "fast"}, "--finetune_lr is 'fast'; allowed are auto"),
+        ({"finetune_lr": 0.0}, "--finetune_lr is 0.0; allowed are numbers above 0 up to 1, and auto"),
+        ({"finetune_lr": "fast"}, "--finetune_lr is 'fast'; allowed are numbers above 0 up to 1, and auto"),
     ],
 )
 def test_impossible_settings(settings, words):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DiffusionPipeline
-from generate import build_parser, main, to_config
+from generate import PARSER, main
 from PIL import Image
 
 from vqdm.additive.code import CodeSpec
@@ -241,7 +241,7 @@ def spoil(folder: Path, target: Path, value: float) -> Path:
 def test_black_pictures_are_a_warning(pipelines, prompts, tmp_path, capsys):
     model = spoil(pipelines["sdxl"], tmp_path / "black", -5.0)
     assert run(model, prompts, out=tmp_path / "out") == 0
-    assert "warning: pictures to look at (problem in manifest.jsonl): 5 black" in capsys.readouterr().out
+    assert "warning: images with problems (problem in manifest.jsonl): 5 black" in capsys.readouterr().out
     assert {row["problem"] for row in rows_of(tmp_path / "out").values()} == {"black"}
 
 
@@ -262,7 +262,7 @@ def test_some_nan_is_marked_and_fails_at_the_end(pipelines, prompts, tmp_path, m
     monkeypatch.setattr(job, "draw", spoiled)
     assert run(pipelines["sdxl"], prompts, "--bs", 2, out=tmp_path / "out") == 1
     captured = capsys.readouterr()
-    assert "5 pictures, 5 of them new" in captured.out and "1 of 5 pictures hold NaN" in captured.err
+    assert "5 images, 5 of them new" in captured.out and "1 of 5 images hold NaN" in captured.err
     assert [row["index"] for row in rows_of(tmp_path / "out").values() if row["problem"]] == [2]
 
 
@@ -275,11 +275,11 @@ def test_dry_run_writes_nothing(pipelines, quantized, prompts, tmp_path, capsys)
 
 def test_flags_reach_the_settings():
     words = "M Q --seed 4 P --shard 2/3 --bs 5 --limit 7 --layout dpg --offload model --compile --scheduler DDPM"
-    config = to_config(vars(build_parser().parse(shlex.split(words))))
+    config = PARSER.parse(shlex.split(words))
     assert (config.model, config.quantized, config.prompts) == ("M", "Q", "P")
     assert (config.seed, config.shard, config.bs, config.limit) == (4, (2, 3), 5, 7)
     assert (config.layout, config.offload, config.compile, config.sampling.scheduler) == ("dpg", "model", True, "ddpm")
-    assert to_config(vars(build_parser().parse(["M", "P"]))).shard == (0, 1)
+    assert PARSER.parse(["M", "P"]).shard == (0, 1)
 
 
 def test_compile_and_offload_are_handed_to_diffusers():
@@ -294,7 +294,7 @@ def test_compile_and_offload_are_handed_to_diffusers():
         "--offload sequential": ["enable_sequential_cpu_offload"],
     }.items():
         pipeline = MagicMock()
-        placed(pipeline, to_config(vars(build_parser().parse(["M", "P", *words.split()]))), device)
+        placed(pipeline, PARSER.parse(["M", "P", *words.split()]), device)
         assert [call[0] for call in pipeline.mock_calls] == wanted
 
 
@@ -328,7 +328,7 @@ def test_bad_input_is_one_line(pipelines, quantized, prompts, tmp_path, capsys, 
 
 def test_help_reads(capsys):
     with pytest.raises(SystemExit) as caught:
-        build_parser().parse(["--help"])
+        PARSER.parse(["--help_all"])
     text = capsys.readouterr().out
     assert caught.value.code == 0 and "MODEL [QUANTIZED] PROMPTS" in text and "(default: 0/1)" in text
     assert max(map(len, text.splitlines())) <= 120

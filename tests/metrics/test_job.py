@@ -14,7 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from metrics import build_compare_parser, build_parser, main, to_compare_config, to_config
+from metrics import COMPARE_PARSER, PARSER, main
 from PIL import Image
 from tiny_runs import PROMPTS, pixels, write_folder
 
@@ -352,11 +352,11 @@ def test_flags_reach_the_settings():
     words = (
         "I --reference R --fid_reference F.npz --metrics clip psnr --bs 7 --threads 2 --lpips_net vgg --seed 3 --force"
     )
-    config = to_config(vars(build_parser().parse(shlex.split(words))))
+    config = PARSER.parse(shlex.split(words))
     assert (config.images, config.reference, config.fid_reference) == ("I", "R", "F.npz")
     assert (config.metrics, config.bs, config.threads, config.lpips_net) == (("clip", "psnr"), 7, 2, "vgg")
     assert config.seed == 3 and config.force and config.folder == Path("I/metrics")
-    assert to_config(vars(build_parser().parse(["I", "--metrics", "clip,psnr"]))).metrics == ("clip", "psnr")
+    assert PARSER.parse(["I", "--metrics", "clip,psnr"]).metrics == ("clip", "psnr")
 
 
 def test_every_flag_of_the_documents_exists():
@@ -365,13 +365,13 @@ def test_every_flag_of_the_documents_exists():
     assert len(lines) > 8
     for words in (shlex.split(line, comments=True) for line in lines):
         if words[0] == "compare":
-            to_compare_config(vars(build_compare_parser().parse(words[1:])))
+            COMPARE_PARSER.parse(words[1:])
         else:
-            to_config(vars(build_parser().parse(words)))
+            PARSER.parse(words)
 
 
 def test_help_reads(capsys):
-    for parser in (build_parser(), build_compare_parser()):
+    for parser in (PARSER, COMPARE_PARSER):
         with pytest.raises(SystemExit) as caught:
             parser.parse(["--help"])
         text = capsys.readouterr().out

@@ -144,7 +144,7 @@ def test_layers_with_an_override_keep_it(pipelines, prompt_file, tmp_path):
         (["--share_codebooks", "unet", "--target_bits", "3"], "--share_codebooks is for additive codes"),
         (
             ["--target_bits", "2", "--num_codebooks", "2"],
-            "--target_bits chooses formats itself; leave out --num_codebooks",
+            "--target_bits chooses the format; leave out --num_codebooks",
         ),
         (["--share_codebooks", "unet", "--encoder", "beam"], "--share_codebooks needs --encoder ldl"),
         (

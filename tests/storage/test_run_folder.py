@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_quantized import SPECS, random_code
 
-from vqdm.config import BetweenConfig, QuantizeConfig
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
 from vqdm.parallel import Ranks
+from vqdm.quantization.config import IntermediateConfig, QuantizeConfig
 from vqdm.storage import run_folder as module
 from vqdm.storage.files import UNFINISHED, save_bytes, save_json
 from vqdm.storage.run_folder import RunFolder, check_claim, layer_generator, shards, span_name, spans
@@ -107,9 +107,9 @@ def test_a_run_goes_on_without_the_hub_but_not_with_another_seed(tmp_path):
     save_json({"settings": config.to_dict()}, tmp_path / "run.json")
     check_claim(tmp_path, replace(config, local_files_only=True, device="cpu").to_dict(), resume=True)
     smaller = {"xtx_batch_size": 1, "hessian_memory_gb": 0.5, "visualize_nsamples": 0, "hessian_cache": "elsewhere"}
-    smaller["between"] = BetweenConfig(local_batch_size=1)
+    smaller["intermediate"] = IntermediateConfig(local_batch_size=1)
     check_claim(tmp_path, replace(config, **smaller).to_dict(), resume=True)
-    larger = replace(config, between=BetweenConfig(finetune_batch_size=1)).to_dict()
+    larger = replace(config, intermediate=IntermediateConfig(finetune_batch_size=1)).to_dict()
     with pytest.raises(UserError, match=r"other settings: finetune_batch_size was 32, now 1$"):
         check_claim(tmp_path, larger, resume=True)
     with pytest.raises(UserError, match=r"was started with other settings: seed was 0, now 1$"):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vqdm.additive import trellis
 from vqdm.additive.rates import pack_rows, row_bytes, unpack_rows
+from vqdm.config import check_fields, flag
 
 BANK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # banks name tensors and files
 
@@ -27,19 +28,10 @@ BANK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # banks name tensors and files
 class CodeSpec:
     """What defines the stored tensors of one layer. Raises ValueError, naming the field, on impossible settings.
 
+    Letters: M `num_codebooks`, b `nbits_per_codebook`, g `in_group_size`, p `out_group_size`. Fields with a help text
+    are flags of quantization; the others follow from the kind of code:
+
     Attributes:
-        num_codebooks: M, 1 to 16.
-        nbits_per_codebook: b, 1 to 16 bits a code.
-        in_group_size: g, consecutive inputs that share a code.
-        out_group_size: p, consecutive outputs that share a code.
-        scale_nbits: 0 stores one 16-bit scale a row group; 1 to 8 gives every (row group, column group) a scale of
-            that many bits from a 16-bit table of its row group; 16 stores them in 16 bit.
-        codebook_value_nbits: 16 stores codebook values as they are; 1 to 8 stores indices into tables of 16-bit
-            values.
-        codebook_value_num_groups: how many such tables a layer has.
-        groupwise_codebooks: every column group has its own M codebooks.
-        input_channel_scales: a 16-bit factor for every column.
-        group_channels: columns of a convolution run taps outermost, channels innermost.
         shared_codebooks: the name of a bank of codebooks that layers share and the model stores once, of up to 64
             letters, digits, _ and -; empty: the layer stores its own.
         row_bits: 0 gives every code b bits. Else the rate is variable, see `vqdm.additive.rates`: one shared codebook
@@ -51,16 +43,27 @@ class CodeSpec:
         scale_exponent: added to the stored logarithms of input scales, in octaves.
     """
 
-    num_codebooks: int = 3
-    nbits_per_codebook: int = 8
-    in_group_size: int = 8
-    out_group_size: int = 1
-    scale_nbits: int = 0
-    codebook_value_nbits: int = 16
-    codebook_value_num_groups: int = 1
-    groupwise_codebooks: bool = False
-    input_channel_scales: bool = False
-    group_channels: bool = True
+    num_codebooks: int = flag(3, "codes per group", ge=1, le=16, common=True)
+    nbits_per_codebook: int = flag(8, "bits per code", ge=1, le=16, common=True)
+    in_group_size: int = flag(8, "consecutive inputs that share a code", ge=1, le=64, common=True)
+    out_group_size: int = flag(1, "consecutive outputs that share a code", ge=1, le=64)
+    scale_nbits: int = flag(
+        0,
+        "0: a 16-bit scale per row; 1-8: a scale of so many bits per group, from a 16-bit table per row; 16: a 16-bit "
+        "scale per group",
+        choices=(*range(9), 16),
+        metavar="N",
+    )
+    codebook_value_nbits: int = flag(
+        16,
+        "1-8: codebook values are indices of so many bits into tables of 16-bit values; 16: they are stored in 16 bit",
+        choices=(*range(1, 9), 16),
+        metavar="N",
+    )
+    codebook_value_num_groups: int = flag(1, "tables per layer for quantized codebook values", ge=1, le=1024)
+    groupwise_codebooks: bool = flag(False, "separate codebooks for every group of inputs")
+    input_channel_scales: bool = flag(False, "also a 16-bit scale per input")
+    group_channels: bool = flag(True, "groups of a convolution run over channels at one kernel location")
     shared_codebooks: str = ""
     row_bits: int = 0
     segment_rows: int = 0
@@ -69,20 +72,13 @@ class CodeSpec:
     scale_exponent: int = 0
 
     def __post_init__(self) -> None:
-        _in_range(self, "num_codebooks", 1, 16)
-        _in_range(self, "nbits_per_codebook", 1, 16)
-        _in_range(self, "in_group_size", 1, 64)
-        _in_range(self, "out_group_size", 1, 64)
-        _in_range(self, "codebook_value_num_groups", 1, 1024)
+        check_fields(self)
         _in_range(self, "row_bits", 0, 2**24)
-        _one_of(self, "scale_nbits", (*range(9), 16), "0 to 8, and 16")
-        _one_of(self, "codebook_value_nbits", (*range(1, 9), 16), "1 to 8, and 16")
         _in_range(self, "segment_rows", 0, 2**20)
         _in_range(self, "segment_bits", 0, 2**32)
         _in_range(self, "scale_exponent", -256, 256)
-        for name in ("groupwise_codebooks", "input_channel_scales", "group_channels", "log_scales"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are true and false")
+        if not isinstance(self.log_scales, bool):
+            raise ValueError(f"log_scales is {self.log_scales!r}; allowed are true and false")
         if not isinstance(self.shared_codebooks, str) or not BANK_NAME.fullmatch(self.shared_codebooks or "_"):
             raise ValueError(
                 f"shared_codebooks is {self.shared_codebooks!r}; allowed are up to 64 letters, digits, _ and -"
@@ -239,12 +235,6 @@ class CodeSpec:
         if self.input_channel_scales:
             shapes["input_scales"] = ((columns,), torch.float16)
         return shapes
-
-
-def _one_of(spec: CodeSpec, name: str, allowed: tuple[int, ...], words: str) -> None:
-    value = getattr(spec, name)
-    if type(value) is not int or value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {words}")
 
 
 def _in_range(spec: CodeSpec, name: str, low: int, high: int) -> None:

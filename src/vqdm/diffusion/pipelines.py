@@ -17,24 +17,13 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from vqdm.config import RunConfig
+from vqdm.config import SCHEDULERS, RunConfig
 from vqdm.diffusion.model_folders import check_place, check_variant, not_found, pickled
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import to_pictures
 from vqdm.layers.quantized import narrowed
 from vqdm.tracking import log, log_info
-
-SCHEDULERS = {
-    "default": None,
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmsolver": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "ode": "EulerDiscreteScheduler",
-}
-
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
 

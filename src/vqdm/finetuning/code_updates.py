@@ -23,48 +23,13 @@ from torch import Tensor, nn
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.reencode import nearest_moves, nearest_paths, ring_states, within
 from vqdm.additive.trellis import UNITS
-from vqdm.errors import UserError
+from vqdm.finetuning.config import CodeUpdateSettings
 from vqdm.layers.quantized import QuantizedLayer, quantized_layers
 
 SMALLEST = 1e-3  # of second moments, against their mean: what is divided by is no smaller
 DAMPING = 0.01  # of a metric, against its mean diagonal
 FIRST_TRY = 0.25  # root mean square drift of a group, in units of the grid, at which it is first tried
 NEXT_TRY = 1.25  # how much farther than at its last try a group must have drifted to be tried again
-
-
-@dataclass(frozen=True)
-class CodeUpdateSettings:
-    """How codes move. Raises UserError, naming the flag, on impossible settings.
-
-    Attributes:
-        code_lr: the root mean square of a step of the drift, in units of the grid: the row's root mean square
-            weight over 2^(bits a weight).
-        code_memory: what a step leaves of the drift before it adds its own. 1 adds up everything, as straight-through
-            latents do; 0 knows the newest step alone, as PV-Tuning's own rule.
-        code_beta: of the averages of squared gradients.
-        code_fraction: of a layer's groups, those that are encoded anew each step, at most.
-        code_beam_size: hypotheses of the encoding.
-        code_trust_ratio: ‖change of W‖ / ‖W‖ of a layer in a step, at most.
-    """
-
-    code_lr: float = 0.03
-    code_memory: float = 0.98
-    code_beta: float = 0.95
-    code_fraction: float = 0.02
-    code_beam_size: int = 4
-    code_trust_ratio: float = 0.01
-
-    def __post_init__(self) -> None:
-        self._check("code_lr", self.code_lr > 0, "numbers above 0")
-        self._check("code_memory", 0 <= self.code_memory <= 1, "numbers from 0 to 1")
-        self._check("code_beta", 0 <= self.code_beta < 1, "numbers from 0 to below 1")
-        self._check("code_fraction", 0 < self.code_fraction <= 1, "numbers above 0 up to 1")
-        self._check("code_beam_size", self.code_beam_size in range(1, 1025), "whole numbers from 1 to 1024")
-        self._check("code_trust_ratio", 0 < self.code_trust_ratio <= 1, "numbers above 0 up to 1")
-
-    def _check(self, name: str, good: bool, allowed: str) -> None:
-        if not good:
-            raise UserError(f"--{name} is {getattr(self, name)}; allowed are {allowed}")
 
 
 class CodeStep(NamedTuple):

@@ -2,52 +2,75 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
-from vqdm.config import RunConfig, check_pictures
+from vqdm.config import (
+    PROMPT_FILE,
+    RunConfig,
+    argument,
+    check_flags,
+    check_image_pairs,
+    flag,
+    flags_in,
+    optional_flags,
+    output_dir,
+)
 from vqdm.errors import UserError
-from vqdm.finetuning.code_updates import CodeUpdateSettings
 
 SOURCES = ("teacher", "student", "real")
-TIMESTEP_SAMPLING = ("uniform", "beta", "error")
-LR_SCHEDULERS = ("cosine", "linear", "constant")
-DECODE = ("step", "call")
 AUTO = "auto"
+UNSUPPORTED_FLAGS = {
+    "--model_path": "give the model as the first positional argument",
+    "--load": "give the quantized folder as the second positional argument",
+    "--quantized_model": "give the quantized folder as the second positional argument",
+    "--lr": "it is called --finetune_lr, and relative",
+    "--amp_dtype": "--dtype is the type that both UNets compute in; parameters are kept in float32",
+    "--gradient_checkpointing": "it is called --use_checkpointing",
+    "--microbatch_size": "it is called --local_batch_size",
+    "--devices": "choose GPUs with CUDA_VISIBLE_DEVICES",
+    "--offload_activations": "--use_checkpointing and --local_batch_size bound their memory",
+    "--skip_out_loss": "the error of the UNet's output is always reported",
+    "--print_frequency": "every step is a line of training.jsonl",
+}
+
+_data = partial(flag, group="training data")
+_training = partial(flag, group="optimization")
+_memory = partial(flag, group="memory")
+_evaluation = partial(flag, group="evaluation, early stopping, checkpoints")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters move. Raises UserError, naming the flag, on impossible settings.
+    """How parameters are optimized. Raises UserError, naming the flag, on a value that is not allowed.
 
-    Attributes:
-        finetune_lr: Adam's learning rate, or "auto": chosen by the error before training. It is that of biases and
-            norms; codebooks, scales and plain weights move by it times their own root mean square, so that it means a
-            relative change.
-        codebook_lr, scale_lr, weight_lr, bias_lr: factors of it by kind of parameter; 0 leaves a kind as it is.
-        lr_warmup_steps: steps in which it rises from 0.
-        max_grad_norm: gradients are scaled down to this norm; 0 = never.
-        ema_decay: of the average of parameters that is evaluated and saved; 0 = the last ones.
+    The learning rate is that of biases and norms. Codebooks, scales and unquantized weights use it times their own
+    root mean square, so that it means a relative change.
     """
 
-    finetune_lr: float | str = AUTO
-    finetune_adam_beta1: float = 0.9
-    finetune_adam_beta2: float = 0.95
-    lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 10
-    codebook_lr: float = 1.0
-    scale_lr: float = 1.0
-    weight_lr: float = 0.5
-    bias_lr: float = 0.05
-    max_grad_norm: float = 0.0
-    ema_decay: float = 0.0
+    finetune_lr: float | str = flag(
+        AUTO,
+        "learning rate, relative to the size of what it trains; auto: by the held-out error before training",
+        gt=0,
+        le=1,
+        words=(AUTO,),
+        common=True,
+    )
+    finetune_adam_beta1: float = flag(0.9, "Adam's beta1", ge=0, lt=1)
+    finetune_adam_beta2: float = flag(0.95, "Adam's beta2", ge=0, lt=1)
+    lr_scheduler: str = flag("cosine", "LR schedule", choices=("cosine", "linear", "constant"))
+    lr_warmup_steps: int = flag(10, "steps of linear LR warmup", ge=0)
+    codebook_lr: float = flag(1.0, "learning rate of codebooks, as a multiple of --finetune_lr; 0 freezes them", ge=0)
+    scale_lr: float = flag(1.0, "the same of scales", ge=0)
+    weight_lr: float = flag(0.5, "the same of weights that are not quantized", ge=0)
+    bias_lr: float = flag(0.05, "the same of biases and norms, not relative to their size", ge=0)
+    max_grad_norm: float = flag(0.0, "clip the gradient norm; 0 = never", ge=0)
+    ema_decay: float = flag(
+        0.0, "decay of an exponential moving average, which is evaluated and saved; 0 = none", ge=0, lt=1
+    )
 
     def __post_init__(self) -> None:
-        for name in ("finetune_adam_beta1", "finetune_adam_beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; allowed are numbers from 0 to below 1")
-        number = isinstance(self.finetune_lr, int | float) and self.finetune_lr > 0
-        if self.finetune_lr != AUTO and not number:
-            raise UserError(f"--finetune_lr is {self.finetune_lr!r}; allowed are {AUTO} and numbers above 0")
+        check_flags(self)
 
     @property
     def moves_parameters(self) -> bool:
@@ -55,45 +78,100 @@ class OptimizerConfig:
         return max(self.codebook_lr, self.scale_lr, self.weight_lr, self.bias_lr) > 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
-    """Everything that `finetuning.job` needs; the flags of `finetune.py` by the same names.
+@dataclass(frozen=True)
+class CodeUpdateSettings:
+    """How codes are updated. Raises UserError, naming the flag, on a value that is not allowed.
 
-    Raises:
-        UserError: settings that contradict each other, naming the flags.
+    A step moves the drift of each weight along its gradient. The grid is the row's root mean square weight over
+    2^(bits per weight). A `code_memory` of 1 sums all steps, as straight-through latents do; 0 keeps the newest step
+    alone, as PV-Tuning does.
     """
 
-    quantized: str
-    calibration_prompts: str
-    evaluation_prompts: str
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    code_updates: CodeUpdateSettings | None = None
-    finetune_method: str = "teacher"
-    real_images: str | None = None
-    timestep_sampling: str = "uniform"
-    finetune_nsamples: int = 192
-    finetune_max_epochs: int = 4
-    max_steps: int = 0
-    finetune_batch_size: int = 32
-    local_batch_size: int = 8
-    xtx_batch_size: int = 16
-    use_checkpointing: bool = False
-    decode: str = "step"
-    target_cache_gb: float = 32.0
-    held_out_nsamples: int = 16
-    held_out_points: int = 128
-    evaluation_nsamples: int = 32
-    visualize_nsamples: int = 16
-    finetune_relative_mse_tolerance: float = 0.0
-    finetune_keep_best: bool = True
-    early_stopping_patience: int = 4
-    eval_step: int = 25
-    visualize_step: int = 0
-    checkpointing_steps: int = 100
-    checkpoints_total_limit: int = 2
+    code_lr: float = flag(0.03, "root mean square of a step of the drift, in units of the grid of the codes", gt=0)
+    code_memory: float = flag(0.98, "momentum: share of the earlier drift that a step keeps", ge=0, le=1)
+    code_beta: float = flag(0.95, "decay of the average of squared gradients", ge=0, lt=1)
+    code_fraction: float = flag(0.02, "share of all groups that are encoded again in a step", gt=0, le=1)
+    code_beam_size: int = flag(4, "beam size of the encoding", ge=1, le=1024)
+    code_trust_ratio: float = flag(
+        0.01, "largest change of a layer's weights in a step, relative to their norm", gt=0, le=1
+    )
 
     def __post_init__(self) -> None:
-        sources(self.finetune_method)
+        check_flags(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """Settings of `finetuning.job`.
+
+    Raises:
+        UserError: a value that is not allowed, or settings that contradict each other, naming the flags.
+    """
+
+    model: str = argument("pipeline of the teacher: a folder, or a name on the hub")
+    quantized: str = argument("quantized pipeline folder, or its unet folder")
+    calibration_prompts: str = argument(PROMPT_FILE)
+    evaluation_prompts: str = argument(PROMPT_FILE + "; not trained on")
+    output_dir: str = output_dir("out/finetuned")
+    finetune_method: str = _data(
+        "teacher",
+        "trajectories to train on: the teacher's; the student's, sampled again every epoch; real images with noise; or "
+        "several in turn, as teacher+student",
+        metavar="{teacher,student,real}",
+    )
+    real_images: str | None = _data(None, "captioned images, for --finetune_method real", metavar="FOLDER")
+    timestep_sampling: str = _data(
+        "uniform",
+        "beta: t ~ 1000 Beta(3, 1), mostly noise; error: where the held-out error is large",
+        choices=("uniform", "beta", "error"),
+    )
+    finetune_nsamples: int = _data(192, "trajectories per epoch", ge=1, common=True)
+    held_out_nsamples: int = _data(
+        16, "calibration prompts that are not trained on: their error chooses the step to keep", ge=1
+    )
+    held_out_points: int = _data(128, "points of held-out trajectories, approximately", ge=1)
+    finetune_max_epochs: int = _training(
+        4, "epochs, each with new prompts, if there are enough, and new noise", ge=1, common=True
+    )
+    max_steps: int = _training(0, "limit of steps; 0 = none", ge=0)
+    finetune_batch_size: int = _training(
+        32, "batch size, of all processes together; a point is both guidance branches", ge=1, common=True
+    )
+    optimizer: OptimizerConfig = flags_in(OptimizerConfig, "optimization")
+    code_updates: CodeUpdateSettings | None = optional_flags(
+        "update_codes",
+        "train codes too: more memory and time per step (see docs/finetune.md)",
+        "codes",
+        common=True,
+    )
+    local_batch_size: int = _memory(8, "batch size per process; gradients accumulate over several", ge=1, common=True)
+    xtx_batch_size: int = _memory(16, "batch size of sampling, in prompts", ge=1)
+    use_checkpointing: bool = _memory(False, "gradient checkpointing: less memory, slower", common=True)
+    decode: str = _memory(
+        "step",
+        "step: decode weights once per step, and keep them and their gradients in float32; call: decode them in each "
+        "forward and backward pass",
+        choices=("step", "call"),
+    )
+    target_cache_gb: float = _memory(
+        32.0, "disk for the teacher's outputs of an epoch; if they do not fit, the teacher stays in memory", ge=0
+    )
+    evaluation_nsamples: int = _evaluation(32, "evaluation prompts", ge=1)
+    visualize_nsamples: int = _evaluation(16, "image pairs in image_pairs.png", ge=0)
+    eval_step: int = _evaluation(25, "evaluation interval (steps), on held-out points", ge=0)
+    visualize_step: int = _evaluation(0, "interval of image pairs (steps); 0 = never", ge=0)
+    finetune_relative_mse_tolerance: float = _evaluation(
+        0.0, "stop after an epoch that lowers the held-out loss by a smaller share; 0 = never", ge=0, le=1
+    )
+    finetune_keep_best: bool = _evaluation(
+        True, "keep the step with the least held-out error, step 0 among them; else the last step"
+    )
+    early_stopping_patience: int = _evaluation(4, "stop after N evaluations without an improvement; 0 = never", ge=0)
+    checkpointing_steps: int = _evaluation(100, "checkpoint interval (steps); 0 = never", ge=0)
+    checkpoints_total_limit: int = _evaluation(2, "checkpoints to keep", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if ("real" in sources(self.finetune_method)) != (self.real_images is not None):
             raise UserError("--finetune_method real and --real_images FOLDER are given together, or neither")
         if not (self.optimizer.moves_parameters or self.code_updates):
@@ -101,11 +179,11 @@ class FinetuneConfig(RunConfig):
                 "nothing would be trained: --codebook_lr, --scale_lr, --weight_lr and --bias_lr are all 0; "
                 "set one of them above 0, or add --update_codes"
             )
-        check_pictures(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
+        check_image_pairs(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
 
 
 def sources(method: str) -> tuple[str, ...]:
-    """The trajectories that `--finetune_method` names, joined by plus signs. Raises UserError on an unknown one."""
+    """Return the trajectories that `--finetune_method` names, joined by plus signs. Raises UserError if unknown."""
     names = tuple(method.split("+"))
     if not set(names) <= set(SOURCES) or len(set(names)) < len(names):
         raise UserError(

@@ -13,7 +13,6 @@ import random
 import torch
 from torch import Tensor, nn
 
-from vqdm.config import BetweenConfig, QuantizeConfig
 from vqdm.diffusion.blocks import block_of
 from vqdm.diffusion.sampling import unet_dtype
 from vqdm.diffusion.trajectories import Trajectories
@@ -29,6 +28,7 @@ from vqdm.finetuning.sources import Chunk, divided, sampled
 from vqdm.finetuning.step import Lesson
 from vqdm.finetuning.trainer import Diverged, Trainer
 from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
+from vqdm.quantization.config import IntermediateConfig, QuantizeConfig
 from vqdm.quantization.quantization_job import Job
 from vqdm.storage.files import save_checked
 from vqdm.storage.run_folder import read_shard
@@ -52,13 +52,13 @@ def turns(count: int, blocks: int) -> list[int]:
 
 def check_between(config: QuantizeConfig, blocks: int) -> None:
     """Raise UserError, before anything slow starts, where fine-tuning between so many blocks cannot be done."""
-    turns(config.between.num_intermediate_finetunes, blocks)
-    optimizer_config(config.between)
+    turns(config.intermediate.num_intermediate_finetunes, blocks)
+    optimizer_config(config.intermediate)
 
 
 def teacher_points(job: Job) -> Points:
     """Trajectories of calibration prompts with the outputs of the UNet as it is now; recorded once."""
-    config, prompts = job.config, job.calibration[: job.config.between.finetune_nsamples]
+    config, prompts = job.config, job.calibration[: job.config.intermediate.finetune_nsamples]
 
     def record(chunk: Chunk) -> Trajectories:
         some = prompts[chunk.first : chunk.first + chunk.count]
@@ -77,9 +77,9 @@ def finetune_between(job: Job, index: int, points: Points) -> None:
         place(job.unet, read_shard(path))
         return
     done = {block for block, _ in job.blocks[:index]}
-    dtype, config = unet_dtype(job.unet), optimizer_config(job.config.between)
+    dtype, config = unet_dtype(job.unet), optimizer_config(job.config.intermediate)
     trained = trainable(job.unet, config, lambda name: block_of(name) in done and not name.startswith(SHARED_CODEBOOKS))
-    settings = job.config.between
+    settings = job.config.intermediate
     lesson = Lesson(job.unet, None, dtype, settings.local_batch_size, job.ranks)
     with job.clock("fine-tuning"):
         learned, held_out = split(points)
@@ -126,7 +126,7 @@ def figures_of(errors: Errors) -> str:
     return f"{errors.db:.2f} dB (median {errors.median_db:.2f} dB)"
 
 
-def steps_of(learned: list[Point], settings: BetweenConfig, seed: str) -> list[list[Point]]:
+def steps_of(learned: list[Point], settings: IntermediateConfig, seed: str) -> list[list[Point]]:
     """The points of each step: every point at most once an epoch, what does not fill a batch left out."""
     size = min(settings.finetune_batch_size, len(learned))
     count = len(learned) // size
@@ -136,7 +136,7 @@ def steps_of(learned: list[Point], settings: BetweenConfig, seed: str) -> list[l
     return [order[k * size : (k + 1) * size] for order in orders for k in range(count)]
 
 
-def optimizer_config(settings: BetweenConfig) -> OptimizerConfig:
+def optimizer_config(settings: IntermediateConfig) -> OptimizerConfig:
     names = ("finetune_lr", "finetune_adam_beta1", "finetune_adam_beta2")
     return OptimizerConfig(**{name: getattr(settings, name) for name in names})
 

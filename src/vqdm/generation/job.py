@@ -23,14 +23,14 @@ from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 
 import vqdm
-from vqdm.config import RunConfig
 from vqdm.devices import pick_dtype
 from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.supported import check_full_precision, check_loaded
 from vqdm.errors import RunError, UserError
+from vqdm.generation.config import GenerateConfig
 from vqdm.generation.drawing import alike, draw, drawn_in_batches, settings_used
-from vqdm.generation.requests import Request, check_size, make_requests, unused_columns
+from vqdm.generation.requests import Request, make_requests, unused_columns
 from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
 from vqdm.images import NAN, NAN_ADVICE, Picture
 from vqdm.layers.quantized import quantized_layers
@@ -45,46 +45,6 @@ from vqdm.versions import versions
 # The pictures do not depend on these, so they may change between a run and its resumption.
 FREE_FIELDS = ("output_dir", "device", "bs", "limit", "shard", "num_samples_per_prompt", "compile", "offload")
 FREE_FIELDS += ("report_to", "resume", "dry_run", "prompts", "teacher", "local_files_only")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig(RunConfig):
-    """Everything that `sample_images` needs; the flags of `generate.py` by the same names.
-
-    Attributes:
-        quantized: folder whose UNet draws; None leaves MODEL's own.
-        teacher: insist on full precision.
-        bs: pictures a batch on each rank.
-        limit: prompts at most, from the first; 0 means all.
-        shard: (number, count): only every count-th prompt.
-
-    Raises:
-        UserError: settings that contradict each other, naming the flags.
-    """
-
-    prompts: str
-    quantized: str | None = None
-    teacher: bool = False
-    negative_prompt: str | None = None
-    num_samples_per_prompt: int = 1
-    bs: int = 8
-    limit: int = 0
-    shard: tuple[int, int] = (0, 1)
-    layout: str = "flat"
-    compile: bool = False
-    offload: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.teacher and self.quantized is not None:
-            raise UserError(
-                f"--teacher is full precision, but QUANTIZED {self.quantized} is given; leave one of them out"
-            )
-        if self.compile and self.offload == "sequential":
-            raise UserError("--compile does not go with --offload sequential; allowed are none and model")
-        for name in ("height", "width"):
-            value = getattr(self.sampling, name)
-            if value is not None:
-                check_size(value, f"--{name}")
 
 
 @dataclass(frozen=True)
@@ -109,14 +69,14 @@ class Drawn:
 class Job:
     """What the steps of one run share."""
 
-    config: SampleConfig
+    config: GenerateConfig
     ranks: Ranks
     folder: ImageFolder
     pipeline: DiffusionPipeline
     tracker: Tracker
 
 
-def sample_images(config: SampleConfig) -> Drawn | None:
+def sample_images(config: GenerateConfig) -> Drawn | None:
     """Run the whole job; None after a dry run, and on every rank but the first.
 
     Raises:
@@ -152,7 +112,7 @@ def sample_images(config: SampleConfig) -> Drawn | None:
 
 
 def run(
-    config: SampleConfig,
+    config: GenerateConfig,
     ranks: Ranks,
     folder: ImageFolder,
     pipeline: DiffusionPipeline,
@@ -179,7 +139,7 @@ def run(
 # ------------------------------------------------------------------------------------------- what is wanted
 
 
-def wanted_requests(config: SampleConfig, rows: list[dict]) -> list[Request]:
+def wanted_requests(config: GenerateConfig, rows: list[dict]) -> list[Request]:
     """Requests of this shard. Seeds and numbers are those of the whole file, so that parts fit together."""
     settings = config.sampling.call()
     every = make_requests(
@@ -199,7 +159,7 @@ def check_offload(offload: str, device: torch.device) -> None:
         raise UserError(f"--offload {offload} moves weights between CPU and GPU; the device is {device}")
 
 
-def settings_of(config: SampleConfig, ranks: Ranks, rows: list[dict], unet_folder: Path | None) -> dict:
+def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], unet_folder: Path | None) -> dict:
     """Everything the pictures depend on, which a resumption must share."""
     own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
     model = Path(config.model)
@@ -211,7 +171,7 @@ def settings_of(config: SampleConfig, ranks: Ranks, rows: list[dict], unet_folde
     }
 
 
-def plan(config: SampleConfig, ranks: Ranks, folder: ImageFolder, requests: list[Request]) -> str:
+def plan(config: GenerateConfig, ranks: Ranks, folder: ImageFolder, requests: list[Request]) -> str:
     """One line: how many pictures, by which UNet, where."""
     prompts = len({request.index for request in requests})
     source = f"UNet of {config.quantized}" if config.quantized else f"own UNet of {config.model}"
@@ -238,7 +198,7 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
 # ------------------------------------------------------------------------------------------- the pipeline
 
 
-def load(config: SampleConfig, ranks: Ranks, unet_folder: Path | None) -> DiffusionPipeline:
+def load(config: GenerateConfig, ranks: Ranks, unet_folder: Path | None) -> DiffusionPipeline:
     """MODEL with QUANTIZED's UNet in it where one is given, ready to draw.
 
     Raises:
@@ -257,7 +217,7 @@ def load(config: SampleConfig, ranks: Ranks, unet_folder: Path | None) -> Diffus
     return placed(pipeline, config, ranks.device)
 
 
-def placed(pipeline: DiffusionPipeline, config: SampleConfig, device: torch.device) -> DiffusionPipeline:
+def placed(pipeline: DiffusionPipeline, config: GenerateConfig, device: torch.device) -> DiffusionPipeline:
     """The pipeline on its device, or waiting beside it as `--offload` says."""
     if config.compile:
         pipeline.unet.compile()
@@ -270,7 +230,7 @@ def placed(pipeline: DiffusionPipeline, config: SampleConfig, device: torch.devi
     return pipeline
 
 
-def record(config: SampleConfig, settings: dict, ranks: Ranks, pipeline: DiffusionPipeline) -> dict:
+def record(config: GenerateConfig, settings: dict, ranks: Ranks, pipeline: DiffusionPipeline) -> dict:
     """The content of `run.json`: everything needed to repeat the run."""
     layers = quantized_layers(pipeline.unet)
     device = ranks.device

@@ -19,6 +19,7 @@ from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.images import NAN
 from vqdm.metrics.catalogue import METRICS
+from vqdm.metrics.config import MetricsConfig
 from vqdm.metrics.encoders import exact, load_encoder
 from vqdm.metrics.fidelity import SMALLEST_FOR_LPIPS, load_lpips
 from vqdm.metrics.frechet import Statistics, load_statistics
@@ -35,7 +36,7 @@ from vqdm.metrics.measuring import (
 )
 from vqdm.metrics.report import Material, write_page
 from vqdm.metrics.results import SCHEMA, Score, Table, global_psnr, mean_score, per_image_csv, winrate
-from vqdm.metrics.score_job import Job, Plan, ScoreConfig
+from vqdm.metrics.score_job import Job, Plan
 from vqdm.metrics.score_plan import make_plan
 from vqdm.metrics.score_sets import SET_METRICS, set_pass
 from vqdm.parallel import Ranks, launched
@@ -61,7 +62,7 @@ class Scored:
     report: Path | None
 
 
-def score_images(config: ScoreConfig) -> Scored | None:
+def score_images(config: MetricsConfig) -> Scored | None:
     """Run the whole job; None after a dry run, and on every rank but the first.
 
     Raises:
@@ -139,7 +140,7 @@ def problem_lines(flag: str, pictures: PictureSet) -> list[str]:
     return [f"{flag}: pictures that went wrong are among those scored: {words}"] if words else []
 
 
-def check_place(config: ScoreConfig, images: PictureSet) -> None:
+def check_place(config: MetricsConfig, images: PictureSet) -> None:
     """Raise UserError where the result would go into IMAGES, which is a file."""
     if images.path.is_file() and not config.output_dir:
         raise UserError(f"IMAGES {config.images} is a zip file, which takes no result; give --output_dir")
@@ -153,7 +154,7 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
 
 
-def describe(config: ScoreConfig, images: PictureSet, ranks: Ranks, plan: Plan) -> str:
+def describe(config: MetricsConfig, images: PictureSet, ranks: Ranks, plan: Plan) -> str:
     """One line: how many pictures, scored by what, where to."""
     prompts = len({picture.id for picture in images.pictures.values()})
     processes = f"{ranks.world} {ranks.device.type} process{'es' if ranks.world > 1 else ''}"

@@ -7,15 +7,16 @@ from functools import partial
 from vqdm.errors import UserError
 from vqdm.metrics import networks
 from vqdm.metrics.catalogue import FLAGS, METRICS, NAMES, NEEDS
+from vqdm.metrics.config import MetricsConfig
 from vqdm.metrics.frechet import Statistics
 from vqdm.metrics.image_sets import PictureSet, shared_keys
 from vqdm.metrics.networks import Missing, Network
-from vqdm.metrics.score_job import Plan, ScoreConfig
+from vqdm.metrics.score_job import Plan
 from vqdm.metrics.score_sets import SET_METRICS
 
 
 def make_plan(
-    config: ScoreConfig, images: PictureSet, reference: PictureSet | None, target: PictureSet | Statistics | None
+    config: MetricsConfig, images: PictureSet, reference: PictureSet | None, target: PictureSet | Statistics | None
 ) -> Plan:
     """Which metrics can be had, each network looked for once.
 
@@ -73,7 +74,7 @@ def check_kernel(name: str, network: Network | None) -> None:
         raise Missing(f"needs Inception's features, which --fid_features {network.name} has not")
 
 
-def find_network(config: ScoreConfig, slot: str, download: bool) -> Network:
+def find_network(config: MetricsConfig, slot: str, download: bool) -> Network:
     """The network of a name of `FLAGS`.
 
     Raises:
@@ -99,7 +100,7 @@ def find_network(config: ScoreConfig, slot: str, download: bool) -> Network:
         raise Missing(f"{reason}; {FLAGS[slot]} names another{advice}") from None
 
 
-def find_statistics_network(config: ScoreConfig, found: dict[str, Network]) -> Network:
+def find_statistics_network(config: MetricsConfig, found: dict[str, Network]) -> Network:
     try:
         return found.get("features") or find_network(config, "features", download=True)
     except Missing as reason:

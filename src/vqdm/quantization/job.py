@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode
-from vqdm.config import QuantizeConfig
 from vqdm.devices import check_float64, peak_memory, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.pipelines import (
@@ -52,6 +51,7 @@ from vqdm.prompts import draw, load_prompts
 from vqdm.quantization.allocation import allocated
 from vqdm.quantization.block import layer_row, load_solved, solve_block
 from vqdm.quantization.codebook_training import make_banks, shared
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
     Rest,
     bank_bits,
@@ -101,7 +101,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     check_loaded(pipeline.unet, config.model)
     layers = chosen_layers(config, pipeline.unet)
     parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-    rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.rest_nbits == 8 else [])
+    rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.unquantized_nbits == 8 else [])
     stored = stored_dtypes(config.model, config.variant, config.revision)
     plain = plain_bits(pipeline.unet, stored.get("unet"))
     if config.target_bits:
@@ -170,14 +170,14 @@ def run(job: Job) -> dict | None:
     """All slow steps; every one of them finds and keeps what an interrupted run left."""
     with job.clock("teacher"):
         teacher, teacher_pictures = teacher_evaluation(job)
-        finetuned_on = teacher_points(job) if job.config.between.num_intermediate_finetunes else None
-    if job.config.rest_nbits == 8:
+        finetuned_on = teacher_points(job) if job.config.intermediate.num_intermediate_finetunes else None
+    if job.config.unquantized_nbits == 8:
         round_rest(job)
     prepare(job)
     solved = load_codes(job) | finished_layers(job)
     if job.ranks.main:
         job.folder.rewrite_table([done.report for done in solved.values()])
-    finetunes = turns(job.config.between.num_intermediate_finetunes, len(job.blocks))
+    finetunes = turns(job.config.intermediate.num_intermediate_finetunes, len(job.blocks))
     for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in solved]
         if todo:

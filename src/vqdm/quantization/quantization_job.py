@@ -12,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from vqdm.additive.code import Bank
-from vqdm.config import QuantizeConfig
 from vqdm.diffusion.blocks import Layer
 from vqdm.parallel import Ranks
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import Rest
 from vqdm.redaction import redacted
 from vqdm.storage.hessian_store import HessianStore

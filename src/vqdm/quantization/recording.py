@@ -182,7 +182,7 @@ def hessian_settings(job: Job) -> dict:
         "model": pipeline_fingerprint(folder) if folder.is_dir() else f"{config.model}@{config.revision}",
         "variant": config.variant,
         "dtype": str(unet_dtype(job.unet)),
-        "rest_nbits": config.rest_nbits,
+        "unquantized_nbits": config.unquantized_nbits,
         "calibration_prompts_sha256": digest(job.calibration),
         "seed": config.seed,
         "sampling": config.to_dict()["sampling"],

@@ -1,0 +1,264 @@
+"""Settings of quantization: frozen, checked, printed, and saved beside the result before work starts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.config import SolverConfig
+from vqdm.config import PROMPT_FILE, RunConfig, argument, check_flags, check_image_pairs, flag, flags_in, output_dir
+from vqdm.documents import first_line, read_yaml
+from vqdm.errors import UserError
+from vqdm.redaction import redacted
+
+# Fields of the format of additive codes, which --target_bits does not use.
+ADDITIVE_FIELDS = (
+    "num_codebooks",
+    "nbits_per_codebook",
+    "in_group_size",
+    "out_group_size",
+    "scale_nbits",
+    "codebook_value_nbits",
+    "codebook_value_num_groups",
+    "groupwise_codebooks",
+    "input_channel_scales",
+)
+
+_LATER = "finetune.py has it, for the finished result"
+UNSUPPORTED_FLAGS = {
+    "--model_path": "give the model as the first positional argument",
+    "--devices": "choose GPUs with CUDA_VISIBLE_DEVICES",
+    "--code_dtype": "codes are stored packed, at exactly --nbits_per_codebook bits",
+    "--offload_activations": "nothing needs offloading: Hessians are bounded by --hessian_memory_gb",
+    "--use_faiss": "k-means runs in torch",
+    "--skip_out_loss": "the error of the UNet's output is always reported",
+    "--print_frequency": "one line per layer is printed",
+    "--finetune_method": _LATER,
+    "--finetune_relative_mse_tolerance": _LATER,
+    "--finetune_keep_best": _LATER,
+    "--use_checkpointing": _LATER,
+}
+
+_bits = partial(flag, group="bit allocation")
+_layers = partial(flag, group="layers")
+_calibration = partial(flag, group="calibration and evaluation")
+_saving = partial(flag, group="saving and resuming")
+_hub = partial(flag, group="hub")
+
+
+@dataclass(frozen=True)
+class IntermediateConfig:
+    """Fine-tuning between blocks; see `finetuning.intermediate`."""
+
+    num_intermediate_finetunes: int = flag(
+        0,
+        "how often, evenly spread, quantized blocks are fine-tuned, but for codes and shared codebooks; 0 = never",
+        ge=0,
+    )
+    finetune_nsamples: int = flag(64, "calibration prompts to train on", ge=1)
+    finetune_max_epochs: int = flag(1, "epochs of each fine-tuning", ge=1)
+    finetune_batch_size: int = flag(32, "batch size, of all processes together", ge=1)
+    local_batch_size: int = flag(8, "batch size per process; gradients accumulate over several", ge=1)
+    finetune_lr: float | str = flag("auto", "learning rate, as in finetune.py", gt=0, le=1, words=("auto",))
+    finetune_adam_beta1: float = flag(0.9, "Adam's beta1", ge=0, lt=1)
+    finetune_adam_beta2: float = flag(0.95, "Adam's beta2", ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """Upload of the finished folder."""
+
+    push_to_hub: bool = _hub(False, "upload the finished folder")
+    hub_model_id: str | None = _hub(None, "repository to upload to (default: the name of --output_dir)", metavar="NAME")
+    hub_private: bool = _hub(False, "make a new repository private")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(RunConfig):
+    """Settings of `quantization.job`.
+
+    Raises:
+        UserError: a value that is not allowed, or settings that contradict each other, naming the flags.
+    """
+
+    calibration_prompts: str = argument(PROMPT_FILE)
+    evaluation_prompts: str = argument(PROMPT_FILE + "; not used to calibrate")
+    output_dir: str = output_dir("out/quantized")
+    target_bits: float | None = _bits(
+        None,
+        "stored bits per weight of the quantized layers, such as 2.5, allocated to layers and columns by their effect "
+        "on the output, as trellis codes; the allocation is written to plan.json",
+        ge=0,
+        le=16,
+        metavar="BITS",
+        common=True,
+    )
+    code: str | None = _bits(
+        None,
+        "additive: sums of codebook entries, as in the paper; trellis: trellis codes, which need --target_bits "
+        "(default: trellis with --target_bits, else additive)",
+        choices=("additive", "trellis"),
+    )
+    state_bits: int = _bits(
+        12,
+        "bits of a trellis state; with 10, coding takes a third of the time for 0.1 dB more error; the table that all "
+        "layers share takes 16 * 2^BITS bits",
+        choices=(8, 10, 12),
+    )
+    sensitivity_points: int = _bits(64, "recorded points to measure the sensitivity of layers on", ge=1)
+    share_codebooks: str = _bits(
+        "none",
+        "additive codes: each layer stores its own codebooks, or linear layers and convolutions each share a set, or "
+        "all layers share one",
+        choices=("none", "kind", "unet"),
+    )
+    solver: SolverConfig = flags_in(SolverConfig, "layer solver")
+    layer_filter: str = _layers(
+        "default",
+        "layers to quantize; a regular expression is searched for in their dotted names",
+        metavar="{default,all,linear_only,conv_only,REGEX}",
+    )
+    min_channels: int = _layers(0, "do not quantize layers with fewer channels", ge=0)
+    overrides: dict[str, dict | None] | str | None = _layers(
+        None, "JSON or YAML: name or regex -> format settings, or null to not quantize", metavar="FILE"
+    )
+    unquantized_nbits: int = _layers(
+        16,
+        "8: every Linear and Conv2d that is not quantized, but conv_in and conv_out, is stored in 8 bit with a 16-bit "
+        "scale per output: time_embedding, add_embedding, time_emb_proj, and what filters and overrides leave out",
+        choices=(16, 8),
+        aliases=("rest_nbits",),
+    )
+    calibration_nsamples: int = _calibration(256, "calibration prompts, chosen at random; 0 = all", ge=0, common=True)
+    calibration_nsteps: int = _calibration(0, "denoising steps per prompt to calibrate on; 0 = all", ge=0)
+    evaluation_nsamples: int = _calibration(32, "evaluation prompts", ge=1, common=True)
+    visualize_nsamples: int = _calibration(16, "image pairs in image_pairs.png", ge=0)
+    xtx_batch_size: int = _calibration(16, "batch size of the UNet, in prompts or points", ge=1, common=True)
+    calibration_latents: str = _calibration(
+        "teacher",
+        "teacher: trajectories of the full-precision model, sampled once; student: of the partly quantized model, "
+        "sampled again before every block",
+        choices=("teacher", "student"),
+    )
+    min_timestep: float = _calibration(0.0, "lowest timestep to calibrate on", ge=0, le=1000)
+    max_timestep: float = _calibration(1000.0, "highest timestep to calibrate on", ge=0, le=1000)
+    hessian_memory_gb: float = _calibration(
+        8.0, "memory for Hessians; a larger block is recorded in several passes", ge=0
+    )
+    hessian_samples_per_input: int = _calibration(
+        32, "samples in a Hessian per input of its layer, spread over all batches; 0 = all", ge=0
+    )
+    hessian_cache: str | None = _calibration(
+        None,
+        "calibrate on the full-precision model, and keep its Hessians here for runs at other bits",
+        metavar="FOLDER",
+    )
+    intermediate: IntermediateConfig = flags_in(
+        IntermediateConfig, "fine-tuning between blocks (of the result: finetune.py)"
+    )
+    load: str | None = _saving(
+        None, "reuse the layers of an earlier result, and quantize only the others", metavar="FOLDER"
+    )
+    snapshot_step: int = _saving(0, "snapshot interval (blocks): save a loadable UNet; 0 = never", ge=0)
+    eval_step: int = _calibration(
+        0, "evaluation interval (blocks): measure the error of the UNet's output; 0 = never", ge=0
+    )
+    on_save: str | None = _saving(
+        None, "run this after each save, without a shell; {path} becomes what was saved", metavar="COMMAND"
+    )
+    hub: HubConfig = flags_in(HubConfig, "hub")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Fields are frozen for everyone else; these two are resolved here, once.
+        object.__setattr__(self, "overrides", read_overrides(self.overrides))
+        object.__setattr__(self, "code", self.code or ("additive" if self.target_bits is None else "trellis"))
+        if self.min_timestep > self.max_timestep:
+            raise UserError(f"--min_timestep {self.min_timestep} is above --max_timestep {self.max_timestep}")
+        check_image_pairs(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
+        if self.on_save is not None:
+            _check_command(self.on_save)
+        for pattern, settings in self.overrides.items():
+            if settings and settings.get("row_bits"):
+                raise UserError(
+                    f"--overrides {pattern}: row_bits is {settings['row_bits']!r}, but codes of variable rate are only "
+                    "loaded, no longer made; use --target_bits (--code trellis), or segment_bits as in its plan.json"
+                )
+        self._check_codes()
+
+    def _check_codes(self) -> None:
+        if self.share_codebooks != "none" and self.solver.encoder != "ldl":
+            raise UserError("--share_codebooks needs --encoder ldl; beam fits codebooks to one layer")
+        if self.share_codebooks != "none" and not self.spec.can_share:
+            raise UserError("--share_codebooks goes neither with --groupwise_codebooks nor with --codebook_value_nbits")
+        if self.hessian_cache and self.calibration_latents == "student":
+            raise UserError("--hessian_cache is of the full-precision model; --calibration_latents student is not")
+        if self.code == "trellis" and self.target_bits is None:
+            raise UserError("--code trellis needs --target_bits, such as --target_bits 3")
+        if self.target_bits is None:
+            return
+        if self.code == "additive":
+            raise UserError("--code additive does not go with --target_bits, which allocates bits to trellis codes")
+        changed = [name for name in ADDITIVE_FIELDS if getattr(self.spec, name) != getattr(CodeSpec(), name)]
+        if changed:
+            raise UserError(f"--target_bits chooses the format; leave out --{', --'.join(changed)}")
+        if self.share_codebooks != "none":
+            raise UserError("--share_codebooks is for additive codes; --target_bits needs none")
+
+    def to_dict(self) -> dict:
+        """The settings that a result depends on, without the tokens that a command may hold."""
+        settings = super().to_dict() | {"on_save": self.on_save and redacted(self.on_save)}
+        return {name: value for name, value in settings.items() if name != "hub"}
+
+    @property
+    def spec(self) -> CodeSpec:
+        return self.solver.spec
+
+
+def _check_command(command: str) -> None:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--on_save {command!r} is not a command: {error}") from None
+    if not words:
+        raise UserError("--on_save is empty; give a program and its arguments")
+
+
+def read_overrides(given: dict[str, dict | None] | str | None) -> dict[str, dict | None]:
+    """Return full-match pattern → settings or None, of a JSON or YAML file or of a mapping; empty for None.
+
+    Raises:
+        UserError: unreadable file, a bad pattern, or a setting that does not exist.
+    """
+    if given is None:
+        return {}
+    path = "" if isinstance(given, dict) else f" {given}"
+    try:
+        plan = given if isinstance(given, dict) else read_yaml(Path(given))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--overrides{path} cannot be read: {first_line(error)}") from None
+    if not isinstance(plan, dict):
+        raise UserError(f"--overrides{path} must map layer names or patterns to settings, or to null")
+    for pattern, settings in plan.items():
+        _check_override(path, pattern, settings)
+    return plan
+
+
+def _check_override(path: str, pattern, settings) -> None:
+    if not isinstance(pattern, str):
+        raise UserError(f"--overrides{path}: {pattern!r} is a {type(pattern).__name__}; patterns are text in quotes")
+    known = [one.name for one in fields(CodeSpec)]
+    if not isinstance(settings, dict | None) or any(name not in known for name in settings or ()):
+        allowed = [name for name in known if name != "row_bits"]
+        raise UserError(f"--overrides{path}: {pattern}: expected null, or settings out of {', '.join(allowed)}")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"--overrides{path}: {pattern} is not a regular expression: {error}") from None
