@@ -36,7 +36,7 @@ RESEARCH = (
     "parallel",
     "tracking",
 )
-SOLVER = ("solve", "encode", "beam", "refit", "scoring", "trellis_solve", "viterbi", "kmeans")
+SOLVER = ("solve", "encode", "beam", "refit", "backends", "trellis_solve", "viterbi", "kmeans", "codebooks")
 HEAVY = ("torchmetrics", "open_clip", "matplotlib", "wandb", "pandas", "torch_fidelity", "pyarrow")
 
 

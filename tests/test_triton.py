@@ -10,7 +10,7 @@ COMPILE = """
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from vqdm.additive import kernels, viterbi_kernel
+from vqdm.additive import encode_triton as kernels, viterbi_triton as viterbi_kernel
 from vqdm.layers import decode_triton as decode_kernel, trellis_triton as trellis_kernel
 
 

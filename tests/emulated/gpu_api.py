@@ -15,7 +15,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import vqdm
-from vqdm.additive import kernels, scoring
+from vqdm.additive import backends as scoring
+from vqdm.additive import encode_triton as kernels
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import solve_layer

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqdm.additive.allocate import allocate
-from vqdm.additive.code import AdditiveCode, Bank, CodeSpec
+from vqdm.additive.bit_allocation import allocate
+from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
 from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows
 from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curve
 from vqdm.diffusion.blocks import Layer, matrix_of, weight_of
@@ -177,7 +177,7 @@ def coding_errors(
 
     Ranks share the layers, and find each other's codes in the run's folder under `name`.
     """
-    bank = Bank(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
+    bank = SharedCodebooks(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
     banks, folder = {trellis_bank(FAST_STATE_BITS): bank}, job.folder.work / f"coded_{name}"
     missing = job.ranks.broadcast([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
     for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
@@ -191,7 +191,7 @@ def coding_errors(
     return {layer.name: coding_error(job, layer, parts[layer.name], banks) for layer in layers}, errors
 
 
-def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, Bank]) -> Tensor:
+def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, SharedCodebooks]) -> Tensor:
     """Coded minus original weight of one layer, from its packed code."""
     weight, bank = job.unet.get_submodule(layer.name).weight, banks[layer.spec.shared_codebooks]
     packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}

@@ -9,7 +9,7 @@ from multiprocessing.pool import ThreadPool
 import torch
 from torch import Tensor
 
-from vqdm.additive.code import AdditiveCode, Bank
+from vqdm.additive.code import AdditiveCode, SharedCodebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import LayerReport, Task, solve_layers
 from vqdm.diffusion.blocks import Layer, matrix_of
@@ -94,7 +94,7 @@ def load_solved(job: Job, layer: Layer) -> SolvedLayer:
 
 
 def solve_share(
-    job: Job, store: HessianStore, layers: list[Layer], solver: SolverConfig, banks: dict[str, Bank]
+    job: Job, store: HessianStore, layers: list[Layer], solver: SolverConfig, banks: dict[str, SharedCodebooks]
 ) -> Iterator[tuple[Layer, AdditiveCode, LayerReport]]:
     """Yield this rank's share of the solutions, the costliest first; other ranks have the others.
 
@@ -178,7 +178,7 @@ def threads(workers: int) -> Iterator[Callable]:
 def solve_batch(
     job: Job,
     solver: SolverConfig,
-    banks: dict[str, Bank],
+    banks: dict[str, SharedCodebooks],
     layers: list[Layer],
     hessians: dict[str, tuple[Tensor, Tensor | None]],
 ) -> list[tuple[AdditiveCode, LayerReport]]:
@@ -187,7 +187,12 @@ def solve_batch(
 
 
 def layer_task(
-    job: Job, solver: SolverConfig, banks: dict[str, Bank], layer: Layer, hessian: Tensor, unseen: Tensor | None
+    job: Job,
+    solver: SolverConfig,
+    banks: dict[str, SharedCodebooks],
+    layer: Layer,
+    hessian: Tensor,
+    unseen: Tensor | None,
 ) -> Task:
     """A layer to solve. Raises RunError that names it."""
     weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()

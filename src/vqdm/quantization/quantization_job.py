@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from vqdm.additive.code import Bank
+from vqdm.additive.code import SharedCodebooks
 from vqdm.diffusion.blocks import Layer
 from vqdm.parallel import Ranks
 from vqdm.quantization.config import QuantizeConfig
@@ -47,7 +47,7 @@ class Job:
     parameters: int
     rest: Rest
     store: HessianStore | None = None
-    banks: dict[str, Bank] = field(default_factory=dict)
+    banks: dict[str, SharedCodebooks] = field(default_factory=dict)
     bank_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
     stored: dict[str, torch.dtype] = field(default_factory=dict)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, group_columns
-from vqdm.additive.encode import feedback_encode
-from vqdm.additive.stacks import together
+from vqdm.additive.encode import feedback_encode, together
 
 STEP = 1.2  # from one scale to the next
 TRIALS = 10  # at most; the largest scale is six times the first
@@ -25,7 +24,7 @@ TRIALS = 10  # at most; the largest scale is six times the first
 ROWS_AT_ONCE = {"cpu": 2**9, "cuda": 2**14}
 
 
-def reaching_feedback(
+def searched_feedback(
     W: Sequence[Tensor],
     H: Sequence[Tensor],
     codes: Sequence[AdditiveCode],

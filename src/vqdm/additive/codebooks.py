@@ -53,7 +53,7 @@ def sample_layer(W: Tensor, H: Tensor, rows: int, config: SolverConfig, generato
     return Sample(some, problem.H, *feedback_factors(problem.H, g, config.feedback_damping), share)
 
 
-def train_bank(samples: list[Sample], config: SolverConfig, generator: torch.Generator) -> Tensor:
+def train_shared_codebooks(samples: list[Sample], config: SolverConfig, generator: torch.Generator) -> Tensor:
     """Codebooks [M, K, p, g] for `config.spec`, float32 with the values that float16 keeps; rows have an RMS of one.
 
     Residual k-means of the samples' scaled groups, then rounds of error feedback and of least squares under all H,
@@ -65,7 +65,7 @@ def train_bank(samples: list[Sample], config: SolverConfig, generator: torch.Gen
     codebooks = residual_kmeans(points, spec.num_codebooks, spec.entries, config.init_max_iter, limit, generator)
     codebooks = codebooks.view(spec.codebooks_shape)  # [M, K, d] → [M, K, p, g]
     for _ in range(ROUNDS):
-        fits = [Fit(some.W, some.H, encode(some, codebooks, config), some.share) for some in samples]
+        fits = [Fit(some.W, some.H, encode_sample(some, codebooks, config), some.share) for some in samples]
         codebooks = refit_codebooks(fits, REFIT_ITERATIONS, RIDGE)
     return codebooks.half().float()
 
@@ -76,7 +76,7 @@ def _points(sample: Sample, config: SolverConfig) -> Tensor:
     return groups.flatten(0, 1)  # [R, G, d] → [R·G, d]
 
 
-def encode(sample: Sample, codebooks: Tensor, config: SolverConfig) -> AdditiveCode:
+def encode_sample(sample: Sample, codebooks: Tensor, config: SolverConfig) -> AdditiveCode:
     """The sample's code by error feedback with given codebooks, its scales fitted.
 
     Without the scale search of layers, from which codebooks gain nothing.

@@ -5,7 +5,8 @@ import torch
 from compilers import compiles
 from test_encode import randn
 
-from vqdm.additive import native, scoring
+from vqdm.additive import backends as scoring
+from vqdm.additive import encode_cpu as native
 from vqdm.additive.encode import encode_vectors
 from vqdm.additive.kmeans import nearest
 from vqdm.errors import UserError

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from vqdm.compiled import build
 
-SOURCE = Path(__file__).with_name("encode.c")
+SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native")
 SCORES_A_THREAD = 2**22  # below this a second thread costs more than it gives
 
 
 class _Job(ctypes.Structure):
-    """As in encode.c."""
+    """As in encode_cpu.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("targets", "books", "columns", "norms", "codes")),

@@ -4,7 +4,7 @@ from functools import cache
 import pytest
 import torch
 
-from vqdm.additive import scoring
+from vqdm.additive import backends as scoring
 from vqdm.additive.encode import encode_vectors
 from vqdm.additive.kmeans import kmeans, nearest
 from vqdm.errors import UserError

@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_encode import randn, second_moment
 
-from vqdm.additive.code import Bank, CodeSpec, stored_bits
+from vqdm.additive.code import CodeSpec, SharedCodebooks, stored_bits
+from vqdm.additive.codebooks import encode_sample, sample_layer, train_shared_codebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.refit import Fit, refit_codebooks, weighted_error
-from vqdm.additive.shared import encode, sample_layer, train_bank
 from vqdm.additive.solve import relative_error, solve_layer
 
 SPEC = CodeSpec(2, 4, 4, shared_codebooks="unet")
@@ -26,11 +26,15 @@ def problems():
 
 @pytest.fixture(scope="module")
 def bank():
-    return train_bank([sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()], CONFIG, generator())
+    return train_shared_codebooks(
+        [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()], CONFIG, generator()
+    )
 
 
-def test_a_bank_holds_what_float16_keeps_and_is_the_same_again(bank):
-    again = train_bank([sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()], CONFIG, generator())
+def test_shared_codebooks_hold_what_float16_keeps_and_are_the_same_again(bank):
+    again = train_shared_codebooks(
+        [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()], CONFIG, generator()
+    )
     assert bank.shape == SPEC.codebooks_shape
     assert torch.equal(bank, bank.half().float()) and torch.equal(bank, again)
 
@@ -38,7 +42,9 @@ def test_a_bank_holds_what_float16_keeps_and_is_the_same_again(bank):
 def test_training_lowers_the_error_of_the_sample(bank):
     samples = [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()]
     start = torch.randn(bank.shape, generator=generator()) * 0.7
-    errors = [sum(relative_error(s.W, encode(s, books, CONFIG), s.H) for s in samples) for books in (start, bank)]
+    errors = [
+        sum(relative_error(s.W, encode_sample(s, books, CONFIG), s.H) for s in samples) for books in (start, bank)
+    ]
     assert errors[1] < 0.7 * errors[0]
 
 
@@ -55,7 +61,7 @@ def test_codebooks_are_fitted_to_all_layers_at_once():
     """Two layers with the same codes are one layer with all the rows."""
     W, H = problems()[1]
     sample = sample_layer(W, H, 24, CONFIG, generator())
-    code = encode(sample, randn(*SPEC.codebooks_shape), CONFIG)
+    code = encode_sample(sample, randn(*SPEC.codebooks_shape), CONFIG)
     parts = [
         Fit(sample.W[rows], sample.H, replace(code, codes=code.codes[rows], scales=code.scales[rows]))
         for rows in (slice(0, 10), slice(10, 24))
@@ -64,9 +70,9 @@ def test_codebooks_are_fitted_to_all_layers_at_once():
     torch.testing.assert_close(refit_codebooks(parts, 30, ridge=0.0), whole, rtol=1e-3, atol=1e-3)
 
 
-def test_solving_keeps_the_bank_and_stores_no_codebooks(bank):
+def test_solving_keeps_the_shared_codebooks_and_stores_no_codebooks(bank):
     W, H = problems()[2]
-    code, report = solve_layer(W, H, CONFIG, generator(), bank=Bank(bank, 10_000))
+    code, report = solve_layer(W, H, CONFIG, generator(), shared=SharedCodebooks(bank, 10_000))
     assert torch.equal(code.codebooks.float(), bank)
     assert set(code.pack()) == {"codes", "scales"}
     assert stored_bits(code.pack()) / W.numel() == 2 + 16 / 16
@@ -81,22 +87,30 @@ def test_solving_keeps_the_bank_and_stores_no_codebooks(bank):
 def test_more_epochs_are_never_worse(bank):
     W, H = problems()[0]
     configs = [replace(CONFIG, max_epochs=n, relative_mse_tolerance=0.0) for n in (1, 2, 4)]
-    errors = [solve_layer(W, H, config, generator(), bank=Bank(bank, 10_000))[1].error for config in configs]
+    errors = [
+        solve_layer(W, H, config, generator(), shared=SharedCodebooks(bank, 10_000))[1].error for config in configs
+    ]
     assert errors[0] > errors[1] >= errors[2]
 
 
 @pytest.mark.parametrize(
     "spec, given, words",
     [
-        (SPEC, None, "needed where the format shares"),
-        (CodeSpec(2, 4, 4), SPEC, "needed where the format shares"),
-        (SPEC, CodeSpec(1, 4, 4), "the bank has shape"),
+        (SPEC, None, "needed if the format has them"),
+        (CodeSpec(2, 4, 4), SPEC, "needed if the format has them"),
+        (SPEC, CodeSpec(1, 4, 4), "the shared codebooks have shape"),
     ],
 )
 def test_codebooks_must_fit_the_format(spec, given, words):
     W, H = problems()[0]
     with pytest.raises(ValueError, match=words):
-        solve_layer(W, H, SolverConfig(spec), generator(), bank=given and Bank(torch.zeros(given.codebooks_shape), 1))
+        solve_layer(
+            W,
+            H,
+            SolverConfig(spec),
+            generator(),
+            shared=given and SharedCodebooks(torch.zeros(given.codebooks_shape), 1),
+        )
 
 
 @pytest.mark.parametrize("settings", [{"groupwise_codebooks": True}, {"codebook_value_nbits": 4}])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_encode import randn, second_moment
 
-from vqdm.additive import reach
+from vqdm.additive import scale_search as reach
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.encode import feedback_encode, feedback_factors
-from vqdm.additive.reach import STEP, TRIALS, reaching_feedback, row_errors
+from vqdm.additive.scale_search import STEP, TRIALS, row_errors, searched_feedback
 
 SPECS = [CodeSpec(1, 4, 4), CodeSpec(2, 3, 2, out_group_size=2), CodeSpec(1, 5, 2, scale_nbits=16)]
 
@@ -26,7 +26,7 @@ def problem(spec, seed=0, rows=12, columns=16):
 
 
 def reached(*problems):
-    return reaching_feedback(*map(list, zip(*problems, strict=True)), beam_size=4)
+    return searched_feedback(*map(list, zip(*problems, strict=True)), beam_size=4)
 
 
 def plainly(W, H, code, factors, feedback):

@@ -13,7 +13,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from vqdm.additive import native
+from vqdm.additive import encode_cpu
 from vqdm.errors import UserError
 
 log = logging.getLogger("vqdm")
@@ -92,7 +92,7 @@ def torch_best_entries(residuals: Tensor, codebook: Tensor, count: int) -> tuple
 
 
 def native_scoring(vectors: Tensor) -> bool:
-    """Whether `native.encode` serves `vectors`: float32 on the CPU, where there is a compiler.
+    """Whether `encode_cpu.encode` serves `vectors`: float32 on the CPU, where there is a compiler.
 
     Raises:
         UserError: it is asked for by name and does not work.
@@ -129,7 +129,7 @@ def _path(vectors: Tensor) -> str:
 def _native_failure() -> str | None:
     """Why the C code cannot be used; None where it can."""
     try:
-        native.library()
+        encode_cpu.library()
     except RuntimeError as error:
         return str(error)
     return None
@@ -142,7 +142,7 @@ def _known(path: str, source: str) -> str:
 
 
 def _kernel(path: str) -> BestEntries:
-    from vqdm.additive.kernels import best_entries  # Triton is not everywhere
+    from vqdm.additive.encode_triton import best_entries
 
     return partial(best_entries, precision=PRECISIONS[path])
 

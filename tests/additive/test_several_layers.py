@@ -7,13 +7,20 @@ import torch
 from test_code import SPECS, random_code
 from test_encode import randn, second_moment
 
-from vqdm.additive import scoring
-from vqdm.additive.code import Bank, CodeSpec
+from vqdm.additive import backends as scoring
+from vqdm.additive.code import CodeSpec, SharedCodebooks
+from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
 from vqdm.additive.config import SolverConfig
-from vqdm.additive.encode import coordinate_descent, encode_vectors, feedback_encode, feedback_factors
-from vqdm.additive.shared import sample_layer, train_bank
+from vqdm.additive.encode import (
+    coordinate_descent,
+    encode_vectors,
+    feedback_encode,
+    feedback_factors,
+    stacked,
+    together,
+    unstacked,
+)
 from vqdm.additive.solve import Task, solve_layer, solve_layers
-from vqdm.additive.stacks import apart, stacked, together
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def test_a_stack_decodes_to_all_matrices_and_comes_apart(spec):
     _, _, codes = coded_layers(spec)
     whole = stacked(codes)
     assert torch.equal(whole.dequantize(), torch.stack([code.dequantize() for code in codes]))
-    for code, part in zip(codes, apart(whole), strict=True):
+    for code, part in zip(codes, unstacked(whole), strict=True):
         for name in ("codes", "codebooks", "scales"):
             assert torch.equal(getattr(code, name), getattr(part, name))
 
@@ -90,7 +97,7 @@ def tasks(spec, bank=None, rows=24, device="cpu", **settings):
 
 def alone(task):
     generator = task.generator.clone_state()
-    return solve_layer(task.W, task.H, task.config, generator, task.held_out, task.bank)
+    return solve_layer(task.W, task.H, task.config, generator, task.held_out, task.shared)
 
 
 def check_same(given):
@@ -124,15 +131,17 @@ def test_also_by_the_kernel(sharing, triton_device, scored_by):
     scored_by("triton")
     small = dict(rows=6, device=triton_device, max_epochs=2, init_max_iter=1, beam_size=2)
     own, shared = CodeSpec(2, 2, 8), CodeSpec(1, 3, 8, shared_codebooks="bank")
-    bank = Bank(randn(*shared.codebooks_shape).half().float().to(triton_device), 10_000)
+    bank = SharedCodebooks(randn(*shared.codebooks_shape).half().float().to(triton_device), 10_000)
     check_same(tasks(shared, bank, **small) if sharing else tasks(own, **small))
 
 
-def test_also_with_a_bank_and_different_numbers_of_searches():
+def test_also_with_shared_codebooks_and_different_numbers_of_searches():
     spec = CodeSpec(1, 6, 4, shared_codebooks="bank")
     config, first = SolverConfig(spec, init_max_iter=5), tasks(CodeSpec(1, 2, 4))[0]
-    bank = train_bank([sample_layer(first.W, first.H, 24, config, first.generator)], config, first.generator)
-    epochs = check_same(tasks(spec, bank=Bank(bank, 10_000), max_epochs=12))
+    bank = train_shared_codebooks(
+        [sample_layer(first.W, first.H, 24, config, first.generator)], config, first.generator
+    )
+    epochs = check_same(tasks(spec, bank=SharedCodebooks(bank, 10_000), max_epochs=12))
     assert epochs[2] == 2 < epochs[0]
 
 
@@ -142,5 +151,5 @@ def test_their_time_is_divided_among_them():
 
 
 def test_layers_that_differ_are_not_solved_together():
-    with pytest.raises(ValueError, match="must have one shape, one config and one bank"):
+    with pytest.raises(ValueError, match="must have one shape, config and set of shared codebooks"):
         solve_layers([*tasks(CodeSpec(1, 2, 4)), *tasks(CodeSpec(1, 2, 4), rows=16)])

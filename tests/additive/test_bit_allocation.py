@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from vqdm.additive.allocate import allocate, lower_hull
+from vqdm.additive.bit_allocation import allocate, lower_hull
 
 
 def instance(seed, layers=4, choices=4):
