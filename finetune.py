@@ -17,7 +17,7 @@ import sys
 from vqdm.cli import Parser, run_script
 from vqdm.config import generate_command
 from vqdm.finetuning.config import UNSUPPORTED_FLAGS, FinetuneConfig
-from vqdm.finetuning.job import distill
+from vqdm.finetuning.job import finetune
 
 PARSER = Parser(FinetuneConfig, __doc__, UNSUPPORTED_FLAGS)
 
@@ -25,7 +25,7 @@ PARSER = Parser(FinetuneConfig, __doc__, UNSUPPORTED_FLAGS)
 def main(argv: list[str] | None = None) -> None:
     """Parse, fine-tune, print where the result is."""
     config = PARSER.parse(argv)
-    summary = distill(config)
+    summary = finetune(config)
     if summary:
         print(report(config, summary))
 
@@ -37,15 +37,15 @@ def report(config: FinetuneConfig, summary: dict) -> str:
     names = {"sum": "unet_output_error_db", "median": "unet_output_error_median_db"}
     pairs = {name: (summary[f"{key}_before"], summary[f"{key}_after"]) for name, key in names.items()}
     errors = "; ".join(f"{name} {pair[0]:.2f} dB before, {pair[1]:.2f} dB after" for name, pair in pairs.items())
-    rate = f"learning rate {summary['learning_rate']:g}"
-    rate += f", reduced {summary['learning_rate_reductions']}×" if summary["learning_rate_reductions"] else ""
+    learning_rate = f"learning rate {summary['learning_rate']:g}"
+    learning_rate += f", reduced {summary['learning_rate_reductions']}×" if summary["learning_rate_reductions"] else ""
     kept = f"step {summary['step_kept']} of {summary['steps']}" if summary["step_kept"] else "step 0: nothing gained"
     risen = [name for name, (before, after) in pairs.items() if after > before + 0.01]
     advice = f"; the {' and the '.join(risen)} got worse: compare images, or try a lower --finetune_lr"
     return (
         f"result: {config.output_dir}, image pairs: {config.output_dir}/image_pairs.png\n"
         f"generate images with it: {generate_command(config, config.evaluation_prompts)}\n"
-        f"UNet-output error on unseen prompts: {errors}; {rate}; kept {kept}{codes}"
+        f"UNet-output error on evaluation prompts: {errors}; {learning_rate}; kept {kept}{codes}"
         f"{advice if risen else ''}"
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vqdm.cli import Parser, run_script
 from vqdm.config import generate_command
+from vqdm.finetuning.intermediate import block_finetuner
 from vqdm.quantization.config import UNSUPPORTED_FLAGS, QuantizeConfig
 from vqdm.quantization.job import quantize
 from vqdm.storage.hub import open_repository, push_folder
@@ -26,10 +27,11 @@ PARSER = Parser(QuantizeConfig, __doc__, UNSUPPORTED_FLAGS)
 def main(argv: list[str] | None = None) -> None:
     """Parse, quantize, print where the result is."""
     config = PARSER.parse(argv)
+    finetune_blocks = block_finetuner(config.intermediate, config.seed)
     pushing = config.hub.push_to_hub and not config.dry_run
     name = config.hub.hub_model_id or Path(config.output_dir).resolve().name
     repository = open_repository(name, config.hub.hub_private) if pushing else None
-    summary = quantize(config)
+    summary = quantize(config, finetune_blocks)
     if summary:
         print(
             f"{summary['effective_bits_layers']:.3f} bits per weight ({summary['effective_bits_unet']:.3f} over the "

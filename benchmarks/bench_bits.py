@@ -29,7 +29,7 @@ def row(folder: str, kind: str) -> dict:
         "stored_bits": summary["effective_bits_layers"],
         "stored_bits_whole_unet": summary["effective_bits_unet"],
         "unet_output_error_db": summary["unet_output_error_db"],
-        "psnr_db": summary["pictures"]["psnr_db"],
+        "psnr_db": summary["images"]["psnr_db"],
         "seconds": summary["seconds"],
         "held_out_error_mean": sum(layer["held_out_error"] for layer in layers) / len(layers),
     }

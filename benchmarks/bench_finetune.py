@@ -35,12 +35,10 @@ from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import read_json
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.finetuning.config import OptimizerConfig
-from vqdm.finetuning.evaluation import measure
-from vqdm.finetuning.optimizer import learning_rate
+from vqdm.finetuning.evaluation import evaluate
 from vqdm.finetuning.parameters import trainable, types_on_disk, write_back
 from vqdm.finetuning.points import Points, shuffled, spread
-from vqdm.finetuning.step import Lesson
-from vqdm.finetuning.trainer import Trainer
+from vqdm.finetuning.trainer import DistillationLoss, Trainer, choose_learning_rate
 from vqdm.layers.quantized import decoded_once
 from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import launched
@@ -66,10 +64,11 @@ def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, f
     learned, unseen = (Points([Trajectories.load(folder / f"{name}.safetensors")]) for name in PROMPTS)
     with launched(arguments.device) as ranks:
         unet = starting_unet(way, quantized, arguments).to(ranks.device)
-        lesson = Lesson(unet, None, torch.float32, arguments.local_batch, ranks)
+        loss_fn = DistillationLoss(unet, None, torch.float32, arguments.local_batch, ranks)
         before = errors(unet, unseen.parts[0], "before")
-        trainer = make_trainer(lesson, steps, way == "codes", arguments)
-        trainer.learning_rate = learning_rate(trainer.config, measure(lesson, learned, spread(learned, 128)))
+        trainer = make_trainer(loss_fn, steps, way == "codes", arguments)
+        found = evaluate(loss_fn, learned, spread(learned, 128))
+        trainer.learning_rate = choose_learning_rate(trainer.config, found.median_db)
         order = [point for epoch in range(steps) for point in shuffled(learned, None, str(epoch))]
         began, changed = time.perf_counter(), 0
         for chosen in (order[k * arguments.batch : (k + 1) * arguments.batch] for k in range(steps)):
@@ -106,12 +105,12 @@ def keep(unet: nn.Module, quantized: str, folder: Path) -> None:
         save_json(sizes, folder / "summary.json")
 
 
-def make_trainer(lesson: Lesson, steps: int, change_codes: bool, arguments: argparse.Namespace) -> Trainer:
+def make_trainer(loss_fn: DistillationLoss, steps: int, change_codes: bool, arguments: argparse.Namespace) -> Trainer:
     given = {} if arguments.finetune_lr is None else {"finetune_lr": arguments.finetune_lr}
     optimizer = OptimizerConfig(**given)  # without one the learning rate is chosen by the error, as finetune.py does
     given = {} if arguments.code_lr is None else {"code_lr": arguments.code_lr}
-    updates = CodeUpdates(lesson.student, CodeUpdateSettings(**given)) if change_codes else None
-    return Trainer(lesson, trainable(lesson.student, optimizer), optimizer, steps, arguments.decode, updates)
+    updates = CodeUpdates(loss_fn.student, CodeUpdateSettings(**given)) if change_codes else None
+    return Trainer(loss_fn, trainable(loss_fn.student, optimizer), optimizer, steps, arguments.decode, updates)
 
 
 def rows(quantized: str, arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:

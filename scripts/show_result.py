@@ -22,7 +22,7 @@ PROMPT = "a big plain red circle left of a small striped blue star on a white ba
 def table(summary: dict) -> str:
     """Two columns: what, and how much."""
     original, now = summary["bytes_of_original_unet"], summary["bytes_of_unet"]
-    psnr = summary["pictures"]["psnr_db"]
+    psnr = summary["images"]["psnr_db"]
     rows = {
         "stored bits a weight, quantized layers": f"{summary['effective_bits_layers']:.3f}",
         "stored bits a parameter, whole UNet": f"{summary['effective_bits_unet']:.3f}",

@@ -18,12 +18,9 @@ PLACES = {"images": "storage", "image_folder": "storage", "conversion": "program
 # Upward imports, and imports between programs, that are still to go: (importing room or module, imported one).
 KNOWN = {
     ("diffusion", "metrics"),
-    ("finetuning", "metrics"),
     ("quantization", "metrics"),
-    ("quantization", "finetuning"),
-    ("finetuning", "quantization"),
 }
-KNOWN_CLASSES = {"_Layer", "Job", "Material", "Picture", "Recorder", "Row"}  # several of one name, likewise
+KNOWN_CLASSES = {"_Layer", "Job", "Picture", "Recorder", "Row"}  # several of one name, likewise
 REPEATABLE = ("job", "config", "__init__")
 RESEARCH = (
     "quantization",

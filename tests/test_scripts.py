@@ -154,7 +154,7 @@ def test_show_result_prints_the_summary():
         "bytes_of_unet": 6_400_000,
         "bytes_of_original_unet": 27_500_000,
         "unet_output_error_db": -25.0,
-        "pictures": {"psnr_db": 24.0},
+        "images": {"psnr_db": 24.0},
         "seconds": {"total": 200.0},
     }
     text = table(json.loads(json.dumps(summary)))

@@ -1,21 +1,23 @@
-"""Images: from a pipeline's values, with what is wrong with them; contact sheets with labels."""
+"""Images: formats that are read, conversion of a pipeline's values with checks, contact sheets with labels."""
 
 from __future__ import annotations
 
 import io
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from vqdm.documents import shortened
+from vqdm.documents import first_line, shortened
 from vqdm.storage.files import save_bytes
 from vqdm.tracking import log
 
@@ -24,6 +26,82 @@ PROBLEM = "problem"  # in an image's `info`, and in the text fields of its PNG
 NAN_ADVICE = "use --dtype bfloat16 or float32, or a MODEL whose VAE is made for float16 (an fp16-fix VAE)"
 MARGIN, LINE = 8, 15
 PROMPT_LINES = 3
+# Format as PIL names it → endings of its files, in any case. Whatever a file is called, no other decoder sees it: the
+# rest of them are less used to hostile input, and that of EPS starts a program.
+KINDS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "AVIF": (".avif",),
+}
+BUILT_IN = {"JPEG2000": "jpg_2000", "TIFF": "libtiff", "AVIF": "avif", "WEBP": "webp"}  # names of `PIL.features`
+FORMATS = tuple(kind for kind in KINDS if kind not in BUILT_IN or features.check(BUILT_IN[kind]))
+SUFFIXES = tuple(suffix for kind in FORMATS for suffix in KINDS[kind])
+# Files that lie beside images and are none; any other file that is not read is named, for it may be an image.
+BESIDE = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".html", ".md", ".npz", ".yaml", ".yml", ".log", ".lock")
+BESIDE += (".parquet", ".tex", ".db", ".ini", ".py", ".sh", ".caption")
+MOST_PIXELS = 2**26
+
+
+def read_image(source: Path | IO[bytes]) -> Image.Image:
+    """Decode an image file: 8-bit RGB.
+
+    Raises:
+        ValueError: it is no image of one of `FORMATS`, is damaged, has more than `MOST_PIXELS`, or 32-bit values.
+    """
+    with _opened(source) as image:
+        return _eight_bit(image).convert("RGB")
+
+
+def check_image(source: Path | IO[bytes]) -> None:
+    """Read the header of an image file. Raises ValueError as `read_image`, but for damage after the header."""
+    with _opened(source):
+        pass
+
+
+@contextmanager
+def _opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it has {image.width} × {image.height} pixels; allowed are {MOST_PIXELS}")
+            if image.mode in ("I", "F"):
+                raise ValueError("it has values of 32 bits; save it with 8 or 16")  # white is not defined
+            yield image
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise a dozen types, some of them only Exception
+        raise ValueError(first_line(error)) from None
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Reduce 16-bit grey to its high byte, as PIL reads 16-bit colours; PIL's own conversion would clip it to white."""
+    return image.point(lambda level: level / 256).convert("L") if image.mode.startswith("I;16") else image
+
+
+def listed(names: Iterable[str]) -> str:
+    """Count file names by suffix, and quote the first."""
+    names = list(names)
+    endings = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in names)
+    return (
+        f"{', '.join(f'{count} {ending}' for ending, count in endings.items())} (the first is {shortened(min(names))})"
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a relative path has a part that is hidden, or that macOS adds to zip files."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def is_sheet(name: str) -> bool:
+    """Return whether a relative path is one of the sheets that generate.py and metrics.py add to their images."""
+    return bool({"grids", "metrics"} & set(PurePosixPath(name).parts[:-1]))
 
 
 @dataclass(frozen=True)

@@ -85,14 +85,14 @@ def test_a_stack_decodes_to_all_matrices_and_comes_apart(spec):
             assert torch.equal(getattr(code, name), getattr(part, name))
 
 
-def tasks(spec, bank=None, rows=24, device="cpu", **settings):
+def tasks(spec, shared=None, rows=24, device="cpu", **settings):
     """Layers to solve: one has dead inputs, one no weights."""
     W, H = list(randn(3, rows, 32).to(device)), [second_moment(32, seed=10 * index).to(device) for index in range(3)]
     H[1][4:17], H[1][:, 4:17] = 0, 0
     W[2] = torch.zeros_like(W[2])
     config = SolverConfig(spec, **{"max_epochs": 4, "relative_mse_tolerance": 0.0, **settings})
     generators = [torch.Generator().manual_seed(index) for index in range(3)]
-    return [Task(w, h, config, own, H[0], bank) for w, h, own in zip(W, H, generators, strict=True)]
+    return [Task(w, h, config, own, H[0], shared) for w, h, own in zip(W, H, generators, strict=True)]
 
 
 def alone(task):
@@ -141,7 +141,7 @@ def test_also_with_shared_codebooks_and_different_numbers_of_searches():
     bank = train_shared_codebooks(
         [sample_layer(first.W, first.H, 24, config, first.generator)], config, first.generator
     )
-    epochs = check_same(tasks(spec, bank=SharedCodebooks(bank, 10_000), max_epochs=12))
+    epochs = check_same(tasks(spec, shared=SharedCodebooks(bank, 10_000), max_epochs=12))
     assert epochs[2] == 2 < epochs[0]
 
 

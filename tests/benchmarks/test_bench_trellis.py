@@ -99,6 +99,19 @@ def test_rows_are_weighted_or_not(printed, few_sentences):
     assert alike["embedding_error_db"] != weighted["embedding_error_db"]
 
 
+def test_errors_are_predicted_and_found(printed, few_sentences, monkeypatch):
+    low, high = printed("predict", *few_sentences, "--bits", 2, 3)
+    assert (low["code_bits"], high["code_bits"]) == (2, 3) and low["layers"] == high["layers"] == 6
+    assert high["error_db_median"] < low["error_db_median"] - 4
+    assert abs(low["prediction_off_db_median"]) < 0.5 and abs(high["prediction_off_db_median"]) < 0.5
+    given = [("a", torch.randn(64, 16), torch.eye(16), None)]
+    monkeypatch.setattr(bench_trellis, "model_layers", lambda model, cache, device: given)
+    [row] = printed("predict", "--model", "m", "--hessian_cache", "c", "--bits", 2, "--state_bits", 8)
+    assert row["layers"] == 1 and row["prediction_within_half_db"] == 1
+    with pytest.raises(SystemExit):
+        printed("predict", "--model", "m")
+
+
 def test_weights_of_rows_are_kept_by_the_stored_scales():
     importance = torch.rand(48, generator=torch.Generator().manual_seed(0)) + 0.1
     roots = bench_trellis.scale_steps(importance)

@@ -6,8 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-import classroom
 import pytest
+import tiny_students
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -99,7 +99,7 @@ def train_save_and_load_an_adapter(folder: str) -> None:
     unet = pipeline.unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "ff.net.2"]))
     trained = [tensor for tensor in unet.parameters() if tensor.requires_grad]
-    call = classroom.points(classroom.teacher(), 1, 1).batch([(0, 0, 0)], SECOND, torch.float32).call
+    call = tiny_students.points(tiny_students.teacher(), 1, 1).batch([(0, 0, 0)], SECOND, torch.float32).call
     unet(**call).sample.square().mean().backward()
     torch.optim.AdamW(trained).step()
     wanted = image_of(pipeline)
@@ -137,7 +137,7 @@ def quantize_a_text_encoder(folder: str) -> None:
 def solve_layers_of_every_format(_: str) -> None:
     generator = torch.Generator().manual_seed(0)
     W, H = torch.randn(16, 32, generator=generator).to(SECOND), torch.eye(32, device=SECOND)
-    for name, spec in classroom.FORMATS.items():
+    for name, spec in tiny_students.FORMATS.items():
         if spec.shared_codebooks:
             continue
         for encoder in ("ldl", "beam"):
@@ -149,8 +149,8 @@ def solve_layers_of_every_format(_: str) -> None:
 def launch_kernels_beside_the_current_device(_: str) -> None:
     """With the first GPU as the current one, kernels run on the second, where their tensors are."""
     assert torch.cuda.current_device() == 0
-    for spec in classroom.FORMATS.values():
-        for layer in quantized_layers(classroom.student(spec).to(SECOND)).values():
+    for spec in tiny_students.FORMATS.values():
+        for layer in quantized_layers(tiny_students.student(spec).to(SECOND)).values():
             found = decode(layer._stored(), torch.float32, path="triton")
             torch.testing.assert_close(found, decode(layer._stored(), torch.float32, path="torch"))
     residuals, codebook = torch.randn(5, 2, 4, device=SECOND), torch.randn(16, 4, device=SECOND)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 
-import classroom
 import pytest
+import tiny_students
 from launcher import Launcher
 from PIL import Image
 from programs import GENERATE, PROGRAMS, Materials
@@ -27,7 +27,7 @@ def materials(pipelines, prompt_file, launcher, tmp_path_factory) -> Materials:
     for path in sorted((folder / "pictures").glob("*.png")):
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     shutil.copytree(pipelines["sdxl"], folder / "quantized", ignore=shutil.ignore_patterns("unet"))
-    classroom.student(classroom.FORMATS["shared"]).save_pretrained(folder / "quantized" / "unet")
+    tiny_students.student(tiny_students.FORMATS["shared"]).save_pretrained(folder / "quantized" / "unet")
     return Materials(pipelines["sdxl"], folder / "quantized", prompt_file, folder / "pictures", folder / "reference")
 
 

@@ -5,8 +5,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-import classroom
 import pytest
+import tiny_students
 from safetensors.torch import load_file
 
 FLAGS = shlex.split(
@@ -21,7 +21,7 @@ FLAGS = shlex.split(
 def quantized(tmp_path_factory, pipelines) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "pipeline"
     shutil.copytree(pipelines["sdxl"], folder, ignore=shutil.ignore_patterns("unet"))
-    classroom.student(classroom.FORMATS["shared"]).save_pretrained(folder / "unet")
+    tiny_students.student(tiny_students.FORMATS["shared"]).save_pretrained(folder / "unet")
     return folder
 
 

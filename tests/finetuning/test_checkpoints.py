@@ -18,12 +18,12 @@ def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
 def test_what_was_saved_comes_back(tmp_path):
     held = Checkpoints(tmp_path, 2)
     held.save(7, tensors(0.1), STATE)
-    drawn = torch.rand(3)
+    numbers = torch.rand(3)
     assert held.steps() == [7] and held.load_state(7) == STATE | {"step": 7}
     found = held.load(7)
     assert torch.equal(found["parameters"]["a.b"], torch.full((2, 3), 0.1)) and found["average"] == {}
     assert found["optimizer"]["step.a.b"].shape == ()
-    assert torch.equal(torch.rand(3), drawn)  # random numbers go on where they were
+    assert torch.equal(torch.rand(3), numbers)  # the generator was restored
 
 
 def test_the_last_ones_are_kept_with_the_best_that_they_name(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from classroom import FORMATS, codes, points, student, teacher, trainer
+from tiny_students import FORMATS, codes, points, student, teacher, trainer
 from torch import nn
 
 from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
@@ -18,16 +18,16 @@ BOLD = CodeUpdateSettings(code_lr=0.3, code_fraction=0.5, code_trust_ratio=0.5)
 
 
 def linear_problem(spec=None):
-    """A model of one coded layer, inputs [N, I], and what a plain layer says to them."""
+    """A model of one coded layer, inputs [N, I], and a plain layer's outputs."""
     spec = spec or CodeSpec(2, 4, 4)
     generator = torch.Generator().manual_seed(4)
     plain = nn.Linear(16, 8, bias=False)
     plain.weight.data = torch.randn(8, 16, generator=generator)
     layer = QuantizedLinear.like(plain, spec)
     shape = (8, 16 // spec.in_group_size, spec.num_codebooks)
-    drawn = torch.randint(spec.entries, shape, generator=generator)
+    codes_ = torch.randint(spec.entries, shape, generator=generator)
     books = torch.randn(spec.codebooks_shape, generator=generator)
-    layer.set_code(AdditiveCode(spec, drawn, books, torch.ones(8, 1)))
+    layer.set_code(AdditiveCode(spec, codes_, books, torch.ones(8, 1)))
     x = torch.randn(256, 16, generator=generator)
     return nn.Sequential(layer), x, plain(x).detach()
 
@@ -55,7 +55,7 @@ def test_the_loss_falls_by_codes_alone():
 
 
 def trellis_problem(log_scales):
-    """As `linear_problem`, with a layer in trellis codes of other weights than those that answer; one column is 0."""
+    """Like `linear_problem`, with trellis codes of other weights than those of the outputs; one column is 0."""
     generator = torch.Generator().manual_seed(4)
     W = torch.randn(96, 40, generator=generator) * 0.02
     W[:, 3] = 0
@@ -88,7 +88,7 @@ def test_rings_of_a_trellis_are_searched_again_and_the_loss_falls(log_scales):
     code = layer.code()
     assert torch.equal(AdditiveCode.unpack(code.spec, (96, 40), code.pack(), code.codebooks).codes, code.codes)
     changed = (code.codes != first.codes)[..., 0].any(0)
-    assert updates.differing() == (40, int(changed.sum())) and changed.sum() > 10
+    assert updates.changed_groups() == (40, int(changed.sum())) and changed.sum() > 10
     assert not changed[code.widths == 0].any()
 
 
@@ -105,13 +105,13 @@ def test_a_trellis_changes_no_more_than_the_trust_ratio():
 
 @pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
 def test_training_is_better_with_code_updates(spec):
-    material = points(teacher())
+    recorded = points(teacher())
     losses = []
     for changing in (False, True):
         unet = student(spec)
         learner, before = trainer(unet, total=8, finetune_lr=2e-3), codes(unet)
         learner.updates = CodeUpdates(unet, BOLD) if changing else None
-        steps = [learner.step(material, material.all()[:8]) for _ in range(8)]
+        steps = [learner.step(recorded, recorded.all()[:8]) for _ in range(8)]
         losses.append(steps[-1].loss)
         after = codes(unet)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -132,7 +132,7 @@ def test_changes_are_counted_and_pack_exactly():
         assert step.changed == int((code.codes != before).any(2).sum()) and step.tried == before[..., 0].numel() // 2
         assert code.codes.min() >= 0 and code.codes.max() < 32
         assert torch.equal(AdditiveCode.unpack(code.spec, (8, 16), code.pack()).codes, code.codes)
-        assert updates.differing() == (first[..., 0].numel(), int((code.codes != first).any(2).sum()))
+        assert updates.changed_groups() == (first[..., 0].numel(), int((code.codes != first).any(2).sum()))
 
 
 def test_a_layer_changes_no_more_than_the_trust_ratio():

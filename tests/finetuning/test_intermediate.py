@@ -2,22 +2,19 @@
 
 import shlex
 
-import classroom
 import pytest
+import tiny_students
 import torch
 from main_text2image import main
 from safetensors.torch import load_file
 
 from vqdm.cli import run_script
-from vqdm.errors import UserError
-from vqdm.finetuning import intermediate as between
+from vqdm.finetuning import intermediate
 from vqdm.finetuning.config import OptimizerConfig
-from vqdm.finetuning.evaluation import measure
-from vqdm.finetuning.intermediate import turns
+from vqdm.finetuning.evaluation import evaluate
 from vqdm.finetuning.parameters import stored_types, trainable
-from vqdm.finetuning.points import split
-from vqdm.finetuning.step import Lesson
-from vqdm.finetuning.trainer import Trainer
+from vqdm.finetuning.points import split_held_out
+from vqdm.finetuning.trainer import DistillationLoss, Trainer
 
 FAST = shlex.split(
     "--num_codebooks 2 --nbits_per_codebook 3 --in_group_size 4 --calibration_nsamples 6 --evaluation_nsamples 2 "
@@ -27,22 +24,15 @@ FAST = shlex.split(
 )
 
 
-def test_turns_are_spread_between_the_blocks():
-    assert [turns(count, 7) for count in (0, 1, 2, 6)] == [[], [4], [2, 5], [1, 2, 3, 4, 5, 6]]
-    assert turns(0, 1) == []
-    with pytest.raises(UserError, match="--num_intermediate_finetunes is 7; between 7 blocks allowed are 0 to 6"):
-        turns(7, 7)
-
-
 def test_blocks_that_are_done_move_and_their_codes_stay(pipelines, prompt_file, tmp_path, monkeypatch):
     """Also that an interrupted run takes over what was trained. Evaluates on all points, which twelve can lower."""
-    done, real = [], between.train
+    done, real = [], intermediate.train
 
-    def train(lesson, trained, config, points, steps, _, types):
+    def train(loss_fn, trained, config, points, steps, _, types):
         before = {name: tensor.detach().clone() for name, tensor in trained.tensors.items()}
-        loss = measure(lesson, points, points.all()).loss
-        real(lesson, trained, config, points, steps, points.all(), types)
-        assert measure(lesson, points, points.all()).loss < loss
+        loss = evaluate(loss_fn, points, points.all()).loss
+        real(loss_fn, trained, config, points, steps, points.all(), types)
+        assert evaluate(loss_fn, points, points.all()).loss < loss
         done.append([name for name, tensor in trained.tensors.items() if not torch.equal(before[name], tensor)])
 
     def interrupt(*_):
@@ -52,7 +42,7 @@ def test_blocks_that_are_done_move_and_their_codes_stay(pipelines, prompt_file, 
         words = [pipelines["sdxl"], prompt_file, prompt_file, "--output_dir", out]
         return run_script(main, [*map(str, words), *FAST, *extra])
 
-    monkeypatch.setattr(between, "train", train)
+    monkeypatch.setattr(intermediate, "train", train)
     assert run(tmp_path / "plain") == 0
     with monkeypatch.context() as patch:
         patch.setattr("vqdm.quantization.job.finish", interrupt)
@@ -74,12 +64,12 @@ def test_blocks_that_are_done_move_and_their_codes_stay(pipelines, prompt_file, 
 
 @pytest.mark.parametrize("harm", ["larger error", "not a number"])
 def test_a_fine_tuning_that_raises_the_held_out_error_is_undone(harm, monkeypatch, caplog):
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
     types, real = stored_types(unet), Trainer.step
 
     def step(self, points, chosen):
         found = real(self, points, chosen)
-        for name in classroom.NAMES:
+        for name in tiny_students.NAMES:
             self.trained.tensors[f"{name}.scales"].data.mul_(3.0 if harm == "larger error" else float("nan"))
         return found
 
@@ -87,9 +77,9 @@ def test_a_fine_tuning_that_raises_the_held_out_error_is_undone(harm, monkeypatc
     config = OptimizerConfig()
     trained = trainable(unet, config)
     before = {name: tensor.detach().clone() for name, tensor in trained.tensors.items()}
-    learned, held_out = split(points)
-    lesson = Lesson(unet, None, torch.float32, 8, classroom.ALONE)
+    training, held_out = split_held_out(points)
+    loss_fn = DistillationLoss(unet, None, torch.float32, 8, tiny_students.ALONE)
     with caplog.at_level("INFO"):
-        between.train(lesson, trained, config, points, [learned[:4]] * 3, held_out, types)
+        intermediate.train(loss_fn, trained, config, points, [training[:4]] * 3, held_out, types)
     assert all(torch.equal(before[name], tensor) for name, tensor in trained.tensors.items())
-    assert "undone: nothing gained" in caplog.text
+    assert "undone: no gain" in caplog.text

@@ -6,9 +6,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-import classroom
 import finetune
 import pytest
+import tiny_students
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -25,7 +25,6 @@ from vqdm.diffusion.sampling import (
 )
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import UserError
-from vqdm.finetuning.data import read_material
 from vqdm.finetuning.trainer import Trainer
 from vqdm.layers.quantized import quantized_layers
 from vqdm.prompts import draw
@@ -55,7 +54,7 @@ def quantized(tmp_path_factory, pipelines) -> Path:
     """A pipeline folder with some layers quantized, to shared codebooks, and one in 8 bit."""
     folder = tmp_path_factory.mktemp("quantized") / "pipeline"
     shutil.copytree(pipelines["sdxl"], folder, ignore=shutil.ignore_patterns("unet"))
-    classroom.student(classroom.FORMATS["shared"], rounded=True).save_pretrained(folder / "unet")
+    tiny_students.student(tiny_students.FORMATS["shared"], rounded=True).save_pretrained(folder / "unet")
     return folder
 
 
@@ -111,7 +110,7 @@ def test_the_result_is_the_same_pipeline_with_other_numbers(finished, quantized)
         finished
     ).items()
     pipeline = DiffusionPipeline.from_pretrained(finished)
-    assert len(quantized_layers(pipeline.unet)) == len(classroom.NAMES)
+    assert len(quantized_layers(pipeline.unet)) == len(tiny_students.NAMES)
     assert pipeline("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
@@ -139,12 +138,12 @@ def test_summary_measures_what_was_saved(finished, quantized, pipelines, prompt_
 
 def test_what_is_left_behind(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"README.md", "run.json", "training.jsonl", "loss.png", "image_pairs.png", "pictures"} <= names
+    assert {"README.md", "run.json", "training.jsonl", "loss.png", "image_pairs.png", "images"} <= names
     assert not names & {"work", "best"} and not list(finished.glob("checkpoint*"))
     assert "import vqdm" in (finished / "README.md").read_text()
     with Image.open(finished / "image_pairs.png") as sheet:
         assert sheet.width > 2 * 128
-    assert sorted(path.name for path in (finished / "pictures").iterdir()) == ["step-000003.png", "step-000006.png"]
+    assert sorted(path.name for path in (finished / "images").iterdir()) == ["step-000003.png", "step-000006.png"]
     rows = log(finished)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "held_out_db" in row] == [0, 2, 3, 4, 6]
@@ -156,11 +155,11 @@ class Stopped(KeyboardInterrupt):
 
 
 def stopping_after(steps: int):
-    """`Trainer.step` that is interrupted after so many steps."""
+    """Return a `Trainer.step` that is interrupted after `steps` steps."""
     real = Trainer.step
 
     def step(self, points, chosen):
-        if self.done == steps:
+        if self.steps_done == steps:
             raise Stopped
         return real(self, points, chosen)
 
@@ -204,15 +203,21 @@ def test_a_finished_run_is_not_done_again(finished, run):
 def test_a_rising_loss_ends_training_and_the_best_is_kept(run, quantized, tmp_path, capsys):
     assert run(tmp_path / "out", "--finetune_lr", "0.9", "--lr_warmup_steps", "0") == 1
     complaint = capsys.readouterr().err.strip().splitlines()
-    assert len(complaint) == 1 and "of step 0" in complaint[0] and "lower --finetune_lr" in complaint[0]
+    assert (
+        len(complaint) == 1
+        and ": step 0, the best by held-out error" in complaint[0]
+        and "lower --finetune_lr" in complaint[0]
+    )
     before, after = weights(quantized), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "out" / "summary.json").is_file()
 
 
 def test_not_a_number_ends_training_and_the_best_is_kept(run, tmp_path, capsys, monkeypatch):
-    real = Trainer._gradients
-    monkeypatch.setattr(Trainer, "_gradients", lambda self, *rest: real(self, *rest) if self.done < 4 else float("nan"))
+    real = Trainer.compute_gradients
+    monkeypatch.setattr(
+        Trainer, "compute_gradients", lambda self, *rest: real(self, *rest) if self.steps_done < 4 else float("nan")
+    )
     assert run(tmp_path / "out") == 1
     assert "the loss is nan at step 5" in capsys.readouterr().err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -228,17 +233,17 @@ def test_keep_best_takes_the_best_and_not_the_last(run, tmp_path, monkeypatch):
 
     def step(self, points, chosen):
         found = real(self, points, chosen)
-        if self.done == 6:
-            for name in classroom.NAMES:
+        if self.steps_done == 6:
+            for name in tiny_students.NAMES:
                 self.trained.tensors[f"{name}.scales"].data.mul_(1.2)
-        seen[self.done] = {name: tensor.detach().clone() for name, tensor in self.trained.tensors.items()}
+        seen[self.steps_done] = {name: tensor.detach().clone() for name, tensor in self.trained.tensors.items()}
         return found
 
     monkeypatch.setattr(Trainer, "step", step)
     assert run(tmp_path / "out") == 0
     best = json.loads((tmp_path / "out" / "summary.json").read_text())["best"]
-    looks = {row["step"]: row["held_out_loss"] for row in log(tmp_path / "out") if "held_out_loss" in row}
-    assert best["loss"] == min(looks.values()) == looks[best["step"]] and 0 < best["step"] < 6
+    losses = {row["step"]: row["held_out_loss"] for row in log(tmp_path / "out") if "held_out_loss" in row}
+    assert best["loss"] == min(losses.values()) == losses[best["step"]] and 0 < best["step"] < 6
     saved = weights(tmp_path / "out")
     assert all(torch.equal(saved[name], tensor.to(saved[name].dtype)) for name, tensor in seen[best["step"]].items())
 
@@ -248,7 +253,7 @@ def ruined(real):
 
     def step(self, points, chosen):
         found = real(self, points, chosen)
-        for name in classroom.NAMES:
+        for name in tiny_students.NAMES:
             self.trained.tensors[f"{name}.scales"].data.mul_(1.05)
         return found
 
@@ -268,7 +273,7 @@ def test_steps_that_do_harm_leave_the_model_as_it_was(run, quantized, tmp_path, 
     for key in ("unet_output_error_db", "unet_output_error_median_db"):
         assert summary[f"{key}_after"] == pytest.approx(summary[f"{key}_before"], abs=1e-6)
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("UNet-output error on unseen prompts") and "kept step 0: nothing gained" in last
+    assert last.startswith("UNet-output error on evaluation prompts") and "kept step 0: nothing gained" in last
 
 
 def test_the_last_step_is_kept_on_request(run, quantized, tmp_path, monkeypatch):
@@ -276,22 +281,8 @@ def test_the_last_step_is_kept_on_request(run, quantized, tmp_path, monkeypatch)
     assert run(tmp_path / "out", "--no-finetune_keep_best", "--max_steps", "2", "--finetune_lr", "1e-5") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["step_kept"], summary["best"]["step"]) == (2, 0)
-    name = f"{classroom.NAMES[0]}.scales"
+    name = f"{tiny_students.NAMES[0]}.scales"
     assert not torch.equal(weights(quantized)[name], weights(tmp_path / "out")[name])
-
-
-def test_prompts_that_are_evaluated_on_are_neither_trained_on_nor_held_out(prompt_file, tmp_path, caplog):
-    """Also where both files are one; a prompt that is in the file twice is not trained on where it is held out."""
-    prompts = prompt_file.read_text().splitlines()
-    twice = tmp_path / "twice.txt"
-    twice.write_text("\n".join([*prompts, *prompts]))
-    words = ["model", "quantized", str(twice), str(prompt_file), *FAST, "--evaluation_nsamples", "3"]
-    with caplog.at_level("INFO"):
-        material = read_material(finetune.PARSER.parse(words))
-    parts = [set(material.training), set(material.held_out), set(material.evaluation)]
-    assert len(parts[2]) == 3 and parts[0] and parts[1]
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-    assert "holds 18 prompts beside 6 that are evaluated on" in caplog.text
 
 
 def test_an_epoch_that_gains_little_is_the_last(run, tmp_path):
@@ -299,8 +290,8 @@ def test_an_epoch_that_gains_little_is_the_last(run, tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 3
 
 
-def test_real_pictures(run, tmp_path, finished):
-    folder = tmp_path / "pictures"
+def test_real_images(run, tmp_path, finished):
+    folder = tmp_path / "real"
     folder.mkdir()
     for k in range(3):
         Image.new("RGB", (20 + k, 16), (60 * k, 100, 200)).save(folder / f"{k}.png")
@@ -317,7 +308,7 @@ def test_real_pictures(run, tmp_path, finished):
         (["--finetune_method", "real"], "--real_images FOLDER are given together"),
         (["--held_out_nsamples", "12"], "--held_out_nsamples is 12, but"),
         (["--finetune_nsamples", "9"], "--finetune_nsamples is 9, but"),
-        (["--evaluation_nsamples", "12"], "holds 0 prompts beside 12 that are evaluated on"),
+        (["--evaluation_nsamples", "12"], "holds 0 prompts besides 12 evaluation prompts"),
         (["--finetune_batch_size", "13"], "--finetune_batch_size is 13, but an epoch has 12 points"),
         (["--visualize_nsamples", "3"], "--visualize_nsamples 3 is more"),
     ],
@@ -371,7 +362,7 @@ def reported(**changes) -> str:
 def test_the_last_line_says_what_was_gained():
     line = reported(unet_output_error_db_after=-31.5, unet_output_error_median_db_after=-36.25)
     assert line == (
-        "UNet-output error on unseen prompts: sum -30.00 dB before, -31.50 dB after; median -35.00 dB before, "
+        "UNet-output error on evaluation prompts: sum -30.00 dB before, -31.50 dB after; median -35.00 dB before, "
         "-36.25 dB after; learning rate 0.0005; kept step 7 of 7, 1.50 % of the groups have other codes"
     )
 

@@ -1,15 +1,15 @@
-"""Which step is kept, and when training ends."""
+"""Which step is kept, and when training stops."""
 
 from types import SimpleNamespace
 
-import classroom
 import pytest
+import tiny_students
 import torch
 
 from vqdm.finetuning.checkpoints import Checkpoints
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
-from vqdm.finetuning.evaluation import measure
-from vqdm.finetuning.loop import Course, Loop, Monitor, is_better
+from vqdm.finetuning.evaluation import evaluate
+from vqdm.finetuning.loop import EvaluationSchedule, Loop, TrainingSchedule, is_better
 from vqdm.finetuning.parameters import stored_types, write_back
 from vqdm.finetuning.trainer import Diverged, Trainer
 from vqdm.tracking import JsonLines, Tracker
@@ -42,22 +42,23 @@ def test_a_better_step_gains_and_has_neither_figure_above_step_0(found, best, be
 
 
 def loop(folder, unet, total: int = 12, patience: int = 0, **options) -> Loop:
-    """One that evaluates after every step, on the points that it learns from."""
-    types, points = stored_types(unet), classroom.points(classroom.teacher())
-    trainer = classroom.trainer(unet, total, **options)
-    course = Course(lambda epoch: points, 3, total, 8, "uniform", 0)
-    monitor = Monitor(1, 2, 0, True, patience, 0.0, types, lambda step: None)
+    """A loop that evaluates after every step, on the training points."""
+    types, points = stored_types(unet), tiny_students.points(tiny_students.teacher())
+    trainer = tiny_students.trainer(unet, total, **options)
+    schedule = TrainingSchedule(lambda epoch: points, 3, total, 8, "uniform", 0)
+    evaluations = EvaluationSchedule(1, 2, 0, True, patience, 0.0, types, lambda step: None)
     checkpoints, log = Checkpoints(folder, 2), JsonLines(folder / "log.jsonl")
-    return Loop(trainer, course, (points, points.all()), monitor, checkpoints, log, Tracker("none", "", folder, {}))
+    tracker = Tracker("none", "", folder, {})
+    return Loop(trainer, schedule, (points, points.all()), evaluations, checkpoints, log, tracker)
 
 
 def harmful(monkeypatch, start: int, factor: float = 1.1) -> None:
-    """Every step from `start` on makes the noise that random codes are larger."""
+    """Scale up the random codes, which are noise, at every step from `start` on."""
     real = Trainer.step
 
     def step(self, points, chosen):
         found = real(self, points, chosen)
-        for name in classroom.NAMES if self.done >= start else ():
+        for name in tiny_students.NAMES if self.steps_done >= start else ():
             self.trained.tensors[f"{name}.scales"].data.mul_(factor)
         return found
 
@@ -65,58 +66,58 @@ def harmful(monkeypatch, start: int, factor: float = 1.1) -> None:
 
 
 @pytest.mark.parametrize(("start", "best"), [(1, 0), (4, 3)])
-def test_training_ends_when_nothing_is_gained_any_more(start, best, tmp_path, monkeypatch, caplog):
+def test_training_stops_after_evaluations_without_a_gain(start, best, tmp_path, monkeypatch, caplog):
     harmful(monkeypatch, start)
-    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), patience=2, finetune_lr=1e-3)
+    held = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), patience=2, finetune_lr=1e-3)
     with caplog.at_level("INFO"):
         held.run()
-    assert (held.progress.best["step"], held.trainer.done) == (best, best + 2)
-    assert f"training ends at step {best + 2}: 2 evaluations gained nothing over step {best}" in caplog.text
-    held.save()
-    again = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), patience=2, finetune_lr=1e-3)
+    assert (held.progress.best["step"], held.trainer.steps_done) == (best, best + 2)
+    assert f"training stops at step {best + 2}: 2 evaluations without a gain over step {best}" in caplog.text
+    held.save_checkpoint()
+    again = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), patience=2, finetune_lr=1e-3)
     again.resume(best + 2)
     again.run()
-    assert again.trainer.done == best + 2
+    assert again.trainer.steps_done == best + 2
 
 
-def test_patience_of_zero_never_ends_training(tmp_path, monkeypatch):
+def test_patience_of_zero_never_stops_training(tmp_path, monkeypatch):
     harmful(monkeypatch, 1, 1.001)
-    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), finetune_lr=1e-5)
+    held = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), finetune_lr=1e-5)
     held.run()
-    assert held.progress.best["step"] == 0 and held.trainer.done == 12
+    assert held.progress.best["step"] == 0 and held.trainer.steps_done == 12
 
 
 def test_evaluated_is_what_would_be_stored(tmp_path):
     """Steps too short for float16 to keep gain nothing, though the exact parameters are better."""
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     types = dict.fromkeys(stored_types(unet), torch.float16)
     write_back(unet, types, torch.float32)
     held = loop(tmp_path, unet, 3, finetune_lr=1e-6, lr_scheduler="constant")
-    held.monitor = held.monitor._replace(types=types)
+    held.evaluations = held.evaluations._replace(stored_types=types)
     held.run()
     assert held.progress.best["step"] == 0
-    assert measure(held.trainer.lesson, *held.held_out).loss < held.progress.first["loss"]
+    assert evaluate(held.trainer.loss_fn, *held.held_out).loss < held.progress.first["loss"]
 
 
 def test_a_learning_rate_by_the_error_is_chosen_once_and_resumed(tmp_path, caplog):
-    spec = classroom.FORMATS["own"]
+    spec = tiny_students.FORMATS["own"]
     with caplog.at_level("INFO"):
-        held = loop(tmp_path, classroom.student(spec), 4, finetune_lr="auto")
+        held = loop(tmp_path, tiny_students.student(spec), 4, finetune_lr="auto")
         held.run()
-    rate = held.progress.learning_rate
+    chosen = held.progress.learning_rate
     lines = [line for line in caplog.messages if line.startswith("learning rate")]
-    assert len(lines) == 1 and f"learning rate {rate:g}, chosen by the held-out error" in lines[0]
-    again = loop(tmp_path, classroom.student(spec), 4, finetune_lr="auto")
+    assert len(lines) == 1 and f"learning rate {chosen:g}, chosen by the held-out error" in lines[0]
+    again = loop(tmp_path, tiny_students.student(spec), 4, finetune_lr="auto")
     again.resume(2)
-    assert again.trainer.learning_rate == again.progress.learning_rate == rate
+    assert again.trainer.learning_rate == again.progress.learning_rate == chosen
     again.run()
-    for name, tensor in held.trainer.shown_tensors().items():
-        assert torch.equal(again.trainer.shown_tensors()[name], tensor), name
+    for name, tensor in held.trainer.result_tensors().items():
+        assert torch.equal(again.trainer.result_tensors()[name], tensor), name
 
 
 def test_a_first_step_that_is_not_a_number_leaves_step_0_as_the_best(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "_gradients", lambda *_: NAN)
-    unet = classroom.student(classroom.FORMATS["own"])
+    monkeypatch.setattr(Trainer, "compute_gradients", lambda *_: NAN)
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     before = {name: tensor.detach().float().clone() for name, tensor in unet.named_parameters()}
     held = loop(tmp_path, unet)
     with pytest.raises(Diverged):
@@ -128,28 +129,28 @@ def test_a_first_step_that_is_not_a_number_leaves_step_0_as_the_best(tmp_path, m
 def test_the_average_is_what_is_evaluated(tmp_path, monkeypatch):
     """One step that ruins the parameters hardly moves their average."""
     harmful(monkeypatch, 3, 1.5)
-    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), 3, ema_decay=0.999, finetune_lr=1e-3)
+    held = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), 3, ema_decay=0.999, finetune_lr=1e-3)
     held.trainer.average.update = lambda step: None
     held.run()
     rows = [line for line in (tmp_path / "log.jsonl").read_text().splitlines() if "held_out_db" in line]
     assert len({line.split("held_out_loss")[1] for line in rows}) == 1 and held.progress.best["step"] == 0
 
 
-@pytest.mark.parametrize("way", ["plain", "average", "codes"])
-def test_a_learning_rate_that_does_harm_is_reduced(way, tmp_path, monkeypatch):
+@pytest.mark.parametrize("trained", ["plain", "average", "codes"])
+def test_a_learning_rate_that_does_harm_is_reduced(trained, tmp_path, monkeypatch):
     """Training goes back to the best step and gains with the smaller one; also from a checkpoint in between."""
-    monkeypatch.setattr("vqdm.finetuning.loop.learning_rate", lambda *_: 0.5)
-    options = {"ema_decay": 0.5 if way == "average" else 0.0, "finetune_lr": "auto", "lr_warmup_steps": 1}
+    monkeypatch.setattr("vqdm.finetuning.loop.choose_learning_rate", lambda *_: 0.5)
+    options = {"ema_decay": 0.5 if trained == "average" else 0.0, "finetune_lr": "auto", "lr_warmup_steps": 1}
 
     def learner() -> Loop:
-        unet = classroom.student(classroom.FORMATS["own"])
-        updates = CodeUpdates(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)) if way == "codes" else None
+        unet = tiny_students.student(tiny_students.FORMATS["own"])
+        updates = CodeUpdates(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)) if trained == "codes" else None
         return loop(tmp_path, unet, 10, updates=updates, **options)
 
     straight = learner()
     straight.run()
     progress = straight.progress
-    assert progress.reductions > 1 and progress.best["step"] > 0 and straight.trainer.done == 10
+    assert progress.reductions > 1 and progress.best["step"] > 0 and straight.trainer.steps_done == 10
     assert progress.best["db"] < progress.first["db"] - 0.1
     assert straight.trainer.learning_rate == pytest.approx(0.5 / 3**progress.reductions)
     state = straight.checkpoints.load_state(8)
@@ -158,14 +159,14 @@ def test_a_learning_rate_that_does_harm_is_reduced(way, tmp_path, monkeypatch):
     again.resume(8)
     again.run()
     assert again.progress == progress
-    for name, tensor in straight.trainer.shown_tensors().items():
-        assert torch.equal(again.trainer.shown_tensors()[name], tensor), name
+    for name, tensor in straight.trainer.result_tensors().items():
+        assert torch.equal(again.trainer.result_tensors()[name], tensor), name
 
 
 def test_the_last_step_on_request_is_not_undone(tmp_path, monkeypatch):
-    monkeypatch.setattr("vqdm.finetuning.loop.learning_rate", lambda *_: 1e-5)
+    monkeypatch.setattr("vqdm.finetuning.loop.choose_learning_rate", lambda *_: 1e-5)
     harmful(monkeypatch, 1)
-    held = loop(tmp_path, classroom.student(classroom.FORMATS["own"]), 3, finetune_lr="auto")
-    held.monitor = held.monitor._replace(keep_best=False)
+    held = loop(tmp_path, tiny_students.student(tiny_students.FORMATS["own"]), 3, finetune_lr="auto")
+    held.evaluations = held.evaluations._replace(keep_best=False)
     held.run()
-    assert (held.progress.reductions, held.progress.best["step"], held.trainer.done) == (0, 0, 3)
+    assert (held.progress.reductions, held.progress.best["step"], held.trainer.steps_done) == (0, 0, 3)

@@ -1,45 +1,48 @@
-from itertools import pairwise
-
-import classroom
 import pytest
+import tiny_students
 import torch
 
 from vqdm.errors import RunError, UserError
 from vqdm.finetuning.config import OptimizerConfig
-from vqdm.finetuning.evaluation import Errors
-from vqdm.finetuning.optimizer import LEARNING_RATES, adam, learning_rate, rate_factor, set_rate
-from vqdm.finetuning.parameters import as_stored, kinds_of, stored_types, trainable, types_on_disk, write_back
+from vqdm.finetuning.parameters import (
+    kinds_of,
+    parameter_groups,
+    rounded_to,
+    stored_types,
+    trainable,
+    types_on_disk,
+    write_back,
+)
 from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 
 
 def test_kinds():
-    unet = classroom.student(classroom.FORMATS["shared"], rounded=True)
-    kinds, name = kinds_of(unet), classroom.NAMES[0]
+    unet = tiny_students.student(tiny_students.FORMATS["shared"], rounded=True)
+    kinds, name = kinds_of(unet), tiny_students.NAMES[0]
     assert kinds[f"{SHARED_CODEBOOKS}.bank"] == "codebook" and kinds[f"{name}.scales"] == "scale"
     assert kinds["time_embedding.linear_1.scales"] == "scale" and kinds["conv_in.weight"] == "weight"
     assert kinds["conv_norm_out.weight"] == kinds[f"{name}.bias"] == "bias"
     assert f"{name}.codes" not in kinds and len(kinds) == sum(p.is_floating_point() for p in unet.parameters())
-    tables = kinds_of(classroom.student(classroom.FORMATS["value_tables"]))
+    tables = kinds_of(tiny_students.student(tiny_students.FORMATS["value_tables"]))
     assert tables[f"{name}.codebook_values"] == "codebook"
 
 
-def test_rates_are_relative_but_for_biases():
-    unet = classroom.student(classroom.FORMATS["own"])
+def test_learning_rates_are_relative_except_those_of_biases():
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     config = OptimizerConfig(codebook_lr=1.0, scale_lr=2.0, weight_lr=0.0, bias_lr=0.5)
     trained = trainable(unet, config)
-    optimizer = adam(trained, config)
-    set_rate(optimizer, 0.01)
-    rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
-    assert len(rates) == len(trained.tensors) and "conv_in.weight" not in trained.tensors
+    groups = parameter_groups(trained, config)
+    found = {id(tensor): 0.01 * group["lr_factor"] for group in groups for tensor in group["params"]}
+    assert len(found) == len(trained.tensors) and "conv_in.weight" not in trained.tensors
     for name, tensor in trained.tensors.items():
         size, kind = tensor.detach().square().mean().sqrt().item(), trained.kinds[name]
         wanted = {"bias": 0.005, "codebook": 0.01 * size, "scale": 0.02 * size}[kind]
-        assert rates[id(tensor)] == pytest.approx(wanted, rel=0 if kind == "bias" else 0.42)
+        assert found[id(tensor)] == pytest.approx(wanted, rel=0 if kind == "bias" else 0.42)
     assert all(tensor.dtype == torch.float32 for tensor in unet.parameters() if tensor.is_floating_point())
 
 
 def test_types_go_back_to_what_was_stored(tmp_path):
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     types = stored_types(unet)
     assert set(types.values()) == {torch.float16, torch.float32}
     unet.save_pretrained(tmp_path)
@@ -47,8 +50,8 @@ def test_types_go_back_to_what_was_stored(tmp_path):
     trained = trainable(unet, OptimizerConfig())
     write_back(unet, types)
     assert stored_types(unet) == types
-    trained.tensors[f"{classroom.NAMES[0]}.scales"].data = torch.full((32,), 1e6)
-    with pytest.raises(RunError, match=r"conv1\.scales has grown beyond what torch.float16 holds"):
+    trained.tensors[f"{tiny_students.NAMES[0]}.scales"].data = torch.full((32,), 1e6)
+    with pytest.raises(RunError, match=r"conv1\.scales exceeds the range of torch.float16"):
         write_back(unet, types)
 
 
@@ -65,17 +68,9 @@ def test_impossible_settings(settings, words):
         OptimizerConfig(**settings)
 
 
-def test_rates_warm_up_and_fall():
-    config = OptimizerConfig(lr_scheduler="linear", lr_warmup_steps=3)
-    assert [rate_factor(k, 10, config) for k in range(5)] == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6])
-    cosine = OptimizerConfig(lr_warmup_steps=0)
-    assert [rate_factor(k, 2, cosine) for k in (0, 1, 2)] == pytest.approx([1.0, 0.5, 0.0])
-    assert rate_factor(9, 10, OptimizerConfig(lr_scheduler="constant", lr_warmup_steps=0)) == 1.0
-
-
 def test_stored_values_can_be_measured_in_the_type_that_is_computed_in():
     """A model that is stored in 16 bit still runs in float32 afterwards, with the values that will be read back."""
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     types = {name: torch.float16 for name in stored_types(unet)}
     wanted = {name: tensor.half().float() for name, tensor in unet.named_parameters() if name in types}
     write_back(unet, types, torch.float32)
@@ -85,26 +80,13 @@ def test_stored_values_can_be_measured_in_the_type_that_is_computed_in():
     assert all(held[name].dtype == torch.float16 for name in types)
 
 
-def errors_of(db: float) -> Errors:
-    """Four prompts that are all at `db`."""
-    energy = torch.ones(2, 4, dtype=torch.float64)
-    return Errors(energy * 10 ** (db / 10), energy, energy, torch.arange(4), torch.zeros(4, dtype=torch.int64))
-
-
-def test_the_learning_rate_falls_with_the_error_that_is_left():
-    rates = [learning_rate(OptimizerConfig(), errors_of(db)) for db in (-50.0, -60.0, -70.0)]
-    assert all(one / two == pytest.approx(10**0.5, rel=0.05) for one, two in pairwise(rates))
-    assert [learning_rate(OptimizerConfig(), errors_of(db)) for db in (-200.0, 3.0)] == list(LEARNING_RATES)
-    assert learning_rate(OptimizerConfig(finetune_lr=0.03), errors_of(-60.0)) == 0.03
-
-
-def test_parameters_are_as_stored_inside_and_exact_outside():
-    unet = classroom.student(classroom.FORMATS["own"])
+def test_parameters_are_rounded_inside_and_exact_outside():
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     types = stored_types(unet)
     trained = trainable(unet, OptimizerConfig())
-    scales = trained.tensors[f"{classroom.NAMES[0]}.scales"]
+    scales = trained.tensors[f"{tiny_students.NAMES[0]}.scales"]
     scales.data.mul_(1 + 1e-5)  # less than float16 distinguishes
     exact = scales.detach().clone()
-    with as_stored(trained, types):
+    with rounded_to(types, trained):
         assert torch.equal(scales, exact.half().float()) and not torch.equal(scales, exact)
     assert torch.equal(scales, exact)

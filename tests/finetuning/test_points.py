@@ -1,14 +1,29 @@
-import classroom
 import pytest
+import tiny_students
 import torch
+from conftest import tiny_pipeline
 
+from vqdm.diffusion.sampling import pictures
 from vqdm.diffusion.trajectories import Trajectories, join
-from vqdm.finetuning.points import Point, Points, bin_of, drawn, shuffled, split, spread, timestep_weights
-from vqdm.finetuning.sources import Chunk, divided
+from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.parameters import trainable
+from vqdm.finetuning.points import (
+    Chunk,
+    Point,
+    Points,
+    bin_of,
+    divided,
+    sample_points,
+    shuffled,
+    split_held_out,
+    spread,
+    timestep_weights,
+    with_unet,
+)
 
 
 def two_parts() -> Points:
-    whole = classroom.points(classroom.teacher(), prompts=3, steps=4).parts[0]
+    whole = tiny_students.points(tiny_students.teacher(), prompts=3, steps=4).parts[0]
     first, second = (
         Trajectories(
             whole.latents[part],
@@ -24,7 +39,7 @@ def two_parts() -> Points:
 def test_a_batch_over_several_parts_is_that_of_the_parts_joined():
     points = two_parts()
     chosen = [Point(1, 0, 2), Point(0, 1, 0), Point(0, 0, 3)]
-    batch, whole = points.batch(chosen, classroom.CPU, torch.float32), join(points.parts)
+    batch, whole = points.batch(chosen, tiny_students.CPU, torch.float32), join(points.parts)
     pairs = [(2, 2), (1, 0), (0, 3)]
     wanted = whole.inputs(pairs, "cpu", torch.float32)
     assert torch.equal(batch.call["sample"], wanted["sample"]) and torch.equal(
@@ -32,17 +47,9 @@ def test_a_batch_over_several_parts_is_that_of_the_parts_joined():
     )
     assert torch.equal(batch.call["encoder_hidden_states"], wanted["encoder_hidden_states"])
     assert torch.equal(batch.call["added_cond_kwargs"]["text_embeds"], wanted["added_cond_kwargs"]["text_embeds"])
-    assert torch.equal(batch.expected, whole.expected(pairs, "cpu")) and batch.count == 3
+    assert torch.equal(batch.teacher_output, whole.expected(pairs, "cpu")) and batch.count == 3
     points.parts[1].outputs = None
-    assert points.batch(chosen, classroom.CPU, torch.float32).expected is None
-
-
-def test_the_row_of_prompts_is_fresh_until_the_file_is_through():
-    items = list("abcdefg")
-    row = drawn(items, 0, 21, "seed")
-    assert [sorted(row[k : k + 7]) for k in (0, 7, 14)] == [items] * 3 and row[:7] != row[7:14]
-    assert [drawn(items, k, 3, "seed") for k in range(18)] == [row[k : k + 3] for k in range(18)]
-    assert drawn(items, 0, 7, "other") != row[:7]
+    assert points.batch(chosen, tiny_students.CPU, torch.float32).teacher_output is None
 
 
 def test_orders_depend_on_the_seed_alone():
@@ -51,7 +58,7 @@ def test_orders_depend_on_the_seed_alone():
     assert sorted(order) == points.all() and order == shuffled(points, None, "1") != shuffled(points, None, "2")
 
 
-def test_timesteps_are_drawn_in_proportion_to_their_weights():
+def test_timesteps_are_sampled_in_proportion_to_their_weights():
     points = Points(two_parts().parts * 400)
     weights = timestep_weights(points, "beta")
     noisy = [points.timestep(point) > 900 for point in shuffled(points, weights, "1")]
@@ -72,21 +79,21 @@ def test_a_spread_has_all_prompts_and_different_timesteps():
 
 
 @pytest.mark.parametrize(
-    ("prompts", "steps", "apart"),
+    ("prompts", "steps", "wanted"),
     [(20, 2, {9, 19}), (10, 3, {9}), (3, 2, {2}), (1, 20, {0}), (1, 2, {0})],
 )
-def test_prompts_are_split_whole_where_there_are_several(prompts, steps, apart):
+def test_prompts_are_split_whole_where_there_are_several(prompts, steps, wanted):
     latents = torch.zeros(prompts, steps, 1, 1, 1)
     points = Points([Trajectories(latents, torch.arange(float(steps)), {})])
-    learned, held_out = split(points)
-    assert sorted(learned + held_out) == points.all() and learned and held_out
-    assert {point.prompt for point in held_out} == apart
-    assert prompts == 1 or not apart & {point.prompt for point in learned}
+    training, held_out = split_held_out(points)
+    assert sorted(training + held_out) == points.all() and training and held_out
+    assert {point.prompt for point in held_out} == wanted
+    assert prompts == 1 or not wanted & {point.prompt for point in training}
 
 
-def test_a_single_point_is_learned_from_and_evaluated_on():
+def test_a_single_point_is_trained_and_evaluated_on():
     points = Points([Trajectories(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1), {})])
-    assert split(points) == ([Point(0, 0, 0)], [Point(0, 0, 0)])
+    assert split_held_out(points) == ([Point(0, 0, 0)], [Point(0, 0, 0)])
 
 
 def test_a_spread_does_not_depend_on_how_trajectories_are_batched():
@@ -107,3 +114,47 @@ def test_sources_share_the_trajectories_whatever_the_batch_size():
     assert divided(["teacher"], 5, 4) == [Chunk("teacher", 5, 4)]
     assert divided(["teacher", "student"], 10, 5) == [Chunk("teacher", 10, 2), Chunk("student", 12, 3)]
     assert divided(["teacher", "student", "real"], 0, 2) == [Chunk("student", 0, 1), Chunk("real", 1, 1)]
+
+
+# ------------------------------------------------------------------------------------------- sampling with the student
+
+SETTINGS = {"num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    found = tiny_pipeline("sdxl").to(torch.bfloat16)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture
+def student():
+    """A student in training, so in float32."""
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
+    trainable(unet, OptimizerConfig())
+    return unet
+
+
+def test_the_student_alone_is_under_autocast(pipeline, student):
+    """Text encoders and VAE run in their own type, as without a student."""
+    own, seen = pipeline.unet, {}
+    parts = {"student": student.mid_block, "text": pipeline.text_encoder, "vae": pipeline.vae.decoder}
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: seen.update({name: torch.is_autocast_enabled("cpu")}))
+        for name, part in parts.items()
+    ]
+    with with_unet(pipeline, student):
+        assert pipeline.unet is student
+        assert len(pictures(pipeline, ["a red circle"], 0, SETTINGS, 1)) == 1
+    for hook in hooks:
+        hook.remove()
+    assert seen == {"student": True, "text": False, "vae": False}
+    assert pipeline.unet is own and "forward" not in vars(student)
+
+
+def test_points_have_the_type_of_the_pipeline(pipeline, student):
+    for unet in (pipeline.unet, student):
+        points = sample_points(pipeline, unet, ["a red circle", "a star"], 0, SETTINGS, True)
+        assert points.latents.dtype == points.outputs.dtype == torch.bfloat16
+        assert "forward" not in vars(unet)

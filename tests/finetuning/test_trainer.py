@@ -1,40 +1,51 @@
 """Steps of training: divided batches, formats, what a loss does, and what is written back."""
 
-import classroom
+from itertools import pairwise
+
 import pytest
+import tiny_students
 import torch
 from diffusers import UNet2DConditionModel
 
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
-from vqdm.finetuning.evaluation import measure
+from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.evaluation import evaluate
 from vqdm.finetuning.parameters import stored_types, write_back
-from vqdm.finetuning.trainer import SMALLEST_SCALE, Diverged
+from vqdm.finetuning.trainer import (
+    LEARNING_RATES,
+    SMALLEST_SCALE,
+    DistillationLoss,
+    Diverged,
+    _cast,
+    choose_learning_rate,
+    schedule_factor,
+)
 from vqdm.layers.quantized import quantized_layers
 
 
 def train(unet, points, steps: int, **options):
-    """`steps` steps of eight points each."""
-    trainer = classroom.trainer(unet, steps, **options)
+    """Train `steps` steps of eight points each."""
+    trainer = tiny_students.trainer(unet, steps, **options)
     every = points.all()
     for k in range(steps):
         trainer.step(points, [every[(8 * k + i) % len(every)] for i in range(8)])
     return trainer
 
 
-@pytest.mark.parametrize("name", [*classroom.FORMATS, "rounded"])
+@pytest.mark.parametrize("name", [*tiny_students.FORMATS, "rounded"])
 def test_every_format_learns_and_stays_what_it_is(name, tmp_path):
-    spec = classroom.FORMATS.get(name, classroom.FORMATS["own"])
-    unet = classroom.student(spec, rounded=name == "rounded")
-    types, before, points = stored_types(unet), classroom.codes(unet), classroom.points(classroom.teacher())
-    trainer = classroom.trainer(unet, 0)
-    first = measure(trainer.lesson, points, points.all()).loss
+    spec = tiny_students.FORMATS.get(name, tiny_students.FORMATS["own"])
+    unet = tiny_students.student(spec, rounded=name == "rounded")
+    types, before, points = stored_types(unet), tiny_students.codes(unet), tiny_students.points(tiny_students.teacher())
+    trainer = tiny_students.trainer(unet, 0)
+    first = evaluate(trainer.loss_fn, points, points.all()).loss
     train(unet, points, 8)
     write_back(unet, types)
-    assert measure(trainer.lesson, points, points.all()).loss < 0.95 * first
+    assert evaluate(trainer.loss_fn, points, points.all()).loss < 0.95 * first
     assert stored_types(unet) == types and not any(tensor.requires_grad for tensor in unet.parameters())
     unet.save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path)
-    for key, tensor in classroom.codes(loaded).items():
+    for key, tensor in tiny_students.codes(loaded).items():
         assert torch.equal(tensor, before[key]), key
     assert loaded.config.quantization_config.to_dict() == unet.config.quantization_config.to_dict()
     for key, tensor in unet.state_dict().items():
@@ -44,7 +55,10 @@ def test_every_format_learns_and_stays_what_it_is(name, tmp_path):
 @pytest.mark.parametrize("decode", ["step", "call"])
 @pytest.mark.parametrize("changing", [False, True])
 def test_columns_of_a_trellis_without_bits_stay_zero(decode, changing):
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["trellis"])
+    points, unet = (
+        tiny_students.points(tiny_students.teacher()),
+        tiny_students.student(tiny_students.FORMATS["trellis"]),
+    )
     layers = quantized_layers(unet)
     before = {name: layer.input_scales.detach().clone() for name, layer in layers.items()}
     updates = CodeUpdates(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)) if changing else None
@@ -58,11 +72,11 @@ def test_columns_of_a_trellis_without_bits_stay_zero(decode, changing):
 @pytest.mark.parametrize("decode", ["step", "call"])
 @pytest.mark.parametrize("local", [1, 3])
 def test_micro_batches_add_up_to_one_batch(local, decode):
-    points = classroom.points(classroom.teacher())
-    spec = classroom.FORMATS["shared"]
-    whole, parts = classroom.student(spec), classroom.student(spec)
-    big = classroom.trainer(whole, local=8)
-    small = classroom.trainer(parts, local=local, decode=decode)
+    points = tiny_students.points(tiny_students.teacher())
+    spec = tiny_students.FORMATS["shared"]
+    whole, parts = tiny_students.student(spec), tiny_students.student(spec)
+    big = tiny_students.trainer(whole, local=8)
+    small = tiny_students.trainer(parts, local=local, decode=decode)
     chosen = points.all()[3:11]
     first, second = big.step(points, chosen), small.step(points, chosen)
     assert second.loss == pytest.approx(first.loss, rel=1e-5)
@@ -73,50 +87,50 @@ def test_micro_batches_add_up_to_one_batch(local, decode):
 
 
 def test_the_loss_is_the_mean_squared_error():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
     chosen = points.all()[:5]
-    batch = points.batch(chosen, classroom.CPU, torch.float32)
+    batch = points.batch(chosen, tiny_students.CPU, torch.float32)
     with torch.no_grad():
-        wanted = (unet(**batch.call).sample - batch.expected).square().mean().item()
-    trainer = classroom.trainer(unet, local=2)
+        wanted = (unet(**batch.call).sample - batch.teacher_output).square().mean().item()
+    trainer = tiny_students.trainer(unet, local=2)
     assert trainer.step(points, chosen).loss == pytest.approx(wanted, rel=1e-5)
-    assert measure(trainer.lesson, points, chosen).loss != wanted  # it has moved
+    assert evaluate(trainer.loss_fn, points, chosen).loss != wanted  # it has moved
 
 
-def test_kinds_whose_rate_is_zero_stay():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+def test_kinds_with_a_learning_rate_of_zero_stay():
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
     before = {name: tensor.clone() for name, tensor in unet.named_parameters()}
     train(unet, points, 2, codebook_lr=0.0, weight_lr=0.0, bias_lr=0.0)
     moved = {name for name, tensor in unet.named_parameters() if not torch.equal(tensor.float(), before[name].float())}
-    assert moved == {f"{name}.scales" for name in classroom.NAMES}
+    assert moved == {f"{name}.scales" for name in tiny_students.NAMES}
 
 
 def test_gradients_are_clipped_together():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
-    trainer = classroom.trainer(unet, max_grad_norm=1e-3)
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
+    trainer = tiny_students.trainer(unet, max_grad_norm=1e-3)
     norm = trainer.step(points, points.all()[:4]).gradient_norm
     left = torch.stack([tensor.grad.norm() for tensor in trainer.trained]).norm().item()
     assert norm > 1e-2 and left == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_average_is_what_is_shown_and_saved():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+def test_the_average_is_the_result():
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
     trainer = train(unet, points, 3, ema_decay=0.9, finetune_lr=1e-3)
-    name = f"{classroom.NAMES[0]}.codebooks"
+    name = f"{tiny_students.NAMES[0]}.codebooks"
     raw, averaged = trainer.trained.tensors[name].detach().clone(), trainer.average.tensors[name].clone()
     assert not torch.equal(raw, averaged)
-    assert torch.equal(trainer.shown_tensors()[name], averaged)
-    with trainer.average.shown():
+    assert torch.equal(trainer.result_tensors()[name], averaged)
+    with trainer.average.applied():
         assert torch.equal(trainer.trained.tensors[name], averaged)
     assert torch.equal(trainer.trained.tensors[name], raw)
-    trainer.average.adopt()
+    trainer.average.swap()
     assert torch.equal(trainer.trained.tensors[name], averaged)
 
 
 def test_average_follows_its_formula():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
-    trainer = classroom.trainer(unet, ema_decay=0.15)
-    name = f"{classroom.NAMES[0]}.scales"
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
+    trainer = tiny_students.trainer(unet, ema_decay=0.15)
+    name = f"{tiny_students.NAMES[0]}.scales"
     wanted = trainer.trained.tensors[name].detach().clone()
     for step in (1, 2):
         trainer.step(points, points.all()[:4])
@@ -127,9 +141,9 @@ def test_average_follows_its_formula():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_stay_in_float32_under_autocast(dtype):
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["shared"])
-    exact = classroom.trainer(classroom.student(classroom.FORMATS["shared"]))
-    trainer = classroom.trainer(unet, dtype=dtype)
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["shared"])
+    exact = tiny_students.trainer(tiny_students.student(tiny_students.FORMATS["shared"]))
+    trainer = tiny_students.trainer(unet, dtype=dtype)
     found, wanted = (one.step(points, points.all()[:4]) for one in (trainer, exact))
     assert found.loss != wanted.loss and found.loss == pytest.approx(wanted.loss, rel=0.05)
     assert all(tensor.dtype == tensor.grad.dtype == torch.float32 for tensor in trainer.trained)
@@ -157,9 +171,9 @@ FROZEN = {
 @pytest.mark.parametrize(("dtype", "decode"), [(torch.float32, "call"), (torch.float16, "step")])
 def test_infinite_gradients_of_codes_are_seen(dtype, decode, frozen):
     """float16 skips the step and takes a smaller scale; other types cannot be helped."""
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
     updates = Overflowing(unet, CodeUpdateSettings(code_lr=0.3, code_fraction=0.5))
-    trainer = classroom.trainer(unet, 20, decode=decode, updates=updates, dtype=dtype, **FROZEN[frozen])
+    trainer = tiny_students.trainer(unet, 20, decode=decode, updates=updates, dtype=dtype, **FROZEN[frozen])
     before = {name: tensor.clone() for name, tensor in unet.named_parameters()}
     chosen = points.all()[:4]
     if dtype == torch.float16:
@@ -175,8 +189,8 @@ def test_infinite_gradients_of_codes_are_seen(dtype, decode, frozen):
 
 
 def test_a_gradient_that_overflows_at_every_scale_ends_training():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
-    trainer = classroom.trainer(unet, dtype=torch.float16)
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
+    trainer = tiny_students.trainer(unet, dtype=torch.float16)
     unet.conv_in.bias.register_hook(lambda gradient: gradient * torch.inf)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4 * SMALLEST_SCALE)
     with pytest.raises(Diverged, match="the gradient is not finite at step 3"):
@@ -185,63 +199,88 @@ def test_a_gradient_that_overflows_at_every_scale_ends_training():
 
 
 def test_gradient_checkpointing_changes_nothing():
-    points, spec = classroom.points(classroom.teacher()), classroom.FORMATS["own"]
-    plain, frugal = classroom.student(spec), classroom.student(spec)
+    points, spec = tiny_students.points(tiny_students.teacher()), tiny_students.FORMATS["own"]
+    plain, frugal = tiny_students.student(spec), tiny_students.student(spec)
     frugal.enable_gradient_checkpointing()
-    found, wanted = (classroom.trainer(unet).step(points, points.all()[:4]) for unet in (frugal, plain))
+    found, wanted = (tiny_students.trainer(unet).step(points, points.all()[:4]) for unet in (frugal, plain))
     assert found.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_training():
-    points, unet = classroom.points(classroom.teacher()), classroom.student(classroom.FORMATS["own"])
+    points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
     points.parts[0].outputs[0, 0] = torch.nan
-    trainer = classroom.trainer(unet)
+    trainer = tiny_students.trainer(unet)
     with pytest.raises(Diverged, match="the loss is nan at step 1"):
         trainer.step(points, points.all()[:4])
 
 
-def test_the_teacher_is_asked_where_points_come_without_its_outputs():
-    teacher, spec = classroom.teacher(), classroom.FORMATS["own"]
-    points = classroom.points(teacher)
-    wanted = classroom.trainer(classroom.student(spec)).step(points, points.all()[:4])
+def test_the_teacher_computes_outputs_that_are_not_recorded():
+    teacher, spec = tiny_students.teacher(), tiny_students.FORMATS["own"]
+    points = tiny_students.points(teacher)
+    wanted = tiny_students.trainer(tiny_students.student(spec)).step(points, points.all()[:4])
     points.parts[0].outputs = None
-    trainer = classroom.trainer(classroom.student(spec))
-    trainer.lesson = trainer.lesson.__class__(trainer.lesson.student, teacher, torch.float32, 8, classroom.ALONE)
+    trainer = tiny_students.trainer(tiny_students.student(spec))
+    trainer.loss_fn = DistillationLoss(trainer.loss_fn.student, teacher, torch.float32, 8, tiny_students.ALONE)
     assert trainer.step(points, points.all()[:4]).loss == pytest.approx(wanted.loss, rel=1e-4)
 
 
-def test_state_goes_on_as_without_a_stop():
-    points, spec = classroom.points(classroom.teacher()), classroom.FORMATS["shared"]
-    straight = train(classroom.student(spec), points, 4, ema_decay=0.5)
-    halted = classroom.trainer(classroom.student(spec), 4, ema_decay=0.5)
+def test_a_restored_state_continues_as_without_a_stop():
+    points, spec = tiny_students.points(tiny_students.teacher()), tiny_students.FORMATS["shared"]
+    straight = train(tiny_students.student(spec), points, 4, ema_decay=0.5)
+    halted = tiny_students.trainer(tiny_students.student(spec), 4, ema_decay=0.5)
     every = points.all()
     for k in range(2):
         halted.step(points, every[8 * k : 8 * k + 8])
     state = {name: {key: one.clone() for key, one in part.items()} for name, part in halted.state_tensors().items()}
-    again = classroom.trainer(classroom.student(spec), 4, ema_decay=0.5)
+    again = tiny_students.trainer(tiny_students.student(spec), 4, ema_decay=0.5)
     again.load_state(state, 2, halted.scaler.state_dict())
     for k in range(2, 4):
         again.step(points, [every[(8 * k + i) % len(every)] for i in range(8)])
-    for name, tensor in straight.shown_tensors().items():
-        assert torch.equal(again.shown_tensors()[name], tensor), name
+    for name, tensor in straight.result_tensors().items():
+        assert torch.equal(again.result_tensors()[name], tensor), name
 
 
 def test_codes_learn_with_all_else_and_go_on_after_a_stop():
-    points, spec = classroom.points(classroom.teacher()), classroom.FORMATS["shared"]
-    every, unets = points.all(), [classroom.student(spec) for _ in range(2)]
+    points, spec = tiny_students.points(tiny_students.teacher()), tiny_students.FORMATS["shared"]
+    every, unets = points.all(), [tiny_students.student(spec) for _ in range(2)]
     settings = CodeUpdateSettings(code_lr=0.3, code_fraction=0.5)
-    before = classroom.codes(unets[0])
-    straight, halted = (classroom.trainer(unet, 4, updates=CodeUpdates(unet, settings)) for unet in unets)
+    before = tiny_students.codes(unets[0])
+    straight, halted = (tiny_students.trainer(unet, 4, updates=CodeUpdates(unet, settings)) for unet in unets)
     counts = [straight.step(points, every[4 * k : 4 * k + 4]).codes for k in range(4)]
     for k in range(2):
         halted.step(points, every[4 * k : 4 * k + 4])
     state = {name: {key: one.clone() for key, one in part.items()} for name, part in halted.state_tensors().items()}
-    unet = classroom.student(spec)
-    again = classroom.trainer(unet, 4, updates=CodeUpdates(unet, settings))
+    unet = tiny_students.student(spec)
+    again = tiny_students.trainer(unet, 4, updates=CodeUpdates(unet, settings))
     again.load_state(state, 2, {})
     for k in range(2, 4):
         again.step(points, every[4 * k : 4 * k + 4])
     assert sum(count["groups_changed"] for count in counts) > 0
-    assert any(not torch.equal(before[name], tensor) for name, tensor in classroom.codes(unets[0]).items())
-    for name, tensor in straight.shown_tensors().items():
-        assert torch.equal(again.shown_tensors()[name], tensor), name
+    assert any(not torch.equal(before[name], tensor) for name, tensor in tiny_students.codes(unets[0]).items())
+    for name, tensor in straight.result_tensors().items():
+        assert torch.equal(again.result_tensors()[name], tensor), name
+
+
+def test_labels_masks_and_timesteps_stay_as_they_are():
+    floats, kept = (
+        torch.ones(2),
+        {"class_labels": torch.arange(2), "mask": torch.ones(2) > 0, "timestep": torch.ones(2)},
+    )
+    cast = _cast({"sample": floats, "added": {"text_embeds": floats}, **kept}, torch.float16)
+    assert cast["sample"].dtype == cast["added"]["text_embeds"].dtype == torch.float16
+    assert all(cast[name] is value for name, value in kept.items())
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = OptimizerConfig(lr_scheduler="linear", lr_warmup_steps=3)
+    assert [schedule_factor(k, 10, config) for k in range(5)] == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6])
+    cosine = OptimizerConfig(lr_warmup_steps=0)
+    assert [schedule_factor(k, 2, cosine) for k in (0, 1, 2)] == pytest.approx([1.0, 0.5, 0.0])
+    assert schedule_factor(9, 10, OptimizerConfig(lr_scheduler="constant", lr_warmup_steps=0)) == 1.0
+
+
+def test_the_automatic_learning_rate_is_proportional_to_the_error():
+    found = [choose_learning_rate(OptimizerConfig(), db) for db in (-50.0, -60.0, -70.0)]
+    assert all(one / two == pytest.approx(10**0.5, rel=0.05) for one, two in pairwise(found))
+    assert [choose_learning_rate(OptimizerConfig(), db) for db in (-200.0, 3.0)] == list(LEARNING_RATES)
+    assert choose_learning_rate(OptimizerConfig(finetune_lr=0.03), -60.0) == 0.03

@@ -5,10 +5,10 @@ import shlex
 import shutil
 from pathlib import Path
 
-import classroom
 import finetune
 import main_text2image
 import pytest
+import tiny_students
 from diffusers import DiffusionPipeline
 
 from vqdm.cli import run_script
@@ -36,7 +36,7 @@ def spoiled(request, pipelines, tmp_path_factory) -> tuple[Path, str]:
 
 
 def check(out: Path, problem: str, whose: str, said: str):
-    found = json.loads((out / "summary.json").read_text())["pictures"]
+    found = json.loads((out / "summary.json").read_text())["images"]
     assert found["psnr_db"] is None and found["count"] == 0
     assert found["problems"] == {"full_precision": {problem: 2}, whose.replace("-", "_"): {problem: 2}}
     assert f"warning: 2 of 2 images of the {whose} model" in said and "--dtype bfloat16 or float32" in said
@@ -54,7 +54,7 @@ def test_quantizing(spoiled, prompt_file, tmp_path, capfd):
 def test_fine_tuning(spoiled, prompt_file, tmp_path, capfd):
     quantized = tmp_path / "quantized"
     shutil.copytree(spoiled[0], quantized, ignore=shutil.ignore_patterns("unet"))
-    classroom.student(classroom.FORMATS["shared"]).save_pretrained(quantized / "unet")
+    tiny_students.student(tiny_students.FORMATS["shared"]).save_pretrained(quantized / "unet")
     words = [spoiled[0], quantized, prompt_file, prompt_file, "--output_dir", tmp_path / "out"]
     assert run_script(finetune.main, [*map(str, words), *SAMPLING, *FINETUNE]) == 0
     check(tmp_path / "out", spoiled[1], "fine-tuned", capfd.readouterr().out)

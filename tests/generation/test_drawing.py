@@ -7,11 +7,11 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from vqdm.config import SamplingConfig
+from vqdm.diffusion.sampling import predicted_bytes
 from vqdm.errors import RunError, UserError
 from vqdm.generation.drawing import alike, call_settings, draw, drawn_in_batches
 from vqdm.generation.requests import SETTINGS, Request
 from vqdm.images import Picture, to_picture
-from vqdm.quantization.plan import predicted_bytes
 
 NONE = dict.fromkeys(SETTINGS)
 

@@ -1,7 +1,7 @@
 import copy
 
-import classroom
 import pytest
+import tiny_students
 import torch
 from numerics import random_widths
 from torch import nn
@@ -239,7 +239,7 @@ def gradients(unet, points, held: bool) -> dict[str, torch.Tensor]:
 
     def passes():
         for some in (points.all()[:3], points.all()[3:7]):
-            batch = points.batch(some, classroom.CPU, torch.float32)
+            batch = points.batch(some, tiny_students.CPU, torch.float32)
             unet(**batch.call).sample.square().sum().backward()
 
     if held:
@@ -250,11 +250,11 @@ def gradients(unet, points, held: bool) -> dict[str, torch.Tensor]:
     return {name: tensor.grad for name, tensor in {**trained.tensors, **latents}.items()}
 
 
-@pytest.mark.parametrize("spec", classroom.FORMATS.values(), ids=list(classroom.FORMATS))
+@pytest.mark.parametrize("spec", tiny_students.FORMATS.values(), ids=list(tiny_students.FORMATS))
 def test_gradients_are_those_of_decoding_in_every_call(spec):
-    points = classroom.points(classroom.teacher(), prompts=2)
-    wanted = gradients(classroom.student(spec), points, held=False)
-    found = gradients(classroom.student(spec), points, held=True)
+    points = tiny_students.points(tiny_students.teacher(), prompts=2)
+    wanted = gradients(tiny_students.student(spec), points, held=False)
+    found = gradients(tiny_students.student(spec), points, held=True)
     assert wanted.keys() == found.keys() and any("scale" in name for name in found)
     for name, gradient in wanted.items():
         largest = gradient.abs().max().item()
@@ -262,10 +262,10 @@ def test_gradients_are_those_of_decoding_in_every_call(spec):
 
 
 def test_nothing_is_left_behind():
-    unet = classroom.student(classroom.FORMATS["own"])
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
     trained = trainable(unet, OptimizerConfig())
-    points = classroom.points(classroom.teacher(), prompts=2)
-    batch = points.batch(points.all()[:2], classroom.CPU, torch.float32)
+    points = tiny_students.points(tiny_students.teacher(), prompts=2)
+    batch = points.batch(points.all()[:2], tiny_students.CPU, torch.float32)
     with pytest.raises(ZeroDivisionError), held_weights(unet):
         unet(**batch.call).sample.square().sum().backward()
         raise ZeroDivisionError
@@ -275,14 +275,14 @@ def test_nothing_is_left_behind():
 
 
 def test_gradients_agree_with_finite_differences():
-    unet = classroom.student(classroom.FORMATS["own"], classroom.NAMES[:1])
-    points = classroom.points(classroom.teacher(), prompts=2)
-    batch = points.batch(points.all()[:2], classroom.CPU, torch.float32)
-    layer = quantized_layers(unet)[classroom.NAMES[0]]
+    unet = tiny_students.student(tiny_students.FORMATS["own"], tiny_students.NAMES[:1])
+    points = tiny_students.points(tiny_students.teacher(), prompts=2)
+    batch = points.batch(points.all()[:2], tiny_students.CPU, torch.float32)
+    layer = quantized_layers(unet)[tiny_students.NAMES[0]]
     trainable(unet, OptimizerConfig())
 
     def loss() -> torch.Tensor:
-        return (unet(**batch.call).sample.double() - batch.expected).square().mean()
+        return (unet(**batch.call).sample.double() - batch.teacher_output).square().mean()
 
     with held_weights(unet):
         loss().backward()

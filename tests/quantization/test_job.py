@@ -59,7 +59,7 @@ def test_summary_counts_what_is_on_disk(finished):
     assert summary["unet_output_error_db"] < -5
     spread = summary["unet_output_error_db_by_point"]
     assert spread["median"] < spread["95%"] < spread["worst"] and spread["median"] < -5
-    assert summary["pictures"]["count"] == 3 and summary["pictures"]["psnr_db"] > 10
+    assert summary["images"]["count"] == 3 and summary["images"]["psnr_db"] > 10
     assert {"seconds", "peak_memory_bytes", "versions", "command"} <= summary.keys()
 
 

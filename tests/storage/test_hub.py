@@ -25,7 +25,7 @@ SUMMARY = {
     "effective_bits_unet": 3.5,
     "bytes_of_unet": 6e6,
     "unet_output_error_db": -30.0,
-    "pictures": {"count": 2, "psnr_db": 40.0},
+    "images": {"count": 2, "psnr_db": 40.0},
 }
 
 
@@ -61,7 +61,7 @@ def test_what_is_pushed_loads_and_has_its_card_and_no_data_of_the_run(remote, tm
     pipeline.register_modules(unet=quantized_unet())
     pipeline.save_pretrained(out)
     (out / "README.md").write_text(model_card("some/model", SUMMARY))
-    local = ["run.json", "summary.json", "training.jsonl", "work/points.safetensors", "pictures/step-000001.png"]
+    local = ["run.json", "summary.json", "training.jsonl", "work/points.safetensors", "images/step-000001.png"]
     local += ["snapshots/01_mid_block/unet/config.json", "vqdm-quantize/events.out.tfevents.1", "wandb/run-1/logs/a"]
     for name in local:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def test_a_failed_upload_says_that_the_folder_is_finished(remote, tmp_path, monk
 def test_the_script_opens_before_and_pushes_after(remote, tmp_path, monkeypatch, capsys, extra):
     name, out = (extra or ["", "someone/result"])[1], tmp_path / "result"
 
-    def quantize(config):
+    def quantize(config, finetune_blocks):
         assert (remote / name).is_dir()
         out.mkdir()
         (out / "model_index.json").write_text("{}")
@@ -132,6 +132,6 @@ def test_the_script_opens_before_and_pushes_after(remote, tmp_path, monkeypatch,
     words = ["model", "c.txt", "e.txt", "--output_dir", str(out), "--push_to_hub", *extra]
     assert run_script(main_text2image.main, words) == 0
     assert (remote / name / "model_index.json").is_file() and f"/{name}" in capsys.readouterr().out
-    monkeypatch.setattr(main_text2image, "quantize", lambda config: None)
+    monkeypatch.setattr(main_text2image, "quantize", lambda config, finetune_blocks: None)
     shutil.rmtree(remote)
     assert run_script(main_text2image.main, [*words, "--dry_run"]) == 0 and not remote.exists()

@@ -4,7 +4,7 @@ Feedback goes from column to column, and the trellis down the rows: H couples co
 errors of all rows count D_j = V_jj² for the factor H + λI = V Vᵀ (LDL, as in `encode.feedback_factors`). With E_j the
 energy of column j and mse(q) the error of a unit Gaussian at width q, the layer's error is about Σ_j D_j·E_j·mse(q_j),
 which is known before anything is coded: so bits can be divided among columns, and among layers, without trials. What
-corrects that sum is in `Demand`.
+corrects that sum is in `Demand` and `expected_errors`.
 
 Letters: O rows, I columns; T rows of a segment; L bits of a state; q widths in quarter bits.
 """
@@ -42,6 +42,7 @@ MEASURED = {
 STRETCHES = 2.0 ** (torch.arange(9) / 4)  # of the table over its best scale, for columns with outliers
 DAMPING = 0.002  # of H's mean diagonal, where it is factored
 ROWS_OF_A_STATE = 5  # that the search trades errors among
+EXPECTED_ROWS = 32  # combinations of a layer's rows that feedback is followed on
 DECADES = 14  # of prices
 REFINEMENTS, REFINED_PRICES = 2, 8
 LEAST_ERROR = 1e-15
@@ -89,6 +90,7 @@ class Demand:
         energies: float32 [I], E_j = Σ_r w².
         clipped: float32 [I, n], the energy beyond the table's reach at each of the n `STRETCHES`, at a best scale of 1.
         spread: float32 [I, I], the squares of V⁻¹: what an error D_i·e² of column i adds to E_j for j > i by feedback.
+        rows: float32 [R, I], random combinations of the rows: of the same energies, and as much alike as the columns.
         gain: of rows that differ: the search gives the small rows of a window of the trellis more of the error, so that
             the geometric mean of their energies counts.
         energy: tr(W H Wᵀ).
@@ -99,23 +101,20 @@ class Demand:
     energies: Tensor
     clipped: Tensor
     spread: Tensor
+    rows: Tensor
     gain: float
     energy: float
 
     @classmethod
     def of(cls, W: Tensor, H: Tensor, V: Tensor, reach: float) -> Demand:
         """Of W [O, I] and H [I, I] in the order of coding, and the factor V [I, I] of the damped H."""
-        scales, spread = row_scales(W), torch.linalg.solve_triangular(V, torch.eye(len(V)).to(V), upper=True).square()
+        spread = torch.linalg.solve_triangular(V, torch.eye(len(V)).to(V), upper=True).square()
         damping = (V.square().sum(1) - H.diagonal()).mean().clamp(min=0)
-        relative = W.abs() / torch.where(scales == 0, 1.0, scales)[:, None]
-        rms = weighted_rms(relative, scales)  # [I]
-        clipped = [over(relative, rms * stretch * reach, scales) for stretch in STRETCHES.tolist()]
         factors = V.diagonal().square()
         weights = factors * (1 - damping * spread.sum(1)).clamp(min=0)
-        energy = ((W @ H) * W).sum().item()
-        return cls(
-            factors, weights, W.square().sum(0), torch.stack(clipped, 1), spread, rows_gain(scales), max(0.0, energy)
-        )
+        energy, energies = ((W @ H) * W).sum().item(), W.square().sum(0)
+        some = factors, weights, energies, clipped_energies(W, reach), spread, combined_rows(W, energies)
+        return cls(*some, rows_gain(row_scales(W)), max(0.0, energy))
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ class Curve:
     Attributes:
         totals: int64 [P], summed widths of a row's columns, ascending.
         errors: float64 [P], relative errors, descending.
-        found: (summed widths, relative error) of the layer as it has been coded, by which expectations are corrected:
-            a few columns of great weight can make it several decibels too low at one bit per weight.
+        found: (summed widths, ratio) of the layer as it has been coded: its error over the one that was expected of
+            that code, by which expectations are corrected.
     """
 
     totals: Tensor
@@ -135,20 +134,20 @@ class Curve:
 
     def at(self, totals: np.ndarray) -> np.ndarray:
         """Errors at other summed widths, on the lines between the logarithms."""
-        expected = self._expected(totals)
+        known = np.log(np.maximum(self.errors.numpy(), LEAST_ERROR))
+        expected = np.interp(totals, self.totals.numpy(), known)
         if self.found:
-            places, errors = zip(*sorted(self.found), strict=True)
-            excess = np.log(np.maximum(errors, LEAST_ERROR)) - self._expected(np.array(places))
-            expected = expected + np.interp(totals, places, excess)
+            places, ratios = zip(*sorted(self.found), strict=True)
+            expected = expected + np.interp(totals, places, np.log(ratios))
         return np.exp(expected)
 
-    def _expected(self, totals: np.ndarray) -> np.ndarray:
-        known = np.log(np.maximum(self.errors.numpy(), LEAST_ERROR))
-        return np.interp(totals, self.totals.numpy(), known)
+    def corrected(self, total: int, ratio: float) -> Curve:
+        """The curve with one more ratio that has been found."""
+        return replace(self, found=(*(one for one in self.found if one[0] != total), (total, ratio)))
 
-    def corrected(self, total: int, error: float) -> Curve:
-        """The curve with one more error that has been found."""
-        return replace(self, found=(*(one for one in self.found if one[0] != total), (total, error)))
+    def ratio(self, total: int, error: float) -> float:
+        """That of the error of a code to the one that was expected of it."""
+        return max(error, LEAST_ERROR) / self.at(np.array([total])).item()
 
 
 def widths_at(demand: Demand, known: Rates, prices: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,17 +210,58 @@ def _widths_library() -> ctypes.CDLL:
     return build(Path(__file__).with_name("trellis_widths.c"), FLAGS)
 
 
-def spread_prices(demand: Demand, count: int = 24) -> Tensor:
+def spread_prices(demand: Demand, count: int = 36) -> Tensor:
     """Prices from where hardly a column has bits to where nearly all have the most: float32 [count], descending."""
     most = (demand.factors * demand.energies).max().clamp(min=1e-30).item()
     return most * torch.logspace(0, -DECADES, count)
 
 
-def rate_distortion(demand: Demand, known: Rates) -> Curve:
-    """The layer's expected error from the least to the most bits."""
-    widths, errors = widths_at(demand, known, spread_prices(demand))
+def expected_errors(ordered: Ordered, demand: Demand, known: Rates, widths: Tensor) -> Tensor:
+    """Relative errors that coding at widths [P, I] is expected to leave, float64 [P]: feedback followed on a few rows.
+
+    A decoded value is about the mean of those that it stands for. So of a target t a width of relative error m leaves
+    m·t + noise of energy m·(1 − m)·‖t‖². The first part is no noise, and is all that a column without bits leaves: fed
+    back into columns that are alike, it adds more to them than their share in `Demand.spread`, at few bits decibels.
+    """
+    V = ordered.V
+    factors, original = V.diagonal(), demand.rows.T.contiguous()  # [I, R]
+    differences = torch.empty(len(V), len(widths), len(demand.rows), device=V.device)  # W − Ŵ [I, P, R]
+    rate = known.errors.to(V)[known.index(widths)]  # [P, I]
+    noise = torch.randn(demand.rows.shape, generator=torch.Generator().manual_seed(0)).to(V).T
+    noise = noise / noise.norm(dim=1, keepdim=True)  # [I, R]
+    clipped = demand.clipped / torch.where(demand.energies == 0, 1.0, demand.energies)[:, None]
+    target = original[:, None].repeat(1, len(widths), 1)  # [I, P, R]
+    for block in column_blocks(len(V), 1):
+        difference = differences[block]
+        for j in range(block.start, block.stop):
+            done = slice(block.start, j)
+            weight = V[done, j] / factors[j]
+            wanted = target[j] + (weight @ difference[: len(weight)].flatten(1)).view_as(target[j])  # [P, R]
+            share = (rate[:, j, None] * STRETCHES.to(V) + clipped[j]).amin(1) * demand.gain  # [P]
+            share = torch.where(widths[:, j] == 0, 1.0, share.clamp(max=1))[:, None]
+            energy = wanted.square().sum(1, keepdim=True)
+            left = share * wanted + (energy * share * (1 - share)).sqrt() * noise[j]
+            difference[j - block.start] = original[j] - wanted + left
+        feedback = V[block, block.stop :] / factors[block.stop :]
+        target[block.stop :] += (feedback.T @ difference.flatten(1)).view_as(target[block.stop :])
+    moved = (ordered.H @ differences.flatten(1)).view_as(differences)
+    total = (moved * differences).sum((0, 2), dtype=torch.float64).cpu()
+    return total / demand.energy if demand.energy > 0 else total * 0
+
+
+def combined_rows(W: Tensor, energies: Tensor) -> Tensor:
+    """Combinations of W's rows with random signs, [R, I], whose columns have `energies` [I]; W where it is as small."""
+    if len(W) <= EXPECTED_ROWS:
+        return W
+    signs = torch.randint(2, (EXPECTED_ROWS, len(W)), generator=torch.Generator().manual_seed(0)).to(W) * 2 - 1
+    rows = signs @ W
+    return rows * (energies / rows.square().sum(0).clamp(min=1e-30)).sqrt()
+
+
+def rate_distortion(widths: Tensor, errors: Tensor) -> Curve:
+    """The curve through relative errors [P] at widths [P, I]."""
     totals, order = widths.sum(1).cpu().sort(stable=True)
-    return Curve(totals, errors[order])
+    return Curve(totals, errors[order].clamp(min=LEAST_ERROR))
 
 
 def rows_gain(scales: Tensor) -> float:
@@ -230,6 +270,14 @@ def rows_gain(scales: Tensor) -> float:
     window = min(ROWS_OF_A_STATE, len(squares))
     logarithms = torch.cat([squares.log(), squares.log()[: window - 1]]).unfold(0, window, 1)
     return (logarithms.mean(1).exp().mean() / squares.mean()).item()
+
+
+def clipped_energies(W: Tensor, reach: float) -> Tensor:
+    """The energy of every column of W [O, I] beyond a table's reach at each of the `STRETCHES`: [I, n]."""
+    scales = row_scales(W)
+    relative = W.abs() / torch.where(scales == 0, 1.0, scales)[:, None]
+    rms = weighted_rms(relative, scales)  # [I]
+    return torch.stack([over(relative, rms * stretch * reach, scales) for stretch in STRETCHES.tolist()], 1)
 
 
 def over(values: Tensor, limits: Tensor, scales: Tensor) -> Tensor:
@@ -272,18 +320,47 @@ class Ordered:
     def of(cls, W: Tensor, H: Tensor) -> Ordered:
         mean = H.diagonal().mean()
         H = H / mean if mean > 0 else torch.eye(len(H), dtype=H.dtype, device=H.device)
-        order = H.diagonal().argsort(descending=True, stable=True)
+        return cls.by(W, H, H.diagonal().argsort(descending=True, stable=True))
+
+    @classmethod
+    def by(cls, W: Tensor, H: Tensor, order: Tensor) -> Ordered:
+        """In an order of the columns [I], H of mean diagonal one."""
         H = H[order][:, order].contiguous()
         return cls(W[:, order].contiguous(), H, damped_cholesky(H.flip(0, 1), DAMPING).flip(0, 1), order)
+
+    def dropped_first(self, widths: Tensor) -> tuple[Ordered, Tensor]:
+        """Columns without bits before all others, which then make up for them and for one another; `widths` [I] too.
+
+        Where they are, no column would make up for what the columns before it leave.
+        """
+        if (widths > 0).all() or not widths.any():
+            return self, widths
+        order = (widths > 0).to(torch.int8).argsort(stable=True)
+        moved = Ordered.by(self.W, self.H, order)
+        return replace(moved, order=self.order[order]), widths[order]
 
     def demand(self, spec: CodeSpec) -> Demand:
         """What the columns need of bits."""
         return Demand.of(self.W, self.H, self.V, rates(spec.segment_rows, spec.nbits_per_codebook).reach)
 
 
-def layer_curve(W: Tensor, H: Tensor, spec: CodeSpec) -> Curve:
-    """What the error of a layer W [O, I] will be at any bits, given the second moment H [I, I] of its inputs."""
-    return rate_distortion(Ordered.of(W, H).demand(spec), rates(spec.segment_rows, spec.nbits_per_codebook))
+def layer_curves(W: Tensor, H: Tensor, spec: CodeSpec, others: Sequence[CodeSpec] = ()) -> list[Curve]:
+    """What the error of a layer W [O, I] will be at any bits, given the second moment H [I, I] of its inputs.
+
+    First that of codes of `spec`; then those of `others`, formats with other tables: what `expected_errors` finds
+    beyond the sum over columns is about the same for all.
+    """
+    ordered = Ordered.of(W, H)
+    demand, plain = ordered.demand(spec), []
+    for one in (spec, *others):
+        known = rates(one.segment_rows, one.nbits_per_codebook)
+        demand = replace(demand, clipped=clipped_energies(ordered.W, known.reach))
+        widths, errors = widths_at(demand, known, spread_prices(demand))
+        plain.append(rate_distortion(widths, errors))
+        if one is spec:
+            exact = rate_distortion(widths, expected_errors(ordered, demand, known, widths))
+    excess = Curve(exact.totals, exact.errors / plain[0].errors)
+    return [exact, *(replace(one, errors=one.errors * excess.at(one.totals.numpy())) for one in plain[1:])]
 
 
 def solve_trellis(layers: Sequence[tuple[Tensor, Tensor]], spec: CodeSpec) -> list[AdditiveCode]:
@@ -295,6 +372,7 @@ def solve_trellis(layers: Sequence[tuple[Tensor, Tensor]], spec: CodeSpec) -> li
     known = rates(spec.segment_rows, spec.nbits_per_codebook)
     total = UNITS * spec.segment_bits // spec.segment_rows
     widths = [divide_columns(one.demand(spec), known, total) for one in ordered]
+    ordered, widths = zip(*map(Ordered.dropped_first, ordered, widths), strict=True)
     factors = [one.V.diagonal() for one in ordered]
     feedback = [one.V / factor for one, factor in zip(ordered, factors, strict=True)]
     parts = [one.W for one in ordered], factors, feedback

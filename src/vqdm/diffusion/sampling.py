@@ -8,7 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from vqdm.diffusion.pipelines import sample
+from vqdm.config import SamplingConfig
+from vqdm.diffusion.pipelines import picture_size, sample
 from vqdm.diffusion.trajectories import Recorder, Trajectories, batches, join
 from vqdm.errors import RunError, UserError
 from vqdm.images import comparable, problems_of, warn_of_problems
@@ -39,15 +40,16 @@ def record_trajectories(
     low: float,
     high: float,
     what: str = "calibration trajectories",
+    outputs: bool = False,
 ) -> Trajectories:
-    """UNet inputs of sampling every prompt, restricted to timesteps in [low, high].
+    """UNet inputs, and `outputs` on request, of sampling every prompt, restricted to timesteps in [low, high].
 
     Raises:
         RunError: the samples hold NaN.
     """
     parts = []
     for chunk, draw in sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what):
-        with Recorder(pipeline.unet, len(chunk)) as recorder:
+        with Recorder(pipeline.unet, len(chunk), outputs) as recorder:
             draw()
         parts.append(recorder.trajectories().between(low, high))
         if not parts[-1].latents.isfinite().all():
@@ -164,3 +166,16 @@ def error_spread(errors: list[float], energies: list[float]) -> dict[str, float]
 def unet_dtype(unet: torch.nn.Module) -> torch.dtype:
     """The type a UNet computes in: that of a bias, which stays as it is also where `conv_in` itself is quantized."""
     return unet.conv_in.bias.dtype
+
+
+def predicted_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calibration: int, evaluation: int) -> int:
+    """Predict the disk space in bytes that a run on so many prompts needs: recorded points, and the pipeline twice.
+
+    Raises:
+        UserError: neither settings nor model give the image size.
+    """
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
+    height, width = picture_size(pipeline, sampling.height, sampling.width)
+    latents = pipeline.unet.config.in_channels * (height * width // pipeline.vae_scale_factor**2) * 4
+    return 2 * pipeline_bytes + latents * (sampling.num_inference_steps or 50) * (calibration + 3 * evaluation)

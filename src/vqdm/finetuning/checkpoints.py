@@ -1,7 +1,9 @@
-"""What a stopped run goes on from: `checkpoint-<step>` folders of tensors and JSON, and the best parameters so far.
+"""Checkpoints: `checkpoint-<step>` folders, and the best parameters so far.
 
-In a checkpoint: `parameters`, `optimizer`, `average`, `code_updates`, `random` as safetensors, those that hold any,
-and `state.json` with the counters. Points are drawn from the seed and the step, so the step is the place in the data.
+A checkpoint has `parameters`, `optimizer`, `average`, `code_updates` and `random` as safetensors (no file for an empty
+one) and `state.json` with the counters. The order of points follows from the seed: the step is the place in the data.
+
+accelerate's `save_state` is not used: it writes pickles, not atomically, and not the codes and their drift.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ class Checkpoints:
     """The checkpoints and the best parameters in a folder.
 
     Args:
-        limit: checkpoints that are kept.
-        device: where training computes; the state of its random numbers is kept beside the CPU's.
+        limit: number of checkpoints kept.
+        device: of the training; the state of its random generator is saved beside the CPU's.
     """
 
     def __init__(self, folder: Path, limit: int, device: torch.device = CPU):
         self.folder, self.limit, self.device = folder, limit, device
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, ascending."""
+        """Return the steps of all checkpoints, ascending."""
         names = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in self.folder.glob("checkpoint-*")]
         return sorted(int(name[1]) for name in names if name)
 
@@ -45,7 +47,7 @@ class Checkpoints:
         return self.folder / "best" / f"step-{step}.safetensors"
 
     def save(self, step: int, tensors: Tensors, state: dict) -> None:
-        """Write a checkpoint whole or not at all, then drop the oldest, and best parameters that none names."""
+        """Write a checkpoint atomically, then delete the oldest, and best parameters that no checkpoint refers to."""
         beside = self.folder / "checkpoint-partial"
         shutil.rmtree(beside, ignore_errors=True)
         for name, part in (tensors | {"random": random_state(self.device)}).items():
@@ -65,14 +67,14 @@ class Checkpoints:
                 file.unlink()
 
     def load_state(self, step: int) -> dict:
-        """The JSON of a checkpoint. Raises RunError when it is damaged."""
+        """Return the JSON of a checkpoint. Raises RunError if it is missing or damaged."""
         return _intact(self.path(step) / "state.json", load_checked_json)
 
     def load(self, step: int) -> Tensors:
-        """The tensors of a checkpoint, by file; the state of random numbers is put in place.
+        """Return the tensors of a checkpoint, by file, and restore the random generators.
 
         Raises:
-            RunError: a file is damaged.
+            RunError: a file is missing or damaged.
         """
         names = ("parameters", "optimizer", "average", "code_updates", "random")
         files = {name: self.path(step) / f"{name}.safetensors" for name in names}
@@ -81,10 +83,11 @@ class Checkpoints:
         return tensors
 
     def save_best(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write the best parameters, of step `step`, atomically."""
         save_checked(tensors, self.best_path(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
-        """Raises RunError when they are not there, or damaged."""
+        """Return the best parameters, of step `step`. Raises RunError if they are missing or damaged."""
         return _intact(self.best_path(step), load_checked)[0]
 
     def clear(self) -> None:
@@ -94,7 +97,7 @@ class Checkpoints:
 
 
 def _intact(file: Path, read: Callable[[Path], Any]) -> Any:
-    """What `read` makes of a file. Raises RunError when it is missing or damaged."""
+    """Return `read(file)`. Raises RunError if the file is missing or damaged."""
     try:
         return read(file)
     except (OSError, CorruptFileError) as error:
@@ -102,7 +105,7 @@ def _intact(file: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's generators, of the CPU and of `device`, by type of device."""
+    """Return the state of torch's generators of the CPU and of `device`, by device type."""
     held = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         held["cuda"] = torch.cuda.get_rng_state(device)
@@ -110,6 +113,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(held: dict[str, Tensor], device: torch.device) -> None:
+    """Restore `random_state`."""
     if "cpu" in held:
         torch.set_rng_state(held["cpu"])
     if "cuda" in held and device.type == "cuda":

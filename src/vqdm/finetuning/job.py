@@ -1,7 +1,7 @@
 """Fine-tune a quantized UNet towards the full-precision one: the order of the work.
 
-Measure before; then epoch after epoch record points, and step over them; then measure what is kept, and write the same
-folder with other numbers in it (arXiv 2409.00492, §4: the student's outputs are regressed on the teacher's).
+Evaluate; then, epoch after epoch, record points and train on them; then evaluate the step that is kept, and write a
+folder of the same format (arXiv 2409.00492, §4: the student's outputs are regressed on the teacher's).
 """
 
 from __future__ import annotations
@@ -9,47 +9,51 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import nn
 
-from vqdm.devices import check_float64, pick_dtype
-from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated
+from vqdm.devices import check_float64, peak_memory, pick_dtype
+from vqdm.diffusion.pipelines import (
+    check_model,
+    configured_pipeline,
+    log_truncated,
+    saved_types,
+    stored_dtypes,
+    weight_files,
+)
 from vqdm.diffusion.quantized_unet import check_fits, find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compared_pictures, pictures, predicted_bytes
 from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.errors import RunError, UserError
 from vqdm.finetuning.checkpoints import Checkpoints
 from vqdm.finetuning.code_updates import CodeUpdates
 from vqdm.finetuning.config import AUTO, FinetuneConfig
-from vqdm.finetuning.data import Material, read_material
-from vqdm.finetuning.distill_job import Distillation
-from vqdm.finetuning.distill_points import (
-    epoch_points,
-    evaluation_points,
-    forget_epochs,
-    held_out_points,
-    keeps_outputs,
-)
-from vqdm.finetuning.distill_result import draw_pairs, finish
-from vqdm.finetuning.evaluation import measure, read_log
-from vqdm.finetuning.loop import Course, Loop, Monitor
-from vqdm.finetuning.parameters import KINDS, Trained, trainable, types_on_disk, write_back
-from vqdm.finetuning.points import Points, spread
-from vqdm.finetuning.real_images import check_schedule
-from vqdm.finetuning.trainer import Diverged, Trainer
-from vqdm.layers.quantized import float_scales
+from vqdm.finetuning.data import Datasets, check_scheduler, load_datasets
+from vqdm.finetuning.evaluation import Errors, evaluate, read_log, save_loss_plot
+from vqdm.finetuning.loop import EvaluationSchedule, Loop, TrainingSchedule
+from vqdm.finetuning.parameters import KINDS, TrainedParameters, trainable, types_on_disk, write_back
+from vqdm.finetuning.points import Points, TrajectoryRecorder, spread, with_unet
+from vqdm.finetuning.trainer import DistillationLoss, Diverged, Trainer
+from vqdm.images import pair_sheet, save_png
+from vqdm.layers.int8 import int8_layers
+from vqdm.layers.quantized import float_scales, quantized_layers
+from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 from vqdm.parallel import Ranks, launched
-from vqdm.quantization.plan import predicted_bytes
-from vqdm.storage.files import folder_fingerprint
+from vqdm.redaction import own_command
+from vqdm.storage.files import folder_fingerprint, save_json, save_text
 from vqdm.storage.hf import mark_quantized
+from vqdm.storage.hub import model_card
 from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info
 from vqdm.versions import versions
 
 ROLE = ", which is the teacher"
-SMALL_RATE = 1e-5  # such as the published 1e-6, which was absolute
+SMALL_LEARNING_RATE = 1e-5  # such as the published 1e-6, which was absolute
 
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
@@ -57,46 +61,75 @@ FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "visualize_nsamples
 FREE_FIELDS += ("xtx_batch_size",)
 
 
-def distill(config: FinetuneConfig) -> dict | None:
+@dataclass
+class FinetuneJob:
+    """State that the steps of one run share.
+
+    Attributes:
+        pipeline: with the teacher as its UNet.
+        source: the quantized UNet's folder.
+        types: name → stored type of the student's parameters.
+    """
+
+    config: FinetuneConfig
+    ranks: Ranks
+    datasets: Datasets
+    pipeline: DiffusionPipeline
+    student: nn.Module
+    source: Path
+    types: dict[str, torch.dtype]
+    folder: RunFolder
+    tracker: Tracker
+    clock: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def loss_fn(self) -> DistillationLoss:
+        teacher, size = self.pipeline.unet, self.config.local_batch_size
+        return DistillationLoss(self.student, teacher, teacher.dtype, size, self.ranks)
+
+    @property
+    def recorder(self) -> TrajectoryRecorder:
+        return TrajectoryRecorder(self.config, self.datasets, self.pipeline, self.student, self.folder.work, self.ranks)
+
+
+def finetune(config: FinetuneConfig) -> dict | None:
     """Run the whole job and return the summary; None after a dry run, and on every process but the first.
 
     Raises:
         UserError: bad input, found before anything slow starts.
-        RunError: the work failed, or training diverged; what is finished stays on disk for `resume`, and the best
-            parameters of a training that diverged become the result all the same.
+        RunError: the work failed, or training diverged. Finished work stays on disk for `resume`; after a divergence
+            the best parameters become the result all the same.
     """
-    material = read_material(config)
+    datasets = load_datasets(config)
     check_model(config.model, config.variant)
     check_supported(config.model, config.revision, config.local_files_only, role=ROLE)
     source = find_quantized_unet(config.quantized)
     with launched(config.device) as ranks, ExitStack() as held:
         check_float64(ranks.device)
-        pipeline, student = load(config, ranks, source)
+        pipeline, student = load_models(config, ranks, source)
         types = types_on_disk(source) | float_scales(student)
         mark_quantized(student)  # its scales may be of another format now
         trained = trainable(student, config.optimizer)
-        log_info(plan(config, ranks, trained))
-        if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_RATE:
-            log_info(f"--finetune_lr {config.optimizer.finetune_lr} is relative here, and will hardly move anything")
+        log_info(training_plan(config, ranks, trained))
+        if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_LEARNING_RATE:
+            log_info(f"--finetune_lr {config.optimizer.finetune_lr} is relative, and will hardly change anything")
         if ranks.main:
-            log_truncated(pipeline, [*material.training, *material.held_out, *material.evaluation])
+            log_truncated(pipeline, [*datasets.training, *datasets.held_out, *datasets.evaluation])
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)
         held.enter_context(folder.lock(ranks))
         if ranks.main:
-            folder.open(
-                settings_of(config, material, source), versions(), config.resume, needed_bytes(config, pipeline)
-            )
+            settings = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+            settings |= {"datasets_sha256": datasets.digest, "quantized_sha256": folder_fingerprint(source)}
+            evaluated = config.evaluation_nsamples + config.held_out_nsamples
+            need = predicted_bytes(pipeline, config.sampling, 2 * config.finetune_nsamples, evaluated)
+            folder.open(settings, versions(), config.resume, need)
         if ranks.broadcast(folder.finished):
             return close_finished(folder) if ranks.main else None
-        tracker = Tracker(
-            config.report_to if ranks.main else "none",
-            "vqdm-finetune",
-            folder.path,
-            config.to_dict() | config.to_dict()["optimizer"],
-        )
-        job = Distillation(config, ranks, material, pipeline, student, source, types, folder, tracker, Stopwatch(), [])
+        about, kind = config.to_dict() | config.to_dict()["optimizer"], config.report_to if ranks.main else "none"
+        tracker = Tracker(kind, "vqdm-finetune", folder.path, about)
+        job = FinetuneJob(config, ranks, datasets, pipeline, student, source, types, folder, tracker)
         try:
             return run(job, trained)
         finally:
@@ -104,15 +137,15 @@ def distill(config: FinetuneConfig) -> dict | None:
 
 
 def close_finished(folder: RunFolder) -> dict:
-    """The summary of a run that has ended, without what a kill at its very end left."""
+    """Return the summary of a finished run, and delete working data that a kill at its very end left."""
     shutil.rmtree(folder.work, ignore_errors=True)
     Checkpoints(folder.path, 0).clear()
     log_info(f"{folder.path} is finished already")
     return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
 
 
-def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionPipeline, nn.Module]:
-    """MODEL's pipeline with the teacher in it, and the student, both on this process's device.
+def load_models(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionPipeline, nn.Module]:
+    """Load MODEL's pipeline, whose UNet is the teacher, and the student, both to this process's device.
 
     Raises:
         UserError: either cannot be loaded, they do not fit, MODEL is quantized itself, or the settings do not fit it.
@@ -122,105 +155,115 @@ def load(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionP
     check_fits(student, pipeline.unet, config.quantized, config.model)
     check_loaded(pipeline.unet, config.model, role=ROLE)
     pipeline.scheduler.set_timesteps(config.sampling.num_inference_steps or 50)
-    steps_an_epoch(config, len(pipeline.scheduler.timesteps))
+    steps_per_epoch(config, len(pipeline.scheduler.timesteps))
     if config.real_images:
-        check_schedule(pipeline.scheduler)
+        check_scheduler(pipeline.scheduler)
     if config.use_checkpointing:
         student.enable_gradient_checkpointing()
     return pipeline, student.to(ranks.device)
 
 
-def plan(config: FinetuneConfig, ranks: Ranks, trained: Trained) -> str:
-    """One line: what is trained, on what, by how many."""
+def training_plan(config: FinetuneConfig, ranks: Ranks, trained: TrainedParameters) -> str:
+    """Return one line: what is trained, on how much, by how many processes."""
     plural = {kind: f"{kind}es" if kind.endswith("s") else f"{kind}s" for kind in KINDS}
-    kinds = [f"{sum(one == kind for one in trained.kinds.values())} of {plural[kind]}" for kind in KINDS]
+    kinds = [f"{sum(one == kind for one in trained.kinds.values())} {plural[kind]}" for kind in KINDS]
     values = sum(tensor.numel() for tensor in trained)
     return (
-        f"{values / 1e6:.2f} M values are trained, in {len(trained.kinds)} tensors ({', '.join(kinds)}), "
-        f"on {config.finetune_nsamples} trajectories ({config.finetune_method}) an epoch, "
-        f"{config.finetune_batch_size} points a step, by {ranks.world} {ranks.device.type} process"
+        f"training {values / 1e6:.2f} M values in {len(trained.kinds)} tensors ({', '.join(kinds)}), "
+        f"on {config.finetune_nsamples} trajectories ({config.finetune_method}) per epoch, "
+        f"batch size {config.finetune_batch_size}, on {ranks.world} {ranks.device.type} process"
         f"{'es' if ranks.world > 1 else ''}"
     )
 
 
-def needed_bytes(config: FinetuneConfig, pipeline: DiffusionPipeline) -> int:
-    """Disk that a run needs, the teacher's outputs aside."""
-    measured = config.evaluation_nsamples + config.held_out_nsamples
-    return predicted_bytes(pipeline, config.sampling, 2 * config.finetune_nsamples, measured)
+def steps_per_epoch(config: FinetuneConfig, points: int) -> int:
+    """Return the optimizer steps of an epoch, with `points` points per trajectory.
 
-
-def settings_of(config: FinetuneConfig, material: Material, source: Path) -> dict:
-    """Everything the result depends on, which a resumption must share."""
-    own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
-    return own | {"material_sha256": material.digest, "quantized_sha256": folder_fingerprint(source)}
+    Raises:
+        UserError: an epoch has too few points for one batch.
+    """
+    count = config.finetune_nsamples * points
+    if count < config.finetune_batch_size:
+        raise UserError(
+            f"--finetune_batch_size is {config.finetune_batch_size}, but an epoch has {count} points "
+            f"({config.finetune_nsamples} trajectories of {points} steps)"
+        )
+    return count // config.finetune_batch_size
 
 
 # ------------------------------------------------------------------------------------------- the work
 
 
-def run(job: Distillation, trained: Trained) -> dict | None:
-    """All slow steps, once everything is loaded."""
+def run(job: FinetuneJob, trained: TrainedParameters) -> dict | None:
+    """Run all slow steps; finds and continues what an interrupted run left."""
     with job.clock("teacher"):
-        evaluation, held_out = evaluation_points(job), held_out_points(job)
+        evaluation, held_out = job.recorder.evaluation(), job.recorder.held_out()
+        teacher_images = job.recorder.teacher_images() if job.ranks.main else []
     with job.clock("evaluation"):
-        before = measure(job.lesson, evaluation, evaluation.all())
+        before = evaluate(job.loss_fn, evaluation, evaluation.all())
     log_info(
-        f"UNet-output error on {len(job.material.evaluation)} unseen prompts before: {before.db:.2f} dB, "
+        f"UNet-output error on {len(job.datasets.evaluation)} evaluation prompts before training: {before.db:.2f} dB, "
         f"median {before.median_db:.2f} dB"
     )
-    loop = make_loop(job, trained, held_out)
-    fault, whole = None, Stopwatch()
+    loop = make_loop(job, trained, held_out, teacher_images)
+    divergence, whole = None, Stopwatch()
     try:
         with whole("training"):
             loop.run()
     except Diverged as error:
-        fault = error
+        divergence = error
     job.clock.phases["training"] = round(whole.phases["training"] - job.clock.phases.get("points", 0.0), 3)
-    step_kept = keep(job, loop, fault)
+    best = loop.progress.best
+    figures = f"{best['db']:.2f} dB, median {best['median_db']:.2f} dB"
+    kept = f"step {best['step']}, the best by held-out error ({figures})"
+    step_kept = loop.trainer.steps_done
+    job.ranks.barrier()  # the first process has written the best parameters
+    if divergence or job.config.finetune_keep_best:
+        step_kept = best["step"]
+        loop.trainer.load_result(loop.checkpoints.load_best(step_kept))
+        log_info(f"keeping {kept}")
+    else:
+        loop.trainer.average.swap()
+    write_back(job.student, job.types, torch.float32)  # evaluated are the stored values
+    if loop.trainer.updates:
+        loop.trainer.updates.close()
     with job.clock("evaluation"):
-        after = measure(job.lesson, evaluation, evaluation.all())
-    summary = finish(job, loop, step_kept, before, after) if job.ranks.main else None
+        after = evaluate(job.loss_fn, evaluation, evaluation.all())
+    summary = save_result(job, loop, step_kept, (before, after), teacher_images) if job.ranks.main else None
     job.ranks.barrier()
-    if fault:
-        raise RunError(f"{fault}: {kept_words(loop)}, is in {job.folder.path}; try a lower --finetune_lr")
+    if divergence:
+        raise RunError(f"{divergence}: {kept}, is in {job.folder.path}; try a lower --finetune_lr")
     return summary
 
 
-def keep(job: Distillation, loop: Loop, fault: Diverged | None) -> int:
-    """Leave in the student what is to be saved: the values that are stored, in the type that is computed in.
-
-    Returns the step whose parameters they are.
-    """
-    step = loop.trainer.done
-    job.ranks.barrier()  # the first process has written the best
-    if fault or job.config.finetune_keep_best:
-        step = loop.progress.best["step"]
-        loop.trainer.restore(loop.checkpoints.load_best(step))
-        log_info(f"kept: {kept_words(loop)}")
-    else:
-        loop.trainer.average.adopt()
-    write_back(job.student, job.types, torch.float32)
-    if loop.trainer.updates:
-        loop.trainer.updates.close()
-    return step
-
-
-def kept_words(loop: Loop) -> str:
-    best = loop.progress.best
-    error = f"{best['db']:.2f} dB, median {best['median_db']:.2f} dB on held-out points"
-    return f"the best, of step {best['step']} at {error}"
-
-
-def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
-    """The training, where it begins or where the last checkpoint left it."""
-    config, folder = job.config, job.folder.path
-    steps = len(held_out.parts[0].timesteps)
-    course = course_of(job, steps, keeps_outputs(job, held_out))
-    lesson = job.lesson
+def make_loop(
+    job: FinetuneJob, trained: TrainedParameters, held_out: Points, teacher_images: list[Image.Image]
+) -> Loop:
+    """Build the training loop, and restore the newest checkpoint if there is one."""
+    config, folder, recorder = job.config, job.folder.path, job.recorder
+    per_epoch = steps_per_epoch(config, len(held_out.parts[0].timesteps))
+    keep_outputs = recorder.keeps_outputs(held_out)
+    total = per_epoch * config.finetune_max_epochs
+    total = min(total, config.max_steps) if config.max_steps else total
     updates = CodeUpdates(job.student, config.code_updates) if config.code_updates else None
-    trainer = Trainer(lesson, trained, config.optimizer, course.total, config.decode, updates)
+    trainer = Trainer(job.loss_fn, trained, config.optimizer, total, config.decode, updates)
     checkpoints = Checkpoints(folder, config.checkpoints_total_limit, job.ranks.device)
-    monitor = Monitor(
+
+    def points_of(epoch: int) -> Points:
+        saved = checkpoints.steps()
+        without_checkpoint = 0 if config.checkpointing_steps else epoch
+        recorder.delete_epochs(saved[0] // per_epoch if saved else without_checkpoint)
+        with job.clock("points"):
+            return recorder.epoch(epoch, keep_outputs)
+
+    def save_images(step: int) -> None:
+        path = folder / "images" / f"step-{step:06d}.png"
+        generate_pairs(job, path, config.visualize_nsamples, teacher_images)
+
+    schedule = TrainingSchedule(
+        points_of, per_epoch, total, config.finetune_batch_size, config.timestep_sampling, config.seed
+    )
+    evaluations = EvaluationSchedule(
         config.eval_step,
         config.checkpointing_steps,
         config.visualize_step,
@@ -228,42 +271,139 @@ def make_loop(job: Distillation, trained: Trained, held_out: Points) -> Loop:
         config.early_stopping_patience,
         config.finetune_relative_mse_tolerance,
         job.types,
-        lambda step: draw_pairs(job, folder / "pictures" / f"step-{step:06d}.png", config.visualize_nsamples),
+        save_images,
     )
-    saved = checkpoints.steps()
-    log = folder / "training.jsonl"
+    saved, log = checkpoints.steps(), folder / "training.jsonl"
     if job.ranks.main:
         read_log(log, saved[-1] if saved else -1)
     chosen = spread(held_out, config.held_out_points)
-    loop = Loop(trainer, course, (held_out, chosen), monitor, checkpoints, JsonLines(log), job.tracker)
+    loop = Loop(trainer, schedule, (held_out, chosen), evaluations, checkpoints, JsonLines(log), job.tracker)
     if saved:
         loop.resume(saved[-1])
-        log_info(f"continuing after step {saved[-1]} of {course.total}")
+        log_info(f"resuming after step {saved[-1]} of {total}")
     return loop
 
 
-def steps_an_epoch(config: FinetuneConfig, steps: int) -> int:
-    """Optimizer steps, with `steps` points a trajectory. Raises UserError where an epoch has no points for one."""
-    points = config.finetune_nsamples * steps
-    if points < config.finetune_batch_size:
-        raise UserError(
-            f"--finetune_batch_size is {config.finetune_batch_size}, but an epoch has {points} points "
-            f"({config.finetune_nsamples} trajectories of {steps} steps)"
-        )
-    return points // config.finetune_batch_size
+# ------------------------------------------------------------------------------------------- the result
 
 
-def course_of(job: Distillation, steps: int, keep_outputs: bool) -> Course:
-    """What is stepped over, with `steps` points a trajectory."""
-    config = job.config
-    an_epoch = steps_an_epoch(config, steps)
-    total = an_epoch * config.finetune_max_epochs
-    total = min(total, config.max_steps) if config.max_steps else total
+def generate_pairs(job: FinetuneJob, path: Path, count: int, teacher_images: list[Image.Image]) -> list[Image.Image]:
+    """Generate the student's images of `count` evaluation prompts, and save a sheet of pairs; on the first process."""
+    config, prompts = job.config, job.datasets.evaluation[:count]
+    if not (job.ranks.main and count):
+        return []
+    seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
+    with with_unet(job.pipeline, job.student):
+        images = pictures(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
+    shown = config.visualize_nsamples
+    if shown:
+        sheet = pair_sheet(prompts[:shown], teacher_images[:shown], images[:shown], ("full precision", "fine-tuned"))
+        save_png(sheet, path)
+        job.tracker.images("image_pairs", [sheet])
+    return images
 
-    def points_of(epoch: int) -> Points:
-        saved = Checkpoints(job.folder.path, 0).steps()
-        unsaved = 0 if config.checkpointing_steps else epoch  # nobody will come back
-        forget_epochs(job, saved[0] // an_epoch if saved else unsaved)
-        return epoch_points(job, epoch, keep_outputs)
 
-    return Course(points_of, an_epoch, total, config.finetune_batch_size, config.timestep_sampling, config.seed)
+def save_result(
+    job: FinetuneJob, loop: Loop, step_kept: int, errors: tuple[Errors, Errors], teacher_images: list[Image.Image]
+) -> dict:
+    """Write the pipeline folder, the card, the plots and the summary, then delete the working data.
+
+    Args:
+        errors: on the evaluation prompts, before and after.
+    """
+    folder, staged = job.folder, job.folder.work / "pipeline"
+    images = generate_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples, teacher_images)
+    scores = compared_pictures(teacher_images, images, job.datasets.evaluation, "fine-tuned")
+    parameters = sum(tensor.numel() for tensor in job.pipeline.unet.parameters())
+    write_back(job.student, job.types)
+    stage_pipeline(job, staged)
+    save_loss_plot(read_log(loop.log.path, loop.trainer.steps_done), folder.path / "loss.png")
+    summary = summary_of(job, loop, step_kept, *errors) | stored_sizes(job.student, parameters, staged)
+    summary |= {"images": scores}
+    save_text(model_card(job.config.model, summary), staged / "README.md")
+    folder.publish(staged)
+    save_json(summary, folder.path / "summary.json")
+    shutil.rmtree(folder.work)
+    loop.checkpoints.clear()
+    job.tracker.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
+    return summary
+
+
+def stage_pipeline(job: FinetuneJob, staged: Path) -> None:
+    """Write a whole pipeline with the student as its UNet into `staged`.
+
+    All other components are copied from the folder around the quantized UNet. If there is none, they are the model's,
+    each in the type that it computes in, or a narrower one of its files.
+    """
+    config, quantized = job.config, job.source.parent
+    shutil.rmtree(staged, ignore_errors=True)
+    index = quantized / "model_index.json"
+    if index.is_file():
+        staged.mkdir(parents=True)
+        shutil.copy(index, staged)
+        for name, value in json.loads(index.read_text(encoding="utf-8")).items():
+            if isinstance(value, list) and name != "unet" and (quantized / name).is_dir():
+                shutil.copytree(quantized / name, staged / name)
+        job.student.save_pretrained(staged / "unet")
+    else:
+        stored = stored_dtypes(config.model, config.variant, config.revision)
+        stored.pop("unet", None)
+        job.pipeline.register_modules(unet=job.student)
+        with saved_types(job.pipeline, stored):
+            job.pipeline.save_pretrained(staged)
+
+
+def summary_of(job: FinetuneJob, loop: Loop, step_kept: int, before: Errors, after: Errors) -> dict:
+    """Return settings, errors and cost of the run. `unet_output_error_db` is the error after, as in a quantization."""
+    config, updates = job.config, loop.trainer.updates
+    files = weight_files(config.model, config.variant, "unet", config.revision)
+    groups, changed = updates.changed_groups() if updates else (0, 0)
+    return {
+        "model": config.model,
+        "quantized": config.quantized,
+        "layers_quantized": len(quantized_layers(job.student)),
+        "layers_in_8_bit": len(int8_layers(job.student)),
+        "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
+        "unet_output_error_db_before": before.db,
+        "unet_output_error_db_after": after.db,
+        "unet_output_error_median_db_before": before.median_db,
+        "unet_output_error_median_db_after": after.median_db,
+        "unet_output_error_db": after.db,
+        "unet_output_error_db_by_point_before": before.by_point,
+        "unet_output_error_db_by_point": after.by_point,
+        "unet_output_error_db_by_timestep_before": before.db_by_timestep,
+        "unet_output_error_db_by_timestep": after.db_by_timestep,
+        "learning_rate": loop.progress.learning_rate,
+        "learning_rate_reductions": loop.progress.reductions,
+        "steps": loop.trainer.steps_done,
+        "step_kept": step_kept,
+        "best": loop.progress.best,
+        "groups": groups,
+        "groups_changed": changed,
+        "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
+        "peak_memory_bytes": peak_memory(job.ranks.device),
+        "versions": versions(),
+        "command": own_command(),
+    }
+
+
+def stored_sizes(student: nn.Module, parameters: int, staged: Path) -> dict[str, float]:
+    """Return bits per weight of the saved tensors, and bytes of the UNet's files.
+
+    Args:
+        parameters: number of the full-precision UNet's parameters.
+    """
+
+    def bits(module: nn.Module) -> int:
+        return sum(8 * tensor.element_size() * tensor.numel() for tensor in module.parameters())
+
+    layers = quantized_layers(student).values()
+    weights = sum(layer._rows * layer._columns for layer in layers)
+    shared = getattr(student, SHARED_CODEBOOKS, None)
+    code_bits = sum(layer.stored_bits for layer in layers) + (bits(shared) if shared else 0)
+    return {
+        "weights_quantized": weights,
+        "effective_bits_layers": code_bits / weights,
+        "effective_bits_unet": bits(student) / parameters,
+        "bytes_of_unet": sum(file.stat().st_size for file in staged.glob("unet/*.safetensors")),
+    }

@@ -1,8 +1,9 @@
-"""Epoch after epoch, step after step: training, evaluation on held-out points in between, and when it ends."""
+"""The training loop: epochs of steps, evaluations on held-out points, checkpoints, early stopping."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -11,74 +12,48 @@ import torch
 
 from vqdm.finetuning.checkpoints import Checkpoints
 from vqdm.finetuning.config import AUTO
-from vqdm.finetuning.evaluation import Errors, Speed, duration, measure
-from vqdm.finetuning.optimizer import learning_rate
-from vqdm.finetuning.parameters import as_stored
+from vqdm.finetuning.evaluation import Errors, Throughput, duration, evaluate
+from vqdm.finetuning.parameters import rounded_to
 from vqdm.finetuning.points import Point, Points, shuffled, timestep_weights
-from vqdm.finetuning.trainer import Diverged, Step, Trainer
+from vqdm.finetuning.trainer import Diverged, StepResult, Trainer, choose_learning_rate
 from vqdm.tracking import JsonLines, Tracker, log_info, progress_bar
 
-RISEN = 2.0  # a held-out loss this many times the first one ends training
-REDUCTION = 3.0  # of the learning rate, where it has done harm
-LEAST_GAIN = 0.01  # dB: a smaller one is not distinguished from none
+DIVERGED = 2.0  # a held-out loss this many times the first one ends training
+REDUCTION = 3.0  # divides the learning rate after an evaluation without a gain
+LEAST_GAIN = 0.01  # dB: a smaller gain counts as none
 ROUNDING = 0.005  # dB
+STEPS_PER_LINE, SECONDS_PER_LINE = 10, 30.0  # of the log, whichever comes first
 
 
-class Course(NamedTuple):
-    """What is stepped over.
+class TrainingSchedule(NamedTuple):
+    """The steps of a training.
 
     Attributes:
-        points: epoch → its points; asked for once an epoch, when the student is where the epoch begins.
-        steps_an_epoch, total: steps; `total` may end the last epoch early.
-        batch: points a step.
-        timestep_sampling: as `timestep_weights` has it.
+        points: epoch → its points; called once per epoch, with the student in its state at the epoch's start.
+        steps_per_epoch, total_steps: `total_steps` may end the last epoch early.
+        batch_size: points per step.
+        timestep_sampling: as in `timestep_weights`.
         seed: of the order of points.
     """
 
     points: Callable[[int], Points]
-    steps_an_epoch: int
-    total: int
-    batch: int
+    steps_per_epoch: int
+    total_steps: int
+    batch_size: int
     timestep_sampling: str
     seed: int
 
 
-@dataclass
-class Progress:
-    """What is known so far, beside the trainer's tensors; plain JSON.
+class EvaluationSchedule(NamedTuple):
+    """When the student is evaluated and saved, and when training stops.
 
     Attributes:
-        learning_rate: that training began with.
-        first, best: step, loss, `db` and `median_db` on held-out points, before the first step and of the step to keep.
-        idle: evaluations since `best` was found.
-        reductions, began: how often the learning rate was reduced, and the step at which it last was.
-        epoch_loss, error_at: held-out loss, over all and by timestep bin, where the newest epoch began.
-        ended: why training ends before its last step; empty while it does not.
-        scaler: state of the gradient scaler.
-    """
-
-    learning_rate: float = 0.0
-    first: dict = field(default_factory=dict)
-    best: dict = field(default_factory=dict)
-    idle: int = 0
-    reductions: int = 0
-    began: int = 0
-    epoch_loss: float = 0.0
-    error_at: list[float] = field(default_factory=list)
-    ended: str = ""
-    scaler: dict = field(default_factory=dict)
-
-
-class Monitor(NamedTuple):
-    """When training is evaluated, saved and stopped.
-
-    Attributes:
-        eval_step, checkpointing_steps, visualize_step: every so many steps; 0 = never.
-        keep_best: the best step is the result; steps at a learning rate "auto" that gain nothing are undone.
-        patience: training ends after so many evaluations without a better one than before; 0 = it does not.
-        tolerance: an epoch that lowers the held-out loss by a smaller share is the last; 0 = none is.
-        types: of parameters as they are stored, by name: evaluated is what would be read back.
-        images: called with the step.
+        eval_step, checkpointing_steps, visualize_step: every N steps; 0 = never.
+        keep_best: the result is the best step; with a learning rate of "auto" steps without a gain are undone.
+        patience: evaluations without a new best step after which training stops; 0 = never.
+        tolerance: training stops after an epoch that lowers the held-out loss by a smaller share; 0 = never.
+        stored_types: name → type of parameters on disk: evaluated are the values that will be read back.
+        save_images: called with the number of the step.
     """
 
     eval_step: int
@@ -87,204 +62,219 @@ class Monitor(NamedTuple):
     keep_best: bool
     patience: int
     tolerance: float
-    types: dict[str, torch.dtype]
-    images: Callable[[int], None]
+    stored_types: dict[str, torch.dtype]
+    save_images: Callable[[int], None]
+
+
+@dataclass
+class Progress:
+    """The state of a training beside the trainer's tensors; plain JSON.
+
+    Attributes:
+        learning_rate: at the first step.
+        first, best: step, loss, `db` and `median_db` on held-out points, of step 0 and of the best step.
+        evaluations_since_best: evaluations since `best` was found.
+        reductions, reduced_at: number of reductions of the learning rate, and the step of the last one.
+        epoch_loss, loss_by_timestep: held-out loss, of all points and per timestep bin, at the epoch's start.
+        stop_reason: why training stops before its last step; empty while it goes on.
+        scaler: state of the gradient scaler.
+    """
+
+    learning_rate: float = 0.0
+    first: dict = field(default_factory=dict)
+    best: dict = field(default_factory=dict)
+    evaluations_since_best: int = 0
+    reductions: int = 0
+    reduced_at: int = 0
+    epoch_loss: float = 0.0
+    loss_by_timestep: list[float] = field(default_factory=list)
+    stop_reason: str = ""
+    scaler: dict = field(default_factory=dict)
 
 
 def is_better(errors: Errors, best: dict, first: dict) -> bool:
-    """Whether a student is to be kept rather than the best so far.
+    """Return whether errors beat those of the best step so far, `best`; `first` are those of step 0.
 
-    The mean of its two figures in dB, the error of the sum and that of the median prompt, must be lower by `LEAST_GAIN`
-    than the best one's, and neither figure above that of step 0. A few prompts dominate the sum: training can lower it
+    The mean of the two figures in dB, of the sum and of the median prompt, must be lower than the best step's by
+    `LEAST_GAIN`, and neither figure may be above that of step 0. A few prompts dominate the sum: training can lower it
     while most prompts get worse, and the other way round.
     """
-    found, worst = errors.figures, {name: first[name] + ROUNDING for name in ("db", "median_db")}
+    found, limits = errors.figures, {name: first[name] + ROUNDING for name in ("db", "median_db")}
     gain = sum(best[name] - value for name, value in found.items()) / len(found)
-    return gain >= LEAST_GAIN and all(value <= worst[name] for name, value in found.items())
+    return gain >= LEAST_GAIN and all(value <= limits[name] for name, value in found.items())
 
 
 class Loop:
-    """Runs a course.
+    """Runs a training.
 
     Args:
-        held_out: points and which of them are evaluated on.
-        log: rows of steps and evaluations; the first process alone writes.
+        held_out: points, and the selection of them that is evaluated on.
+        log: rows of steps and evaluations; written by the first process.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        course: Course,
+        schedule: TrainingSchedule,
         held_out: tuple[Points, Sequence[Point]],
-        monitor: Monitor,
+        evaluations: EvaluationSchedule,
         checkpoints: Checkpoints,
         log: JsonLines,
         tracker: Tracker,
     ):
-        self.trainer, self.course, self.held_out, self.monitor = trainer, course, held_out, monitor
+        self.trainer, self.schedule, self.held_out, self.evaluations = trainer, schedule, held_out, evaluations
         self.checkpoints, self.log, self.tracker = checkpoints, log, tracker
-        self.main = trainer.lesson.ranks.main
+        self.ranks = trainer.loss_fn.ranks
         self.progress = Progress()
-        self.speed = Speed(course.total)
+        self.throughput, self.last_line = Throughput(schedule.total_steps), time.perf_counter()
 
     def resume(self, step: int) -> None:
-        """Continue from a checkpoint."""
+        """Restore the checkpoint of a step. Raises RunError if it is damaged."""
         state = self.checkpoints.load_state(step)
-        known = {name: state[name] for name in asdict(self.progress)}
-        self.progress = Progress(**known)
+        self.progress = Progress(**{name: state[name] for name in asdict(self.progress)})
         self.trainer.learning_rate = self.learning_rate
-        self.trainer.began = self.progress.began
+        self.trainer.warmup_start = self.progress.reduced_at
         self.trainer.load_state(self.checkpoints.load(step), step, self.progress.scaler)
 
     def run(self) -> None:
-        """Train to the end of the course, or until too little is gained.
+        """Train to the last step, or until an evaluation stops the training.
 
         Raises:
             Diverged: the loss is not finite, or the held-out loss has risen; the best parameters are on disk.
         """
-        if self.trainer.done == 0:
+        trainer, schedule = self.trainer, self.schedule
+        if trainer.steps_done == 0:
+            self._start()
+        with progress_bar(total=schedule.total_steps, description="training steps") as bar:
+            bar.update(trainer.steps_done)
+            while trainer.steps_done < schedule.total_steps and not self.progress.stop_reason:
+                epoch = trainer.steps_done // schedule.steps_per_epoch
+                points = schedule.points(epoch)
+                weights = timestep_weights(points, schedule.timestep_sampling, self.progress.loss_by_timestep)
+                order = shuffled(points, weights, f"{schedule.seed}:order:{epoch}")
+                end = min(schedule.total_steps, (epoch + 1) * schedule.steps_per_epoch)
+                self.throughput.restart()
+                while trainer.steps_done < end and not self.progress.stop_reason:
+                    start = (trainer.steps_done - epoch * schedule.steps_per_epoch) * schedule.batch_size
+                    self._log_step(trainer.step(points, order[start : start + schedule.batch_size]))
+                    bar.update()
+                    self._after_step(end)
+        if self.progress.stop_reason:
+            log_info(f"training stops at step {trainer.steps_done}: {self.progress.stop_reason}")
+
+    def _start(self) -> None:
+        """Evaluate step 0, and choose the learning rate."""
+        errors, config = self.evaluate(), self.trainer.config
+        self._end_epoch(errors)
+        self.progress.learning_rate = self.trainer.learning_rate = choose_learning_rate(config, errors.median_db)
+        source = "from --finetune_lr"
+        if config.finetune_lr == AUTO:
+            source = f"chosen by the held-out error (median {errors.median_db:.2f} dB)"
+        log_info(f"learning rate {self.trainer.learning_rate:g}, {source}")
+
+    def _after_step(self, epoch_end: int) -> None:
+        """Evaluate, save images and save a checkpoint, each if it is due."""
+        done, due = self.trainer.steps_done, self.evaluations
+        if done == epoch_end or _is_due(done, due.eval_step):
             errors = self.evaluate()
-            self._close_epoch(errors)
-            self._begin_at(learning_rate(self.trainer.config, errors))
-        with progress_bar(total=self.course.total, description="steps") as ticks:
-            ticks.update(self.trainer.done)
-            while self.trainer.done < self.course.total and not self.progress.ended:
-                self._epoch(self.trainer.done // self.course.steps_an_epoch, ticks)
-        if self.progress.ended:
-            log_info(f"training ends at step {self.trainer.done}: {self.progress.ended}")
-
-    def _begin_at(self, rate: float) -> None:
-        self.progress.learning_rate = self.trainer.learning_rate = rate
-        chosen = self.trainer.config.finetune_lr == AUTO
-        why = f"chosen by the held-out error (median {self.progress.first['median_db']:.2f} dB)"
-        log_info(f"learning rate {rate:g}, {why if chosen else 'as --finetune_lr says'}")
-
-    def _epoch(self, epoch: int, ticks) -> None:
-        course, points = self.course, self.course.points(epoch)
-        weights = timestep_weights(points, course.timestep_sampling, self.progress.error_at)
-        order = shuffled(points, weights, f"{course.seed}:order:{epoch}")
-        last = min(course.total, (epoch + 1) * course.steps_an_epoch)
-        self.speed.restart()
-        while self.trainer.done < last and not self.progress.ended:
-            start = (self.trainer.done - epoch * course.steps_an_epoch) * course.batch
-            step = self.trainer.step(points, order[start : start + course.batch])
-            ticks.update()
-            self._tell(step)
-            self._after(last)
-
-    def _after(self, last: int) -> None:
-        """Evaluate, generate images and save where it is time."""
-        done, monitor = self.trainer.done, self.monitor
-        ends = done == last
-        if ends or _due(done, monitor.eval_step):
-            errors = self.evaluate()
-            if ends:
-                self._close_epoch(errors)
-        if _due(done, monitor.visualize_step):
-            with self.trainer.average.shown():
-                monitor.images(done)
-        if _due(done, monitor.checkpointing_steps):
-            self.save()
-        self.speed.restart()
+            if done == epoch_end:
+                self._end_epoch(errors)
+        if _is_due(done, due.visualize_step):
+            with self.trainer.average.applied():
+                due.save_images(done)
+        if _is_due(done, due.checkpointing_steps):
+            self.save_checkpoint()
+        self.throughput.restart()
 
     def evaluate(self) -> Errors:
-        """Measure on held-out points, with the values that would be stored; save them if they are the best.
+        """Evaluate on held-out points, with the values that would be stored, and save them if they are the best.
 
         Raises:
-            Diverged: as `_gained_nothing`.
+            Diverged: as `_handle_no_gain`.
         """
-        done, progress, types = self.trainer.done, self.progress, self.monitor.types
-        with self.trainer.average.shown(), as_stored(self.trainer.trained, types):
-            errors = measure(self.trainer.lesson, *self.held_out)
+        done, progress = self.trainer.steps_done, self.progress
+        with self.trainer.average.applied(), rounded_to(self.evaluations.stored_types, self.trainer.trained):
+            errors = evaluate(self.trainer.loss_fn, *self.held_out)
         figures = {"held_out_db": errors.db, "held_out_median_db": errors.median_db}
-        self._write({"held_out_loss": errors.loss} | figures | {"db_by_timestep": errors.db_by_timestep})
+        self._write({"held_out_loss": errors.loss} | figures | {"held_out_db_by_timestep": errors.db_by_timestep})
+        by_timestep = " ".join("-" if db is None else f"{db:.1f}" for db in errors.db_by_timestep)
         log_info(
-            f"step {done}/{self.course.total}: held-out error {errors.db:.2f} dB, median {errors.median_db:.2f} dB, "
-            f"by timestep {_row(errors)}"
+            f"step {done}/{self.schedule.total_steps}: held-out error {errors.db:.2f} dB, "
+            f"median {errors.median_db:.2f} dB, by timestep (least noise first) {by_timestep}"
         )
         found = {"step": done, "loss": errors.loss} | errors.figures
         progress.first = progress.first or found
-        progress.idle += 1
+        progress.evaluations_since_best += 1
         if not progress.best or is_better(errors, progress.best, progress.first):
-            progress.best, progress.idle = found, 0
-            if self.main:
-                self.checkpoints.save_best(done, self.trainer.shown_tensors())
+            progress.best, progress.evaluations_since_best = found, 0
+            if self.ranks.main:
+                self.checkpoints.save_best(done, self.trainer.result_tensors())
         else:
-            self._gained_nothing(errors)
+            self._handle_no_gain(errors)
         return errors
 
     @property
     def learning_rate(self) -> float:
-        """What steps have now, before warmup and schedule."""
+        """The present learning rate, without warmup and schedule."""
         return self.progress.learning_rate / REDUCTION**self.progress.reductions
 
-    def _gained_nothing(self, errors: Errors) -> None:
-        """End training, or go back to the best step where the learning rate is for this program to choose.
+    def _handle_no_gain(self, errors: Errors) -> None:
+        """Stop training, or, if the learning rate is "auto", go back to the best step and reduce the learning rate.
 
         Raises:
-            Diverged: the held-out loss has risen far above what it was at first, or is not finite, at a learning rate
-                that the user chose.
+            Diverged: the held-out loss is not finite or far above the first one, at the user's own learning rate.
         """
-        progress, monitor, done = self.progress, self.monitor, self.trainer.done
-        chosen = self.trainer.config.finetune_lr == AUTO and monitor.keep_best
-        if not (chosen or errors.loss < RISEN * progress.first["loss"]):
+        progress, done = self.progress, self.trainer.steps_done
+        automatic = self.trainer.config.finetune_lr == AUTO and self.evaluations.keep_best
+        if not (automatic or errors.loss < DIVERGED * progress.first["loss"]):
             raise Diverged(
-                f"the held-out loss is {errors.loss:.3g} at step {done}, it began at {progress.first['loss']:.3g}"
+                f"the held-out loss is {errors.loss:.3g} at step {done}; it was {progress.first['loss']:.3g} at step 0"
             )
-        if 0 < monitor.patience <= progress.idle:
-            progress.ended = f"{progress.idle} evaluations gained nothing over step {progress.best['step']}"
-        elif chosen and done < self.course.total:
-            self._reduce()
+        if 0 < self.evaluations.patience <= progress.evaluations_since_best:
+            count, best = progress.evaluations_since_best, progress.best["step"]
+            progress.stop_reason = f"{count} evaluations without a gain over step {best}"
+        elif automatic and done < self.schedule.total_steps:
+            progress.reductions, progress.reduced_at = progress.reductions + 1, done
+            self.ranks.barrier()  # the first process has written the best parameters
+            self.trainer.restart(self.checkpoints.load_best(progress.best["step"]))
+            self.trainer.learning_rate = self.learning_rate
+            log_info(f"no gain: back to step {progress.best['step']}, learning rate {self.learning_rate:.2g}")
 
-    def _reduce(self) -> None:
-        """Go back to the best step, and on from it with a smaller learning rate."""
-        progress = self.progress
-        progress.reductions, progress.began = progress.reductions + 1, self.trainer.done
-        self.trainer.lesson.ranks.barrier()  # the first process has written the best
-        self.trainer.restart(self.checkpoints.load_best(progress.best["step"]))
-        self.trainer.learning_rate = self.learning_rate
-        log_info(f"no gain: back to step {progress.best['step']}, learning rate {self.learning_rate:.2g}")
-
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the present step."""
         self.progress.scaler = self.trainer.scaler.state_dict()
-        if self.main:
-            self.checkpoints.save(self.trainer.done, self.trainer.state_tensors(), asdict(self.progress))
-        self.trainer.lesson.ranks.barrier()
+        if self.ranks.main:
+            self.checkpoints.save(self.trainer.steps_done, self.trainer.state_tensors(), asdict(self.progress))
+        self.ranks.barrier()
 
-    def _close_epoch(self, errors: Errors) -> None:
-        """Note where the next epoch begins, and whether there is to be one."""
-        progress, tolerance = self.progress, self.monitor.tolerance
-        if tolerance > 0 and self.trainer.done and errors.loss > (1 - tolerance) * progress.epoch_loss:
-            progress.ended = "the epoch gained less than --finetune_relative_mse_tolerance"
-        progress.epoch_loss, progress.error_at = errors.loss, errors.loss_by_timestep
+    def _end_epoch(self, errors: Errors) -> None:
+        """Note the errors at which the next epoch starts; stop training if the epoch gained too little."""
+        progress, tolerance = self.progress, self.evaluations.tolerance
+        if tolerance > 0 and self.trainer.steps_done and errors.loss > (1 - tolerance) * progress.epoch_loss:
+            progress.stop_reason = "the epoch gained less than --finetune_relative_mse_tolerance"
+        progress.epoch_loss, progress.loss_by_timestep = errors.loss, errors.loss_by_timestep
 
-    def _tell(self, step: Step) -> None:
-        speed = self.speed.tick(self.trainer.done, self.course.batch)
-        norm = step.gradient_norm if math.isfinite(step.gradient_norm) else None  # where float16 overflowed
-        row = {"loss": step.loss, "lr": step.rate, "gradient_norm": norm} | step.codes | speed
-        self._write(row)
-        if self.trainer.done % 10 == 0:
+    def _log_step(self, step: StepResult) -> None:
+        done, speed = self.trainer.steps_done, self.throughput.tick(self.trainer.steps_done, self.schedule.batch_size)
+        norm = step.gradient_norm if math.isfinite(step.gradient_norm) else None  # if float16 overflowed
+        self._write(
+            {"loss": step.loss, "learning_rate": step.learning_rate, "gradient_norm": norm} | step.codes | speed
+        )
+        if done % STEPS_PER_LINE == 0 or time.perf_counter() - self.last_line > SECONDS_PER_LINE:
+            self.last_line = time.perf_counter()
             log_info(
-                f"step {self.trainer.done}/{self.course.total}: loss {step.loss:.3g}, "
+                f"step {done}/{self.schedule.total_steps}: loss {step.loss:.3g}, "
                 f"{speed['points_per_second']:.1f} points/s, {duration(speed['seconds_left'])} left"
             )
 
     def _write(self, row: dict) -> None:
-        if self.main:
-            self.log.write({"step": self.trainer.done} | row)
-            self.tracker.log(_flat(row), step=self.trainer.done)
+        """Write a row to the log and the tracker; the tracker gets each entry of a list under its own name."""
+        if self.ranks.main:
+            self.log.write({"step": self.trainer.steps_done} | row)
+            lists = {name: value for name, value in row.items() if isinstance(value, list)}
+            flat = {f"{name}/{k}": entry for name, value in lists.items() for k, entry in enumerate(value)}
+            self.tracker.log(row | flat, step=self.trainer.steps_done)
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _flat(row: dict) -> dict:
-    """A row with every entry of a list under a name of its own."""
-    lists = {name: value for name, value in row.items() if isinstance(value, list)}
-    return row | {f"{name}/{k}": one for name, value in lists.items() for k, one in enumerate(value)}
-
-
-def _row(errors: Errors) -> str:
-    return " ".join("-" if one is None else f"{one:.1f}" for one in errors.db_by_timestep)

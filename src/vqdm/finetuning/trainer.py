@@ -1,168 +1,344 @@
-"""The student in training: its parameters, optimizer and average, moved by one step after another."""
+"""The student in training: its loss, optimizer, learning-rate schedule, moving average, and one step of all processes.
+
+Each process computes the gradient of its shard of a batch, in micro-batches. The sum over all processes is the gradient
+of the one big batch up to rounding, for any number of processes; DDP would average over shards of unequal size.
+
+Letters: A guidance branches, B points in a batch.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from vqdm.diffusion.trajectories import batches
 from vqdm.errors import RunError
 from vqdm.finetuning.code_updates import CodeUpdates
-from vqdm.finetuning.config import OptimizerConfig
-from vqdm.finetuning.optimizer import Average, adam, load_optimizer, optimizer_tensors, rate_factor, set_rate
-from vqdm.finetuning.parameters import Trained
-from vqdm.finetuning.points import Point, Points
-from vqdm.finetuning.step import Lesson, add_up, add_up_number
+from vqdm.finetuning.config import AUTO, OptimizerConfig
+from vqdm.finetuning.parameters import TrainedParameters, parameter_groups
+from vqdm.finetuning.points import Batch, Point, Points, autocast
 from vqdm.layers.quantized import held_weights, quantized_layers
+from vqdm.parallel import Ranks
 
-SMALLEST_SCALE = 2.0**-16  # of the loss in float16; a gradient that overflows even then is not a matter of scale
+BUCKET_VALUES = 2**24  # gradients per all-reduce
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+LEARNING_RATE_OF_ERROR = 0.05  # times the median prompt's relative error, as an amplitude
+LEARNING_RATES = (1e-5, 2e-3)  # range of the automatic choice
+SMALLEST_SCALE = 2.0**-16  # of the loss in float16; a gradient that overflows at this scale is not finite at all
 
 
 class Diverged(RunError):
-    """Training has gone wrong, and going on is of no use."""
+    """The loss or the gradient is not finite, or the held-out loss has risen."""
 
 
-class Step(NamedTuple):
-    """What a step tells: loss of its batch, norm of the gradient, rate, and what happened to codes."""
+@dataclass(frozen=True)
+class DistillationLoss:
+    """Mean squared error between student and teacher outputs, computed in micro-batches on any number of processes.
+
+    Attributes:
+        teacher: computes the outputs of points without recorded ones; None if all are recorded.
+        dtype: type in which the student computes (autocast).
+        micro_batch_size: points per call of the student on one process.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    dtype: torch.dtype
+    micro_batch_size: int
+    ranks: Ranks
+
+    def micro_batches(self, points: Points, chosen: Sequence[Point]) -> Iterator[Batch]:
+        """Yield this process's shard of `chosen`, every batch with teacher outputs."""
+        for some in batches(self.ranks.shard(chosen), self.micro_batch_size):
+            batch = points.batch(some, self.ranks.device, torch.float32)
+            if batch.teacher_output is None:
+                batch = batch._replace(teacher_output=self.teacher_output(batch.call))
+            yield batch
+
+    @torch.no_grad()
+    def teacher_output(self, call: dict) -> Tensor:
+        """Return the teacher's output, [A·B, C, h, w], in its own type."""
+        return self.teacher(**_cast(call, self.teacher.dtype)).sample
+
+    def student_output(self, call: dict) -> Tensor:
+        """Return the student's output, float32 [A·B, C, h, w]."""
+        with autocast(self.ranks.device, self.dtype):
+            return self.student(**call).sample.float()
+
+    def backward(self, points: Points, chosen: Sequence[Point], scale: float = 1.0) -> float:
+        """Add `scale` times this process's part of the gradient to `.grad`, and return its part of the loss.
+
+        The parts of all processes sum to the mean squared error over all values of all `chosen` points, and to its
+        gradient.
+        """
+        loss = 0.0
+        for batch in self.micro_batches(points, chosen):
+            values = batch.teacher_output.numel() // batch.count  # per point
+            error = self.student_output(batch.call) - batch.teacher_output.float()  # [A·B, C, h, w]
+            part = error.square().sum() / (len(chosen) * values)
+            (part * scale).backward()
+            loss += part.item()
+        return loss
+
+
+def _cast(call: dict, dtype: torch.dtype) -> dict:
+    """Return the arguments in another type; timesteps, labels and masks stay."""
+    return {
+        name: _cast(value, dtype)
+        if isinstance(value, dict)
+        else value
+        if name == "timestep" or not value.is_floating_point()
+        else value.to(dtype)
+        for name, value in call.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------- learning rate
+
+
+def choose_learning_rate(config: OptimizerConfig, median_db: float) -> float:
+    """Return `finetune_lr`; if it is "auto", in proportion to the median prompt's error in dB before training.
+
+    Adam moves every parameter by about the learning rate, relative to its size, however small the gradient is; the
+    outputs move with it. Steps that move the outputs by more than their error do harm.
+    """
+    if config.finetune_lr != AUTO:
+        return config.finetune_lr
+    least, most = LEARNING_RATES
+    return float(f"{min(most, max(least, LEARNING_RATE_OF_ERROR * 10 ** (median_db / 20))):.2g}")
+
+
+def schedule_factor(step: int, total: int, config: OptimizerConfig, warmup_start: int = 0) -> float:
+    """Return a step's factor of the learning rate: linear warmup times the schedule, which ends at 0.
+
+    Steps count from 0. The warmup begins at step `warmup_start`, where Adam's moments are empty: training starts there
+    again after the learning rate was reduced. (torch's schedulers have no such product.)
+    """
+    done = step / max(1, total)
+    schedule = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    warmup = min(1.0, (step - warmup_start + 1) / (config.lr_warmup_steps + 1))
+    return warmup * schedule[config.lr_scheduler]
+
+
+# ------------------------------------------------------------------------------------------- the trainer
+
+
+class MovingAverage:
+    """Exponential moving average of parameters. Codes are not averaged: averaged codebooks decode the newest codes.
+
+    torch's `AveragedModel` would copy the whole student, codes included.
+
+    Attributes:
+        decay: 0 keeps no average.
+        tensors: name → averaged values.
+    """
+
+    def __init__(self, trained: TrainedParameters, decay: float):
+        self.trained, self.decay = trained, decay
+        held = trained.tensors.items() if decay else ()
+        self.tensors = {name: tensor.detach().clone() for name, tensor in held}
+
+    def update(self, step: int) -> None:
+        """Take in the parameters after `step` steps; the decay grows from 0.1 to `decay` in the first steps."""
+        if self.decay:
+            average = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+            average(list(self.tensors.values()), [tensor.detach() for tensor in self.trained], step)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged values; without an average, its own."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self) -> None:
+        """Exchange the parameters with their averages."""
+        for name, averaged in self.tensors.items():
+            held = self.trained.tensors[name]
+            self.tensors[name], held.data = held.data, averaged
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            self.tensors[name].copy_(value)
+
+
+class StepResult(NamedTuple):
+    """Loss and gradient norm of the batch, learning rate, and counts of groups whose codes were tried and changed."""
 
     loss: float
     gradient_norm: float
-    rate: float
+    learning_rate: float
     codes: dict[str, int]
 
 
 class Trainer:
-    """Moves a student towards its teacher.
+    """Trains the student step by step.
 
     Args:
-        config: where its learning rate is "auto", `learning_rate` is to be set before the first step.
-        total: steps of the whole training, for the schedule.
-        decode: "step" decodes weights once a step and keeps them, with their gradients, in float32 meanwhile; "call"
-            decodes in every call, forward and backward.
+        trained: parameters, each float32.
+        config: if its learning rate is "auto", set `learning_rate` before the first step.
+        total_steps: of the whole training, for the schedule.
+        decode: "step" decodes weights once per step and keeps them, with their gradients, in float32; "call" decodes in
+            every forward and backward pass.
         updates: changes codes after each step; None leaves them as they are.
+
+    Attributes:
+        steps_done: steps so far.
+        warmup_start: step at which the optimizer's state was last empty.
     """
 
     def __init__(
         self,
-        lesson: Lesson,
-        trained: Trained,
+        loss_fn: DistillationLoss,
+        trained: TrainedParameters,
         config: OptimizerConfig,
-        total: int,
+        total_steps: int,
         decode: str = "step",
         updates: CodeUpdates | None = None,
     ):
-        self.lesson, self.trained, self.config, self.total, self.updates = lesson, trained, config, total, updates
-        self.optimizer, self.learning_rate = adam(trained, config), config.finetune_lr
-        # Never stepped: what the scaler unscales and checks, which Adam's parameters are a part of.
+        self.loss_fn, self.trained, self.config = loss_fn, trained, config
+        self.total_steps, self.decode, self.updates = total_steps, decode, updates
+        self.learning_rate = config.finetune_lr
+        betas = (config.finetune_adam_beta1, config.finetune_adam_beta2)
+        self.optimizer = torch.optim.Adam(parameter_groups(trained, config), betas=betas)
+        # Never stepped: holds what the scaler unscales and checks, which are more tensors than Adam's.
         latents = updates.latents() if updates else []
         self.scaled = torch.optim.SGD([{"params": [*trained, *latents]}], lr=0.0)
-        self.average = Average(trained, config.ema_decay)
-        self.decode = decode
-        self.scaler = torch.amp.GradScaler(lesson.ranks.device.type, enabled=lesson.dtype == torch.float16)
-        self.done = self.began = 0
+        self.average = MovingAverage(trained, config.ema_decay)
+        self.scaler = torch.amp.GradScaler(loss_fn.ranks.device.type, enabled=loss_fn.dtype == torch.float16)
+        self.steps_done = self.warmup_start = 0
 
-    def step(self, points: Points, chosen: Sequence[Point]) -> Step:
-        """Learn from a batch of points.
+    def step(self, points: Points, chosen: Sequence[Point]) -> StepResult:
+        """Take one optimizer step on the batch `chosen`; every process calls it with the same batch.
 
         Raises:
             Diverged: the loss or the gradient is not finite.
         """
-        factor = rate_factor(self.done, self.total, self.config, self.began)
-        set_rate(self.optimizer, factor * self.learning_rate)
-        loss = self._gradients(points, chosen)
+        factor = schedule_factor(self.steps_done, self.total_steps, self.config, self.warmup_start)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr_factor"] * (factor * self.learning_rate)
+        loss = self.compute_gradients(points, chosen)
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {self.done + 1}")
-        norm, finite = self._clipped()
+            raise Diverged(f"the loss is {loss} at step {self.steps_done + 1}")
+        norm, finite = self._unscale_and_clip()
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
         if not finite and scale <= SMALLEST_SCALE:
-            raise Diverged(f"the gradient is not finite at step {self.done + 1}")
+            raise Diverged(f"the gradient is not finite at step {self.steps_done + 1}")
         codes = {}
         if finite:
             self.optimizer.step()
             if self.updates:
                 codes = {f"groups_{name}": count for name, count in self.updates.step(factor)._asdict().items()}
-        self.scaler.update()  # a smaller scale after a gradient that is not finite
-        self.done += 1
-        self.average.update(self.done)
-        return Step(loss, norm, factor * self.learning_rate, codes)
+        self.scaler.update()  # reduces the scale after a gradient that is not finite
+        self.steps_done += 1
+        self.average.update(self.steps_done)
+        return StepResult(loss, norm, factor * self.learning_rate, codes)
 
-    def _gradients(self, points: Points, chosen: Sequence[Point]) -> float:
-        """Set the gradients of the batch, of all processes together; returns its loss."""
+    def compute_gradients(self, points: Points, chosen: Sequence[Point]) -> float:
+        """Set the gradients of the batch, summed over all processes; returns the batch's loss."""
+        ranks = self.loss_fn.ranks
         self.optimizer.zero_grad()
         if self.updates:
             self.updates.zero_grad()
-        one = torch.ones((), device=self.lesson.ranks.device)
-        with self._holding():
-            loss = self.lesson.backward(points, chosen, self.scaler.scale(one).item())
+        scale = self.scaler.scale(torch.ones((), device=ranks.device)).item()
+        with held_weights(self.loss_fn.student) if self.decode == "step" else nullcontext():
+            loss = self.loss_fn.backward(points, chosen, scale)
         for tensor in self.trained:
             tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        add_up(self._all_gradients(), self.lesson.ranks)
-        return add_up_number(loss, self.lesson.ranks)
-
-    def _holding(self) -> AbstractContextManager:
-        return held_weights(self.lesson.student) if self.decode == "step" else nullcontext()
-
-    def _all_gradients(self) -> list[Tensor]:
         latents = self.updates.gradients() if self.updates else []
-        return [tensor.grad for tensor in self.trained] + list(latents)
+        sum_over_ranks([tensor.grad for tensor in self.trained] + list(latents), ranks)
+        total = torch.tensor([loss], dtype=torch.float64, device=ranks.device)
+        ranks.all_reduce(total)
+        return total.item()
 
-    def _clipped(self) -> tuple[float, bool]:
-        """Undo the scaling, and clip; returns the parameters' norm before, and whether all gradients are finite."""
+    def _unscale_and_clip(self) -> tuple[float, bool]:
+        """Return the norm of the parameters' gradients before clipping, and whether all gradients are finite."""
         self.scaler.unscale_(self.scaled)
         limit = self.config.max_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(list(self.trained), limit).item()
         latents = self.updates.gradients() if self.updates else []
         return norm, math.isfinite(norm) and math.isfinite(nn.utils.get_total_norm(latents).item())
 
-    # ------------------------------------------------------------------------------------ as tensors
+    # ------------------------------------------------------------------------------------ state
 
-    def shown_tensors(self) -> dict[str, Tensor]:
-        """What would be saved now: averaged parameters, or the parameters where there is no average, and codes."""
+    def result_tensors(self) -> dict[str, Tensor]:
+        """Return the result so far: averaged parameters (without an average, the parameters) and codes."""
         return dict(self.average.tensors or self.trained.tensors) | self._codes()
 
     def _codes(self) -> dict[str, Tensor]:
         if not self.updates:
             return {}
-        layers = quantized_layers(self.lesson.student).items()
+        layers = quantized_layers(self.loss_fn.student).items()
         return {f"{name}.codes": layer.codes for name, layer in layers}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put in the place of parameters and codes what `shown_tensors` gave; the average is dropped."""
-        held = dict(self.lesson.student.named_parameters())
+    def load_result(self, tensors: dict[str, Tensor]) -> None:
+        """Put `result_tensors` in the place of parameters and codes, and drop the average."""
+        held = dict(self.loss_fn.student.named_parameters())
         for name, value in tensors.items():
             held[name].data.copy_(value)
-        self.average = Average(self.trained, 0.0)
+        self.average = MovingAverage(self.trained, 0.0)
 
     def restart(self, tensors: dict[str, Tensor]) -> None:
-        """Continue with what `shown_tensors` gave, without any memory of earlier steps."""
-        self.restore(tensors)
-        self.average = Average(self.trained, self.config.ema_decay)
+        """Continue from `result_tensors` with an empty optimizer state, average and drift of codes."""
+        self.load_result(tensors)
+        self.average = MovingAverage(self.trained, self.config.ema_decay)
         self.optimizer.state.clear()
         if self.updates:
             self.updates.restart()
-        self.began = self.done
+        self.warmup_start = self.steps_done
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that the next step depends on, by file."""
+        """Return everything that the next step depends on, by file; Adam's state as `moment.parameter`."""
+        names = {id(tensor): name for name, tensor in self.trained.tensors.items()}
+        adam = self.optimizer.state.items()
         return {
             "parameters": {**self.trained.tensors, **self._codes()},
-            "optimizer": optimizer_tensors(self.optimizer, self.trained),
+            "optimizer": {f"{key}.{names[id(tensor)]}": state[key] for tensor, state in adam for key in MOMENTS},
             "average": self.average.tensors,
             "code_updates": self.updates.state_dict() if self.updates else {},
         }
 
-    def load_state(self, tensors: dict[str, dict[str, Tensor]], done: int, scaler: dict) -> None:
-        """The inverse of `state_tensors`, after `done` steps."""
-        held = dict(self.lesson.student.named_parameters())
+    def load_state(self, tensors: dict[str, dict[str, Tensor]], steps_done: int, scaler: dict) -> None:
+        """Restore `state_tensors` after `steps_done` steps, bit for bit."""
+        held = dict(self.loss_fn.student.named_parameters())
         for name, value in tensors["parameters"].items():
             held[name].data.copy_(value)
-        load_optimizer(self.optimizer, self.trained, tensors["optimizer"])
+        for key, value in tensors["optimizer"].items():
+            moment, _, name = key.partition(".")
+            tensor = self.trained.tensors[name]
+            self.optimizer.state[tensor][moment] = value.clone().to("cpu" if moment == "step" else tensor.device)
         self.average.load(tensors["average"])
         if self.updates:
             self.updates.load_state_dict(tensors["code_updates"])
         self.scaler.load_state_dict(scaler)
-        self.done = done
+        self.steps_done = steps_done
+
+
+def sum_over_ranks(tensors: Sequence[Tensor], ranks: Ranks) -> None:
+    """Replace tensors by their sums over all processes, in place; all processes get the same bytes."""
+    for bucket in buckets(tensors if ranks.world > 1 else [], BUCKET_VALUES):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        ranks.all_reduce(flat)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def buckets(tensors: Sequence[Tensor], values: int) -> Iterator[list[Tensor]]:
+    """Yield consecutive tensors that have at most `values` values together; a larger tensor has its own bucket."""
+    held: list[Tensor] = []
+    for tensor in tensors:
+        if held and sum(one.numel() for one in held) + tensor.numel() > values:
+            yield held
+            held = []
+        held.append(tensor)
+    if held:
+        yield held

@@ -14,49 +14,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, features
+from PIL import Image
 
 from vqdm.documents import first_line, parse_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import is_encodable, parse_rows
+from vqdm.images import BESIDE, FORMATS, SUFFIXES, is_hidden, is_sheet, listed, read_image
 from vqdm.metrics.image_files import MANIFEST, PictureFiles, open_files
 
-# Format as PIL names it → endings of its files, in any case. Whatever a file is called, no other decoder sees it: the
-# rest of them are less used to hostile input, and that of EPS starts a program.
-KINDS = {
-    "PNG": (".png", ".apng"),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "DIB": (".dib",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "JPEG2000": (".jp2", ".j2k", ".jpx"),
-    "AVIF": (".avif",),
-}
-BUILT_IN = {"JPEG2000": "jpg_2000", "TIFF": "libtiff", "AVIF": "avif", "WEBP": "webp"}  # names of `PIL.features`
-FORMATS = tuple(kind for kind in KINDS if kind not in BUILT_IN or features.check(BUILT_IN[kind]))
-SUFFIXES = tuple(suffix for kind in FORMATS for suffix in KINDS[kind])
-# What lies beside images and is none; any other file that is not read is named, for it may be an image.
-BESIDE = (
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".html",
-    ".md",
-    ".npz",
-    ".yaml",
-    ".yml",
-    ".log",
-    ".lock",
-    ".parquet",
-)
-BESIDE += (".tex", ".db", ".ini", ".py", ".sh", ".caption")
 ANIMATED = (".png", ".apng", ".gif", ".webp", ".tif", ".tiff", ".avif")  # endings of files that may hold several images
-MOST_PIXELS = 2**26
 # What two pictures of one prompt must share, so that only the UNet differs between them.
 SHARED_BY_PICTURES = ("prompt", "negative_prompt", "seed", "settings")
 SHARED_BY_RUNS = ("dtype", "model_sha256")
@@ -110,13 +76,11 @@ class PictureSet:
     def load(self, picture: Picture) -> Image.Image:
         """The decoded picture, 8-bit RGB. Raises RunError for a file that is no picture, or one of too many pixels."""
         try:
-            with self._files.open(picture.file) as source, Image.open(source, formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise ValueError(f"it has {image.width} × {image.height} pixels; allowed are {MOST_PIXELS}")
-                return _eight_bit(image).convert("RGB")
+            with self._files.open(picture.file) as source:
+                return read_image(source)
         except MemoryError:
             raise
-        except Exception as error:  # decoders and archives know a dozen kinds, some of them only Exception
+        except Exception as error:  # archives know a dozen kinds, some of them only Exception
             raise RunError(f"{self.path / picture.file} cannot be read as a picture: {first_line(error)}") from None
 
     @property
@@ -131,17 +95,6 @@ class PictureSet:
         """What the manifest says is wrong with pictures → how many there are."""
         found = [picture.row.get("problem") for picture in self.pictures.values()]
         return {problem: found.count(problem) for problem in sorted({one for one in found if one})}
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey by its high byte, as PIL reads 16-bit colours; converted as it is, nearly all of it were white.
-
-    Raises:
-        ValueError: values of 32 bits, of which nothing says what white is.
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError("it has values of 32 bits; save it with 8 or 16")
-    return image.point(lambda level: level / 256).convert("L") if image.mode.startswith("I;16") else image
 
 
 def open_pictures(path: str, flag: str) -> PictureSet:
@@ -185,15 +138,15 @@ def _left_out(files: PictureFiles, used: set[str]) -> list[str]:
     every = [name for name in every if name not in used and not PurePosixPath(name).name.startswith("._")]
     reasons = {
         "in formats that are not read": [
-            name for name in every if not name.lower().endswith(SUFFIXES + BESIDE) and not _is_hidden(name)
+            name for name in every if not name.lower().endswith(SUFFIXES + BESIDE) and not is_hidden(name)
         ],
-        "hidden": [name for name in every if name.lower().endswith(SUFFIXES) and _is_hidden(name)],
+        "hidden": [name for name in every if name.lower().endswith(SUFFIXES) and is_hidden(name)],
         "not named by the manifest": [
-            name for name in every if name.lower().endswith(SUFFIXES) and not _is_hidden(name) and not _is_sheet(name)
+            name for name in every if name.lower().endswith(SUFFIXES) and not is_hidden(name) and not is_sheet(name)
         ],
         "links to folders or to nothing, which are not followed": files.unreachable(),
     }
-    return [f"left out, {reason}: {_listed(names)}" for reason, names in reasons.items() if names]
+    return [f"left out, {reason}: {listed(names)}" for reason, names in reasons.items() if names]
 
 
 def _unexpected(files: PictureFiles, names: list[str]) -> list[str]:
@@ -201,8 +154,8 @@ def _unexpected(files: PictureFiles, names: list[str]) -> list[str]:
     depths = [len(PurePosixPath(name).parts) for name in names]
     below = [name for name, depth in zip(names, depths, strict=True) if depth > min(depths)]
     animated = [name for name in names if name.lower().endswith(ANIMATED) and _frames(files, name) > 1]
-    lines = [f"in folders below the others: {_listed(below)}"] if below else []
-    return lines + ([f"animated, of which the first frame is taken: {_listed(animated)}"] if animated else [])
+    lines = [f"in folders below the others: {listed(below)}"] if below else []
+    return lines + ([f"animated, of which the first frame is taken: {listed(animated)}"] if animated else [])
 
 
 def _frames(files: PictureFiles, name: str) -> int:
@@ -212,23 +165,6 @@ def _frames(files: PictureFiles, name: str) -> int:
             return getattr(image, "n_frames", 1)
     except Exception:  # as in `load`
         return 1
-
-
-def _listed(names: list[str]) -> str:
-    """How many, of which endings, and the first."""
-    endings = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in names)
-    return (
-        f"{', '.join(f'{count} {ending}' for ending, count in endings.items())} (the first is {shortened(min(names))})"
-    )
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
-def _is_sheet(name: str) -> bool:
-    """Whether a file is what generate.py and metrics.py add to their images."""
-    return bool({"grids", "metrics"} & set(PurePosixPath(name).parts[:-1]))
 
 
 def _of_manifest(files: PictureFiles, flag: str) -> dict[Key, Picture]:
@@ -270,7 +206,7 @@ def _of_names(names: Iterable[str]) -> dict[Key, Picture]:
 
 def _names(files: PictureFiles) -> list[str]:
     """Pictures at any depth; hidden ones are left out. Raises UserError where a zip file has a name twice."""
-    names = [name for name in files.names() if not _is_hidden(name) and name.lower().endswith(SUFFIXES)]
+    names = [name for name in files.names() if not is_hidden(name) and name.lower().endswith(SUFFIXES)]
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"it holds {shortened(twice)} twice")

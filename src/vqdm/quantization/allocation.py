@@ -19,7 +19,7 @@ from torch import Tensor
 from vqdm.additive.bit_allocation import allocate
 from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
 from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows
-from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curve
+from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves
 from vqdm.diffusion.blocks import Layer, matrix_of, weight_of
 from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
@@ -51,6 +51,8 @@ FIRST_BITS = 2.0  # per weight, at which effects are first measured
 LEAST_BITS = 1.0  # of code per weight in every layer: what a layer that vanishes does is not to be predicted
 RATE_STEP = 1 / 16  # bits per weight between the rates that are offered
 FAST_STATE_BITS = 8  # of the codes that effects are measured with: within half a decibel, at a tenth of the time
+
+COMPARABLE_BITS = 6.0  # per weight, up to which codes of `FAST_STATE_BITS` say what others will leave
 
 
 def trellis_layer(layer: Layer, state_bits: int, bits: float, exponent: int = 0) -> Layer:
@@ -111,13 +113,13 @@ def planned(layers: list[Layer], plan: dict[str, dict], path: Path) -> list[Laye
 def planned_layers(job: Job, store: HessianStore) -> list[Layer]:
     """All layers with the bits that are best by effects measured twice; overridden ones as they are."""
     free = [layer for layer in job.layers if not overridden(job, layer)]
-    curves = layer_curves(job, store, free)
+    curves, fast_curves = expected_curves(job, store, free)
     exponents = {layer.name: scale_exponent(job, layer) for layer in free}
     bits = {layer.name: min(FIRST_BITS, job.config.target_bits) for layer in free}
     for name in ("first", "second"):
         fast = [trellis_layer(layer, FAST_STATE_BITS, bits[layer.name], exponents[layer.name]) for layer in free]
         effects, errors = layer_effects(job, store, fast, name)
-        curves = {layer.name: curves[layer.name].corrected(width_total(layer), errors[layer.name]) for layer in fast}
+        curves = corrected(curves, fast_curves, fast, errors)
         costs = {layer.name: effects[layer.name] / max(errors[layer.name], LEAST_ERROR) for layer in fast}
         full = [trellis_layer(layer, job.config.state_bits, FIRST_BITS, exponents[layer.name]) for layer in free]
         chosen, expected = divide(job, full, curves, costs)
@@ -139,18 +141,33 @@ def scale_exponent(job: Job, layer: Layer) -> int:
     return max(-256, min(256, round(math.log2(rms)))) if rms > 0 else 0
 
 
-def layer_curves(job: Job, store: HessianStore, layers: list[Layer]) -> dict[str, Curve]:
-    """By name, every layer's expected errors; ranks share the work."""
+def expected_curves(job: Job, store: HessianStore, layers: list[Layer]) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """By name, every layer's expected errors as it will be coded, and with `FAST_STATE_BITS`; ranks share the work."""
 
-    def curve(layer: Layer) -> Curve:
+    def curves(layer: Layer) -> list[Curve]:
         weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
-        spec = trellis_layer(layer, job.config.state_bits, FIRST_BITS).spec
-        found = layer_curve(weight, store.load(layer, weight.device)[0], spec)
+        full, fast = (trellis_layer(layer, L, FIRST_BITS).spec for L in (job.config.state_bits, FAST_STATE_BITS))
+        found = layer_curves(weight, store.load(layer, weight.device)[0], full, [fast])
         progress.update()
         return found
 
     with progress_bar(total=len(job.ranks.shard(layers)), description="rate-distortion curves") as progress:
-        return dict(zip([layer.name for layer in layers], job.ranks.map(layers, curve), strict=True))
+        found = zip(*job.ranks.map(layers, curves), strict=True)
+    full, fast = (dict(zip([layer.name for layer in layers], some, strict=True)) for some in found)
+    return full, fast
+
+
+def corrected(
+    curves: dict[str, Curve], fast_curves: dict[str, Curve], layers: list[Layer], errors: dict[str, float]
+) -> dict[str, Curve]:
+    """The curves, corrected by the errors that coding with `FAST_STATE_BITS` gave, over those expected of it.
+
+    Args: `layers` as they were coded, and `errors` by layer name. Those of more than `COMPARABLE_BITS` correct nothing.
+    """
+    known = [layer for layer in layers if layer.spec.code_bits_per_weight(layer.columns) <= COMPARABLE_BITS]
+    totals = {layer.name: width_total(layer) for layer in known}
+    ratios = {name: fast_curves[name].ratio(total, errors[name]) for name, total in totals.items()}
+    return curves | {name: curves[name].corrected(total, ratios[name]) for name, total in totals.items()}
 
 
 # ------------------------------------------------------------------------------------------- effects

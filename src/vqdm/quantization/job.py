@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,12 +37,12 @@ from vqdm.diffusion.sampling import (
     error_spread,
     output_error,
     point_errors,
+    predicted_bytes,
 )
 from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
-from vqdm.errors import RunError
-from vqdm.finetuning.intermediate import check_between, finetune_between, teacher_points, turns
+from vqdm.errors import RunError, UserError
 from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
@@ -56,16 +57,17 @@ from vqdm.quantization.plan import (
     Rest,
     bank_bits,
     bank_users,
+    blocks_before_finetuning,
     hessian_bytes,
     layer_table,
     plain_bits,
-    predicted_bytes,
     totals,
 )
 from vqdm.quantization.quantization_job import Job, on_save
 from vqdm.quantization.recording import (
     calibration_trajectories,
     digest,
+    finetuning_trajectories,
     student_pictures,
     teacher_evaluation,
     teacher_hessians,
@@ -80,22 +82,35 @@ from vqdm.tracking import Stopwatch, Tracker, log_info, progress_bar
 from vqdm.versions import versions
 
 
-def quantize(config: QuantizeConfig) -> dict | None:
+def quantize(config: QuantizeConfig, finetune_blocks: Callable | None = None) -> dict | None:
     """Run the whole job and return the summary; None after a dry run, and on every process but the first.
+
+    Args:
+        finetune_blocks: trains the blocks that are quantized so far, `num_intermediate_finetunes` times; called with
+            the UNet, full-precision trajectories with outputs, the blocks' names, the ranks, and a file for the trained
+            parameters. `finetuning.intermediate.block_finetuner` returns one.
 
     Raises:
         UserError: bad input, found before anything slow starts.
         RunError: the work failed; what is finished stays on disk for `resume`.
     """
+    if config.intermediate.num_intermediate_finetunes and finetune_blocks is None:
+        raise UserError("--num_intermediate_finetunes is above 0, but quantize() was called without finetune_blocks")
     prompts = read_prompts(config)
     check_model(config.model, config.variant)
     check_supported(config.model, config.revision, config.local_files_only)
     with launched(config.device) as ranks:
         check_float64(ranks.device)
-        return quantize_on(ranks, config, *prompts)
+        return quantize_on(ranks, config, *prompts, finetune_blocks)
 
 
-def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], evaluation: list[str]) -> dict | None:
+def quantize_on(
+    ranks: Ranks,
+    config: QuantizeConfig,
+    calibration: list[str],
+    evaluation: list[str],
+    finetune_blocks: Callable | None = None,
+) -> dict | None:
     """The whole job of one of several processes; the summary on the first, None on the others."""
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
     check_loaded(pipeline.unet, config.model)
@@ -114,7 +129,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
     check_timestep_range(
         pipeline.scheduler, config.sampling.num_inference_steps, config.min_timestep, config.max_timestep
     )
-    check_between(config, len({layer.block for layer in layers}))
+    blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({layer.block for layer in layers}))
     if ranks.main:
         log_truncated(pipeline, calibration + evaluation)
     if config.dry_run:
@@ -132,7 +147,7 @@ def quantize_on(ranks: Ranks, config: QuantizeConfig, calibration: list[str], ev
         about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
         tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
         job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
-        job.ranks, job.stored = ranks, stored
+        job.ranks, job.stored, job.finetune_blocks = ranks, stored, finetune_blocks
         job.bank_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
         try:
             return run(job)
@@ -170,14 +185,14 @@ def run(job: Job) -> dict | None:
     """All slow steps; every one of them finds and keeps what an interrupted run left."""
     with job.clock("teacher"):
         teacher, teacher_pictures = teacher_evaluation(job)
-        finetuned_on = teacher_points(job) if job.config.intermediate.num_intermediate_finetunes else None
+        finetuned_on = finetuning_trajectories(job) if job.config.intermediate.num_intermediate_finetunes else []
     if job.config.unquantized_nbits == 8:
         round_rest(job)
     prepare(job)
     solved = load_codes(job) | finished_layers(job)
     if job.ranks.main:
         job.folder.rewrite_table([done.report for done in solved.values()])
-    finetunes = turns(job.config.intermediate.num_intermediate_finetunes, len(job.blocks))
+    finetunes = blocks_before_finetuning(job.config.intermediate.num_intermediate_finetunes, len(job.blocks))
     for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
         todo = [layer for layer in layers if layer.name not in solved]
         if todo:
@@ -185,7 +200,9 @@ def run(job: Job) -> dict | None:
             solved |= solve_block(job, layers, todo, calibration_points(job, block))
         swap_block(job, layers, solved)
         if index in finetunes:
-            finetune_between(job, index, finetuned_on)
+            done, file = [block for block, _ in job.blocks[:index]], f"finetuned/after-{index:02d}.safetensors"
+            with job.clock("fine-tuning"):
+                job.finetune_blocks(job.unet, finetuned_on, done, job.ranks, job.folder.work / file)
         after_block(job, index, block, teacher)
     with job.clock("evaluation"), decoded_once(job.unet):
         errors = point_errors(job.unet, teacher, job.config.xtx_batch_size, job.ranks)
@@ -315,7 +332,7 @@ def finish(job: Job, solved: dict[str, SolvedLayer], errors: tuple[list, list], 
         "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
         "unet_output_error_db": decibels(*map(sum, errors)),
         "unet_output_error_db_by_point": error_spread(*errors),
-        "pictures": scores,
+        "images": scores,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": peak_memory(job.ranks.device),
         "versions": versions(),

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
-from vqdm.config import SamplingConfig
 from vqdm.diffusion.blocks import Layer
-from vqdm.diffusion.pipelines import picture_size
 from vqdm.diffusion.sampling import unet_dtype
+from vqdm.errors import UserError
 
 
 def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
@@ -97,17 +95,17 @@ def layer_line(row: dict) -> str:
     return f"{row['name']}: relative error {row['error']:.5f}{unseen}, {bits:.3f} bits{gap}, {seconds:.1f} s"
 
 
-def predicted_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calibration: int, evaluation: int) -> int:
-    """Disk that a run on so many prompts needs: recorded points, and the pipeline twice.
+def blocks_before_finetuning(count: int, blocks: int) -> list[int]:
+    """Return after how many blocks each of `count` fine-tunings takes place: evenly spread, none after the last block.
 
     Raises:
-        UserError: nobody says how large pictures are.
+        UserError: there are not as many places between `blocks` blocks.
     """
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
-    height, width = picture_size(pipeline, sampling.height, sampling.width)
-    latents = pipeline.unet.config.in_channels * (height * width // pipeline.vae_scale_factor**2) * 4
-    return 2 * pipeline_bytes + latents * (sampling.num_inference_steps or 50) * (calibration + 3 * evaluation)
+    if count >= max(1, blocks):
+        raise UserError(
+            f"--num_intermediate_finetunes is {count}; between {blocks} blocks allowed are 0 to {blocks - 1}"
+        )
+    return [round(k * blocks / (count + 1)) for k in range(1, count + 1)]
 
 
 def hessian_bytes(layers: list[Layer], memory_gb: float) -> int:

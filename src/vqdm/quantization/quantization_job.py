@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +35,7 @@ class Job:
         banks: shared codebooks by name.
         bank_memory_gb: of Hessians of the layers that shared codebooks are trained on, as the run was started with.
         ranks: the processes that work on it, each of which has this same job.
+        finetune_blocks: as `quantize` takes it.
     """
 
     config: QuantizeConfig
@@ -51,6 +53,7 @@ class Job:
     bank_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
     stored: dict[str, torch.dtype] = field(default_factory=dict)
+    finetune_blocks: Callable | None = None
 
     @property
     def unet(self) -> torch.nn.Module:

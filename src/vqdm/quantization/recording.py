@@ -6,6 +6,7 @@ Prompts are sampled in batches, each in a file (`storage.run_folder`); Hessians 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -34,6 +35,7 @@ from vqdm.storage.run_folder import Tensors, shards, span_name, spans
 from vqdm.tracking import log_info, progress_bar
 
 PROBLEMS = (None, BLACK, NAN, REPLACED)
+FINETUNING_SEED_OFFSET = 4_000_000  # far from the seeds of other points
 
 # ------------------------------------------------------------------------------------------- prompts
 
@@ -107,6 +109,20 @@ def _calibration_batch(job: Job, prompts: list[str], first: int) -> Tensors:
         config.xtx_batch_size,
         config.min_timestep,
         config.max_timestep,
+    ).to_tensors()
+
+
+def finetuning_trajectories(job: Job) -> list[Trajectories]:
+    """Record the full-precision model's points and outputs, for fine-tuning between blocks; one part per batch."""
+    prompts = job.calibration[: job.config.intermediate.finetune_nsamples]
+    return list(map(Trajectories.of_tensors, in_batches(job, "finetune", prompts, partial(_finetuning_batch, job))))
+
+
+def _finetuning_batch(job: Job, prompts: list[str], first: int) -> Tensors:
+    config, seed = job.config, job.config.seed + FINETUNING_SEED_OFFSET + first
+    settings, size, what = config.sampling.call(), config.xtx_batch_size, "fine-tuning trajectories"
+    return record_trajectories(
+        job.pipeline, prompts, seed, settings, size, -math.inf, math.inf, what, outputs=True
     ).to_tensors()
 
 

@@ -14,7 +14,7 @@ from vqdm.errors import RunError, UserError
 # Files with paths of this machine and data of the run; the card has the figures.
 KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
 # Half-quantized UNets, images of intermediate steps, and trackers' files: tensorboard's under the program's name.
-KEPT_HERE += ["work/*", "snapshots/*", "images/*", "pictures/*", "wandb/*", "vqdm-*/*", "runs/*"]
+KEPT_HERE += ["work/*", "snapshots/*", "images/*", "wandb/*", "vqdm-*/*", "runs/*"]
 
 
 def open_repository(name: str, private: bool) -> str:
@@ -64,8 +64,8 @@ def model_card(model: str, summary: dict) -> str:
     """Markdown with the hub's YAML header; it names no base model for a folder, which the hub cannot know."""
     hub_name = "" if Path(model).exists() else f"base_model: {model}\nbase_model_relation: quantized\n"
     base = Path(model).absolute().name if Path(model).exists() else model
-    pictures = summary["pictures"]
-    quality = "none: all images went wrong" if pictures["psnr_db"] is None else f"{pictures['psnr_db']:.2f} dB"
+    images = summary["images"]
+    quality = "none: all images went wrong" if images["psnr_db"] is None else f"{images['psnr_db']:.2f} dB"
     others = f"; {summary['layers_in_8_bit']} others are in 8 bit" if summary["layers_in_8_bit"] else ""
     before = summary.get("unet_output_error_db_before")
     tuned = f", fine-tuned; before: {before:.2f} dB" if before is not None else ""
@@ -85,7 +85,7 @@ Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary
 | stored bits a parameter, whole UNet | {summary["effective_bits_unet"]:.3f} |
 | UNet on disk | {summary["bytes_of_unet"] / 1e6:.2f} MB |
 | UNet-output error on unseen prompts{tuned} | {summary["unet_output_error_db"]:.2f} dB |
-| PSNR of {pictures["count"]} pictures at equal seeds | {quality} |
+| PSNR of {images["count"]} images at equal seeds | {quality} |
 
 ```python
 import vqdm  # before from_pretrained: teaches diffusers the format

@@ -1,4 +1,4 @@
-"""A tiny teacher, students of any format, and points to learn from, without sampling or solving anything."""
+"""A tiny teacher, students of any format, and random points to train on, without sampling or quantizing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from vqdm.additive.trellis import UNITS
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.parameters import trainable
-from vqdm.finetuning.points import Points
-from vqdm.finetuning.sources import answers
-from vqdm.finetuning.step import Lesson
-from vqdm.finetuning.trainer import Trainer
+from vqdm.finetuning.points import Points, teacher_outputs
+from vqdm.finetuning.trainer import DistillationLoss, Trainer
 from vqdm.layers.int8 import quantize_int8
 from vqdm.layers.quantized import quantized_layers, swap
 from vqdm.layers.shared_codebooks import shared_codebook_module
@@ -80,7 +78,7 @@ def _fill(layer, size: float, generator: torch.Generator) -> None:
 
 
 def points(unet: nn.Module, prompts: int = 6, steps: int = 4) -> Points:
-    """Random points, and what `unet` says at them."""
+    """Random points with the outputs of `unet`."""
     generator = torch.Generator().manual_seed(2)
     conditioning = {
         "encoder_hidden_states": torch.randn(prompts, 2, 5, 64, generator=generator),
@@ -89,7 +87,7 @@ def points(unet: nn.Module, prompts: int = 6, steps: int = 4) -> Points:
     }
     latents = torch.randn(prompts, steps, 4, 8, 8, generator=generator)
     part = Trajectories(latents, torch.linspace(999, 49, steps), conditioning)
-    part.outputs = answers(unet, part, 8)
+    part.outputs = teacher_outputs(unet, part, 8)
     return Points([part])
 
 
@@ -102,9 +100,10 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     **options,
 ) -> Trainer:
-    """One that moves all parameters of `unet`."""
+    """A trainer of all parameters of `unet`."""
     config = OptimizerConfig(**({"finetune_lr": 0.02, "lr_warmup_steps": 0} | options))
-    return Trainer(Lesson(unet, None, dtype, local, ALONE), trainable(unet, config), config, total, decode, updates)
+    loss_fn = DistillationLoss(unet, None, dtype, local, ALONE)
+    return Trainer(loss_fn, trainable(unet, config), config, total, decode, updates)
 
 
 def codes(unet: nn.Module) -> dict[str, torch.Tensor]:
