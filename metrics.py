@@ -2,7 +2,7 @@
 
     python metrics.py out/images-3bit --reference out/images-full
     python metrics.py out/images-3bit --reference out/images-full --fid_reference coco.npz --metrics fid fid_fp clip
-    python metrics.py real-pictures --save_stats coco.npz
+    python metrics.py real-images --save_stats coco.npz
     accelerate launch metrics.py out/images-3bit --reference out/images-full --bs 64
     python metrics.py compare out/images-4bit out/images-3bit out/images-2bit
 
@@ -16,19 +16,19 @@ import logging
 import sys
 
 from vqdm.cli import Parser, run_script
-from vqdm.metrics.compare import compare_runs
-from vqdm.metrics.comparison import markdown
+from vqdm.metrics.catalogue import REMOVED_FLAGS
+from vqdm.metrics.comparison import compare_runs, markdown
 from vqdm.metrics.config import CompareConfig, MetricsConfig
-from vqdm.metrics.job import Scored, score_images
+from vqdm.metrics.job import ScoreResult, score_images
 from vqdm.metrics.results import terminal_table
 
-PARSER = Parser(MetricsConfig, __doc__)
+PARSER = Parser(MetricsConfig, __doc__, REMOVED_FLAGS)
 COMPARE_PARSER = Parser(
     CompareConfig, "Put runs into one table and one figure of bits against quality.", command="compare"
 )
 
 
-def report(scored: Scored) -> None:
+def report(scored: ScoreResult) -> None:
     """Print the table, what was skipped and why, and where the files are."""
     if scored.scores:
         print(f"\n{terminal_table(scored.scores)}\n")

@@ -33,6 +33,7 @@ from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_un
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import read_json
+from vqdm.fidelity import decibels
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.evaluation import evaluate
@@ -40,7 +41,6 @@ from vqdm.finetuning.parameters import trainable, types_on_disk, write_back
 from vqdm.finetuning.points import Points, shuffled, spread
 from vqdm.finetuning.trainer import DistillationLoss, Trainer, choose_learning_rate
 from vqdm.layers.quantized import decoded_once
-from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import launched
 from vqdm.prompts import draw, load_prompts
 from vqdm.storage.files import save_json

@@ -26,8 +26,8 @@ from vqdm.diffusion.quantized_unet import find_quantized_unet, load_quantized_un
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
+from vqdm.fidelity import decibels
 from vqdm.layers.quantized import decoded_once
-from vqdm.metrics.fidelity import decibels
 from vqdm.prompts import draw, load_prompts
 
 

@@ -20,7 +20,7 @@ from vqdm.errors import RunError, UserError
 from vqdm.image_folder import check_layout, read_rows
 from vqdm.metrics.comparison import read_run
 from vqdm.metrics.frechet import load_statistics
-from vqdm.metrics.image_sets import open_pictures
+from vqdm.metrics.image_sets import open_images
 from vqdm.prompts import load_rows
 from vqdm.quantization.allocation import planned, read_plan
 from vqdm.storage.files import save_checked_json, save_tensors
@@ -239,7 +239,7 @@ def test_manifests(tmp_path, change):
     (tmp_path / "manifest.jsonl").write_text(json.dumps(ROW | change) + "\n")
     assert read_rows(tmp_path / "manifest.jsonl") == []
     with pytest.raises(UserError, match="1 of 1 lines are not rows of it"):
-        open_pictures(str(tmp_path), "IMAGES")
+        open_images(str(tmp_path), "IMAGES")
 
 
 @pytest.mark.parametrize("run", [[], {"settings": [1]}, {"settings": {"model": 3}}, {"scheduler": "x"}])
@@ -247,7 +247,7 @@ def test_runs_of_pictures(tmp_path, run):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
     (tmp_path / "run.json").write_text(json.dumps(run))
     with pytest.raises(UserError, match="is not what"):
-        open_pictures(str(tmp_path), "IMAGES")
+        open_images(str(tmp_path), "IMAGES")
 
 
 def test_a_damaged_zip_file_of_pictures(tmp_path):
@@ -256,7 +256,7 @@ def test_a_damaged_zip_file_of_pictures(tmp_path):
     data[start : start + 4] = b"\0\0\0\0"
     (tmp_path / "set.zip").write_bytes(bytes(data))
     with pytest.raises(UserError, match="cannot be read"):
-        open_pictures(str(tmp_path / "set.zip"), "IMAGES")
+        open_images(str(tmp_path / "set.zip"), "IMAGES")
 
 
 def test_a_decompression_bomb(tmp_path):
@@ -265,6 +265,6 @@ def test_a_decompression_bomb(tmp_path):
     data[16:24] = struct.pack(">II", 50_000, 50_000)
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
     (tmp_path / "a.png").write_bytes(bytes(data))
-    found = open_pictures(str(tmp_path), "IMAGES")
-    with pytest.raises(RunError, match="cannot be read as a picture"):
-        found.load(next(iter(found.pictures.values())))
+    found = open_images(str(tmp_path), "IMAGES")
+    with pytest.raises(RunError, match="cannot be read as an image"):
+        found.load(next(iter(found.entries.values())))

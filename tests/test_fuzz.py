@@ -48,10 +48,10 @@ from vqdm.generation.requests import make_requests
 from vqdm.image_folder import ImageFolder, check_layout
 from vqdm.metrics.comparison import compare, incomparable, latex, markdown, read_run, table_csv
 from vqdm.metrics.frechet import frechet_distance, load_statistics
-from vqdm.metrics.image_sets import mismatches, open_pictures
+from vqdm.metrics.image_sets import mismatches, open_images
 from vqdm.metrics.job import model_size
 from vqdm.metrics.report import facts, title_of
-from vqdm.metrics.report import settings as settings_text
+from vqdm.metrics.report import settings_list as settings_text
 from vqdm.prompts import load_rows
 from vqdm.quantization.config import read_overrides
 from vqdm.quantization.recording import digest
@@ -191,10 +191,10 @@ def manifest(draw, folder: Path) -> None:
     """A folder of generate.py, scored and resumed."""
     write_set(draw, folder)
     ImageFolder(folder).finished([(0, 0), (1, 0)])
-    pictures = open_pictures(str(folder), "IMAGES")
+    pictures = open_images(str(folder), "IMAGES")
     mismatches(pictures, pictures)
     pictures.problems()
-    for picture in pictures.pictures.values():
+    for picture in pictures.entries.values():
         assert (folder / picture.file).resolve().is_relative_to(folder.resolve())
         pictures.load(picture)
 
@@ -205,9 +205,9 @@ def zipped_manifest(draw, folder: Path) -> None:
     top = draw(st.sampled_from(["", "top/"]))
     data = zipped({top + path.name: path.read_bytes() for path in sorted(folder.iterdir())})
     (folder / "set.zip").write_bytes(broken_bytes(draw, data) if draw(st.booleans()) else data)
-    pictures = open_pictures(str(folder / "set.zip"), "IMAGES")
+    pictures = open_images(str(folder / "set.zip"), "IMAGES")
     mismatches(pictures, pictures)
-    for picture in pictures.pictures.values():
+    for picture in pictures.entries.values():
         pictures.load(picture)
 
 
@@ -224,9 +224,9 @@ def run_record(draw, folder: Path) -> None:
     (folder / "run.json").write_bytes(broken_json(draw, RUN))
     with pytest.raises(UserError):
         check_claim(folder, {"model": "m", "overrides": {}}, True)
-    pictures = open_pictures(str(folder), "IMAGES")
+    pictures = open_images(str(folder), "IMAGES")
     record = {"run": pictures.run, "images": "x", "size": model_size(pictures.run), "reference": None, "versions": {}}
-    record |= {"pictures": 1, "prompts": 1}
+    record |= {"num_images": 1, "num_prompts": 1}
     title_of(record), facts(record), settings_text(record)
     mismatches(pictures, pictures)
 
@@ -239,11 +239,11 @@ def pictures(draw, folder: Path) -> None:
     if draw(st.booleans()):
         archive = zipped({draw(names): data, "fine.png": picture_bytes()})
         (folder / "set.zip").write_bytes(broken_bytes(draw, archive) if draw(st.booleans()) else archive)
-        found = open_pictures(str(folder / "set.zip"), "IMAGES")
+        found = open_images(str(folder / "set.zip"), "IMAGES")
     else:
         (folder / "a.png").write_bytes(data)
-        found = open_pictures(str(folder), "IMAGES")
-    for picture in found.pictures.values():
+        found = open_images(str(folder), "IMAGES")
+    for picture in found.entries.values():
         found.load(picture)
 
 

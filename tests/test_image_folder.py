@@ -11,13 +11,13 @@ from vqdm.storage.run_folder import check_claim
 from vqdm.tracking import JsonLines
 
 
-def picture(level: int, size=(4, 6)) -> Image.Image:
+def sample_image(level: int, size=(4, 6)) -> Image.Image:
     return Image.new("RGB", size, (level, 255 - level, 7))
 
 
 def add(folder: ImageFolder, key, level: int, rank: int = 0) -> dict:
-    """Save a picture and its row, as a rank does."""
-    digest = folder.save(key, picture(level), {"prompt": "ein grüner Stern"})
+    """Save a image and its row, as a rank does."""
+    digest = folder.save(key, sample_image(level), {"prompt": "ein grüner Stern"})
     row = {"index": key[0], "sample": key[1], "file": folder.file_of(key), "sha256": digest}
     JsonLines(folder.part(rank)).write(row)
     return row
@@ -36,13 +36,13 @@ def test_layouts(tmp_path, layout, name):
 
 def test_png_keeps_pixels_and_metadata_and_is_deterministic():
     about = {"prompt": "ein grüner Stern", "seed": 2**62}
-    data = png_bytes(picture(9), about)
-    assert data == png_bytes(picture(9), about)
+    data = png_bytes(sample_image(9), about)
+    assert data == png_bytes(sample_image(9), about)
     import io
 
     with Image.open(io.BytesIO(data)) as image:
         assert json.loads(image.text["parameters"]) == about
-        assert np.array_equal(np.asarray(image), np.asarray(picture(9)))
+        assert np.array_equal(np.asarray(image), np.asarray(sample_image(9)))
 
 
 def test_lines_that_are_no_rows_are_left_out(tmp_path):
@@ -79,7 +79,7 @@ def test_shards_in_one_folder_leave_each_other_alone(tmp_path):
     assert second.merge().keys() == {(0, 0), (1, 0), (3, 0)}
 
 
-def test_finished_forgets_missing_and_damaged_pictures(tmp_path):
+def test_finished_forgets_missing_and_damaged_images(tmp_path):
     folder = ImageFolder(tmp_path)
     keys = [(i, 0) for i in range(5)]
     for key in keys[:4]:
@@ -121,8 +121,8 @@ def test_geneval_metadata_is_the_row(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_grid_holds_each_picture_in_its_place(count):
-    images = [picture(50 * k) for k in range(count)]
+def test_grid_holds_each_image_in_its_place(count):
+    images = [sample_image(50 * k) for k in range(count)]
     sheet = np.asarray(grid(images))
     assert sheet.shape == (6 * -(-count // 2), 4 * min(2, count), 3)
     for k, image in enumerate(images):
@@ -136,7 +136,7 @@ def test_dpg_grids_go_by_id(tmp_path):
     folder.write_grids({0: "midjourney3", 1: "7"}, rows)
     assert sorted(path.name for path in (tmp_path / "grids").iterdir()) == ["7.png", "midjourney3.png"]
     with Image.open(tmp_path / "grids" / "7.png") as sheet:
-        assert np.array_equal(np.asarray(sheet), np.asarray(grid([picture(9 * k) for k in range(4)])))
+        assert np.array_equal(np.asarray(sheet), np.asarray(grid([sample_image(9 * k) for k in range(4)])))
 
 
 def test_what_a_layout_cannot_hold():

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from vqdm.diffusion.sampling import compared_pictures
-from vqdm.images import comparable, pair_sheet, problems_of, save_png, to_picture
+from vqdm.images import comparable, generated_image, pair_sheet, problems_of, save_png
 
 
 def plain(colour, side=64) -> Image.Image:
@@ -26,7 +26,7 @@ def test_labels_and_prompts_are_drawn():
     assert (np.asarray(sheet) < 128).sum() > 200
 
 
-def test_large_pictures_are_not_enlarged():
+def test_large_images_are_not_enlarged():
     sheet = pair_sheet(["x"], [plain("red", 200)], [plain("red", 200)], ("a", "b"))
     assert sheet.width < 2 * 200 + 60
 
@@ -39,7 +39,7 @@ def test_png_appears_whole(tmp_path):
 
 
 def image(value: float, replaced: bool = False) -> Image.Image:
-    return to_picture(torch.full((3, 4, 4), value), replaced).image
+    return generated_image(torch.full((3, 4, 4), value), replaced).image
 
 
 SOUND, NAN, BLACK, REPLACED = image(0.5), image(float("nan")), image(0.0), image(0.0, True)

@@ -36,7 +36,7 @@ from vqdm.documents import parse_yaml, printable
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import is_inside
 from vqdm.metrics.frechet import load_statistics
-from vqdm.metrics.image_sets import open_pictures
+from vqdm.metrics.image_sets import open_images
 from vqdm.metrics.report import embedded, escaped, pair
 from vqdm.redaction import MASK, own_command, redacted, without_secrets
 
@@ -152,22 +152,22 @@ def test_a_manifest_cannot_name_files_outside(tmp_path):
     for file, words in (("../secret.png", "1 of 1 lines are not rows"), ("link.png", "outside of the folder")):
         write_manifest(folder, file)
         with pytest.raises(UserError, match=words):
-            open_pictures(str(folder), "IMAGES")
+            open_images(str(folder), "IMAGES")
 
 
 def test_a_folder_may_hold_links_that_its_owner_made(tmp_path):
     (tmp_path / "set").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "set" / "link.png").symlink_to(tmp_path / "a.png")
-    assert len(open_pictures(str(tmp_path / "set"), "IMAGES").pictures) == 1
+    assert len(open_images(str(tmp_path / "set"), "IMAGES").entries) == 1
 
 
 def test_archives_are_read_in_place(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     (tmp_path / "set.zip").write_bytes(zipped({"../up.png": data, "/root.png": data}))
-    found = open_pictures(str(tmp_path / "set.zip"), "IMAGES")
-    assert [found.load(picture).size for picture in found.pictures.values()] == [(8, 8)]  # names with .. are left out
+    found = open_images(str(tmp_path / "set.zip"), "IMAGES")
+    assert [found.load(picture).size for picture in found.entries.values()] == [(8, 8)]  # names with .. are left out
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "set.zip"}
 
 
@@ -177,18 +177,18 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
     data[16:24] = struct.pack(">II", 9000, 9000)
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
     (tmp_path / "a.png").write_bytes(bytes(data))
-    found = open_pictures(str(tmp_path), "IMAGES")
+    found = open_images(str(tmp_path), "IMAGES")
     with pytest.raises(RunError, match="9000 × 9000 pixels"):
-        found.load(next(iter(found.pictures.values())))
+        found.load(next(iter(found.entries.values())))
 
 
 def test_only_usual_decoders_see_a_picture(tmp_path):
     """PIL would hand an EPS file to Ghostscript, whatever its name."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    found = open_pictures(str(tmp_path), "IMAGES")
-    with pytest.raises(RunError, match="cannot be read as a picture"):
-        found.load(next(iter(found.pictures.values())))
+    found = open_images(str(tmp_path), "IMAGES")
+    with pytest.raises(RunError, match="cannot be read as an image"):
+        found.load(next(iter(found.entries.values())))
 
 
 # ------------------------------------------------------------------------------------------------ bounds

@@ -1,9 +1,9 @@
-"""A folder of pictures with a manifest: what `generate.py` writes and `metrics.py` reads.
+"""A folder of images with a manifest: what `generate.py` writes and `metrics.py` reads.
 
-DIR/run.json              everything needed to repeat the run; what --resume compares
-DIR/manifest.jsonl        a line a picture, sorted by prompt and sample; whole when the run is finished
+DIR/run.json              everything needed to repeat the run; --resume compares it
+DIR/manifest.jsonl        a line per image, sorted by prompt and sample; whole when the run is finished
 DIR/manifest.*.jsonl      lines of a process that is still running, or was interrupted
-DIR/…/*.png               pictures, in one of three layouts
+DIR/…/*.png               images, in one of three layouts
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vqdm.parallel import Ranks
 from vqdm.storage.files import file_sha256, locked, save_bytes, save_json, save_text, sweep
 from vqdm.tracking import log
 
-# Layout → where the picture of (prompt index, sample) goes.
+# Layout → file of the image of (prompt index, sample).
 LAYOUTS: dict[str, Callable[[int, int], str]] = {
     "flat": lambda index, sample: f"{index:06d}_{sample:02d}.png",
     "geneval": lambda index, sample: f"{index:05d}/samples/{sample:05d}.png",
@@ -43,7 +43,7 @@ Key = tuple[int, int]
 
 
 def png_bytes(image: Image.Image, metadata: dict) -> bytes:
-    """A PNG file with `metadata` as JSON in its text field `parameters`; equal input gives equal bytes."""
+    """Encode a PNG with `metadata` as JSON in its text field `parameters`; equal input gives equal bytes."""
     about = PngInfo()
     about.add_itxt("parameters", json.dumps(metadata, ensure_ascii=False))
     buffer = io.BytesIO()
@@ -52,7 +52,9 @@ def png_bytes(image: Image.Image, metadata: dict) -> bytes:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a manifest; a missing file has none. Damaged lines are left out, with a warning but for a cut last."""
+    """Read the rows of a manifest; a missing file has none. Damaged lines are skipped, with a warning unless
+    it is the last one, cut off.
+    """
     if not path.is_file():
         return []
     rows = parse_rows(path.read_text(encoding="utf-8", errors="replace"))
@@ -64,7 +66,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def parse_rows(text: str) -> list[dict | None]:
-    """A manifest's lines that are not empty, None for a damaged one.
+    """Parse the lines of a manifest that are not empty; None for a damaged one.
 
     Only \\n ends a line: prompts may hold other separators, such as U+2028.
     """
@@ -72,7 +74,7 @@ def parse_rows(text: str) -> list[dict | None]:
 
 
 def _parsed(line: str) -> dict | None:
-    """A row, or None where it is not what was written; one without a checksum, from elsewhere, is taken as it is."""
+    """Parse a row; None if its checksum differs. A row without a checksum, from elsewhere, is accepted."""
     try:
         row = parse_json(line)
         intact = isinstance(row, dict) and row.pop(CHECK, None) in (None, _row_digest(row))
@@ -82,7 +84,7 @@ def _parsed(line: str) -> dict | None:
 
 
 def sealed(row: dict) -> dict:
-    """A row with its checksum, as it goes into a manifest."""
+    """Return a row with its checksum, as it goes into a manifest."""
     return row | {CHECK: _row_digest(row)}
 
 
@@ -91,7 +93,7 @@ def _row_digest(row: dict) -> str:
 
 
 def is_row(row) -> bool:
-    """Whether a value is a row of a manifest: its numbers, texts and settings of their types, its file inside."""
+    """Return whether a value is a row of a manifest: numbers, texts and settings of their types, its file inside."""
     if not isinstance(row, dict):
         return False
     counts = [row.get(name) for name in ("index", "sample")]
@@ -105,7 +107,7 @@ def is_row(row) -> bool:
 
 
 def is_inside(name) -> bool:
-    """Whether a value is a relative path that does not leave its folder, as far as its text says."""
+    """Return whether a value is a relative path whose text does not leave its folder."""
     if not isinstance(name, str) or not is_encodable(name) or "\0" in name or "\\" in name or len(name) > LONGEST_NAME:
         return False
     path = PurePosixPath(name)
@@ -113,7 +115,7 @@ def is_inside(name) -> bool:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can hold half of a surrogate pair."""
+    """Return whether a text can be written as UTF-8: JSON can hold half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -127,7 +129,7 @@ def key_of(row: dict) -> Key:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """DIR, seen from one shard of a run.
+    """DIR, as one shard of a run uses it.
 
     Attributes:
         path: the folder.
@@ -142,9 +144,9 @@ class ImageFolder:
     # ------------------------------------------------------------------------------------ claiming
 
     def held(self, ranks: Ranks) -> AbstractContextManager[None]:
-        """Inside, no other run writes this shard's pictures; the first of several processes holds it for all.
+        """Lock this shard against other runs; the first of several processes holds the lock for all.
 
-        Raises UserError where another run does.
+        Raises UserError if another run holds it.
         """
         number, count = self.shard
         return locked(self.path, part=f"-{number}of{count}") if ranks.main else nullcontext()
@@ -163,36 +165,36 @@ class ImageFolder:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
 
     def sweep(self) -> None:
-        """Delete what killed writers left, unless other shards may be writing."""
+        """Delete temporary files of killed writers, unless other shards may be writing."""
         if self.shard[1] == 1:
             sweep(self.path)
 
-    # ------------------------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------------------------------ images
 
     def file_of(self, key: Key) -> str:
-        """A picture's path inside the folder."""
+        """Return the path of an image inside the folder."""
         return LAYOUTS[self.layout](*key)
 
     def save(self, key: Key, image: Image.Image, metadata: dict) -> str:
-        """Write a picture whole or not at all; returns the SHA-256 of the file."""
+        """Write an image atomically; return the SHA-256 of the file."""
         data = png_bytes(image, metadata)
         save_bytes(data, self.path / self.file_of(key))
         return hashlib.sha256(data).hexdigest()
 
     def intact(self, row: dict) -> bool:
-        """Whether a row's file is there and still the one that was written."""
+        """Return whether the file of a row exists and is still the one that was written."""
         path = self.path / row["file"]
         return row["file"] == self.file_of(key_of(row)) and path.is_file() and file_sha256(path) == row["sha256"]
 
     # ------------------------------------------------------------------------------------ manifest
 
     def part(self, rank: int) -> Path:
-        """Where one process of this shard keeps its rows until they are merged."""
+        """Return the file of the rows of one process of this shard until they are merged."""
         number, count = self.shard
         return self.path / f"manifest.{number}of{count}.rank{rank}.jsonl"
 
     def rows(self) -> dict[Key, dict]:
-        """All rows so far, sorted; this shard's own unmerged rows are newer than merged ones, other shards' are not."""
+        """Return all rows so far, sorted. Unmerged rows of this shard replace merged ones, those of others do not."""
         own, parts = self._own_parts(), sorted(self.path.glob("manifest.*.jsonl"))
         files = [path for path in parts if path not in own] + [self.path / "manifest.jsonl"] + own
         found = {key_of(row): row for file in files for row in read_rows(file)}
@@ -202,7 +204,7 @@ class ImageFolder:
         return sorted(self.path.glob(self.part(0).name.replace("rank0", "rank*")))
 
     def merge(self, unless: Callable[[dict], bool] = lambda row: False) -> dict[Key, dict]:
-        """Put all rows into `manifest.jsonl`, leaving out those for which `unless` holds; returns them."""
+        """Write all rows to `manifest.jsonl`, without those for which `unless` holds; return them."""
         with self._locked():
             kept = {key: row for key, row in self.rows().items() if not unless(row)}
             lines = (json.dumps(sealed(row), ensure_ascii=False) + "\n" for row in kept.values())
@@ -213,13 +215,13 @@ class ImageFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other shards from merging meanwhile."""
+        """Lock the manifest against merges of other shards."""
         with open(self.path / ".lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def finished(self, wanted: Iterable[Key]) -> set[Key]:
-        """Merge, forget wanted pictures that are missing or damaged, and say which of the wanted ones are there."""
+        """Merge, drop wanted images that are missing or damaged, and return the wanted ones that exist."""
         wanted = set(wanted)
         kept = self.merge(unless=lambda row: key_of(row) in wanted and not self.intact(row))
         return wanted & kept.keys()
@@ -227,14 +229,14 @@ class ImageFolder:
     # ------------------------------------------------------------------------------------ layouts
 
     def write_prompt_files(self, rows: dict[int, dict]) -> None:
-        """The layout's file beside each prompt's pictures: GenEval reads the row itself from `metadata.jsonl`."""
+        """Write the file of the layout for each prompt: GenEval reads the row from `metadata.jsonl`."""
         if self.layout == "geneval":
             for index, row in rows.items():
                 line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
                 save_text(line, (self.path / self.file_of((index, 0))).parent.parent / "metadata.jsonl")
 
     def write_grids(self, names: dict[int, str], rows: dict[Key, dict]) -> None:
-        """The layout's sheets: DPG-Bench reads a prompt's pictures from one file, `grids/ID.png`, two a row."""
+        """Write the sheets of the layout: DPG-Bench reads the images of a prompt from `grids/ID.png`."""
         if self.layout != "dpg":
             return
         for index, name in names.items():
@@ -245,7 +247,7 @@ class ImageFolder:
 
 
 def grid(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one size without gaps, two a row; a single one as it is."""
+    """Tile images of one size without gaps, two per row; a single one stays unchanged."""
     width, height = images[0].size
     columns = min(GRID_COLUMNS, len(images))
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
@@ -255,7 +257,7 @@ def grid(images: list[Image.Image]) -> Image.Image:
 
 
 def check_layout(layout: str, names: list[str], samples: int) -> None:
-    """Raise UserError where a layout cannot hold what is asked for."""
+    """Raise UserError for ids or numbers of images that a layout cannot hold."""
     if layout != "dpg":
         return
     if samples > MOST_IN_GRID:
@@ -263,7 +265,7 @@ def check_layout(layout: str, names: list[str], samples: int) -> None:
     unfit = [name for name in names if not re.fullmatch(r"[\w-]+", name)]
     if unfit:
         found = shortened(unfit[0])
-        raise UserError(f"--layout dpg names files by id; {found} has other signs than letters, digits, _ and -")
+        raise UserError(f"--layout dpg names files by id; {found} has other characters than letters, digits, _ and -")
     overlong = [name for name in names if len(name.encode()) > LONGEST_NAME]
     if overlong:
         raise UserError(f"--layout dpg names files by id; {shortened(overlong[0])} has more than {LONGEST_NAME} bytes")

@@ -1,4 +1,4 @@
-"""Images: formats that are read, conversion of a pipeline's values with checks, contact sheets with labels."""
+"""Images: formats that are read, generated images with their problems, contact sheets with labels, PNG files."""
 
 from __future__ import annotations
 
@@ -105,21 +105,21 @@ def is_sheet(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A generated image, and what is wrong with it: None, "black", "nan" or "safety_checker"."""
+class GeneratedImage:
+    """A generated image and its problem: None, "black", "nan" or "safety_checker"."""
 
     image: Image.Image
     problem: str | None
 
 
-def to_pictures(result) -> list[Picture]:
-    """Images of what a pipeline returns for `output_type="pt"`, with what its safety checker replaced."""
+def generated_images(result) -> list[GeneratedImage]:
+    """Convert the output of a pipeline call with `output_type="pt"`, and mark what its safety checker replaced."""
     replaced = getattr(result, "nsfw_content_detected", None) or [False] * len(result.images)
-    return [to_picture(one, bool(flag)) for one, flag in zip(result.images.float().cpu(), replaced, strict=True)]
+    return [generated_image(one, bool(flag)) for one, flag in zip(result.images.float().cpu(), replaced, strict=True)]
 
 
-def to_picture(values: Tensor, replaced: bool = False) -> Picture:
-    """8-bit picture of float values [3, H, W] in [0, 1], rounded as diffusers does; NaN and infinity become black."""
+def generated_image(values: Tensor, replaced: bool = False) -> GeneratedImage:
+    """Convert float values [3, H, W] in [0, 1] to 8 bit, rounded as diffusers does; NaN and infinity become black."""
     finite = bool(values.isfinite().all())
     pixels = (values.nan_to_num(0, 0, 0).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     if replaced:
@@ -130,16 +130,16 @@ def to_picture(values: Tensor, replaced: bool = False) -> Picture:
         problem = None if np.any(pixels) else BLACK
     image = Image.fromarray(pixels)
     image.info |= {PROBLEM: problem} if problem else {}
-    return Picture(image, problem)
+    return GeneratedImage(image, problem)
 
 
 def problems_of(images: Sequence[Image.Image]) -> dict[str, int]:
-    """What is wrong with images → how many there are."""
+    """Count the images that have a problem: problem → count."""
     return dict(sorted(Counter(image.info[PROBLEM] for image in images if PROBLEM in image.info).items()))
 
 
-def warn_of_problems(images: Sequence[Image.Image], prompts: Sequence[str], whose: str) -> None:
-    """A line for each problem: how many images have it, the first prompt, and what to do."""
+def warn_of_problems(images: Sequence[Image.Image], prompts: Sequence[str], source: str) -> None:
+    """Log a line per problem: how many images have it, the first prompt, and what to do."""
     advice = {
         NAN: f"hold NaN or infinity and are black there; {NAN_ADVICE}",
         BLACK: f"are black all over; if that is not what the prompt asks for, {NAN_ADVICE}",
@@ -148,19 +148,19 @@ def warn_of_problems(images: Sequence[Image.Image], prompts: Sequence[str], whos
     for problem, count in problems_of(images).items():
         first = next(k for k, image in enumerate(images) if image.info.get(PROBLEM) == problem)
         prompt = f"the first is of {shortened(prompts[first])}"
-        log.warning("warning: %d of %d images of %s %s; %s", count, len(images), whose, advice[problem], prompt)
+        log.warning("warning: %d of %d images of %s %s; %s", count, len(images), source, advice[problem], prompt)
 
 
 def comparable(first: Image.Image, second: Image.Image) -> bool:
-    """Whether the error between two images says how alike models are: not of NaN, of replaced ones, or of two black."""
+    """Return whether the error of two images is meaningful: neither has NaN or was replaced, and not both are black."""
     problems = {image.info.get(PROBLEM) for image in (first, second)}
     return not problems & {NAN, REPLACED} and problems != {BLACK}
 
 
 def pair_sheet(prompts: list[str], left: list[Image.Image], right: list[Image.Image], labels: tuple[str, str]):
-    """A sheet of picture pairs, two pairs a row, each under the start of its prompt.
+    """Make a sheet of image pairs, two pairs per row, each under the start of its prompt.
 
-    Returns a PIL image. Small pictures are enlarged to at least 128 pixels, without smoothing.
+    Returns a PIL image. Small images are enlarged to at least 128 pixels, without smoothing.
     """
     side = max(128, min(384, left[0].width)) // left[0].width * left[0].width or left[0].width
     cells = [_pair(*row, labels, side) for row in zip(prompts, left, right, strict=True)]
@@ -179,15 +179,15 @@ def _pair(prompt: str, left: Image.Image, right: Image.Image, labels: tuple[str,
     draw = ImageDraw.Draw(cell)
     for row, line in enumerate(lines):
         draw.text((MARGIN, MARGIN // 2 + row * LINE), line, fill="black", font=font)
-    for column, (picture, label) in enumerate(zip((left, right), labels, strict=True)):
+    for column, (image, label) in enumerate(zip((left, right), labels, strict=True)):
         x, y = MARGIN + column * (side + MARGIN), (PROMPT_LINES + 1) * LINE + MARGIN
         draw.text((x, y - LINE), label, fill="#555555", font=font)
-        cell.paste(picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (x, y))
+        cell.paste(image.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (x, y))
     return cell
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG, with what is wrong with the image, under its final name only when it is whole."""
+    """Write a PNG, with the problem of the image in its text, under its final name only when it is whole."""
     buffer, about = io.BytesIO(), PngInfo()
     if PROBLEM in image.info:
         about.add_text(PROBLEM, image.info[PROBLEM])

@@ -21,8 +21,8 @@ FINETUNE = (
 )
 GENERATE = "--num_inference_steps 1 --bs 2 --limit 2 "
 SHAPES = "assets/shapes-clip"
-METRICS = f"--fid_features {SHAPES} --clip_model {SHAPES} --pickscore_model {SHAPES} --clip_i_model {SHAPES} "
-METRICS += f"--cmmd_model {SHAPES} --bs 3 --report_images 2 "
+METRICS = f"--fid_features {SHAPES} --clip_model {SHAPES} --pickscore_model {SHAPES} "
+METRICS += "--bs 3 --report_images 2 "
 
 QUANTIZATIONS = {
     "auto": OWN,

@@ -11,7 +11,7 @@ from vqdm.diffusion.sampling import predicted_bytes
 from vqdm.errors import RunError, UserError
 from vqdm.generation.drawing import alike, call_settings, draw, drawn_in_batches
 from vqdm.generation.requests import SETTINGS, Request
-from vqdm.images import Picture, to_picture
+from vqdm.images import GeneratedImage, generated_image
 
 NONE = dict.fromkeys(SETTINGS)
 
@@ -21,7 +21,7 @@ def request(index: int, negative: str | None = None, **settings) -> Request:
 
 
 def blank(batch):
-    return [Picture(Image.new("RGB", (1, 1)), None) for _ in batch]
+    return [GeneratedImage(Image.new("RGB", (1, 1)), None) for _ in batch]
 
 
 def test_groups_hold_what_one_call_can_draw():
@@ -93,17 +93,17 @@ def test_a_size_that_nobody_names_is_asked_for():
 def test_pixels_are_those_of_diffusers():
     values = torch.rand(3, 8, 6, generator=torch.Generator().manual_seed(0))
     plain = VaeImageProcessor.numpy_to_pil(values.permute(1, 2, 0)[None].numpy())[0]
-    picture = to_picture(values)
+    picture = generated_image(values)
     assert np.array_equal(np.asarray(picture.image), np.asarray(plain)) and picture.problem is None
 
 
 def test_problems_are_seen():
     values = torch.zeros(3, 2, 2)
-    assert to_picture(values).problem == "black"
-    assert to_picture(values, replaced=True).problem == "safety_checker"
+    assert generated_image(values).problem == "black"
+    assert generated_image(values, replaced=True).problem == "safety_checker"
     values[0, 0, 0] = float("nan")
-    assert to_picture(values).problem == "nan"
-    assert np.asarray(to_picture(values).image).max() == 0
+    assert generated_image(values).problem == "nan"
+    assert np.asarray(generated_image(values).image).max() == 0
 
 
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler"])

@@ -257,7 +257,7 @@ def test_some_nan_is_marked_and_fails_at_the_end(pipelines, prompts, tmp_path, m
 
     def spoiled(pipeline, batch, draw=job.draw):
         pictures = draw(pipeline, batch)
-        return [job.Picture(pictures[0].image, "nan"), *pictures[1:]] if batch[0].index == 2 else pictures
+        return [job.GeneratedImage(pictures[0].image, "nan"), *pictures[1:]] if batch[0].index == 2 else pictures
 
     monkeypatch.setattr(job, "draw", spoiled)
     assert run(pipelines["sdxl"], prompts, "--bs", 2, out=tmp_path / "out") == 1

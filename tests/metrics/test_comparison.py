@@ -12,7 +12,16 @@ from metrics import main
 from PIL import Image
 
 from vqdm.cli import run_script
-from vqdm.metrics.comparison import compare, incomparable, latex, markdown, read_run, table_csv
+from vqdm.metrics.comparison import (
+    compare,
+    front,
+    incomparable,
+    is_far,
+    latex,
+    markdown,
+    read_run,
+    table_csv,
+)
 
 LABELS = {"clip": "CLIP score[a_b]", "psnr": "PSNR (dB)", "fid_fp": "FID-8[clean] to full precision"}
 
@@ -40,7 +49,7 @@ RECORDS = {
 
 @pytest.fixture
 def runs(tmp_path) -> dict[str, Path]:
-    """Folders of pictures, each with its record where metrics.py puts it."""
+    """Folders of images, each with its record where metrics.py puts it."""
     for name, one in RECORDS.items():
         folder = tmp_path / name / "metrics"
         folder.mkdir(parents=True)
@@ -53,7 +62,7 @@ def comparison(runs):
     return compare([read_run(str(path)) for path in runs.values()])
 
 
-def test_results_that_the_scripts_call_alike_are_told_apart(tmp_path, runs):
+def test_results_of_one_name_get_that_of_the_folder_above(tmp_path, runs):
     for bits in (3, 2):
         one = record({"psnr": 10.0 * bits}, bits) | {
             "run": {"settings": {"quantized": f"out/sdxl-{bits}bit/quantized"}}
@@ -136,7 +145,7 @@ def test_other_networks_and_numbers_are_not_comparable(runs, tmp_path, capsys):
 
 def test_the_command_writes_tables_and_figure(runs, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["compare", *map(str, runs.values()), "--names", "a", "b", "c|d", "e", "--output_dir", str(out)]
+    words = ["compare", *map(str, runs.values()), "--names", "_a", "b$x_$", "c|d", "e", "--output_dir", str(out)]
     assert run_script(main, words) == 0
     assert "| c\\|d | 2.00 |" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
@@ -145,7 +154,7 @@ def test_the_command_writes_tables_and_figure(runs, tmp_path, capsys):
     with Image.open(out / "pareto.png") as image:
         assert image.width > 1500
     texts = {"".join(node.itertext()) for node in ElementTree.parse(out / "pareto.svg").iter() if "text" in node.tag}
-    assert {"a", "b", "full precision", LABELS["psnr"], LABELS["fid_fp"]} <= texts
+    assert {"_a", "b$x_$", "c|d", "full precision", LABELS["psnr"], LABELS["fid_fp"]} <= texts
     assert not re.search(rb"\d{4}-\d\d-\d\dT", (out / "pareto.svg").read_bytes())
     first = (out / "pareto.svg").read_bytes(), (out / "pareto.png").read_bytes()
     assert run_script(main, words) == 0
@@ -155,7 +164,7 @@ def test_the_command_writes_tables_and_figure(runs, tmp_path, capsys):
 def test_runs_without_bits_are_named(tmp_path, capsys):
     (tmp_path / "x.json").write_text(json.dumps(record({"psnr": 20.0}) | {"images": "out/unknown"}))
     assert run_script(main, ["compare", str(tmp_path / "x.json"), "--output_dir", str(tmp_path / "out")]) == 0
-    assert "no summary.json tells their bits: model_None" in capsys.readouterr().out
+    assert "without a summary.json that has their bits: model_None" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -173,3 +182,17 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, words, message):
     assert run_script(main, ["compare", *line, "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------- figure
+
+
+def test_front_keeps_what_nothing_beats():
+    points = [(4.0, 30.0), (3.0, 25.0), (3.5, 24.0), (2.0, 20.0), (2.0, 19.0)]
+    assert front(points, higher=True) == [3, 1, 0]
+    assert front([(b, -v) for b, v in points], higher=False) == [3, 1, 0]
+    assert front([(2.0, 1.0), (2.0, 1.0)], higher=True) == [0, 1]
+
+
+def test_a_line_far_from_all_points_is_left_out():
+    assert is_far(100, [30, 32]) and not is_far(34, [30, 32]) and not is_far(5, [])

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from train_text import known_words, make_tokenizer
 from vqdm.errors import UserError
 from vqdm.metrics.image_reward import DEVIATION, LONGEST, MEAN, load_image_reward
-from vqdm.metrics.networks import Missing, find_image_reward
+from vqdm.metrics.networks import Unavailable, find_image_reward
 
 CPU = torch.device("cpu")
 EYE, READER, SIDE, PATCH, LAYERS = 192, 128, 32, 8, 2
@@ -68,7 +68,7 @@ def pixels() -> torch.Tensor:
 
 
 def plain_rewards(state: dict, ids: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """The whole model from its tensors: pre-norm picture tower, post-norm text tower, linear head."""
+    """The whole model from its tensors: pre-norm image tower, post-norm text tower, linear head."""
 
     def linear(x, name):
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
@@ -139,7 +139,7 @@ def test_long_prompts_are_cut_and_counted(folder, pixels):
     assert torch.isfinite(model.rewards([long], pixels[:1])).all() and LONGEST == 35
 
 
-def test_pictures_are_brought_to_the_middle_square(folder):
+def test_images_are_brought_to_the_middle_square(folder):
     model = load_image_reward(find_image_reward(str(folder), True), CPU)
     pixels = np.full((64, 128, 3), 255, dtype=np.uint8)
     pixels[:, :32] = pixels[:, 96:] = 0
@@ -148,7 +148,7 @@ def test_pictures_are_brought_to_the_middle_square(folder):
 
 
 def test_other_files_are_refused(folder, tmp_path):
-    with pytest.raises(Missing, match=r"holds no ImageReward\.pt"):
+    with pytest.raises(Unavailable, match=r"holds no ImageReward\.pt"):
         find_image_reward(str(tmp_path), True)
     state = torch.load(folder / "ImageReward.pt")
     del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.weight"]

@@ -17,11 +17,13 @@ import torch
 from metrics import COMPARE_PARSER, PARSER, main
 from PIL import Image
 from tiny_runs import PROMPTS, pixels, write_folder
+from torch_fidelity import calculate_metrics
+from torchvision.models import inception_v3
 
 from vqdm.cli import run_script
 from vqdm.image_folder import png_bytes
-from vqdm.metrics import networks
-from vqdm.metrics.inception import empty_inception
+from vqdm.metrics import encoders, networks
+from vqdm.metrics.encoders import load_inception
 
 SHAPES = ["--clip_model", "assets/shapes-clip", "--fid_features", "assets/shapes-clip"]
 
@@ -55,8 +57,7 @@ def finished(folders, tmp_path_factory) -> Path:
     """The quantized folder scored against the full-precision one by everything that shapes-clip can serve."""
     out = tmp_path_factory.mktemp("finished") / "out"
     words = [folders["QUANTIZED"], "--reference", folders["FULL"], "--fid_reference", folders["FULL"], *SHAPES]
-    words += ["--pickscore_model", "assets/shapes-clip", "--clip_i_model", "assets/shapes-clip"]
-    words += ["--cmmd_model", "assets/shapes-clip", "--bs", 3]
+    words += ["--pickscore_model", "assets/shapes-clip", "--bs", 3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         assert score(*words, out=out) == 0
@@ -102,27 +103,26 @@ def test_set_scores_carry_their_network_and_never_the_name_fid(finished):
     assert metrics["fid_fp"]["label"] == "FD-256[shapes-clip] to full precision"
     assert metrics["fid"]["value"] == pytest.approx(metrics["fid_fp"]["value"]) and metrics["fid"]["value"] > 1
     assert metrics["fid"]["interval"] is None and metrics["fid"]["n_reference"] == 8
-    assert metrics["cmmd"]["label"] == "CMMD[shapes-clip]" and metrics["cmmd"]["value"] > 0
 
 
 def test_the_record_is_whole(finished):
     whole = result(finished)
-    assert (whole["pictures"], whole["prompts"], whole["full_precision"]) == (8, 4, False)
+    assert (whole["num_images"], whole["num_prompts"], whole["full_precision"]) == (8, 4, False)
     assert whole["reference_full_precision"] is True and whole["schema"] == 1
     assert len(whole["networks"]["clip"]["sha256"]) == 64
-    assert {"python", "torch", "open_clip", "torchmetrics"} <= whole["versions"].keys()
+    assert {"python", "torch", "open_clip", "torchmetrics", "torch_fidelity"} <= whole["versions"].keys()
     assert all({"value", "n", "better", "definition", "label"} <= one.keys() for one in whole["metrics"].values())
     assert "alexnet-owt-7be5be79.pth" in whole["skipped"]["lpips"] and "--lpips_weights" in whole["skipped"]["lpips"]
-    assert any(line.startswith("8 pictures are too few for 256 features") for line in whole["warnings"])
+    assert any(line.startswith("8 images are too few for 256 features") for line in whole["warnings"])
 
 
-def test_every_picture_has_its_line(finished):
+def test_every_image_has_its_line(finished):
     with open(finished / "per_image.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and rows[0]["id"] == "p3" and rows[2]["prompt"] == 'a "striped" green cross'
     mean = np.mean([float(row["psnr"]) for row in rows])
     assert mean == pytest.approx(result(finished)["metrics"]["psnr"]["value"])
-    assert {"clip", "clip_reference", "ssim", "clip_i"} <= rows[0].keys()
+    assert {"clip", "clip_reference", "ssim"} <= rows[0].keys()
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -133,7 +133,7 @@ def test_the_report_is_written_with_and_without_a_reference(folders, tmp_path, c
     assert f"report: {out / 'report.html'}" in capsys.readouterr().out
     text = (out / "report.html").read_text()
     rows = json.loads(re.search(r'type="application/json">(.*?)</script>', text, re.DOTALL)[1])["rows"]
-    assert 3 <= len(rows) <= 6 and sum(row["by_lot"] for row in rows) == 3
+    assert 3 <= len(rows) <= 6 and sum(row["sampled"] for row in rows) == 3
     assert all(("difference" in row) == paired for row in rows)
     assert (out / rows[0]["file"]).is_file()
 
@@ -142,8 +142,8 @@ def test_two_processes_give_the_same_figures(finished, folders, tmp_path):
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "metrics.py"]
     words = [folders["QUANTIZED"], "--reference", folders["FULL"], "--fid_reference", folders["FULL"], *SHAPES]
-    words += ["--pickscore_model", "assets/shapes-clip", "--clip_i_model", "assets/shapes-clip", "--device", "cpu"]
-    words += ["--cmmd_model", "assets/shapes-clip", "--bs", 3, "--report_images", 0, "--output_dir", out]
+    words += ["--pickscore_model", "assets/shapes-clip", "--device", "cpu"]
+    words += ["--bs", 3, "--report_images", 0, "--output_dir", out]
     subprocess.run([*launch, *map(str, words)], check=True, capture_output=True, timeout=300)
     one, two = result(finished)["metrics"], result(out)["metrics"]
     assert one.keys() == two.keys()
@@ -168,17 +168,24 @@ def inception(tmp_path_factory) -> Path:
     """Random weights under the published file's name, their digest taken for the published one."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(empty_inception().state_dict(), path)
+    net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(net.state_dict(), path)
     return path
 
 
 def test_inception_scores_and_saved_statistics(folders, inception, tmp_path, monkeypatch, capsys):
-    """Statistics give the distance that the pictures give; those of another mode are refused."""
+    """FeatureStatistics give the distance that the images give; those of another mode are refused."""
     full, other = (write_folder(tmp_path / str(noise), noise, True, samples=1) for noise in (0, 30))
     words = [other, "--fid_features", inception, "--metrics", "fid", "kid", "--fid_reference"]
     assert score(*words, full, out=tmp_path / "refused") == 2
     assert "the published file 6726825d…" in capsys.readouterr().err
     monkeypatch.setattr(networks, "INCEPTION_SHA256", networks.file_sha256(inception)[:8])
+    # 64 features rather than 2048: roots of large matrices take seconds.
+    fewer = torch.nn.AdaptiveAvgPool1d(64)
+    monkeypatch.setattr(encoders, "load_inception", lambda *words: torch.nn.Sequential(load_inception(*words), fewer))
     assert score(*words, full, out=tmp_path / "a") == 0
     stats = ["--fid_features", inception, "--save_stats", tmp_path / "full.npz", "--save_features"]
     assert score(full, *stats, out=tmp_path / "b") == 0
@@ -192,7 +199,21 @@ def test_inception_scores_and_saved_statistics(folders, inception, tmp_path, mon
     assert "was made with preprocess clean, here it is vqdm" in capsys.readouterr().err
 
 
-def test_plain_pictures_give_statistics_from_folder_and_zip(folders, tmp_path, capsys):
+def test_the_printed_kid_is_that_of_torch_fidelity(inception, tmp_path, monkeypatch):
+    """From files to the number: with the resize that torch-fidelity has, the features and the kernel are its own."""
+    ours, theirs = (write_folder(tmp_path / str(noise), noise, True, samples=1) for noise in (0, 60))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", networks.file_sha256(inception)[:8])
+    words = ["--fid_features", inception, "--fid_mode", "legacy", "--metrics", "kid", "--seed", 7]
+    assert score(ours, "--fid_reference", theirs, *words, out=tmp_path / "out") == 0
+    options = {"kid": True, "kid_subset_size": 4, "rng_seed": 7, "feature_extractor_weights_path": str(inception)}
+    options |= {"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True}
+    found = calculate_metrics(input1=str(ours), input2=str(theirs), **options)
+    printed = result(tmp_path / "out")["metrics"]["kid"]
+    assert printed["label"] == "KID[legacy]" and abs(printed["value"]) > 1e-3
+    assert printed["value"] == pytest.approx(1000 * found["kernel_inception_distance_mean"], rel=1e-3)
+
+
+def test_plain_images_give_statistics_from_folder_and_zip(folders, tmp_path, capsys):
     """Without a manifest: no prompts and no pairs, but a set."""
     plain = tmp_path / "plain" / "deep"
     plain.mkdir(parents=True)
@@ -212,7 +233,7 @@ def test_plain_pictures_give_statistics_from_folder_and_zip(folders, tmp_path, c
     capsys.readouterr()
     words = [folders["FULL"], "--fid_reference", tmp_path / "untagged.npz", *SHAPES]
     assert score(*words, "--metrics", "fid", out=tmp_path / "c") == 0
-    assert "does not say how it was made" in capsys.readouterr().out
+    assert "has no tags; its preprocessing may differ" in capsys.readouterr().out
     assert result(tmp_path / "c")["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-4)
 
 
@@ -224,7 +245,7 @@ def test_a_zip_file_needs_a_place_for_the_result(tmp_path, capsys):
         assert "a.zip is a zip file, which takes no result; give --output_dir" in capsys.readouterr().err
 
 
-def test_a_single_picture_is_scored_by_what_needs_no_set(tmp_path, capsys):
+def test_a_single_image_is_scored_by_what_needs_no_set(tmp_path, capsys):
     for name, noise in (("one", 9), ("full", 0)):
         (tmp_path / name).mkdir()
         Image.fromarray(pixels(0, 0, noise)).save(tmp_path / name / "a.png")
@@ -232,10 +253,10 @@ def test_a_single_picture_is_scored_by_what_needs_no_set(tmp_path, capsys):
     assert score(*words, out=tmp_path / "out") == 0
     found = result(tmp_path / "out")
     assert set(found["metrics"]) == {"psnr", "psnr_global", "ssim"}
-    for name in ("fid", "fid_fp", "mind"):
-        assert found["skipped"][name] == "needs two pictures of each set at least"
+    for name in ("fid", "fid_fp"):
+        assert found["skipped"][name] == "needs at least two images in each set"
     assert score(*words, "--metrics", "fid_fp", out=tmp_path / "no") == 2
-    assert "--metrics fid_fp cannot be had: needs two pictures" in capsys.readouterr().err
+    assert "--metrics fid_fp is unavailable: needs at least two images" in capsys.readouterr().err
 
 
 def test_long_prompts_are_counted(tmp_path, capsys):
@@ -247,15 +268,15 @@ def test_long_prompts_are_counted(tmp_path, capsys):
 def test_forced_comparisons_say_so(folders, tmp_path, capsys):
     words = [folders["OTHER"], "--reference", folders["FULL"], "--metrics", "psnr", "--force"]
     assert score(*words, out=tmp_path / "out") == 0
-    line = "warning: compared by --force: seed is 9, the reference's 3 (8 of 8 pictures)"
+    line = "warning: compared by --force: seed is 9, the reference's 3 (8 of 8 images)"
     assert line in capsys.readouterr().out and line[9:] in result(tmp_path / "out")["warnings"]
-    assert result(tmp_path / "out")["mismatches"] == ["seed is 9, the reference's 3 (8 of 8 pictures)"]
+    assert result(tmp_path / "out")["mismatches"] == ["seed is 9, the reference's 3 (8 of 8 images)"]
 
 
-def test_problems_of_pictures_are_counted(tmp_path, capsys):
+def test_problems_of_images_are_counted(tmp_path, capsys):
     folder = write_folder(tmp_path / "black", 0, True, problem="black")
     assert score(folder, *SHAPES, "--metrics", "clip", out=tmp_path / "out") == 0
-    assert "pictures that went wrong are among those scored: 8 black" in capsys.readouterr().out
+    assert "images with a problem are among those scored: 8 black" in capsys.readouterr().out
 
 
 def test_images_that_held_nan_are_refused(tmp_path, capsys):
@@ -265,7 +286,7 @@ def test_images_that_held_nan_are_refused(tmp_path, capsys):
         assert score(*words, "--metrics", "psnr", out=tmp_path / "out") == 2
         assert f"{flag} {broken}: 8 of 8 images held NaN and are black" in capsys.readouterr().err
     assert score(sound, "--reference", broken, "--metrics", "psnr", "--force", out=tmp_path / "out") == 0
-    assert "--reference: pictures that went wrong are among those scored: 8 nan" in capsys.readouterr().out
+    assert "--reference: images with a problem are among those scored: 8 nan" in capsys.readouterr().out
 
 
 def test_what_a_set_leaves_out_is_a_warning_of_the_result(tmp_path, capsys):
@@ -278,12 +299,12 @@ def test_what_a_set_leaves_out_is_a_warning_of_the_result(tmp_path, capsys):
     line = f"IMAGES: {folder}: left out, in formats that are not read: 1 .heic (the first is 'c.heic')"
     assert f"warning: {line}" in capsys.readouterr().out
     assert score(folder, "--reference", folder, "--metrics", "psnr", out=tmp_path / "out") == 0
-    assert result(tmp_path / "out")["pictures"] == 2 and line in result(tmp_path / "out")["warnings"]
+    assert result(tmp_path / "out")["num_images"] == 2 and line in result(tmp_path / "out")["warnings"]
 
 
 def test_dry_run_writes_nothing(folders, tmp_path, capsys):
     assert score(folders["FULL"], *SHAPES, "--dry_run", out=tmp_path / "out") == 0
-    assert "8 pictures of 4 prompts, clip, on 1" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert "8 images of 4 prompts, clip, on 1" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 def test_the_size_of_the_model_comes_from_its_summary(folders, tmp_path):
@@ -300,26 +321,37 @@ def test_the_size_of_the_model_comes_from_its_summary(folders, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("nowhere", "IMAGES: nowhere is not there"),
-        ("src", "IMAGES: src holds no picture"),
+        ("nowhere", "IMAGES: nowhere is not found"),
+        ("src", "IMAGES: src holds no image"),
         ("README.md", "IMAGES: README.md is neither a folder nor a zip file"),
         ("FULL --metrics clop", "--metrics: clop is not a metric; allowed are clip, pickscore"),
-        ("FULL --metrics psnr", "--metrics psnr cannot be had: needs --reference"),
-        ("FULL --metrics fid", "--metrics fid cannot be had: needs --fid_reference"),
-        ("FULL --reference FULL --metrics lpips", "alexnet-owt-7be5be79.pth is not in torch.hub's folder"),
+        ("FULL --metrics psnr", "--metrics psnr is unavailable: needs --reference"),
+        ("FULL --metrics fid", "--metrics fid is unavailable: needs --fid_reference"),
+        ("FULL --reference FULL --metrics lpips", "alexnet-owt-7be5be79.pth is not in the folder of torch.hub"),
         (
             "FULL --metrics pickscore",
             "yuvalkirstain/PickScore_v1 is not on this machine; --pickscore_model names another",
         ),
-        ("FULL --metrics hpsv2 --hpsv2_weights no.pt", "no.pt is not there"),
-        ("FULL --fid_reference no.npz", "--fid_reference: no.npz is not there"),
+        ("FULL --metrics image_reward --image_reward_model src", "src holds no ImageReward.pt"),
+        ("FULL --fid_reference no.npz", "--fid_reference: no.npz is not found"),
         ("FULL --fid_reference FULL --metrics kid SHAPES", "needs Inception's features"),
         ("FULL --fid_mode legacy SHAPES", "--fid_mode legacy is for Inception"),
         ("FULL --save_stats x.npz", "--save_stats x.npz: "),
         ("FULL --save_features SHAPES", "--save_features is about the file of --save_stats"),
-        ("OTHER --reference FULL", "does not match: seed is 9, the reference's 3 (8 of 8 pictures); --force"),
-        ("FULL --reference assets", "--reference: assets holds no picture"),
+        ("OTHER --reference FULL", "does not match: seed is 9, the reference's 3 (8 of 8 images); --force"),
+        ("FULL --reference assets", "--reference: assets holds no image"),
         ("FULL", "nothing can be scored"),
+        ("FULL --metrics hpsv2", "--metrics: hpsv2 is no longer a metric; use pickscore or image_reward"),
+        ("FULL --metrics clip,mind", "--metrics: mind is no longer a metric; use fid or kid"),
+        ("FULL --metrics cmmd", "cmmd is no longer a metric; use fid with --fid_features and a CLIP model"),
+        ("FULL --metrics fd_dinov2", "use fid with --fid_features facebook/dinov2-large"),
+        ("FULL --metrics clip_i", "--metrics: clip_i is no longer a metric; use lpips"),
+        ("FULL --metrics dino_i", "--metrics: dino_i is no longer a metric; use lpips"),
+        ("FULL --hpsv2_weights a.pt", "--hpsv2_weights is not a flag here: use pickscore or image_reward"),
+        ("FULL --cmmd_model a", "--cmmd_model is not a flag here: use fid with --fid_features and a CLIP model"),
+        ("FULL --fd_dinov2_model a", "is not a flag here: use fid with --fid_features facebook/dinov2-large"),
+        ("FULL --clip_i_model a", "--clip_i_model is not a flag here: use lpips"),
+        ("FULL --dino_i_model a", "--dino_i_model is not a flag here: use lpips"),
         ("FULL --met psnr", "unrecognized arguments: --met psnr"),
         ("FULL --clip_model assets --metrics clip", "allowed are open_clip, CLIP and DINOv2"),
     ],
@@ -342,10 +374,10 @@ def test_unfinished_and_damaged_folders(folders, tmp_path, capsys):
     (folder / "manifest.0of1.rank0.jsonl").unlink()
     (folder / "000001_00.png").write_bytes(b"damaged")
     assert score(folder, *SHAPES, "--metrics", "clip", out=tmp_path / "out") == 1
-    assert "000001_00.png cannot be read as a picture" in capsys.readouterr().err
+    assert "000001_00.png cannot be read as an image" in capsys.readouterr().err
     (folder / "000001_00.png").unlink()
     assert score(folder, *SHAPES, out=tmp_path / "out") == 2
-    assert "000001_00.png and 0 more of its manifest are not there" in capsys.readouterr().err
+    assert "000001_00.png and 0 more of its manifest are not found" in capsys.readouterr().err
 
 
 def test_flags_reach_the_settings():

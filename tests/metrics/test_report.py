@@ -16,8 +16,8 @@ import pytest
 from browser import Browser, program
 from PIL import Image
 
-from vqdm.metrics.image_sets import Picture, PictureSet
-from vqdm.metrics.report import GAIN, Material, by_lot, data_uri, embedded, worst, write_page
+from vqdm.metrics.image_sets import ImageEntry, ImageSet
+from vqdm.metrics.report import GAIN, ReportData, data_uri, embedded, sampled, worst, write_page
 from vqdm.metrics.results import Score
 
 EVIL = '</script><script>window.broken=1</script><img src=x onerror="window.broken=2"> {{DATA}} \u2028 "q" & \'s\''
@@ -25,19 +25,19 @@ PROMPTS = [f"a red circle number {k}" for k in range(10)] + [EVIL, "=HYPERLINK(1
 COUNT = len(PROMPTS)
 
 
-def write_set(folder: Path, shift: int) -> PictureSet:
+def write_set(folder: Path, shift: int) -> ImageSet:
     folder.mkdir()
-    pictures = {}
+    images = {}
     for k, prompt in enumerate(PROMPTS):
         file = f"{k:06d} #00.png"
         Image.new("RGB", (16, 16), (10 * k, 100 + shift * k, 50)).save(folder / file)
-        pictures[str(k), 0] = Picture(str(k), 0, file, {"prompt": prompt, "problem": "black" if k == 3 else None})
-    return PictureSet(folder, pictures, {})
+        images[str(k), 0] = ImageEntry(str(k), 0, file, {"prompt": prompt, "problem": "black" if k == 3 else None})
+    return ImageSet(folder, images, {})
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    """A report of twelve pairs; the k-th picture is k grey levels away from its partner, its clip score k lower."""
+    """A report of twelve pairs; the k-th image is k grey levels away from its partner, its clip score k lower."""
     root = tmp_path_factory.mktemp("report")
     images, reference = write_set(root / "images", 1), write_set(root / "reference", 0)
     table = {(str(k), 0): {"psnr": 50.0 - k, "clip": 30.0 - k, "clip_reference": 25.0} for k in range(COUNT)}
@@ -48,15 +48,16 @@ def page(tmp_path_factory) -> Path:
         Score("psnr", "PSNR (dB)", 44.5, COUNT, (40, 48)),
     ]
     record = {
-        "images": "images", "reference": "reference", "pictures": COUNT, "prompts": COUNT, "full_precision": False,
-        "reference_full_precision": True, "size": {"effective_bits_unet": 3.14, "bytes_of_unet": 5e6},
+        "images": "images", "reference": "reference", "num_images": COUNT, "num_prompts": COUNT,
+        "full_precision": False, "reference_full_precision": True,
+        "size": {"effective_bits_unet": 3.14, "bytes_of_unet": 5e6},
         "run": {"settings": {"model": "a<b>", "quantized": "out/<i>q</i>", "sampling": {"guidance_scale": 5}}},
         "warnings": ["<u>careful</u>"], "skipped": {"lpips": "no <weights>"},
         "networks": {"clip": {"name": "tiny", "sha256": "ab" * 32}},
         "versions": {"vqdm": "1"}, "command": "metrics.py <x>",
     }  # fmt: skip
     path = root / "report.html"
-    material = Material(record, scores, table, images, reference, root, 512)
+    material = ReportData(record, scores, table, images, reference, root, 512)
     path.write_text(write_page(material, COUNT, 0), encoding="utf-8")
     return path
 
@@ -103,7 +104,7 @@ def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def test_small_pictures_are_kept_exactly_and_large_ones_are_reduced():
+def test_small_images_are_kept_exactly_and_large_ones_are_reduced():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8))
     assert np.array_equal(np.asarray(decoded(data_uri(noise, 512)).convert("RGB")), np.asarray(noise))
     assert decoded(data_uri(noise.resize((1024, 768)), 512)).size == (512, 384)
@@ -124,9 +125,9 @@ def test_the_worst_come_first_by_their_loss():
 
 def test_the_lot_takes_every_prompt_before_any_twice():
     keys = [(prompt, sample) for prompt in "abcde" for sample in range(3)]
-    drawn = by_lot(keys, 7, 0)
+    drawn = sampled(keys, 7, 0)
     assert len(set(drawn)) == 7 and {key[0] for key in drawn[:5]} == set("abcde")
-    assert drawn == by_lot(keys, 7, 0) != by_lot(keys, 7, 1) and len(by_lot(keys, 99, 0)) == 15
+    assert drawn == sampled(keys, 7, 0) != sampled(keys, 7, 1) and len(sampled(keys, 99, 0)) == 15
 
 
 # --------------------------------------------------------------------------------------------- in a browser
@@ -188,7 +189,7 @@ def test_the_sliders_amplify_and_wipe(chromium):
 
 
 def vote_for(browser: Browser, wanted: str) -> None:
-    """Look at the colours, as a voter does, and press the key of the picture that is meant."""
+    """Look at the colours, as a voter does, and press the key of the image that is meant."""
     browser.wait("[...document.querySelectorAll('#booth img')].every((one) => one.complete && one.naturalWidth)")
     levels = browser.evaluate(
         "[...document.querySelectorAll('#booth .side img')].map((image) => {"
@@ -210,14 +211,14 @@ def test_votes_are_counted_for_the_right_side_and_exported(chromium):
     chromium.press("Backspace")
     assert chromium.evaluate("document.querySelector('#booth .prompt').textContent") == first
     for _ in range(COUNT):
-        # The pictures of prompt 0 are equal, and no side can be told from the other.
+        # The images of prompt 0 are equal, and no side can be told from the other.
         plain = chromium.evaluate("document.querySelector('#booth .prompt').textContent") == PROMPTS[0]
         vote_for(chromium, "tie" if plain else "quantized")
     assert chromium.evaluate("document.getElementById('booth').hidden")
     verdict = chromium.evaluate("document.getElementById('verdict').textContent").replace("\u00a0", " ")
     share = (COUNT - 0.5) / COUNT
     low, high = wilson(share, COUNT)
-    assert verdict.startswith(f"The quantized pictures are preferred in {100 * share:.1f} % of {COUNT} votes")
+    assert verdict.startswith(f"The quantized images are preferred in {100 * share:.1f} % of {COUNT} votes")
     assert f"interval {100 * low:.1f} % to {100 * high:.1f} %. The interval excludes 50 %." in verdict
     chromium.evaluate("document.getElementById('export').click()")
     rows = read_votes(chromium.downloads / "votes.csv")

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from vqdm.metrics.networks import Network
-from vqdm.metrics.results import Score, global_psnr, label_of, mean_score, terminal_table, winrate
+from vqdm.metrics.results import (
+    Score,
+    global_psnr,
+    label_of,
+    mean_interval,
+    mean_score,
+    terminal_table,
+    winrate,
+)
 
 NETWORK = Network("transformers", "owner/PickScore_v1", "x", "ab")
 TABLE = {
@@ -47,3 +55,32 @@ def test_table_shows_intervals_deviations_and_no_empty_column():
     assert "30.12" in lines[2] and "[29.00, 31.00]" in lines[2] and "↑" in lines[2]
     assert "1.500" in lines[3] and "± 0.250" in lines[3] and "↓" in lines[3]
     assert len({len(line) for line in lines}) == 1
+
+
+# --------------------------------------------------------------------------------------------- intervals
+
+
+def test_interval_of_a_normal_mean_is_the_textbook_one():
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    low, high = mean_interval(values, [str(k) for k in range(400)])
+    half = 1.96 * values.std(ddof=1) / math.sqrt(400)
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_prompts_are_resampled_and_not_images():
+    """Four equal images of a prompt say no more than one of them."""
+    values = np.random.default_rng(0).normal(size=50)
+    once = mean_interval(values, [str(k) for k in range(50)])
+    assert mean_interval(np.repeat(values, 4), [str(k) for k in range(50) for _ in range(4)]) == pytest.approx(once)
+
+
+def test_uneven_prompts_count_by_images():
+    low, high = mean_interval([0, 0, 0, 1], ["a", "a", "a", "b"])
+    assert (low, high) == (0, 1)
+
+
+def test_same_seed_same_interval_and_one_prompt_has_none():
+    values, prompts = [1.0, 2.0, 4.0], ["a", "b", "c"]
+    assert mean_interval(values, prompts, 3) == mean_interval(values, prompts, 3)
+    assert mean_interval(values, ["a"] * 3) is None

@@ -21,7 +21,7 @@ from vqdm.config import SCHEDULERS, RunConfig
 from vqdm.diffusion.model_folders import check_place, check_variant, not_found, pickled
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
-from vqdm.images import to_pictures
+from vqdm.images import generated_images
 from vqdm.layers.quantized import narrowed
 from vqdm.tracking import log, log_info
 
@@ -243,7 +243,7 @@ def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: in
     given.setdefault("output_type", "pt")
     result = pipeline(prompt=prompts, generator=generators(seed, range(first, first + len(prompts))), **given)
     if given["output_type"] != "latent":
-        return [picture.image for picture in to_pictures(result)]
+        return [picture.image for picture in generated_images(result)]
     if not result.images.isfinite().all():
         raise RunError("sampling gave NaN or infinity; run the model in another --dtype (float32 or bfloat16)")
     return result.images

@@ -12,8 +12,8 @@ from vqdm.config import SamplingConfig
 from vqdm.diffusion.pipelines import picture_size, sample
 from vqdm.diffusion.trajectories import Recorder, Trajectories, batches, join
 from vqdm.errors import RunError, UserError
+from vqdm.fidelity import PAIR_SCORES, decibels, pair_scores, to_tensor
 from vqdm.images import comparable, problems_of, warn_of_problems
-from vqdm.metrics.fidelity import PAIR_SCORES, decibels, pair_scores, to_tensor
 from vqdm.parallel import Ranks
 from vqdm.tracking import progress_bar
 

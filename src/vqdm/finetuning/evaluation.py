@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vqdm.diffusion.sampling import decibels, error_spread
+from vqdm.diffusion.sampling import error_spread
+from vqdm.fidelity import decibels
 from vqdm.finetuning.points import Point, Points, bin_of
 from vqdm.finetuning.trainer import DistillationLoss
 from vqdm.layers.quantized import decoded_once

@@ -14,7 +14,7 @@ from PIL import Image
 from vqdm.diffusion.pipelines import generators, picture_size
 from vqdm.errors import RunError
 from vqdm.generation.requests import Request
-from vqdm.images import Picture, to_pictures
+from vqdm.images import GeneratedImage, generated_images
 from vqdm.tracking import log_info
 
 
@@ -31,8 +31,8 @@ def _call_key(request: Request) -> tuple:
 
 
 def drawn_in_batches(
-    draw: Callable[[list[Request]], list[Picture]], groups: list[list[Request]], size: int
-) -> Iterator[tuple[list[Request], list[Picture]]]:
+    draw: Callable[[list[Request]], list[GeneratedImage]], groups: list[list[Request]], size: int
+) -> Iterator[tuple[list[Request], list[GeneratedImage]]]:
     """Yield (requests, pictures) batch by batch; where memory ends, the size is halved for good and the batch repeated.
 
     Raises:
@@ -50,7 +50,7 @@ def drawn_in_batches(
             done += len(batch)
 
 
-def _unless_out_of_memory(draw: Callable, batch: list[Request]) -> list[Picture] | None:
+def _unless_out_of_memory(draw: Callable, batch: list[Request]) -> list[GeneratedImage] | None:
     """What `draw` gives, or None when it ran out of memory."""
     try:
         return draw(batch)
@@ -78,7 +78,7 @@ def _halved(size: int) -> int:
 
 
 @torch.no_grad()
-def draw(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
+def draw(pipeline: DiffusionPipeline, batch: list[Request]) -> list[GeneratedImage]:
     """Pictures of requests that are alike, each from its own CPU generator."""
     negative = None if batch[0].negative_prompt is None else [request.negative_prompt for request in batch]
     result = pipeline(
@@ -88,7 +88,7 @@ def draw(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Picture]:
         output_type="pt",
         **call_settings(pipeline, batch[0].settings),
     )
-    return to_pictures(result)
+    return generated_images(result)
 
 
 def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:

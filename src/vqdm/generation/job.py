@@ -32,7 +32,7 @@ from vqdm.generation.config import GenerateConfig
 from vqdm.generation.drawing import alike, draw, drawn_in_batches, settings_used
 from vqdm.generation.requests import Request, make_requests, unused_columns
 from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
-from vqdm.images import NAN, NAN_ADVICE, Picture
+from vqdm.images import NAN, NAN_ADVICE, GeneratedImage
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows, log_notes
@@ -299,7 +299,7 @@ def progress(ranks: Ranks, total: int) -> tqdm:
     return ticks
 
 
-def keep(job: Job, request: Request, picture: Picture) -> dict:
+def keep(job: Job, request: Request, picture: GeneratedImage) -> dict:
     """Save a picture and return its row of the manifest."""
     about = {
         "index": request.index,

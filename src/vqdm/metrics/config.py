@@ -9,8 +9,8 @@ from pathlib import Path
 
 from vqdm.config import ProgramConfig, argument, check_flags, flag, output_dir
 from vqdm.errors import UserError
-from vqdm.metrics.catalogue import NAMES
-from vqdm.metrics.networks import LPIPS_FILES
+from vqdm.fidelity import LPIPS_FILES
+from vqdm.metrics.catalogue import NAMES, refusal
 
 _images = partial(flag, group="images and metrics")
 _networks = partial(flag, group="networks (each a folder or file, or a name on the hub)")
@@ -43,7 +43,7 @@ class MetricsConfig(ProgramConfig):
     save_stats: str | None = _images(
         None, "write the statistics of IMAGES for a later --fid_reference", metavar="FILE.npz", common=True
     )
-    save_features: bool = _images(False, "also write features to FILE.npz; kid and mind need them")
+    save_features: bool = _images(False, "also write features to FILE.npz; kid needs them")
     bs: int = _images(16, "batch size", ge=1, common=True, aliases=("batch_size",))
     threads: int = _images(4, "threads that decode images", ge=1, le=256)
     clip_model: str = _networks("ViT-H-14", "open_clip architecture, or folder or hub name", common=True)
@@ -54,15 +54,10 @@ class MetricsConfig(ProgramConfig):
         "how images are resized to Inception's 299 pixels (default: clean)",
         choices=("clean", "legacy", "pytorch", "vqdm"),
     )
-    cmmd_model: str = _networks("openai/clip-vit-large-patch14-336", "CLIP of cmmd")
-    fd_dinov2_model: str = _networks("facebook/dinov2-large", "DINOv2 of fd_dinov2")
     pickscore_model: str = _networks("yuvalkirstain/PickScore_v1", "CLIP of pickscore")
-    hpsv2_weights: str | None = _networks(None, "default: HPS_v2.1_compressed.pt of the hub", metavar="FILE.pt")
     image_reward_model: str = _networks("THUDM/ImageReward", "folder with ImageReward.pt")
     lpips_net: str = _networks("alex", "backbone of LPIPS", choices=tuple(LPIPS_FILES))
     lpips_weights: str | None = _networks(None, "default: torchvision's, in torch.hub's folder", metavar="FILE.pth")
-    clip_i_model: str = _networks("openai/clip-vit-large-patch14", "CLIP of clip_i")
-    dino_i_model: str = _networks("facebook/dinov2-base", "DINOv2 of dino_i")
     report_images: int = _report(
         64, "worst images in report.html, and as many random ones; 0 = no report", ge=0, common=True
     )
@@ -75,7 +70,7 @@ class MetricsConfig(ProgramConfig):
             object.__setattr__(self, "metrics", names)
         unknown = [name for name in self.metrics or () if name not in NAMES]
         if unknown:
-            raise UserError(f"--metrics: {unknown[0]} is not a metric; allowed are {', '.join(NAMES)}")
+            raise UserError(refusal(unknown[0]))
         if self.save_features and not self.save_stats:
             raise UserError("--save_features is about the file of --save_stats, which is not given")
         if self.fid_mode and self.fid_features != "inception" and not Path(self.fid_features).is_file():

@@ -1,4 +1,4 @@
-"""Networks that give a vector for a picture, some for a text too, behind one face; float32, TF32 off, no gradients."""
+"""Networks that give a feature vector for an image, some for a text too; float32, TF32 off, no gradients."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from vqdm.documents import first_line
 from vqdm.errors import UserError
-from vqdm.metrics.inception import PREPARE, load_inception
 from vqdm.metrics.networks import Network
+
+INCEPTION_SIDE = 299
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What the scores need of a network.
+    """A network as the scores use it.
 
     Attributes:
-        prepare: an RGB picture → float32 [3, H, W], on the CPU.
+        prepare: an RGB image → float32 [3, H, W], on the CPU.
         images: [N, 3, H, W] on the device → features [N, d].
-        preprocess: how `prepare` works, in a word that statistics files carry.
-        texts: prompts → features [N, d]; None where the network knows no texts.
-        overlong: whether a prompt is cut off at the network's longest text.
+        preprocess: how `prepare` works, in words that statistics files carry.
+        texts: prompts → features [N, d]; None for a network of images only.
+        overlong: whether a prompt is cut at the longest text of the network.
         scale: exp(logit_scale) of a CLIP model.
     """
 
@@ -43,7 +48,7 @@ class Encoder:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """No gradients, and float32 that is float32: without TF32, in convolutions or matrix products."""
+    """Disable gradients, and TF32 in convolutions and matrix products."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -54,22 +59,23 @@ def exact() -> Iterator[None]:
 
 
 def load_encoder(network: Network, device: torch.device) -> Encoder:
-    """The network, on its device.
+    """Load a network onto a device.
 
     Raises:
         UserError: its files do not hold what they should.
     """
+    loaders = {"inception": _inception, "open_clip": _open_clip, "transformers": _transformers}
     try:
-        return _LOADERS[network.kind](network, device)
+        return loaders[network.kind](network, device)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise
         raise UserError(f"{network.source} cannot be loaded as {network.kind}: {first_line(error)}") from None
 
 
-def _inception(network: Network, device: torch.device) -> Encoder:
-    mode = network.options["mode"]
-    return Encoder(PREPARE[mode], load_inception(Path(network.source), device), mode)
+def unit(features: Tensor) -> Tensor:
+    """Normalize rows [N, d] to length one, float32."""
+    return F.normalize(features.float(), dim=-1)
 
 
 # --------------------------------------------------------------------------------------------- open_clip
@@ -78,14 +84,14 @@ def _inception(network: Network, device: torch.device) -> Encoder:
 def _open_clip(network: Network, device: torch.device) -> Encoder:
     import open_clip
 
-    with _quiet():
+    logging.disable(logging.INFO)  # open_clip logs every step of loading to the root logger
+    try:
         model, _, prepare = open_clip.create_model_and_transforms(
-            network.source,
-            pretrained=network.options["pretrained"],
-            image_resize_mode=network.options.get("resize"),
-            weights_only=True,
+            network.source, pretrained=network.options["pretrained"], weights_only=True
         )
         tokenizer = open_clip.get_tokenizer(network.source)
+    finally:
+        logging.disable(logging.NOTSET)
     model = model.eval().requires_grad_(False).to(device)
     return Encoder(
         prepare=prepare,
@@ -97,18 +103,8 @@ def _open_clip(network: Network, device: torch.device) -> Encoder:
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip tells every step of loading to the root logger."""
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _open_clip_length(tokenizer, prompt: str) -> int:
-    """Tokens of an uncut prompt, start and end included."""
+    """Count the tokens of an uncut prompt, start and end included."""
     if hasattr(tokenizer, "tokenizer"):
         ids = tokenizer.tokenizer(tokenizer.clean_fn(prompt), truncation=False, padding=False).input_ids
         return len(ids)
@@ -126,58 +122,97 @@ def _transformers(network: Network, device: torch.device) -> Encoder:
     model = model.eval().requires_grad_(False).to(device)
     files = network.options.get("processor", network.source)
     processor = AutoImageProcessor.from_pretrained(files, backend="pil", local_files_only=True)
-    frame = network.options.get("frame", "processor")
-    prepare, preprocess = _framed(processor, frame), f"transformers {frame} {_side(processor)}"
+    size = dict(getattr(processor, "crop_size", None) or processor.size)
+    preprocess = f"transformers processor {size.get('height') or size['shortest_edge']}"
+
+    def prepare(image: Image.Image) -> Tensor:
+        return torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"][0])
+
     if kind is Dinov2Model:
         return Encoder(prepare, lambda pixels: model(pixels).pooler_output, preprocess)
     tokenizer = AutoTokenizer.from_pretrained(files, local_files_only=True)
     longest = model.config.text_config.max_position_embeddings
+    # The tokenizer keeps the end-of-text token, from which CLIP reads its result, when it cuts.
+    tokens = partial(tokenizer, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     return Encoder(
         prepare=prepare,
         images=lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
         preprocess=preprocess,
-        texts=lambda prompts: _pooled(model.get_text_features(**_tokens(tokenizer, prompts, longest).to(device))),
+        texts=lambda prompts: _pooled(model.get_text_features(**tokens(prompts).to(device))),
         overlong=lambda prompt: len(tokenizer(prompt).input_ids) > longest,
         scale=model.logit_scale.exp().item(),
     )
 
 
-def _framed(processor, frame: str) -> Callable[[Image.Image], Tensor]:
-    """Preparation by the processor, of the picture's middle square, or of the whole squeezed into a square."""
-
-    def prepare(image: Image.Image) -> Tensor:
-        options = {}
-        if frame == "square":
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-        elif frame == "squash":
-            image = image.resize((_side(processor),) * 2, Image.Resampling.BICUBIC)
-            options = {"do_resize": False, "do_center_crop": False}
-        return torch.as_tensor(processor(images=image, return_tensors="pt", **options)["pixel_values"][0])
-
-    return prepare
-
-
-def _side(processor) -> int:
-    """Pixels of the square that a processor hands over."""
-    size = dict(getattr(processor, "crop_size", None) or processor.size)
-    return size.get("height") or size["shortest_edge"]
-
-
-def _tokens(tokenizer, prompts: list[str], longest: int):
-    # Cut by the tokenizer, which keeps the end-of-text token that CLIP reads its result from.
-    return tokenizer(prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-
-
 def _pooled(output) -> Tensor:
-    """transformers from 5.0 on wraps the features."""
+    """Unwrap the features, which transformers wraps from 5.0 on."""
     return getattr(output, "pooler_output", output)
 
 
-_LOADERS = {"inception": _inception, "open_clip": _open_clip, "transformers": _transformers}
+# --------------------------------------------------------------------------------------------- Inception
 
 
-def unit(features: Tensor) -> Tensor:
-    """Rows of length one, float32."""
-    return F.normalize(features.float(), dim=-1)
+def _inception(network: Network, device: torch.device) -> Encoder:
+    mode = network.options["mode"]
+    return Encoder(RESIZES[mode], load_inception(Path(network.source), device), mode)
+
+
+def load_inception(path: Path, device: torch.device) -> nn.Module:
+    """Load torch-fidelity's Inception without its resize: float32 [N, 3, 299, 299] in [-1, 1] → [N, 2048].
+
+    Weights are the port of TensorFlow's inception-2015-12-05 (SHA-256 6726825d…).
+
+    Raises:
+        UserError: the file does not hold them.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    except Exception as error:
+        raise UserError(f"--fid_features {path} does not hold Inception's weights: {first_line(error)}") from None
+    # Its forward() resizes as TensorFlow 1 does. Its layers are called in their order, all but the classifier.
+    return nn.Sequential(*list(net.children())[:-1], nn.Flatten()).eval().to(device)
+
+
+def clean(image: Image.Image) -> Tensor:
+    """Resize by antialiased bicubic in float, per channel, never rounded (Parmar et al., arXiv 2104.11222)."""
+    channels = [
+        np.asarray(Image.fromarray(channel).resize((INCEPTION_SIDE, INCEPTION_SIDE), Image.Resampling.BICUBIC))
+        for channel in np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
+    ]
+    return (torch.from_numpy(np.stack(channels)).clamp(0, 255) - 128) / 128
+
+
+def legacy(image: Image.Image) -> Tensor:
+    """Resize as TensorFlow 1 does: bilinear, corners not aligned, pixel centres not at halves, no antialiasing."""
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    side = (INCEPTION_SIDE, INCEPTION_SIDE)
+    return (interpolate_bilinear_2d_like_tensorflow1x(_levels(image), side, align_corners=False)[0] - 128) / 128
+
+
+def pytorch(image: Image.Image) -> Tensor:
+    """Resize by bilinear at half-pixel centres without antialiasing, as pytorch-fid does."""
+    side = (INCEPTION_SIDE, INCEPTION_SIDE)
+    return 2 * F.interpolate(_levels(image) / 255, size=side, mode="bilinear", align_corners=False)[0] - 1
+
+
+def vqdm(image: Image.Image) -> Tensor:
+    """Resize by Lanczos to a shorter side of 256, crop the middle 256×256, then as `pytorch`."""
+    return pytorch(center_crop(resize(image, [256], InterpolationMode.LANCZOS), [256]))
+
+
+def _levels(image: Image.Image) -> Tensor:
+    """Return float32 [1, 3, H, W], 0 to 255."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()[None]
+
+
+# Mode of --fid_mode → how an RGB image becomes float32 [3, 299, 299] in [-1, 1].
+RESIZES: dict[str, Callable[[Image.Image], Tensor]] = {
+    "clean": clean,
+    "legacy": legacy,
+    "pytorch": pytorch,
+    "vqdm": vqdm,
+}

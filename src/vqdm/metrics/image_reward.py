@@ -1,9 +1,9 @@
-"""ImageReward (Xu et al., arXiv 2304.05977): BLIP reads picture and prompt together, a small head gives a number.
+"""ImageReward (Xu et al., arXiv 2304.05977): BLIP reads image and prompt together, a small head gives a number.
 
-The published file is in BLIP's own names; transformers' BLIP computes the same and is filled with it. Sizes follow from
-the tensors; every attention head has 64 channels.
+The published file has BLIP's own names; its tensors go into transformers' BLIP, which computes the same. Sizes follow
+from the tensors; every attention head has 64 channels. The package `image-reward` is not maintained.
 
-Letters: N pictures, L tokens, d channels.
+Letters: N images, L tokens, d channels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
+from vqdm.documents import first_line
 from vqdm.errors import UserError
 from vqdm.metrics.networks import Network
 
@@ -27,7 +28,7 @@ LONGEST, HEAD_WIDTH = 35, 64
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 CHANNEL_MEAN, CHANNEL_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# A piece of BLIP's names for its picture tower → transformers'.
+# Part of a name in BLIP's image tower → its name in transformers.
 _RENAMED = {
     r"^norm\.": "post_layernorm.",
     r"^blocks\.": "encoder.layers.",
@@ -42,11 +43,11 @@ _RENAMED = {
 
 @dataclass(frozen=True)
 class RewardModel:
-    """What scoring needs of the model.
+    """ImageReward as the scores use it.
 
     Attributes:
-        prepare: an RGB picture → float32 [3, H, W], on the CPU.
-        rewards: prompts and pictures [N, 3, H, W] on the device → [N].
+        prepare: an RGB image → float32 [3, H, W], on the CPU.
+        rewards: prompts and images [N, 3, H, W] on the device → [N].
         overlong: whether a prompt is cut off.
     """
 
@@ -55,12 +56,12 @@ class RewardModel:
     overlong: Callable[[str], bool]
 
     def columns(self, prompts: list[str], pixels: list[Tensor]) -> list[Tensor]:
-        """Rewards of each of several pictures of the prompts: [N] each."""
+        """Compute the rewards of each of several sets of images of the prompts: [N] each."""
         return [self.rewards(prompts, one) for one in pixels]
 
 
 def load_image_reward(network: Network, device: torch.device) -> RewardModel:
-    """The model, on its device.
+    """Load the model onto a device.
 
     Raises:
         UserError: the file does not hold it.
@@ -69,34 +70,34 @@ def load_image_reward(network: Network, device: torch.device) -> RewardModel:
 
     try:
         state = torch.load(Path(network.source), map_location="cpu", weights_only=True)
-        eye = picture_tower(_part(state, "blip.visual_encoder.")).to(device)
-        reader = text_tower(_part(state, "blip.text_encoder.")).to(device)
+        vision = image_tower(_part(state, "blip.visual_encoder.")).to(device)
+        text = text_tower(_part(state, "blip.text_encoder.")).to(device)
         head = linear_layers(_part(state, "mlp.layers.")).to(device)
         tokenizer = AutoTokenizer.from_pretrained(network.options["tokenizer"], local_files_only=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"--image_reward_model {network.source} does not hold ImageReward: {reason}") from None
 
     def rewards(prompts: list[str], pixels: Tensor) -> Tensor:
         words = tokenizer(prompts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt").to(device)
-        seen = eye(pixel_values=pixels).last_hidden_state  # [N, 1 + patches, d]
-        read = reader(input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen)
-        return (head(read.last_hidden_state[:, 0])[:, 0] - MEAN) / DEVIATION
+        patches = vision(pixel_values=pixels).last_hidden_state  # [N, 1 + patches, d]
+        states = text(input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=patches)
+        return (head(states.last_hidden_state[:, 0])[:, 0] - MEAN) / DEVIATION
 
-    side = eye.config.image_size
+    side = vision.config.image_size
     return RewardModel(_preparation(side), rewards, lambda prompt: len(tokenizer(prompt).input_ids) > LONGEST)
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The float32 tensors under a prefix, without it. Raises KeyError where there are none."""
+    """Return the float32 tensors under a prefix, without it. Raises KeyError if there are none."""
     found = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
     if not found:
         raise KeyError(f"no tensor is called {prefix}*")
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
-def picture_tower(state: dict[str, Tensor]) -> nn.Module:
-    """BLIP's vision transformer, filled."""
+def image_tower(state: dict[str, Tensor]) -> nn.Module:
+    """Build BLIP's vision transformer from its tensors."""
     from transformers import BlipVisionConfig
     from transformers.models.blip.modeling_blip import BlipVisionModel
 
@@ -115,7 +116,7 @@ def picture_tower(state: dict[str, Tensor]) -> nn.Module:
 
 
 def text_tower(state: dict[str, Tensor]) -> nn.Module:
-    """BLIP's text transformer with attention to the picture in every layer, filled."""
+    """Build BLIP's text transformer, with attention to the image in every layer, from its tensors."""
     from transformers import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -138,7 +139,7 @@ def text_tower(state: dict[str, Tensor]) -> nn.Module:
 
 
 def linear_layers(state: dict[str, Tensor]) -> nn.Module:
-    """The head: linear layers one after the other; what lies between them in training does nothing afterwards."""
+    """Build the head: linear layers in a row; the dropout between them does nothing after training."""
     numbers = sorted({int(name.partition(".")[0]) for name in state})
     layers = []
     for number in numbers:
@@ -149,7 +150,7 @@ def linear_layers(state: dict[str, Tensor]) -> nn.Module:
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Layers under a prefix."""
+    """Count the layers under a prefix."""
     return len({found[1] for name in state if (found := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
 
 
@@ -160,7 +161,7 @@ def _renamed(name: str) -> str:
 
 
 def _filled(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """The module with all its tensors from the state, which may hold more. Raises RuntimeError for missing ones."""
+    """Load all tensors of a module from the state, which may hold more. Raises RuntimeError for missing ones."""
     wanted = module.state_dict().keys()
     module.load_state_dict({name: value for name, value in state.items() if name in wanted})
     return module.eval().requires_grad_(False)

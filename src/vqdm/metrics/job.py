@@ -1,58 +1,68 @@
-"""Score pictures: from folders to metrics.json, per_image.csv and report.html.
+"""Score images: from folders to metrics.json, per_image.csv and report.html.
 
-Order of work: open the sets, check that a comparison measures the UNet alone, find the networks, then one pass a
-network over this rank's share, gather, and write. Only the first rank looks for networks, and tells the others.
+Order of the work: open the sets, check that a comparison measures the denoiser alone, plan metrics and networks, then
+one pass per network over this rank's shard, gather, and write. Only the first rank searches for networks; it
+broadcasts the plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
-
-import open_clip
-import torchmetrics
-import torchvision
 
 from vqdm.documents import read_json
 from vqdm.errors import UserError
+from vqdm.fidelity import SMALLEST_FOR_LPIPS, SMALLEST_FOR_SSIM, load_lpips
 from vqdm.images import NAN
 from vqdm.metrics.catalogue import METRICS
 from vqdm.metrics.config import MetricsConfig
 from vqdm.metrics.encoders import exact, load_encoder
-from vqdm.metrics.fidelity import SMALLEST_FOR_LPIPS, load_lpips
-from vqdm.metrics.frechet import Statistics, load_statistics
-from vqdm.metrics.image_reward import load_image_reward
-from vqdm.metrics.image_sets import PictureSet, mismatches, open_pictures, shared_keys
-from vqdm.metrics.measuring import (
-    SMALLEST_FOR_SSIM,
-    Work,
-    cosines,
-    pixel_table,
-    similarity_table,
-    text_table,
-    truncated,
+from vqdm.metrics.frechet import (
+    FeatureStatistics,
+    check_tags,
+    check_width,
+    feature_statistics,
+    frechet_distance,
+    kid,
+    load_statistics,
+    save_statistics,
 )
-from vqdm.metrics.report import Material, write_page
-from vqdm.metrics.results import SCHEMA, Score, Table, global_psnr, mean_score, per_image_csv, winrate
-from vqdm.metrics.score_job import Job, Plan
-from vqdm.metrics.score_plan import make_plan
-from vqdm.metrics.score_sets import SET_METRICS, set_pass
+from vqdm.metrics.image_reward import load_image_reward
+from vqdm.metrics.image_sets import ImageLoader, ImageSet, Key, mismatches, open_images, shared_keys
+from vqdm.metrics.networks import Network
+from vqdm.metrics.per_image import cosines, lpips_score, pair_table, pixel_scores, text_table, truncated
+from vqdm.metrics.plan import SET_METRICS, ScorePlan, make_plan
+from vqdm.metrics.report import ReportData, write_page
+from vqdm.metrics.results import (
+    SCHEMA,
+    Score,
+    ScoreTable,
+    global_psnr,
+    mean_score,
+    per_image_csv,
+    short_name,
+    winrate,
+)
 from vqdm.parallel import Ranks, launched
 from vqdm.redaction import own_command
 from vqdm.storage.files import locked, probe, save_json, save_text, sweep
 from vqdm.tracking import Tracker, log_info
 from vqdm.versions import versions
 
+LIBRARIES = {"torchmetrics": "torchmetrics", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
+LIBRARIES |= {"torch_fidelity": "torch-fidelity"}  # module → distribution
+
 
 @dataclass(frozen=True)
-class Scored:
-    """What a finished run has to say.
+class ScoreResult:
+    """The result of a finished run.
 
     Attributes:
         skipped: metric → why.
-        report: None where none was asked for.
+        report: path of report.html; None without a report.
     """
 
     folder: Path
@@ -62,104 +72,114 @@ class Scored:
     report: Path | None
 
 
-def score_images(config: MetricsConfig) -> Scored | None:
-    """Run the whole job; None after a dry run, and on every rank but the first.
+@dataclass
+class ScoreRun:
+    """What the passes of one run share, and what they find."""
+
+    config: MetricsConfig
+    loader: ImageLoader
+    images: ImageSet
+    reference: ImageSet | None
+    target: ImageSet | FeatureStatistics | None
+    plan: ScorePlan
+    mismatches: list[str]
+    table: ScoreTable = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> list[Key]:
+        return shared_keys(self.images, self.reference)
+
+
+def score_images(config: MetricsConfig) -> ScoreResult | None:
+    """Run the whole job; return None after a dry run, and on every rank but the first.
 
     Raises:
         UserError: bad input, found before anything slow starts.
-        RunError: a picture cannot be read.
+        RunError: an image cannot be read.
     """
-    images = open_pictures(config.images, "IMAGES")
-    check_place(config, images)
-    reference = open_pictures(config.reference, "--reference") if config.reference else None
+    images = open_images(config.images, "IMAGES")
+    if images.path.is_file() and not config.output_dir:
+        raise UserError(f"IMAGES {config.images} is a zip file, which takes no result; give --output_dir")
+    reference = open_images(config.reference, "--reference") if config.reference else None
     target = open_target(config.fid_reference) if config.fid_reference else None
     differing = check_pairs(images, reference, config.force) if reference else []
     given = {"IMAGES": images, "--reference": reference, "--fid_reference": target}
-    sets = {flag: one for flag, one in given.items() if isinstance(one, PictureSet)}
-    check_finite(sets, config.force)
+    sets = {flag: one for flag, one in given.items() if isinstance(one, ImageSet)}
+    notes = [note for one in sets.values() for note in one.notes] + check_problems(sets, config.force)
     with launched(config.device) as ranks:
         plan = ranks.broadcast(make_plan(config, images, reference, target) if ranks.main else None)
         log_info(describe(config, images, ranks, plan))
-        notes = [note for one in sets.values() for note in one.notes]
-        notes += [line for flag, one in sets.items() for line in problem_lines(flag, one)]
         if config.dry_run:
             for note in notes:
                 log_info(f"warning: {note}")
             return None
         with locked(config.folder) if ranks.main else nullcontext():
-            check_writable(config.folder)
-            job = Job(config, Work(ranks, config.bs, config.threads), images, reference, target, plan, differing)
-            job.warnings += [*notes, *(f"compared by --force: {line}" for line in differing)]
+            try:
+                probe(config.folder)  # before the work rather than after it
+            except OSError as error:
+                raise UserError(f"--output_dir {config.folder} cannot be written: {error.strerror}") from None
+            loader = ImageLoader(ranks, config.bs, config.threads)
+            run = ScoreRun(config, loader, images, reference, target, plan, differing)
+            run.warnings += [*notes, *(f"compared by --force: {line}" for line in differing)]
             with exact():
-                measure(job)
-            return finish(job) if ranks.main else None
+                measure(run)
+            return finish(run) if ranks.main else None
 
 
-# --------------------------------------------------------------------------------------------- what is given
+# --------------------------------------------------------------------------------------------- inputs
 
 
-def open_target(path: str) -> PictureSet | Statistics:
-    """What `--fid_reference` names: statistics, a folder or a zip file."""
+def open_target(path: str) -> ImageSet | FeatureStatistics:
+    """Open `--fid_reference`: statistics, a folder or a zip file."""
     if path.lower().endswith(".npz"):
         if not Path(path).is_file():
-            raise UserError(f"--fid_reference: {path} is not there")
+            raise UserError(f"--fid_reference: {path} is not found")
         return load_statistics(Path(path), "--fid_reference")
-    return open_pictures(path, "--fid_reference")
+    return open_images(path, "--fid_reference")
 
 
-def check_pairs(images: PictureSet, reference: PictureSet, force: bool) -> list[str]:
-    """Lines about what differs beside the UNet.
+def check_pairs(images: ImageSet, reference: ImageSet, force: bool) -> list[str]:
+    """Return lines about differences beside the denoiser.
 
     Raises:
-        UserError: there are any and `force` is off, or no picture has a partner.
+        UserError: there are any and `force` is off, or no image has a partner.
     """
     if not shared_keys(images, reference):
-        raise UserError(f"--reference {reference.path} has no picture with an id and sample of {images.path}")
+        raise UserError(f"--reference {reference.path} has no image with an id and sample of {images.path}")
     found = mismatches(images, reference)
     if found and not force:
-        raise UserError(
-            f"--reference {reference.path} does not match: {'; '.join(found)}; --force scores it all the same"
-        )
+        raise UserError(f"--reference {reference.path} does not match: {'; '.join(found)}; --force scores it anyway")
     return found
 
 
-def check_finite(sets: dict[str, PictureSet], force: bool) -> None:
-    """Raise UserError for images that held NaN when they were generated: two of them are alike for no good reason."""
+def check_problems(sets: dict[str, ImageSet], force: bool) -> list[str]:
+    """Return lines about images that failed when they were generated.
+
+    Raises:
+        UserError: some held NaN and `force` is off: two of them would be equal.
+    """
+    lines = []
     for flag, one in sets.items():
-        count = one.problems().get(NAN, 0)
-        if count and not force:
+        problems = one.problems()
+        if problems.get(NAN) and not force:
             raise UserError(
-                f"{flag} {one.path}: {count} of {len(one.pictures)} images held NaN and are black; generate them again "
-                "with --dtype float32 or bfloat16; --force scores them all the same"
+                f"{flag} {one.path}: {problems[NAN]} of {len(one.entries)} images held NaN and are black; generate "
+                "them again with --dtype float32 or bfloat16; --force scores them anyway"
             )
+        if problems:
+            counts = ", ".join(f"{count} {problem}" for problem, count in problems.items())
+            lines.append(f"{flag}: images with a problem are among those scored: {counts}")
+    return lines
 
 
-def problem_lines(flag: str, pictures: PictureSet) -> list[str]:
-    """A line about images that went wrong when they were generated, where there are any."""
-    words = ", ".join(f"{count} {problem}" for problem, count in pictures.problems().items())
-    return [f"{flag}: pictures that went wrong are among those scored: {words}"] if words else []
-
-
-def check_place(config: MetricsConfig, images: PictureSet) -> None:
-    """Raise UserError where the result would go into IMAGES, which is a file."""
-    if images.path.is_file() and not config.output_dir:
-        raise UserError(f"IMAGES {config.images} is a zip file, which takes no result; give --output_dir")
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError where results cannot be written, before the work rather than after it."""
-    try:
-        probe(folder)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from None
-
-
-def describe(config: MetricsConfig, images: PictureSet, ranks: Ranks, plan: Plan) -> str:
-    """One line: how many pictures, scored by what, where to."""
-    prompts = len({picture.id for picture in images.pictures.values()})
+def describe(config: MetricsConfig, images: ImageSet, ranks: Ranks, plan: ScorePlan) -> str:
+    """Return one line: how many images, which metrics, and the folder of the result."""
+    prompts = len({entry.id for entry in images.entries.values()})
     processes = f"{ranks.world} {ranks.device.type} process{'es' if ranks.world > 1 else ''}"
     return (
-        f"{len(images.pictures)} pictures of {prompts} prompts, {', '.join(plan.networks) or 'statistics'}, "
+        f"{len(images.entries)} images of {prompts} prompts, {', '.join(plan.networks) or 'statistics'}, "
         f"on {processes}, into {config.folder}"
     )
 
@@ -167,123 +187,171 @@ def describe(config: MetricsConfig, images: PictureSet, ranks: Ranks, plan: Plan
 # --------------------------------------------------------------------------------------------- passes
 
 
-def measure(job: Job) -> None:
-    """All passes, then the table of all ranks in the order of the pictures."""
-    chosen = job.plan.networks
-    # Sets come first: statistics that do not fit are refused before anything slow.
-    for slot in ("features", "dinov2", "cmmd"):
-        set_pass(job, slot, [name for name in chosen if name in SET_METRICS and METRICS[name].network == slot])
-    tables = [table for name in chosen for table in picture_pass(job, name)]
-    merged: Table = {}
-    for part in (one for parts in job.work.ranks.all_gather(tables) for one in parts):
+def measure(run: ScoreRun) -> None:
+    """Run all passes, then gather the table of all ranks in the order of the images, and on the first rank score it."""
+    score_sets(run)  # first: statistics that do not fit are refused before anything slow
+    tables = [table for name in run.plan.networks for table in score_each(run, name)]
+    merged: ScoreTable = {}
+    for part in (one for parts in run.loader.ranks.all_gather(tables) for one in parts):
         for key, row in part.items():
             merged[key] = merged.get(key, {}) | row
-    job.table = {key: merged[key] for key in job.images.pictures if key in merged}
-    if job.work.ranks.main:
-        collect(job)
+    run.table = {key: merged[key] for key in run.images.entries if key in merged}
+    if run.loader.ranks.main:
+        score_columns(run)
 
 
-def picture_pass(job: Job, name: str) -> Iterator[Table]:
-    """This rank's rows of one metric that has a value for each picture; nothing for one that has not."""
-    network = job.plan.networks[name]
-    if name in ("psnr", "ssim"):
-        if name == "psnr" or "psnr" not in job.plan.networks:
-            yield pixel_table(job.work, job.images, job.reference, job.pairs, None)
+def score_sets(run: ScoreRun) -> None:
+    """Score the metrics of whole sets, and save statistics; each set passes through the network once."""
+    names = [name for name in run.plan.networks if name in SET_METRICS]
+    if not names and run.plan.statistics is None:
+        return
+    config = run.config
+    network = run.plan.networks[names[0]] if names else run.plan.statistics
+    encoder = load_encoder(network, run.loader.ranks.device)
+    tags = {"preprocess": encoder.preprocess, "weights_sha256": network.sha256}
+    if isinstance(run.target, FeatureStatistics) and {"fid", "kid"} & set(names):
+        path = Path(config.fid_reference)
+        if not check_tags(run.target, tags, path, "--fid_reference"):
+            run.warnings.append(f"--fid_reference {path} has no tags; its preprocessing may differ")
+    keep = config.save_features or "kid" in names
+    known: dict[tuple, FeatureStatistics] = {}
+
+    def statistics(images: ImageSet, keys: list[Key]) -> FeatureStatistics:
+        place = images.path, len(keys)
+        if place not in known:
+            known[place] = feature_statistics(
+                run.loader, images, keys, encoder, tags | {"dataset": images.path.name}, keep
+            )
+        return known[place]
+
+    ours = statistics(run.images, list(run.images.entries))
+    if ours.count <= ours.width and {"fid", "fid_fp"} & set(names):
+        run.warnings.append(
+            f"{ours.count} images are too few for {ours.width} features: Fréchet distances are biased upwards; "
+            "compare them only at equal N"
+        )
+    for name in names:
+        if name == "fid_fp":
+            run.scores[name] = set_score(
+                run, name, network, statistics(run.images, run.pairs), statistics(run.reference, run.pairs)
+            )
+            continue
+        if isinstance(run.target, FeatureStatistics):
+            check_width(run.target, ours.width, Path(config.fid_reference), "--fid_reference")
+            theirs = run.target
+        else:
+            theirs = statistics(run.target, list(run.target.entries))
+        run.scores[name] = set_score(run, name, network, ours, theirs)
+    if run.plan.statistics is not None and run.loader.ranks.main:
+        save_statistics(ours if config.save_features else replace(ours, features=None), Path(config.save_stats))
+
+
+def set_score(run: ScoreRun, name: str, network: Network, ours: FeatureStatistics, theirs: FeatureStatistics) -> Score:
+    """Compute one distance; only that of Inception's features is called FID, others carry width and network."""
+    preprocess = ours.about["preprocess"]
+    extra = {"n_reference": theirs.count, "preprocess": preprocess}
+    if name == "kid":
+        value, extra["std"] = kid(ours.features, theirs.features, run.config.seed)
+        label = f"{METRICS[name].title}[{preprocess}]"
+    else:
+        value = frechet_distance(ours, theirs)
+        inception = network.kind == "inception"
+        label = f"FID-{ours.count}[{preprocess}]" if inception else f"FD-{ours.width}[{short_name(network)}]"
+        label += " to full precision" if name == "fid_fp" else ""
+    return Score(name, label, value, ours.count, network=network.name, extra=extra)
+
+
+def score_each(run: ScoreRun, name: str) -> Iterator[ScoreTable]:
+    """Yield this rank's rows of a metric that has a value per image; nothing for a metric of sets."""
+    network, loader, device = run.plan.networks[name], run.loader, run.loader.ranks.device
+    if name == "psnr" or (name == "ssim" and "psnr" not in run.plan.networks):
+        yield pair_table(loader, "pixels", pixel_scores, run.images, run.reference, run.pairs)
     elif name == "lpips":
         net = network.options["net"]
-        lpips = load_lpips(net, Path(network.source), job.work.ranks.device)
-        yield pixel_table(job.work, job.images, job.reference, job.pairs, lpips, SMALLEST_FOR_LPIPS[net])
-    elif name in ("clip_i", "dino_i"):
-        encoder = load_encoder(network, job.work.ranks.device)
-        yield similarity_table(job.work, name, encoder, job.images, job.reference, job.pairs)
-    elif name in ("clip", "pickscore", "hpsv2"):
-        encoder = load_encoder(network, job.work.ranks.device)
+        score = lpips_score(load_lpips(net, Path(network.source), device), SMALLEST_FOR_LPIPS[net])
+        yield pair_table(loader, name, score, run.images, run.reference, run.pairs)
+    elif name in ("clip", "pickscore"):
+        encoder = load_encoder(network, device)
         score = cosines(encoder, encoder.scale if name == "pickscore" else 100.0)
-        yield text_table(job.work, name, encoder.prepare, score, job.images, job.reference)
-        warn_of_long_prompts(job, name, encoder.overlong)
+        yield text_table(loader, name, encoder.prepare, score, run.images, run.reference)
+        warn_of_long_prompts(run, name, encoder.overlong)
     elif name == "image_reward":
-        model = load_image_reward(network, job.work.ranks.device)
-        yield text_table(job.work, name, model.prepare, model.columns, job.images, job.reference)
-        warn_of_long_prompts(job, name, model.overlong)
+        model = load_image_reward(network, device)
+        yield text_table(loader, name, model.prepare, model.columns, run.images, run.reference)
+        warn_of_long_prompts(run, name, model.overlong)
 
 
-def warn_of_long_prompts(job: Job, name: str, overlong: Callable[[str], bool]) -> None:
-    cut = truncated(overlong, job.images)
+def warn_of_long_prompts(run: ScoreRun, name: str, overlong: Callable[[str], bool]) -> None:
+    """Add a warning about prompts that the network reads in part only."""
+    cut = truncated(overlong, run.images)
     if cut:
-        job.warnings.append(f"{name}: {cut} prompts are longer than the network reads, and were cut off there")
+        run.warnings.append(f"{name}: {cut} prompts are longer than the network reads, and were truncated")
+
+
+def score_columns(run: ScoreRun) -> None:
+    """Compute the scores of the columns of the table, and order all scores as the catalogue."""
+    seed, table, chosen = run.config.seed, run.table, run.plan.networks
+    for name, network in chosen.items():
+        if name not in SET_METRICS and any(name in row for row in table.values()):
+            run.scores[name] = mean_score(name, table, network, seed)
+    if "psnr" in chosen:
+        run.scores["psnr_global"] = global_psnr(table, seed)
+    if "pickscore" in chosen and run.reference:
+        run.scores["pickscore_winrate"] = winrate(table, chosen["pickscore"], seed)
+    run.scores = {name: run.scores[name] for name in METRICS if name in run.scores}
+    for name, smallest in (("ssim", SMALLEST_FOR_SSIM), ("lpips", SMALLEST_FOR_LPIPS[run.config.lpips_net])):
+        if name in chosen and name not in run.scores:
+            run.warnings.append(f"{name}: images of less than {smallest} pixels have none")
 
 
 # --------------------------------------------------------------------------------------------- results
 
 
-def collect(job: Job) -> None:
-    """Scores of the columns of the table, in the order of the catalogue."""
-    seed, table, chosen = job.config.seed, job.table, job.plan.networks
-    for name, network in chosen.items():
-        if name not in SET_METRICS and any(name in row for row in table.values()):
-            job.scores[name] = mean_score(name, table, network, seed)
-    if "psnr" in chosen:
-        job.scores["psnr_global"] = global_psnr(table, seed)
-    if "pickscore" in chosen and job.reference:
-        job.scores["pickscore_winrate"] = winrate(table, chosen["pickscore"], seed)
-    job.scores = {name: job.scores[name] for name in METRICS if name in job.scores}
-    for name, smallest in (("ssim", SMALLEST_FOR_SSIM), ("lpips", SMALLEST_FOR_LPIPS[job.config.lpips_net])):
-        if name in chosen and name not in job.scores:
-            job.warnings.append(f"{name}: pictures of less than {smallest} pixels have none")
-
-
-def finish(job: Job) -> Scored:
-    """Write everything, and log it where a tracker is asked for."""
-    config, folder = job.config, job.config.folder
+def finish(run: ScoreRun) -> ScoreResult:
+    """Write the files of the result, and log it to a tracker if there is one."""
+    config, folder, scores = run.config, run.config.folder, list(run.scores.values())
     sweep(folder, below=False)
-    result = record(job)
+    result = record(run)
     save_json(result, folder / "metrics.json")
-    save_text(per_image_csv(list(job.images.pictures.values()), job.table), folder / "per_image.csv")
-    report = write_report(job, result) if config.report_images else None
+    save_text(per_image_csv(list(run.images.entries.values()), run.table), folder / "per_image.csv")
+    report = None
+    if config.report_images:
+        report = folder / "report.html"
+        data = ReportData(result, scores, run.table, run.images, run.reference, folder, config.report_size)
+        save_text(write_page(data, config.report_images, config.seed), report)
     tracker = Tracker(config.report_to, "vqdm-metrics", folder, asdict(config))
-    tracker.log({name: score.value for name, score in job.scores.items()})
+    tracker.log({name: score.value for name, score in run.scores.items()})
     tracker.finish()
-    return Scored(folder, list(job.scores.values()), job.plan.skipped, job.warnings, report)
+    return ScoreResult(folder, scores, run.plan.skipped, run.warnings, report)
 
 
-def write_report(job: Job, result: dict) -> Path:
-    """report.html; returns its path."""
-    config, path = job.config, job.config.folder / "report.html"
-    scores = list(job.scores.values())
-    material = Material(result, scores, job.table, job.images, job.reference, config.folder, config.report_size)
-    page = write_page(material, config.report_images, config.seed)
-    save_text(page, path)
-    return path
-
-
-def record(job: Job) -> dict:
-    """The content of metrics.json."""
-    config = job.config
-    used = {name: network for name, network in job.plan.networks.items() if network}
+def record(run: ScoreRun) -> dict:
+    """Return the content of metrics.json."""
+    config, images, reference = run.config, run.images, run.reference
     return {
         "schema": SCHEMA,
         "images": config.images,
         "reference": config.reference,
         "fid_reference": config.fid_reference,
-        "mismatches": job.mismatches,
-        "pictures": len(job.images.pictures),
-        "prompts": len({picture.id for picture in job.images.pictures.values()}),
-        "full_precision": job.images.run.get("full_precision"),
-        "reference_full_precision": job.reference and job.reference.run.get("full_precision"),
-        "size": model_size(job.images.run),
-        "run": job.images.run,
-        "metrics": {name: score.to_dict() for name, score in job.scores.items()},
-        "skipped": job.plan.skipped,
-        "warnings": job.warnings,
-        "networks": {name: network.about() for name, network in used.items()},
+        "mismatches": run.mismatches,
+        "num_images": len(images.entries),
+        "num_prompts": len({entry.id for entry in images.entries.values()}),
+        "full_precision": images.run.get("full_precision"),
+        "reference_full_precision": reference and reference.run.get("full_precision"),
+        "size": model_size(images.run),
+        "run": images.run,
+        "metrics": {name: score.to_dict() for name, score in run.scores.items()},
+        "skipped": run.plan.skipped,
+        "warnings": run.warnings,
+        "networks": {name: asdict(network) for name, network in run.plan.networks.items() if network},
         "settings": asdict(config),
-        "versions": versions() | {one.__name__: one.__version__ for one in (torchmetrics, torchvision, open_clip)},
+        "versions": versions() | {module: metadata.version(name) for module, name in LIBRARIES.items()},
         "command": own_command(),
     }
 
 
 def model_size(run: dict) -> dict:
-    """Bits and bytes of the UNet that drew, as its own summary.json says; empty where there is none."""
+    """Return bits and bytes of the UNet that generated the images, from its summary.json; empty without that file."""
     quantized = (run.get("settings") or {}).get("quantized")
     for folder in (Path(quantized), Path(quantized).parent) if quantized else ():
         try:

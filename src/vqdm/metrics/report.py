@@ -1,7 +1,7 @@
-"""report.html: scores, settings and pictures of a run in one file that opens from disk and needs no network.
+"""report.html: scores, settings and images of a run in one file that opens from disk and needs no network.
 
-Everything that a prompt file says is escaped: in the page by `html.escape`, in its data by writing < as \\u003c, and
-the page's script puts it in as text. A content security policy admits the page's own script only.
+Text of prompt files is escaped: in the page by `html.escape`, in its data by writing < as \\u003c, and the script of
+the page inserts it as text. A content security policy admits that script only.
 """
 
 from __future__ import annotations
@@ -25,46 +25,45 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from vqdm.metrics.catalogue import METRICS
-from vqdm.metrics.image_sets import Key, Picture, PictureSet
-from vqdm.metrics.measuring import resized
-from vqdm.metrics.results import Score, Table, interval_text, number, spread_text
+from vqdm.metrics.image_sets import ImageEntry, ImageSet, Key, resized
+from vqdm.metrics.results import Score, ScoreTable, interval_text, number, spread_text
 
-# Metrics by which the worst pictures are found, best judge first; those of text count by their difference.
-WORST_BY = ("lpips", "dino_i", "clip_i", "ssim", "psnr", "pickscore", "clip", "hpsv2", "image_reward")
-# The difference is stored amplified this much, so that the page can amplify it further without showing rounding.
+# Metrics by which the worst images are found, the best one first; those of text count by their difference.
+WORST_BY = ("lpips", "ssim", "psnr", "pickscore", "clip", "image_reward")
+# The difference is stored amplified by this factor, and amplified further by the page without visible rounding.
 GAIN = 2
 LOSSLESS_SIDE = 256
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a page is made of.
+class ReportData:
+    """The data of a page.
 
     Attributes:
         record: content of metrics.json.
-        folder: where the page will lie; links to the picture files are relative to it.
-        side: pixels of the longer side of the pictures in the page.
+        folder: of the page; links to image files are relative to it.
+        side: pixels of the longer side of the images in the page.
     """
 
     record: dict
     scores: Sequence[Score]
-    table: Table
-    images: PictureSet
-    reference: PictureSet | None
+    table: ScoreTable
+    images: ImageSet
+    reference: ImageSet | None
     folder: Path
     side: int
 
 
-def write_page(material: Material, limit: int, seed: int) -> str:
-    """The whole page.
+def write_page(page: ReportData, limit: int, seed: int) -> str:
+    """Write the whole page.
 
     Args:
-        limit: so many of the worst pictures by the best judge that was measured, and as many drawn by lot for the vote.
-        seed: of the lot.
+        limit: number of the worst images by the best metric that was computed, and of random ones for the vote.
+        seed: of the random ones.
     """
-    record, scores = material.record, material.scores
-    judge = next((name for name in WORST_BY if any(name in row for row in material.table.values())), None)
-    data = page_data(material, rows_of(material, judge, limit, seed), judge)
+    record, scores = page.record, page.scores
+    metric = next((name for name in WORST_BY if any(name in row for row in page.table.values())), None)
+    data = page_data(page, rows_of(page, metric, limit, seed), metric)
     script = part("page.js")
     pieces = {
         "TITLE": escaped(title_of(record)),
@@ -76,7 +75,7 @@ def write_page(material: Material, limit: int, seed: int) -> str:
         "SCORES": score_table(scores),
         "DEFINITIONS": definitions(scores, record["networks"]),
         "SKIPPED": skipped(record["skipped"]),
-        "SETTINGS": settings(record),
+        "SETTINGS": settings_list(record),
         "FOOTER": escaped(f"vqdm {record['versions']['vqdm']} · {record['command']}"),
         "DATA": embedded(data),
     }
@@ -93,29 +92,29 @@ def escaped(value) -> str:
 
 
 def embedded(value) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """Write JSON that cannot end the script element around it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-# --------------------------------------------------------------------------------------------- which pictures
+# --------------------------------------------------------------------------------------------- which images
 
 
-def worst(keys: Sequence[Key], table: Table, judge: str | None) -> list[Key]:
-    """Keys with the worst first; by the loss against the full-precision picture where the judge has one."""
-    if judge is None:
+def worst(keys: Sequence[Key], table: ScoreTable, metric: str | None) -> list[Key]:
+    """Sort keys, the worst first; by the loss against the reference image if the metric has one."""
+    if metric is None:
         return list(keys)
-    sign = 1 if METRICS[judge].higher else -1
+    sign = 1 if METRICS[metric].higher else -1
 
     def badness(key: Key) -> float:
         row = table.get(key, {})
-        return sign * (row[judge] - row.get(f"{judge}_reference", 0.0)) if judge in row else math.inf
+        return sign * (row[metric] - row.get(f"{metric}_reference", 0.0)) if metric in row else math.inf
 
     return sorted(keys, key=badness)
 
 
-def by_lot(keys: Sequence[Key], limit: int, seed: int) -> list[Key]:
-    """Keys drawn without replacement; a second picture of a prompt only when every prompt has one."""
+def sampled(keys: Sequence[Key], limit: int, seed: int) -> list[Key]:
+    """Sample keys without replacement; a second image of a prompt only after every prompt has one."""
     shuffled = [keys[k] for k in np.random.default_rng(seed).permutation(len(keys))]
     earlier: Counter[str] = Counter()
     turns = {}
@@ -125,38 +124,38 @@ def by_lot(keys: Sequence[Key], limit: int, seed: int) -> list[Key]:
     return sorted(shuffled, key=turns.get)[:limit]
 
 
-def rows_of(material: Material, judge: str | None, limit: int, seed: int) -> list[dict]:
-    """The page's rows in the order of the pictures, each with its number and whether it was drawn by lot."""
-    keys = list(material.images.pictures)
-    drawn = set(by_lot(keys, limit, seed))
-    chosen = drawn | set(worst(keys, material.table, judge)[:limit])
+def rows_of(page: ReportData, metric: str | None, limit: int, seed: int) -> list[dict]:
+    """Return the rows of the page in the order of the images, each with its number and whether it is a random one."""
+    keys = list(page.images.entries)
+    chosen_at_random = set(sampled(keys, limit, seed))
+    chosen = chosen_at_random | set(worst(keys, page.table, metric)[:limit])
     return [
-        row_of(material, key) | {"number": number, "by_lot": key in drawn}
+        row_of(page, key) | {"number": number, "sampled": key in chosen_at_random}
         for number, key in enumerate(keys)
         if key in chosen
     ]
 
 
-def row_of(material: Material, key: Key) -> dict:
-    """What the page needs of one picture."""
-    images, reference, side = material.images, material.reference, material.side
-    picture = images.pictures[key]
-    ours = images.load(picture)
-    scores = {name: rounded(value) for name, value in material.table.get(key, {}).items()}
-    row = {"id": picture.id, "sample": picture.sample, "prompt": picture.prompt, "scores": scores}
-    row |= {"problem": picture.row.get("problem"), "picture": data_uri(ours, side)}
-    row |= {"file": link(images, picture, material.folder)}
-    partner = reference and reference.pictures.get(key)
+def row_of(page: ReportData, key: Key) -> dict:
+    """Return the row of one image."""
+    images, reference, side = page.images, page.reference, page.side
+    entry = images.entries[key]
+    ours = images.load(entry)
+    scores = {name: rounded(value) for name, value in page.table.get(key, {}).items()}
+    row = {"id": entry.id, "sample": entry.sample, "prompt": entry.prompt, "scores": scores}
+    row |= {"problem": entry.row.get("problem"), "image": data_uri(ours, side)}
+    row |= {"file": link(images, entry, page.folder)}
+    partner = reference and reference.entries.get(key)
     if partner:
         theirs = reference.load(partner)
         gap = ImageChops.difference(ours, resized(theirs, ours.size)).point(lambda level: min(255, GAIN * level))
-        row |= {"reference": data_uri(theirs, side), "reference_file": link(reference, partner, material.folder)}
+        row |= {"reference": data_uri(theirs, side), "reference_file": link(reference, partner, page.folder)}
         row |= {"difference": data_uri(gap, side)}
     return row
 
 
 def data_uri(image: Image.Image, side: int) -> str:
-    """The picture as WebP inside a URI, no larger than `side`; small ones without loss."""
+    """Return the image as WebP inside a URI, no larger than `side`; small ones without loss."""
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -164,46 +163,46 @@ def data_uri(image: Image.Image, side: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def link(pictures: PictureSet, picture: Picture, folder: Path) -> str | None:
-    """The file's path as seen from the page; none into a zip file."""
-    if pictures.path.is_file():
+def link(images: ImageSet, entry: ImageEntry, folder: Path) -> str | None:
+    """Return the path of a file relative to the page; none into a zip file."""
+    if images.path.is_file():
         return None
-    return quote(Path(os.path.relpath(pictures.path / picture.file, folder)).as_posix())
+    return quote(Path(os.path.relpath(images.path / entry.file, folder)).as_posix())
 
 
 def rounded(value: float) -> float:
-    """Six digits are more than any figure is worth, and keep the page small."""
+    """Round to six digits, which are more than any score is worth and keep the page small."""
     return float(f"{value:.6g}")
 
 
 # --------------------------------------------------------------------------------------------- the page's data
 
 
-def page_data(material: Material, rows: list[dict], judge: str | None) -> dict:
-    """What the script reads: rows, and every column of scores with all its values."""
-    columns, values = page_columns(material)
-    record, pictures = material.record, material.images.pictures.values()
+def page_data(page: ReportData, rows: list[dict], metric: str | None) -> dict:
+    """Return the data of the script: rows, and every column of scores with all its values."""
+    columns, values = page_columns(page)
+    record, entries = page.record, page.images.entries.values()
     shown = json.dumps([record["images"], record["reference"], [(row["id"], row["sample"]) for row in rows]])
     return {
         "names": set_names(record),
         "columns": columns,
         "values": values,
         "rows": rows,
-        "total": len(pictures),
-        "several": len({picture.sample for picture in pictures}) > 1,
-        "sort": f"{judge}_change" if f"{judge}_change" in columns else judge,
+        "total": len(entries),
+        "several": len({entry.sample for entry in entries}) > 1,
+        "sort": f"{metric}_change" if f"{metric}_change" in columns else metric,
         "gain": GAIN,
         # Votes are kept in the browser under this name.
         "key": hashlib.sha256(shown.encode()).hexdigest()[:16],
     }
 
 
-def page_columns(material: Material) -> tuple[dict[str, dict], dict[str, list[float]]]:
-    """Columns of the table, and all their values; NAME_change is the gap to the full-precision picture."""
-    labels = {score.name: score.label for score in material.scores}
+def page_columns(page: ReportData) -> tuple[dict[str, dict], dict[str, list[float]]]:
+    """Return the columns of the table with all their values; NAME_change is the gap to the reference image."""
+    labels = {score.name: score.label for score in page.scores}
     columns, values = {}, {}
     for name, metric in METRICS.items():
-        found = [(row[name], row.get(f"{name}_reference")) for row in material.table.values() if name in row]
+        found = [(row[name], row.get(f"{name}_reference")) for row in page.table.values() if name in row]
         if not found:
             continue
         title = labels.get(name, metric.title)
@@ -216,9 +215,9 @@ def page_columns(material: Material) -> tuple[dict[str, dict], dict[str, list[fl
 
 
 def set_names(record: dict) -> dict[str, str]:
-    """What the two sets are called."""
+    """Return the names of the two sets."""
     return {
-        "picture": "quantized" if record["full_precision"] is False else "scored",
+        "image": "quantized" if record["full_precision"] is False else "scored",
         "reference": "full precision" if record["reference_full_precision"] else "reference",
     }
 
@@ -227,22 +226,22 @@ def set_names(record: dict) -> dict[str, str]:
 
 
 def title_of(record: dict) -> str:
-    drawn = record["run"].get("settings") or {}
-    return drawn.get("quantized") or drawn.get("model") or record["images"]
+    settings = record["run"].get("settings") or {}
+    return settings.get("quantized") or settings.get("model") or record["images"]
 
 
 def facts(record: dict) -> str:
-    """What was scored, in a line."""
+    """Return the line of facts about the run."""
     size = record["size"]
-    drawn = record["run"].get("settings") or {}
-    items = {"pictures": record["pictures"], "prompts": record["prompts"]}
+    settings = record["run"].get("settings") or {}
+    items = {"images": record["num_images"], "prompts": record["num_prompts"]}
     if "effective_bits_unet" in size:
-        items |= {"bits a parameter": f"{size['effective_bits_unet']:.2f}"}
+        items |= {"bits per weight": f"{size['effective_bits_unet']:.2f}"}
     if "bytes_of_unet" in size:
         items |= {"MB UNet": f"{size['bytes_of_unet'] / 1e6:.1f}"}
     lines = [f"<li><b>{escaped(value)}</b> {name}</li>" for name, value in items.items()]
-    if drawn.get("quantized"):
-        lines.append(f"<li>from <b>{escaped(drawn.get('model'))}</b></li>")
+    if settings.get("quantized") and settings.get("model"):
+        lines.append(f"<li>from <b>{escaped(settings['model'])}</b></li>")
     if record["reference"]:
         lines.append(f"<li>against <b>{escaped(record['reference'])}</b></li>")
     return "".join(lines)
@@ -255,7 +254,7 @@ def warnings(lines: Sequence[str]) -> str:
 
 
 def score_table(scores: Sequence[Score]) -> str:
-    """A row a score; columns that none fills are left out."""
+    """Write a row per score; columns that none fills are left out."""
     paired = any(score.reference is not None for score in scores)
     head = ["metric", "value", "", *(["full precision", "difference", ""] if paired else []), "N"]
     cells = "".join(f'<th scope="col">{name}</th>' for name in head)
@@ -279,7 +278,7 @@ def ranged(interval: str) -> str:
 
 
 def verdict(score: Score) -> str:
-    """Whether the difference is better or worse than none, by its whole interval."""
+    """Return whether the difference is better or worse than none, by its whole interval."""
     if score.difference_interval is None or score.difference_interval[0] <= 0 <= score.difference_interval[1]:
         return ""
     return "better" if (score.difference > 0) == score.metric.higher else "worse"
@@ -301,14 +300,14 @@ def skipped(reasons: dict[str, str]) -> str:
     return f'<details><summary>Not scored: {len(reasons)}</summary><dl class="pairs">{lines}</dl></details>'
 
 
-def settings(record: dict) -> str:
-    """How the pictures were drawn, and with which versions they were scored."""
-    drawn = dict(record["run"].get("settings") or {})
-    drawn |= drawn.pop("sampling", None) or {}
+def settings_list(record: dict) -> str:
+    """Write the settings of generation, and the versions of scoring."""
+    shown = dict(record["run"].get("settings") or {})
+    shown |= shown.pop("sampling", None) or {}
     scheduler = record["run"].get("scheduler") or {}
-    drawn |= {"scheduler class": scheduler.get("_class_name"), "device": record["run"].get("device")}
-    drawn |= {f"{name} version": version for name, version in record["versions"].items()}
-    return "".join(pair(name, value) for name, value in drawn.items() if value is not None)
+    shown |= {"scheduler class": scheduler.get("_class_name"), "device": record["run"].get("device")}
+    shown |= {f"{name} version": version for name, version in record["versions"].items()}
+    return "".join(pair(name, value) for name, value in shown.items() if value is not None)
 
 
 def pair(name: str, value) -> str:

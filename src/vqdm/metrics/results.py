@@ -1,4 +1,8 @@
-"""Scores of a run: what a value is, how sure it is, and how it is printed and stored."""
+"""Scores of a run: values with their 95 % intervals, printed and stored.
+
+Intervals are by the percentile bootstrap over prompts (Efron, 1979), since images of one prompt are not independent;
+scipy's bootstrap resamples single values.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +14,29 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vqdm.metrics.bootstrap import mean_interval
 from vqdm.metrics.catalogue import METRICS, Metric
-from vqdm.metrics.image_sets import Key, Picture
+from vqdm.metrics.image_sets import ImageEntry, Key
 from vqdm.metrics.networks import Network
 
 SCHEMA = 1
+RESAMPLES, LEVEL = 1000, 0.95
 Interval = tuple[float, float]
-# One row a picture: score → value.
-Table = dict[Key, dict[str, float]]
+# One row per image: score → value.
+ScoreTable = dict[Key, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of a run.
+    """One score of a run.
 
     Attributes:
         name: of the catalogue.
         label: with network and preprocessing, since the name alone is ambiguous.
-        value, interval: the figure, and its 95 % bootstrap interval over prompts; None where a bootstrap is biased.
-        n: pictures.
-        reference: the same figure for the full-precision pictures, where it has one.
+        value, interval: the score, and its 95 % bootstrap interval over prompts; None if a bootstrap is biased.
+        n: images.
+        reference: the same score of the full-precision images, if it has one.
         difference, difference_interval: value - reference, paired by prompt.
-        extra: anything else worth keeping.
+        extra: further entries of metrics.json.
     """
 
     name: str
@@ -51,27 +55,48 @@ class Score:
         return METRICS[self.name]
 
     def to_dict(self) -> dict:
-        """Plain JSON, definition and direction included."""
+        """Return the entry of metrics.json, with definition and direction."""
         own = {name: value for name, value in vars(self).items() if name not in ("name", "extra")}
         return own | {"better": self.metric.better, "definition": self.metric.definition} | self.extra
 
 
-# --------------------------------------------------------------------------------------------- from pictures to scores
+# --------------------------------------------------------------------------------------------- from images to scores
+
+
+def mean_interval(values: Sequence[float], prompts: Sequence[str], seed: int = 0) -> Interval | None:
+    """Compute the 95 % interval of the mean over images, resampling prompts with all their images.
+
+    Args:
+        values: [N] one per image.
+        prompts: [N] the prompt of each image.
+
+    Returns:
+        (low, high), or None for fewer than two prompts.
+    """
+    names, owner = np.unique(np.asarray(prompts), return_inverse=True)
+    if len(names) < 2:
+        return None
+    sums = np.bincount(owner, weights=np.asarray(values, dtype=np.float64))  # [P]
+    counts = np.bincount(owner)  # [P]
+    chosen = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))  # [R, P]
+    means = sums[chosen].sum(1) / counts[chosen].sum(1)  # [R]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def label_of(name: str, network: Network | None) -> str:
-    """The metric's title with its network."""
+    """Return the title of a metric with its network."""
     title = METRICS[name].title
     return f"{title}[{short_name(network)}]" if network else title
 
 
 def short_name(network: Network) -> str:
-    """Without the owner of a hub name; open_clip's ARCHITECTURE/TAG stays whole."""
+    """Return the name without the owner on the hub; open_clip's ARCHITECTURE/TAG stays whole."""
     return network.name.rpartition("/")[2] if network.kind == "transformers" else network.name
 
 
-def mean_score(name: str, table: Table, network: Network | None, seed: int, **extra) -> Score:
-    """Mean over pictures of a column with its interval; the paired difference where `NAME_reference` is there too."""
+def mean_score(name: str, table: ScoreTable, network: Network | None, seed: int, **extra) -> Score:
+    """Average a column over images, with its interval, and the paired difference if there is a `NAME_reference`."""
     values, prompts = column(table, name)
     score = {"value": float(np.mean(values)), "interval": mean_interval(values, prompts, seed), "n": len(values)}
     theirs, _ = column(table, f"{name}_reference")
@@ -82,22 +107,22 @@ def mean_score(name: str, table: Table, network: Network | None, seed: int, **ex
     return Score(name, label_of(name, network), network=network and network.name, **score, extra=extra)
 
 
-def column(table: Table, name: str) -> tuple[list[float], list[str]]:
-    """Values of a column, and the prompt id of each; rows without it are left out."""
+def column(table: ScoreTable, name: str) -> tuple[list[float], list[str]]:
+    """Return the values of a column, and the prompt id of each; rows without it are left out."""
     found = [(row[name], key[0]) for key, row in table.items() if name in row]
     return [value for value, _ in found], [prompt for _, prompt in found]
 
 
-def global_psnr(table: Table, seed: int) -> Score:
-    """PSNR of the mean error, which equal pictures cannot inflate."""
+def global_psnr(table: ScoreTable, seed: int) -> Score:
+    """Compute the PSNR of the mean error, which equal images cannot inflate."""
     errors, prompts = column(table, "mse")
     interval = mean_interval(errors, prompts, seed)
     ends = interval and (_decibels(interval[1]), _decibels(interval[0]))  # more error is less PSNR
     return Score("psnr_global", label_of("psnr_global", None), _decibels(float(np.mean(errors))), len(errors), ends)
 
 
-def winrate(table: Table, network: Network, seed: int) -> Score:
-    """How often a picture's PickScore is above its partner's, and the mean probability that it is preferred.
+def winrate(table: ScoreTable, network: Network, seed: int) -> Score:
+    """Compute how often an image has the higher PickScore of its pair, and the mean probability that it is preferred.
 
     The probability is softmax over the two scores (Kirstain et al., arXiv 2305.01569).
     """
@@ -116,16 +141,16 @@ def _decibels(error: float) -> float:
     return -10 * math.log10(max(error, 1e-10))
 
 
-def per_image_csv(pictures: Sequence[Picture], table: Table) -> str:
-    """One line a picture: what it is, then every score."""
+def per_image_csv(entries: Sequence[ImageEntry], table: ScoreTable) -> str:
+    """Write one line per image: id, sample, file and prompt, then every score."""
     names = list(dict.fromkeys(name for row in table.values() for name in row))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["id", "sample", "file", "prompt", *names])
-    for picture in pictures:
-        row = table.get(picture.key, {})
+    for entry in entries:
+        row = table.get(entry.key, {})
         cells = [row.get(name, "") for name in names]
-        writer.writerow([picture.id, picture.sample, picture.file, picture.prompt or "", *cells])
+        writer.writerow([entry.id, entry.sample, entry.file, entry.prompt or "", *cells])
     return buffer.getvalue()
 
 
@@ -133,7 +158,7 @@ def per_image_csv(pictures: Sequence[Picture], table: Table) -> str:
 
 
 def terminal_table(scores: Sequence[Score]) -> str:
-    """Aligned columns; a column that no score fills is left out."""
+    """Format scores in aligned columns; a column that no score fills is left out."""
     rows = [["metric", "value", "95 % interval", "full precision", "difference", "95 % interval", "N"]]
     for score in scores:
         digits = score.metric.decimals
@@ -151,7 +176,7 @@ def number(value: float | None, digits: int, sign: str = "") -> str:
 
 
 def spread_text(score: Score) -> str:
-    """How sure a value is: its interval, or ± a standard deviation where that is what is known."""
+    """Format the interval of a value, or ± its standard deviation."""
     digits = score.metric.decimals
     deviation = score.extra.get("std")
     return interval_text(score.interval, digits) if deviation is None else f"± {number(deviation, digits)}"

@@ -43,10 +43,10 @@ from vqdm.diffusion.supported import check_loaded, check_supported
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
+from vqdm.fidelity import decibels
 from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
-from vqdm.metrics.fidelity import decibels
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import draw, load_prompts
 from vqdm.quantization.allocation import allocated

@@ -12,7 +12,7 @@
     return node;
   }
 
-  function picture(source, alt) {
+  function imageOf(source, alt) {
     const image = make("img", { src: source, alt, decoding: "async" });
     image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 192));
     return image;
@@ -37,13 +37,13 @@
   }
 
   function frame(row, source, name, link) {
-    const open = make("button", { className: "frame", type: "button", title: "Compare" }, picture(source, `${name}: ${label(row)}`));
+    const open = make("button", { className: "frame", type: "button", title: "Compare" }, imageOf(source, `${name}: ${label(row)}`));
     open.addEventListener("click", () => view(row));
     return make("figure", {}, open, make("figcaption", {}, name, link && make("a", { href: link, target: "_blank", rel: "noopener" }, "file")));
   }
 
   function difference(row) {
-    const image = picture(row.difference, `difference: ${label(row)}`);
+    const image = imageOf(row.difference, `difference: ${label(row)}`);
     const gain = make("input", { type: "range", min: data.gain, max: 16, step: 1, value: 4, ariaLabel: "How much the difference is amplified" });
     const words = make("span");
     const amplify = () => {
@@ -58,7 +58,7 @@
   function card(row) {
     const trio = make("div", { className: "trio" });
     if (row.reference) trio.append(frame(row, row.reference, data.names.reference, row.reference_file));
-    trio.append(frame(row, row.picture, data.names.picture, row.file));
+    trio.append(frame(row, row.image, data.names.image, row.file));
     if (row.difference) trio.append(difference(row));
     return make("li", {}, make("p", { className: "prompt" }, label(row)), chips(row), trio);
   }
@@ -112,10 +112,10 @@
     const counts = new Array(bins).fill(0);
     for (const one of values) counts[Math.min(bins - 1, Math.floor(((one - low) / (high - low)) * bins))] += 1;
     const most = Math.max(...counts), svg = figure.querySelector("svg");
-    svg.setAttribute("aria-label", `${data.columns[name].title} of ${values.length} pictures`);
+    svg.setAttribute("aria-label", `${data.columns[name].title} of ${values.length} images`);
     svg.replaceChildren(...counts.map((count, k) => bar(k * (600 / bins), 60 * (count / most), 600 / bins - 1.5)));
     const ends = [low, high].map((end) => make("span", {}, show(end, name)));
-    figure.querySelector("figcaption").replaceChildren(ends[0], make("span", {}, `${data.columns[name].title}, ${values.length} pictures`), ends[1]);
+    figure.querySelector("figcaption").replaceChildren(ends[0], make("span", {}, `${data.columns[name].title}, ${values.length} images`), ends[1]);
   }
 
   function bar(x, height, width) {
@@ -140,14 +140,14 @@
   function view(row) {
     const viewer = find("viewer"), stage = viewer.querySelector(".stage"), pair = Boolean(row.reference);
     const [under, over] = [stage.querySelector(".under"), stage.querySelector(".over")];
-    under.src = row.picture;
-    over.src = row.reference ?? row.picture;
+    under.src = row.image;
+    over.src = row.reference ?? row.image;
     for (const image of [under, over]) image.onload = () => {
       image.classList.toggle("small", image.naturalWidth <= 192);
       viewer.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
     };
     stage.querySelector(".left").textContent = pair ? data.names.reference : "";
-    stage.querySelector(".right").textContent = data.names.picture;
+    stage.querySelector(".right").textContent = data.names.image;
     viewer.querySelector(".prompt").textContent = label(row);
     viewer.querySelector(".wipe").hidden = !pair;
     wipe(pair ? 50 : 0);
@@ -173,12 +173,12 @@
 
   // ------------------------------------------------------------------------------------------- blind vote
 
-  // Only pictures that were drawn by lot: the worst ones alone would tilt the vote.
-  const pairs = data.rows.filter((row) => row.reference && row.by_lot);
-  const storage = `vqdm-votes-${data.key}`;
+  // Only random pairs: the worst ones alone would bias the vote.
+  const pairs = data.rows.filter((row) => row.reference && row.sampled);
+  const storage = `vqdm-image-votes-${data.key}`;
   let poll = null, since = 0;
 
-  // A poll: the order of the pairs, which side the scored picture is on, and a vote for each pair so far.
+  // A poll: the order of the pairs, which side the scored image is on, and a vote for each pair so far.
   function fresh() {
     const order = pairs.map((_, k) => k);
     for (let k = order.length - 1; k > 0; k--) {
@@ -217,9 +217,9 @@
     find("tally").hidden = true;
     const { row, swapped } = current(), booth = find("booth");
     booth.querySelector(".prompt").textContent = label(row);
-    const sources = swapped ? [row.picture, row.reference] : [row.reference, row.picture];
+    const sources = swapped ? [row.image, row.reference] : [row.reference, row.image];
     booth.querySelectorAll(".side").forEach((side, k) => {
-      const image = picture(sources[k], `${side.dataset.choice} picture`);
+      const image = imageOf(sources[k], `${side.dataset.choice} image`);
       side.querySelector("img").replaceWith(image);
     });
     Object.assign(booth.querySelector("progress"), { max: pairs.length, value: poll.votes.length });
@@ -233,9 +233,9 @@
   function vote(choice) {
     const { row, swapped } = current();
     const side = { left: swapped, right: !swapped }[choice];
-    const preferred = choice === "tie" ? "tie" : side ? "picture" : "reference";
+    const preferred = choice === "tie" ? "tie" : side ? "image" : "reference";
     poll.votes.push({ id: row.id, sample: row.sample, prompt: row.prompt, choice, preferred,
-      left: swapped ? "picture" : "reference", right: swapped ? "reference" : "picture",
+      left: swapped ? "image" : "reference", right: swapped ? "reference" : "image",
       seconds: (Date.now() - since) / 1000, at: new Date().toISOString() });
     keep();
     poll.votes.length < pairs.length ? ask() : tally();
@@ -257,7 +257,7 @@
 
   function counts() {
     const of = (kind) => poll.votes.filter((one) => one.preferred === kind).length;
-    return { picture: of("picture"), reference: of("reference"), tie: of("tie"), n: poll.votes.length };
+    return { image: of("image"), reference: of("reference"), tie: of("tie"), n: poll.votes.length };
   }
 
   const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
@@ -265,12 +265,12 @@
   function tally() {
     find("booth").hidden = true;
     find("tally").hidden = false;
-    const { picture: ours, reference: theirs, tie, n } = counts(), body = find("tally").querySelector("tbody");
+    const { image: ours, reference: theirs, tie, n } = counts(), body = find("tally").querySelector("tbody");
     const share = (ours + tie / 2) / n, [low, high] = n ? wilson(ours + tie / 2, n) : [0, 1];
-    find("verdict").textContent = !n ? "No vote yet." : `The ${data.names.picture} pictures are preferred in ${percent(share)} of ${n} votes, ` +
+    find("verdict").textContent = !n ? "No vote yet." : `The ${data.names.image} images are preferred in ${percent(share)} of ${n} votes, ` +
       `95\u00a0% interval ${percent(low)} to ${percent(high)}. ` +
       (low > 0.5 || high < 0.5 ? "The interval excludes 50 %." : "The interval includes 50 %: no difference is shown.");
-    const lines = [[`${data.names.picture} better`, ours], [`${data.names.reference} better`, theirs], ["no difference", tie]];
+    const lines = [[`${data.names.image} better`, ours], [`${data.names.reference} better`, theirs], ["no difference", tie]];
     body.replaceChildren(...lines.map(([name, count]) => make("tr", {}, make("th", {}, name), make("td", {}, String(count)))));
     find("tally").querySelector(".bar").replaceChildren(...(n ? marks(share, low, high) : []));
     find("more").hidden = n === pairs.length;
@@ -292,7 +292,7 @@
 
   function exported() {
     const names = ["number", "id", "sample", "prompt", "left", "right", "choice", "preferred", "seconds", "at"];
-    const sides = { picture: data.names.picture, reference: data.names.reference, tie: "tie" };
+    const sides = { image: data.names.image, reference: data.names.reference, tie: "tie" };
     const lines = poll.votes.map((one, k) => ({ ...one, number: k + 1, left: sides[one.left], right: sides[one.right], preferred: sides[one.preferred] }));
     return [names.join(","), ...lines.map((one) => names.map((name) => cell(one[name])).join(","))].join("\r\n") + "\r\n";
   }
