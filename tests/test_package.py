@@ -17,7 +17,7 @@ PROGRAMS = ("quantization", "finetuning", "generation", "metrics")
 PLACES = {"images": "storage", "image_folder": "storage", "conversion": "program"}
 # Names that several modules or classes still share.
 KNOWN_MODULES = {"plan"}
-KNOWN_CLASSES = {"_Layer", "Job", "Recorder"}
+KNOWN_CLASSES = {"Job", "Recorder"}
 REPEATABLE = ("job", "config", "__init__")
 RESEARCH = (
     "quantization",

@@ -151,8 +151,8 @@ def launch_kernels_beside_the_current_device(_: str) -> None:
     assert torch.cuda.current_device() == 0
     for spec in tiny_students.FORMATS.values():
         for layer in quantized_layers(tiny_students.student(spec).to(SECOND)).values():
-            found = decode(layer._stored(), torch.float32, path="triton")
-            torch.testing.assert_close(found, decode(layer._stored(), torch.float32, path="torch"))
+            found = decode(layer._stored(), torch.float32, backend="triton")
+            torch.testing.assert_close(found, decode(layer._stored(), torch.float32, backend="torch"))
     residuals, codebook = torch.randn(5, 2, 4, device=SECOND), torch.randn(16, 4, device=SECOND)
     found, wanted = (find(residuals, codebook, 3)[0] for find in (kernels.best_entries, scoring.torch_best_entries))
     torch.testing.assert_close(found.sort().values, wanted.sort().values)

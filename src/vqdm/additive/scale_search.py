@@ -38,7 +38,7 @@ def searched_feedback(
     they begin, and what `feedback_factors` gives, of every layer.
     """
     found = together(feedback_encode, W, codes, factors, feedback, beam_size=beam_size)
-    layers = [_Layer.of(*one) for one in zip(W, H, found, strict=True)]
+    layers = [_LayerSearch.of(*one) for one in zip(W, H, found, strict=True)]
     trial = 1
     while trial <= TRIALS and any(layer.pending.any() for layer in layers):
         rows = first_of([layer.pending for layer in layers])
@@ -54,7 +54,7 @@ def searched_feedback(
 
 
 @dataclass
-class _Layer:
+class _LayerSearch:
     """A layer with its best code so far, the errors [R] of that, and the row groups [R] that go on to larger scales."""
 
     W: Tensor
@@ -64,7 +64,7 @@ class _Layer:
     pending: Tensor
 
     @classmethod
-    def of(cls, W: Tensor, H: Tensor, code: AdditiveCode) -> _Layer:
+    def of(cls, W: Tensor, H: Tensor, code: AdditiveCode) -> _LayerSearch:
         best = replace(code, scales=code.scales.clone())  # written to from here on
         least = row_errors(W, H, code)
         return cls(W, H, best, least, torch.ones_like(least, dtype=torch.bool))
