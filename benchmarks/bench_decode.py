@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vqdm.additive.code import CodeSpec
 from vqdm.compiled import compiler
 from vqdm.diffusion.blocks import select_layers
-from vqdm.layers.decode import CANDIDATES, PATHS, decode, set_decode_path
+from vqdm.layers.decode import BACKENDS, CANDIDATES, decode, set_decode_backend
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, decoded_once, swap
 
 LATENT = 8  # pixels of a side that one latent stands for
@@ -119,9 +119,9 @@ def unet_row(unet: UNet2DConditionModel, batch: int, code: str, arguments: argpa
 
 def forced(path: str, run: Callable[[], object]) -> None:
     """Run with all weights decoded in one way."""
-    set_decode_path(path)
+    set_decode_backend(path)
     run()
-    set_decode_path(None)
+    set_decode_backend(None)
 
 
 def unet_inputs(
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=shapes, metavar="OxI|OxCxhxw")
     parser.add_argument("--codes", nargs="+", default=["2x6g4", "2x8g8", "3x8g8", "4x8g8", "2x12g8"], metavar="MxbgG")
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 1024, 4096])
-    parser.add_argument("--paths", nargs="+", choices=PATHS[1:])
+    parser.add_argument("--paths", nargs="+", choices=BACKENDS[1:])
     parser.add_argument("--unet", metavar="DIR", help="a UNet's steps instead of single layers")
     parser.add_argument("--batches", nargs="+", type=int, default=[2, 32])
     parser.add_argument("--repeats", type=int, default=10)

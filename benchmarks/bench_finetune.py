@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vqdm.devices import peak_memory
 from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
@@ -42,8 +43,7 @@ from vqdm.finetuning.trainer import DistillationLoss, Trainer, choose_learning_r
 from vqdm.layers.quantized import decoded_once
 from vqdm.parallel import launched
 from vqdm.prompts import choose, load_prompts
-from vqdm.storage.atomic import save_json
-from vqdm.tracking import peak_memory
+from vqdm.storage.files import save_json
 
 WAYS = ("codebooks", "codes", "codebooks_as_long", "unquantized")
 PROMPTS = {"learned": ("prompts/shapes_calibration.csv", 192, 0)}

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from vqdm.config import SamplingConfig
-from vqdm.diffusion.pipelines import generators, load_pipeline, pick_device, pick_dtype
+from vqdm.devices import pick_device, pick_dtype
+from vqdm.diffusion.pipelines import generators, load_pipeline
 from vqdm.generation.config import GenerateConfig
 from vqdm.generation.job import run, wanted_requests
 from vqdm.generation.requests import call_settings

@@ -10,8 +10,8 @@ import time
 
 import torch
 
+from vqdm.devices import peak_memory
 from vqdm.metrics.frechet import FeatureMoments, FeatureStatistics, frechet_distance
-from vqdm.tracking import peak_memory
 
 WIDTH, BATCH = 2048, 64
 

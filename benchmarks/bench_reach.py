@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from layer_problems import model_layers
 
-from vqdm.additive import reach
-from vqdm.additive.code import Bank
+from vqdm.additive import scale_search as reach
+from vqdm.additive.code import SharedCodebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import Task, solve_layers
 from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
@@ -51,7 +51,9 @@ def main() -> None:
     arguments = parser.parse_args()
     unet = load_quantized_unet(find_quantized_unet(str(Path(arguments.run))), torch.float32)
     specs = {name: layer.spec for name, layer in quantized_layers(unet).items()}
-    banks = {name: Bank(values.detach().float(), 1) for name, values in unet.codebook_banks.named_parameters()}
+    banks = {
+        name: SharedCodebooks(values.detach().float(), 1) for name, values in unet.codebook_banks.named_parameters()
+    }
     rows, trials = [], reach.TRIALS
     with torch.no_grad():
         for name, W, H, held_out in model_layers(arguments.model, arguments.hessian_cache, "cpu"):

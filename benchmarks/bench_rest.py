@@ -21,7 +21,7 @@ from vqdm.diffusion.blocks import rest_layers, select_layers
 from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import output_error, record_evaluation
-from vqdm.layers.int8 import round_layer
+from vqdm.layers.int8 import quantize_int8
 from vqdm.layers.quantized import decoded_once, quantized_layers
 from vqdm.prompts import load_prompts
 
@@ -67,7 +67,7 @@ def main() -> None:
     for rest_nbits in (16, 8):
         if rest_nbits == 8:
             for name in rest:
-                round_layer(unet, name)
+                quantize_int8(unet, name)
         print(json.dumps(row(unet, recorded, parameters, rest_nbits, arguments.limit)), flush=True)
 
 

@@ -42,7 +42,7 @@ from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import passes
 from vqdm.parallel import shares
 from vqdm.quantization.block import cost
-from vqdm.storage.fingerprint import file_sha256
+from vqdm.storage.files import file_sha256
 
 PROMPTS = ("prompts/shapes_calibration.csv", "prompts/shapes_evaluation.csv")
 # Output positions of a picture of 1024 pixels in each block: what a UNet call costs there goes with them.

@@ -34,11 +34,11 @@ from layer_problems import model_layers, synthetic_layer
 from sdxl import extrapolate
 from torch import Tensor
 
-from vqdm.additive.code import Bank, CodeSpec
+from vqdm.additive.code import CodeSpec, SharedCodebooks
+from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
 from vqdm.additive.config import ENCODERS, SolverConfig
-from vqdm.additive.shared import sample_layer, train_bank
 from vqdm.additive.solve import LayerReport, Problem, Task, initial_code, solve_layer, solve_layers, without_feedback
-from vqdm.tracking import peak_memory
+from vqdm.devices import peak_memory
 
 BANK_GROUPS = 2**15  # column groups that a bank is trained on here
 SDXL_WEIGHTS = 2_540_953_600  # that share a bank
@@ -58,12 +58,14 @@ def solved(W: Tensor, H: Tensor, held_out: Tensor | None, config: SolverConfig, 
     return report.to_dict()
 
 
-def bank_of(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> Bank | None:
+def bank_of(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> SharedCodebooks | None:
     """A bank that is trained on the layer itself, and stands for one that exists; None where none is shared."""
     if not config.spec.shared_codebooks:
         return None
     rows = max(8, BANK_GROUPS * config.spec.in_group_size // W.shape[1])
-    return Bank(train_bank([sample_layer(W, H, rows, config, generator)], config, generator), SDXL_WEIGHTS)
+    return SharedCodebooks(
+        train_shared_codebooks([sample_layer(W, H, rows, config, generator)], config, generator), SDXL_WEIGHTS
+    )
 
 
 def batch_rows(arguments: argparse.Namespace) -> Iterator[dict]:
@@ -88,7 +90,7 @@ def alike(shape: str, arguments: argparse.Namespace) -> list[tuple[Tensor, Tenso
 
 
 def solved_at_once(
-    layers: list[tuple[Tensor, Tensor, Tensor]], config: SolverConfig, bank: Bank | None, at_once: int
+    layers: list[tuple[Tensor, Tensor, Tensor]], config: SolverConfig, bank: SharedCodebooks | None, at_once: int
 ) -> list[LayerReport]:
     """Reports of the layers, so many of which are solved at a time."""
     tasks = [

@@ -47,10 +47,10 @@ from layer_problems import model_layers
 from sdxl import extrapolate, sdxl_layers
 from torch import Tensor, nn
 
-from vqdm.additive.code import Bank, CodeSpec, stored_bits
+from vqdm.additive.code import CodeSpec, SharedCodebooks, stored_bits
+from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.refit import weighted_error
-from vqdm.additive.shared import sample_layer, train_bank
 from vqdm.additive.solve import Task, relative_error, solve_layers
 from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves, solve_trellis
 from vqdm.diffusion.blocks import Layer
@@ -104,13 +104,16 @@ def gaussian_rows(arguments: argparse.Namespace) -> Iterator[dict]:
     H = torch.eye(arguments.size)
     for bits in arguments.bits:
         for L in arguments.state_bits:
-            config, bank = SolverConfig(as_layer("", W, L, bits).spec), Bank(trellis_codebooks(L), SDXL_WEIGHTS)
+            config, bank = (
+                SolverConfig(as_layer("", W, L, bits).spec),
+                SharedCodebooks(trellis_codebooks(L), SDXL_WEIGHTS),
+            )
             yield {"code": f"trellis, {L} state bits"} | gaussian_row(Task(W, H, config, generator, None, bank))
         formats = [ADDITIVE[bits], (12, 4)] if bits == 3 else [ADDITIVE[bits]]
         for width, group in formats:
             config = SolverConfig(CodeSpec(1, width, group, shared_codebooks="bank"))
             sample = sample_layer(other, H, sampled_rows(config.spec, arguments.size), config, generator)
-            bank = Bank(train_bank([sample], config, generator), SDXL_WEIGHTS)
+            bank = SharedCodebooks(train_shared_codebooks([sample], config, generator), SDXL_WEIGHTS)
             code = f"shared codebook of {width} bits, groups of {group}"
             yield {"code": code} | gaussian_row(Task(W, H, config, generator, None, bank))
 
@@ -310,7 +313,7 @@ def coded_layers(
     for name, W in sentences.weights.items():
         root = roots.get(name, torch.ones(len(W)))[:, None]
         generator = torch.Generator().manual_seed(seed)
-        task = Task(W * root, sentences.hessians[name], configs[name], generator, None, Bank(codebooks, 1))
+        task = Task(W * root, sentences.hessians[name], configs[name], generator, None, SharedCodebooks(codebooks, 1))
         [(code, report)] = solve_layers([task])
         weights[name], errors[name] = code.dequantize() / root, report.error
         bits += stored_bits(code.pack())
@@ -331,7 +334,7 @@ def additive_coded(sentences: Sentences, bits: int, seed: int) -> Coded:
     samples = [
         sample_layer(W, sentences.hessians[name], rows, config, generator) for name, W in sentences.weights.items()
     ]
-    codebooks = train_bank(samples, config, generator)
+    codebooks = train_shared_codebooks(samples, config, generator)
     found = coded_layers(sentences, dict.fromkeys(sentences.weights, config), codebooks, {}, seed)
     return replace(found, seconds=time.process_time() - started)
 
@@ -588,7 +591,7 @@ def coding_seconds(rows: int, columns: int, arguments: argparse.Namespace) -> fl
     H = (X.T @ X / len(X)).contiguous()
     H.diagonal().add_(0.01)
     layer, bank = as_layer("", W, arguments.state_bits, arguments.code_bits), trellis_codebooks(arguments.state_bits)
-    task = Task(W, H, SolverConfig(layer.spec), generator, None, Bank(bank, SDXL_WEIGHTS))
+    task = Task(W, H, SolverConfig(layer.spec), generator, None, SharedCodebooks(bank, SDXL_WEIGHTS))
     started = time.process_time()
     solve_layers([task])
     return time.process_time() - started

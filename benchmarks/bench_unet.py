@@ -36,9 +36,9 @@ from rivals import RIVALS, held_bytes
 from sdxl import CONFIG
 from torch import nn
 
-from vqdm.layers.decode import CANDIDATES, PATHS
+from vqdm.layers.decode import BACKENDS, CANDIDATES
+from vqdm.layers.functional import free_scratch
 from vqdm.layers.quantized import cast_plain, quantized_layers
-from vqdm.layers.scratch import free_scratch
 
 RANDOM = "sdxl-random"
 PLAIN = "full precision"
@@ -213,7 +213,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="on the CPU")
     parser.add_argument("--steps", type=int, default=10, help="repetitions")
     parser.add_argument("--compile", action="store_true", help="every UNet by torch.compile")
-    parser.add_argument("--paths", nargs="+", choices=PATHS, help="ways to decode (default: all that the device has)")
+    parser.add_argument(
+        "--paths", nargs="+", choices=BACKENDS, help="ways to decode (default: all that the device has)"
+    )
     parser.add_argument("--backends", nargs="*", choices=RIVALS, default=list(RIVALS), metavar="NAME")
     parser.add_argument("--plot", metavar="FILE.png")
     return parser

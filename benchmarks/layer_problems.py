@@ -14,7 +14,7 @@ from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.job import Job, choose_prompts, read_prompts
 from vqdm.quantization.plan import Rest
 from vqdm.quantization.recording import teacher_hessians
-from vqdm.storage.runs import RunFolder
+from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import Stopwatch, Tracker
 
 SAMPLES = 8192

@@ -10,7 +10,7 @@ from torch import nn
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.quantized import QuantizedLayer, cast_plain, quantized_layers, swap
-from vqdm.layers.shared_codebooks import CodebookBanks
+from vqdm.layers.shared_codebooks import SharedCodebookModule
 
 BANK = "random"
 
@@ -36,7 +36,7 @@ def empty_coded(config: dict, spec: CodeSpec, dtype: torch.dtype) -> UNet2DCondi
 def stored_bits(unet: nn.Module) -> float:
     """Stored bits a weight of the coded layers, shared codebooks included."""
     layers = quantized_layers(unet).values()
-    banks = {id(bank): bank for layer in layers for bank in layer.banks}
+    banks = {id(bank): bank for layer in layers for bank in layer.shared}
     bits = sum(layer.stored_bits for layer in layers)
     bits += sum(16 * bank.numel() for held in banks.values() for bank in held.stored_tensors().values())
     return bits / sum(layer._rows * layer._columns for layer in layers)
@@ -55,7 +55,7 @@ def _made(unet: UNet2DConditionModel, device: str) -> UNet2DConditionModel:
     unet = unet.to_empty(device=device)
     torch.manual_seed(0)
     for module in unet.modules():
-        if isinstance(module, CodebookBanks):
+        if isinstance(module, SharedCodebookModule):
             for bank in module.stored_tensors().values():
                 bank.normal_(std=len(bank) ** -0.5)
         elif isinstance(module, QuantizedLayer):

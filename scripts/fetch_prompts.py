@@ -31,7 +31,7 @@ from vqdm.config import argument, check_flags, flag
 from vqdm.documents import decoded, first_line, parse_json
 from vqdm.errors import UserError
 from vqdm.prompts import load_rows
-from vqdm.storage.atomic import save_text
+from vqdm.storage.files import save_text
 
 COLUMNS = ("id", "prompt", "category", "challenge", "note")
 

@@ -269,7 +269,7 @@ def test_flags_that_share_a_name_take_a_value_from_the_config_file(tmp_path):
         ("encoder: --", "encoder is '--'"),
         ("seed: !!bool perhaps", "cannot be read"),
         ("[" * 9999, "nested too deeply"),
-        ("seed: 1\nheight: 8\nseed: 2", "cannot be read: line 3: 'seed' is there twice"),
+        ("seed: 1\nheight: 8\nseed: 2", "cannot be read: line 3: 'seed' appears twice"),
         ("seed: 1\n  height: 8", "cannot be read: line 2: "),
         ("rest_nbits: 8\nunquantized_nbits: 8", "unquantized_nbits is given under two names"),
         ("help: true", "no such flag: 'help'"),

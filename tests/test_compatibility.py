@@ -28,7 +28,7 @@ from test_shared_codebooks import share
 
 import vqdm  # noqa: F401 (teaches diffusers the format)
 from vqdm.diffusion.blocks import select_layers
-from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers
 from vqdm.storage.hf import mark_quantized
 
@@ -121,7 +121,7 @@ def test_fuse_lora_merges_truly_after_dequantize(pipeline, targets):
     unet = with_lora(pipeline.unet, targets)
     adapted = run(unet)
     unet.dequantize()
-    assert not quantized_layers(unet) and not rounded_layers(unet)
+    assert not quantized_layers(unet) and not int8_layers(unet)
     pipeline.fuse_lora(components=["unet"])
     pipeline.unload_lora_weights()
     torch.testing.assert_close(run(unet), adapted, rtol=1e-3, atol=1e-3)
@@ -242,7 +242,7 @@ COPIES = {
 def test_what_copies_a_unets_weights_gets_them_decoded(pipeline, copied, name):
     decoded = pipeline.unet.get_submodule(name).weight.detach().clone()
     other = copied(pipeline.unet)
-    assert not quantized_layers(other) and not rounded_layers(other) and quantized_layers(pipeline.unet)
+    assert not quantized_layers(other) and not int8_layers(other) and quantized_layers(pipeline.unet)
     assert torch.equal(other.get_submodule(name).weight, decoded)
 
 

@@ -17,9 +17,8 @@ from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.conversion import fill, new_folder
 from vqdm.errors import UserError
-from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers
-from vqdm.storage import inert
 
 ORIGINAL = {
     "down_blocks.0.resnets.0.conv1": {},
@@ -110,7 +109,7 @@ def test_a_pickle_of_the_original_becomes_a_quantized_folder(pipelines, tmp_path
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert set(quantized_layers(pipeline.unet)) == set(ORIGINAL)
     torch.testing.assert_close(run(pipeline.unet), run(unet), rtol=1e-2, atol=1e-2)
-    assert not rounded_layers(pipeline.unet) and "src.aq" not in sys.modules
+    assert not int8_layers(pipeline.unet) and "src.aq" not in sys.modules
     assert json.loads((out / "unet" / "config.json").read_text())["quantization_config"]["format_version"] == 1
 
 
@@ -142,9 +141,9 @@ def test_bad_input_is_one_line(pipelines, tmp_path, capsys, line, words):
 def test_a_pickle_of_another_unet_is_refused(tmp_path, family, words):
     unet = original_unet(ORIGINAL)
     unet.mid_block.attentions[0].proj_in.quantized_weight.codebooks.data = torch.zeros(1, 2, 16, 1, 8)
-    inert.main(save_original(unet, tmp_path / "unet.pickle"), tmp_path / "unet.safetensors")
-    with pytest.raises(UserError, match=f"pickle old does not fit --model: .*{words}"):
-        fill(tiny_unet(family), tmp_path / "unet.safetensors", "old")
+    source = save_original(unet, tmp_path / "unet.pickle")
+    with pytest.raises(UserError, match=rf"pickle .*unet\.pickle does not fit --model: .*{words}"):
+        fill(tiny_unet(family), str(source))
 
 
 def test_a_text_encoder_alone_keeps_its_class(quantized, tmp_path):

@@ -23,11 +23,10 @@ from vqdm.metrics.frechet import load_statistics
 from vqdm.metrics.image_sets import open_images
 from vqdm.prompts import load_rows
 from vqdm.quantization.allocation import planned, read_plan
-from vqdm.storage.atomic import save_sealed_json, save_tensors
-from vqdm.storage.claims import check_claim
+from vqdm.storage.files import save_checked_json, save_tensors
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import VqdmConfig
-from vqdm.storage.runs import RunFolder
+from vqdm.storage.run_folder import RunFolder, check_claim
 
 DEEP = "[" * 5_000 + "]" * 5_000
 LAYER = Layer("mid_block.a.b", "mid_block", "linear", 8, 16, SPECS[0])
@@ -78,7 +77,7 @@ def test_a_device_without_end_is_not_read_to_it():
         ("p.jsonl", DEEP, "nested too deeply"),
         ("p.json", '[{"prompt": ["a"]}]', "its prompt is a list"),
         ("p.yaml", "- prompt: 0x" + "f" * 6000, "row 1 cannot be written as JSON"),
-        ("p.yaml", "- prompt: &a [*a]", "alias of what it stands in"),
+        ("p.yaml", "- prompt: &a [*a]", "line 1: \\*a is an alias; write its value out"),
         ("p.csv", "a\nb\n", "no column named"),
     ],
 )
@@ -152,14 +151,14 @@ def test_model_indices(tmp_path, text):
 @pytest.mark.parametrize("plan", [[], {}, {LAYER.name: 3}, {LAYER.name: {"num_codebooks": 99}}, {LAYER.name: {"x": 1}}])
 def test_plans(tmp_path, plan):
     path = tmp_path / "plan.json"
-    save_sealed_json(plan, path)
+    save_checked_json(plan, path)
     with pytest.raises(RunError, match=r"plan\.json is damaged"):
         planned([LAYER], read_plan(path), path)
 
 
 def test_a_plan_that_was_changed(tmp_path):
     path = tmp_path / "plan.json"
-    save_sealed_json({LAYER.name: {"num_codebooks": 2}}, path)
+    save_checked_json({LAYER.name: {"num_codebooks": 2}}, path)
     path.write_text(path.read_text().replace("2", "3", 1))
     with pytest.raises(RunError, match=r"plan\.json is damaged"):
         read_plan(path)

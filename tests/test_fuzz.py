@@ -55,11 +55,10 @@ from vqdm.metrics.report import settings_list as settings_text
 from vqdm.prompts import load_rows
 from vqdm.quantization.config import read_overrides
 from vqdm.quantization.recording import digest
-from vqdm.storage.atomic import CHECK, load_sealed_json, save_sealed, save_sealed_json
-from vqdm.storage.claims import check_claim
+from vqdm.storage.files import CHECK, load_checked_json, save_checked, save_checked_json
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import VqdmConfig, build_layers
-from vqdm.storage.runs import RunFolder
+from vqdm.storage.run_folder import RunFolder, check_claim
 
 SECONDS = 60  # no case takes a tenth of it
 GROWTH = 2**30  # bytes that all cases of a target may add to the process
@@ -269,7 +268,7 @@ def write_sealed(draw, value, path: Path) -> None:
     """A broken value, mostly with a checksum that fits, as by somebody who knows how it is made."""
     data = broken_json(draw, value)
     try:
-        save_sealed_json(json.loads(data), path) if draw(st.integers(0, 3)) else path.write_bytes(data)
+        save_checked_json(json.loads(data), path) if draw(st.integers(0, 3)) else path.write_bytes(data)
     except (ValueError, RecursionError):
         path.write_bytes(data)
 
@@ -280,7 +279,7 @@ def seal_tensors(draw, path: Path) -> None:
         with safe_open(path, "pt") as file:
             tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         if draw(st.integers(0, 3)):
-            save_sealed(tensors, path, {name: text for name, text in (about or {}).items() if name != CHECK})
+            save_checked(tensors, path, {name: text for name, text in (about or {}).items() if name != CHECK})
     except (SafetensorError, OSError, ValueError, TypeError):
         pass
 
@@ -307,7 +306,7 @@ def hessian_cache(draw, folder: Path) -> None:
     store = HessianStore(folder, settings_)
     store.save([LAYER], torch.eye(16), torch.eye(16))
     if draw(st.booleans()):
-        write_sealed(draw, load_sealed_json(folder / "hessians.json"), folder / "hessians.json")
+        write_sealed(draw, load_checked_json(folder / "hessians.json"), folder / "hessians.json")
     else:
         path = folder / f"{LAYER.name}.safetensors"
         path.write_bytes(broken_safetensors(draw, path.read_bytes()))
@@ -338,7 +337,7 @@ def scored_run(draw, folder: Path) -> None:
 
 def model_index(draw, folder: Path) -> None:
     from vqdm.diffusion.pipelines import check_model
-    from vqdm.storage.fingerprint import pipeline_fingerprint
+    from vqdm.storage.files import pipeline_fingerprint
 
     index = {
         "_class_name": "StableDiffusionXLPipeline",

@@ -7,7 +7,7 @@ from PIL import Image
 
 from vqdm.errors import UserError
 from vqdm.image_folder import ImageFolder, check_layout, grid, png_bytes, read_rows
-from vqdm.storage.claims import check_claim
+from vqdm.storage.run_folder import check_claim
 from vqdm.tracking import JsonLines
 
 

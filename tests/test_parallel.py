@@ -2,14 +2,14 @@
 
 import os
 import random
-import socket
+import subprocess
 import sys
 from itertools import pairwise, product
 
 import pytest
-from accelerate import PartialState
 
-from vqdm.parallel import Ranks, launched, shares
+from vqdm.errors import RunError
+from vqdm.parallel import Ranks, shares
 
 
 def test_a_process_that_was_not_launched_is_alone():
@@ -43,21 +43,40 @@ def test_shares_of_fewer_tasks_than_ranks_leave_some_idle():
     assert shares([], 2) == [[], []]
 
 
-def test_a_process_whose_peers_do_not_start_ends_with_a_line(tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    where = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in where.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("vqdm.parallel.SECONDS_TO_START", 0.5)
-    if (child := os.fork()) == 0:
-        try:
-            PartialState._reset_state()
-            with open(tmp_path / "said", "w") as sys.stderr, launched("cpu"):
-                pass
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
-    said = (tmp_path / "said").read_text()
-    assert said.count("\n") == 1
-    assert "error: the 2 processes of this launch have not all started in 0.5 s, says process 0" in said
+WORKER = """
+import os, signal, sys, time
+from vqdm.cli import run_script
+from vqdm.parallel import launched
+
+def work(words):
+    with launched("cpu") as ranks:
+        ranks.barrier()
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+sys.exit(run_script(work, []))
+"""
+
+
+def test_a_killed_process_ends_a_launch(tmp_path):
+    """torchrun ends the other process, which computes without waiting for the killed one."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "worker.py")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "Signal 9 (SIGKILL)" in done.stderr
+
+
+def test_a_lost_connection_is_one_line(monkeypatch):
+    def lost(_):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1\nmore")
+
+    monkeypatch.setattr("vqdm.parallel.broadcast_object_list", lost)
+    with pytest.raises(RunError, match=r"has ended or does not answer; .*: Connection closed by peer \[127.0.0.1\]:1$"):
+        Ranks(0, 2).broadcast(1)

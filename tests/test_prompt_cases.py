@@ -138,7 +138,7 @@ FILES = {
     "yaml numbers": ("yaml", "- prompt: 1999\n", "row 1: its prompt is 1999, a int", ["quotes"]),
     "yaml dates": ("yaml", "- prompt: 2024-05-01\n", "row 1: its prompt is 2024-05-01, a date", ["quotes"]),
     "yaml colon": ("yaml", "- prompt: a\n- sign: open\n", ["a"], ["1 of 2 rows without a prompt", "row 2"]),
-    "yaml key twice": ("yaml", "x: a\ny: b\nx: c\n", "line 3: 'x' is there twice", []),
+    "yaml key twice": ("yaml", "x: a\ny: b\nx: c\n", "line 3: 'x' appears twice", []),
     "yaml tabs": ("yaml", "- prompt: a\n\t id: 3\n", "line 2", []),
     "yaml open list": ("yaml", "- a\n- [b\n", "line 3", []),
     "yaml documents": ("yaml", "- a\n---\n- b\n", "line 2", []),

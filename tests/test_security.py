@@ -46,7 +46,7 @@ SOURCES = sorted(
     for path in (Path(place).glob("*.py") if place == "." else Path(place).rglob("*.py"))
 )
 # The one file that knows how pickles are made, and reads those of the original without what they name.
-PICKLE_READER = Path("src/vqdm/storage/inert.py")
+PICKLE_READER = Path("src/vqdm/storage/original.py")
 TOKEN = "hf_" + "S3cretS3cretS3cret"
 KEY = "0123456789abcdef" * 2 + "01234567"
 
@@ -82,7 +82,7 @@ def test_nothing_runs_strings_or_reads_pickles(path):
 def test_only_one_place_may_record_the_command_line():
     """`own_command` leaves tokens out; whoever writes sys.argv by itself does not."""
     users = [path for path in SOURCES if path.is_relative_to("src") and "sys.argv" in path.read_text(encoding="utf-8")]
-    assert {path.name for path in users} <= {"redaction.py", "inert.py"}
+    assert {path.name for path in users} <= {"redaction.py"}
 
 
 # ------------------------------------------------------------------------------------------------ pickles and code
@@ -245,15 +245,13 @@ def test_a_zip_bomb_of_statistics_is_refused(tmp_path):
         load_statistics(path, "--fid_reference")
 
 
-def test_aliases_of_yaml_repeat_within_measure():
-    assert parse_yaml("a: &x {b: [1, 2]}\nc: *x\n") == {"a": {"b": [1, 2]}, "c": {"b": [1, 2]}}
+def test_aliases_of_yaml_are_refused():
+    """A few lines of them stand for more values than memory holds."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 10)]
-    with pytest.raises(ValueError, match="its aliases repeat too much"):
+    with pytest.raises(ValueError, match=r"line 2: \*a0 is an alias; write its value out"):
         parse_yaml("\n".join(lines))
-    with pytest.raises(ValueError, match="alias of what it stands in"):
-        parse_yaml("&a [*a]")
-    assert len(parse_yaml("[" + "1, " * 10**4 + "1]")) == 10**4 + 1
+    assert parse_yaml("a: &x {b: [1, 2]}\nc: '*x'\n") == {"a": {"b": [1, 2]}, "c": "*x"}
 
 
 # ------------------------------------------------------------------------------------------------ words on screen

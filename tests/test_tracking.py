@@ -10,7 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from vqdm import tracking
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, peak_memory, progress_bar
+from vqdm.devices import peak_memory
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, progress_bar
 
 
 def test_json_lines_append(tmp_path):

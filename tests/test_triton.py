@@ -10,8 +10,8 @@ COMPILE = """
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from vqdm.additive import kernels, viterbi_kernel
-from vqdm.layers import decode_triton as decode_kernel, trellis_triton as trellis_kernel
+from vqdm.additive import encode_triton, viterbi_triton
+from vqdm.layers import decode_triton
 
 
 def compile(kernel, types, constants, capability=90, **options):
@@ -24,9 +24,9 @@ def compile(kernel, types, constants, capability=90, **options):
 
 floats = ["*fp32"] * 3
 compile(
-    kernels._best_entries,
+    encode_triton._best_entries,
     [*floats, "*i64", "i32", "i32", "i32", "i32"],
-    dict(count=8, PRECISION="ieee", **kernels._blocks(8, 256, 8, 8)),
+    dict(count=8, PRECISION="ieee", **encode_triton._blocks(8, 256, 8, 8)),
 )
 halves = ["*fp16"] * 2
 for M, b, g, written, scales, variable in [
@@ -37,23 +37,23 @@ for M, b, g, written, scales, variable in [
 ]:
     constants = dict(M=M, b=b, p=1, g=g, OWN_CODEBOOKS=scales == 1, SCALES=scales, scale_bits=4)
     compile(
-        decode_kernel._decode,
+        decode_triton._additive_kernel,
         ["*u8", *halves, "*u8", "*fp16", "*u8", "*i64", written, "i32", "i32", "i32"],
         constants | dict(INPUT_SCALES=scales == 1, VARIABLE=variable, BLOCK=2048 // g, BLOCK_D=g),
     )
 for written, logarithms in [("*fp16", True), ("*bf16", False)]:
     scales = ["*u8", "*u8"] if logarithms else ["*fp16", "*fp16"]
     compile(
-        trellis_kernel._decode,
+        decode_triton._trellis_kernel,
         ["*u8", "*fp16", *scales, "*fp32", "*fp32", "*u8", "*i64", written, *["i32"] * 5],
         dict(L=12, LOGARITHMS=logarithms, INPUT_LOGARITHMS=logarithms, ROWS=64, COLUMNS=32),
     )
 for L, q, capability in [(12, 8, 89), (12, 10, 90), (14, 34, 90)]:
-    options = viterbi_kernel.settings(L, q)
+    options = viterbi_triton.settings(L, q)
     constants = {name: options.pop(name) for name in ("L", "K", "WHOLE")}
-    choices = {torch.uint8: "*u8", torch.int16: "*i16"}[viterbi_kernel.choice_type(q)]
+    choices = {torch.uint8: "*u8", torch.int16: "*i16"}[viterbi_triton.choice_type(q)]
     types = ["*fp32", "*fp32", "*i32", "*fp32", choices, "i32", "i32", "i32", "i32"]
-    compiled = compile(viterbi_kernel._viterbi, types, constants, capability, **options)
+    compiled = compile(viterbi_triton._viterbi, types, constants, capability, **options)
     assert compiled.metadata.shared <= 48 * 1024  # a program's memory without asking for more
     assert "fma" not in compiled.asm["ptx"]  # sums are those of torch
 """

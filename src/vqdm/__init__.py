@@ -1,20 +1,21 @@
-"""vqdm: text-to-image diffusion models at 2 to 4 bits a weight, with additive vector quantization.
+"""vqdm: text-to-image diffusion models at 2 to 4 bits per weight, with additive vector quantization.
 
-Importing it teaches diffusers and transformers the format, after which `from_pretrained` loads quantized folders.
+Importing it registers the format in diffusers and transformers: `from_pretrained` then loads quantized folders. What
+quantizes is imported on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vqdm.additive.code import AdditiveCode, CodeSpec
-from vqdm.additive.config import SolverConfig
-from vqdm.layers.decode import set_decode_path
+from vqdm.layers.decode import set_decode_backend
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
-from vqdm.quantization.text_encoder import quantize_text_encoder
-from vqdm.storage.casting import allow_casting
-from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, register
+from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, VqdmTextQuantizer, allow_casting, register
 from vqdm.storage.hf_methods import register_methods
-from vqdm.storage.hf_text import VqdmTextQuantizer, register_text
+
+if TYPE_CHECKING:
+    from vqdm.additive.config import SolverConfig
+    from vqdm.quantization.text_encoder import quantize_text_encoder
 
 if TYPE_CHECKING:
     from vqdm.api import QuantizationReport, quantize
@@ -34,17 +35,28 @@ __all__ = [
     "decoded_once",
     "quantize",
     "quantize_text_encoder",
-    "set_decode_path",
+    "set_decode_backend",
 ]
-_LAZY = {"QuantizationReport": "vqdm.api", "quantize": "vqdm.api"}
+_LAZY = {
+    "QuantizationReport": "vqdm.api",
+    "SolverConfig": "vqdm.additive.config",
+    "quantize": "vqdm.api",
+    "quantize_text_encoder": "vqdm.quantization.text_encoder",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    try:
+        return getattr(import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"vqdm.{name} needs the package {error.name}: pip install 'vqdm[quantize]'") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 register()
-register_text()
 register_methods()

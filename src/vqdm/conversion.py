@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
@@ -32,11 +28,11 @@ from vqdm.diffusion.model_folders import (
 from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
 from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
-from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers
-from vqdm.redaction import without_secrets
 from vqdm.storage.aqlm import export_aqlm
 from vqdm.storage.hf import VqdmConfig, build_layers, check_names, mark_quantized
+from vqdm.storage.original import load_pickle, tensors_and_specs
 
 KINDS = ("dequantize", "aqlm", "pickle")
 TEXT_CLASSES = {one.__name__: one for one in (CLIPTextModel, CLIPTextModelWithProjection)}
@@ -117,10 +113,10 @@ def dequantize(config: ConvertConfig, folder: Path) -> str:
     """Write the plain model of a quantized pipeline, or of its UNet's or a text encoder's own folder."""
     source = load_source(config.source, config.variant)
     parts = models_of(source)
-    quantized = {name: part for name, part in parts.items() if quantized_layers(part) or rounded_layers(part)}
+    quantized = {name: part for name, part in parts.items() if quantized_layers(part) or int8_layers(part)}
     if not quantized:
         raise UserError(f"{config.source} is not quantized; there is nothing to dequantize")
-    count = sum(len(quantized_layers(part)) + len(rounded_layers(part)) for part in quantized.values())
+    count = sum(len(quantized_layers(part)) + len(int8_layers(part)) for part in quantized.values())
     for part in quantized.values():
         make_plain(part, config.dtype)
     source.save_pretrained(folder)
@@ -214,34 +210,23 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
         local_files_only=config.local_files_only,
     )
     check_loaded(pipeline.unet, config.model, "--model")
-    with tempfile.TemporaryDirectory() as folder_between:
-        converted = Path(folder_between) / "unet.safetensors"
-        read_in_process(config.source, converted)
-        fill(pipeline.unet, converted, config.source)
+    fill(pipeline.unet, config.source)
     mark_quantized(pipeline.unet)
     with saved_types(pipeline, stored_dtypes(config.model, config.variant)):
         pipeline.save_pretrained(folder)
     return f"{len(quantized_layers(pipeline.unet))} layers of the original"
 
 
-def read_in_process(source: str, target: Path) -> None:
-    """Read a pickle in another process, which writes `target`. Raises UserError with the last line of its errors."""
-    command = [sys.executable, "-m", "vqdm.storage.inert", source, str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, env=without_secrets(os.environ))
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"the process that read it ended with status {done.returncode}"]
-        raise UserError(f"pickle {source}: {lines[-1]}")
-
-
-def fill(unet: nn.Module, converted: Path, source: str) -> None:
-    """Swap a UNet's layers for those of a converted pickle and take over all its tensors, in place.
+def fill(unet: nn.Module, source: str) -> None:
+    """Replace a UNet's layers and all its tensors by those of a pickle, in place.
 
     Raises:
-        UserError: the pickle is of another UNet; names a layer or tensor.
+        UserError: the pickle is not one of the original, or of another UNet; names a layer or tensor.
     """
-    with safe_open(converted, "pt") as file:
-        specs = json.loads(file.metadata()["specs"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        tensors, specs = tensors_and_specs(load_pickle(Path(source)))
+    except UserError as error:
+        raise UserError(f"pickle {source}: {error}") from None
     try:
         build_layers(unet, VqdmConfig({}, specs))
         check_names(unet.state_dict(), tensors)

@@ -1,7 +1,4 @@
-"""JSON and YAML that someone else may have written: read within bounds, and wrong in no other way than ValueError.
-
-Python's parsers answer hostile text with RecursionError, AttributeError, KeyError, or with memory without end.
-"""
+"""Text, JSON and YAML files that users give: read up to a size limit; every fault is a ValueError of one line."""
 
 from __future__ import annotations
 
@@ -14,10 +11,9 @@ from typing import Any
 
 import yaml
 
-MOST_BYTES = 2**30  # of a document
-PIECE_BYTES = 2**20
-MOST_REPEATED = 10**6  # nodes that the aliases of a YAML document may add to those that are written
-LINE_END = re.compile(r"\r\n?|\n")  # Unicode's other separators, such as U+2028, may stand inside a prompt
+MOST_BYTES = 2**30  # of a file
+CHUNK_BYTES = 2**20
+LINE_END = re.compile(r"\r\n?|\n")  # other line separators of Unicode, such as U+2028, may be part of a prompt
 # Byte order marks, those of UTF-32 before those of UTF-16, which they begin with.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -29,23 +25,23 @@ MARKS = (
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """A text file: UTF-8, or UTF-16 or UTF-32 with the byte order mark that says so.
+    """Read a text file: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is in another encoding (names the line), or has more than `most` bytes, as a device without end.
+        ValueError: it is in another encoding (names the line), or has more than `most` bytes.
     """
     data = bytearray()
     with open(path, "rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            data += piece
+        while chunk := file.read(CHUNK_BYTES):
+            data += chunk
             if len(data) > most:
                 raise ValueError(f"it has more than {most} bytes")
     return decoded(bytes(data))
 
 
 def decoded(data: bytes) -> str:
-    """The text of a file's bytes. Raises ValueError as `read_text`."""
+    """Decode the text of a file's bytes. Raises ValueError as `read_text`."""
     encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -65,22 +61,22 @@ def _lines_before(text: str) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises as `read_text` and `parse_json`."""
+    """Read a JSON file. Raises as `read_text` and `parse_json`."""
     return parse_json(read_text(path))
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file, or of a JSON file by its name. Raises as `read_text`, `parse_yaml`, `parse_json`."""
+    """Read a YAML file, or a JSON file by its name. Raises as `read_text`, `parse_yaml`, `parse_json`."""
     text = read_text(path)
-    # JSON is YAML but for tabs, which people indent it with.
+    # JSON is YAML except for tabs, which people indent it with.
     return parse_json(text, unique=True) if path.suffix.lower() == ".json" else parse_yaml(text)
 
 
 def parse_json(text: str, unique: bool = False, first: int = 1) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Args:
-        unique: refuse an object that has a name twice, of which Python would keep the last.
+        unique: refuse an object with a repeated name, of which Python would keep the last value.
         first: number of the text's first line in its file.
 
     Raises:
@@ -103,18 +99,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
     return found
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Plain types only, without repeated keys, of which PyYAML would keep the last, and without aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                None, None, f"*{event.anchor} is an alias; write its value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[tuple[str, str]] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                problem = f"{shortened(key.value)} appears twice; leave one out"
+                raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text of plain types.
+    """Parse a YAML text of plain types.
 
     Raises:
-        ValueError: it is not YAML (names the line), has a key twice, or aliases that repeat without measure.
+        ValueError: it is not YAML (names the line), repeats a key, or uses an alias.
     """
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        _check_aliases(node)
-        _check_keys(node)
-        return None if node is None else loader.construct_document(node)
+        return _StrictLoader(text).get_single_data()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
@@ -124,62 +137,17 @@ def parse_yaml(text: str) -> Any:
     except yaml.reader.ReaderError as error:
         line = _lines_before(text[: error.position]) + 1
         raise ValueError(f"line {line} holds the character U+{error.character:04X}, unlike YAML") from None
-    except (yaml.YAMLError, AttributeError, KeyError, IndexError, TypeError, OverflowError) as error:
-        # Anything but YAMLError is a scalar that its explicit tag does not fit, such as `!!bool perhaps`.
+    except Exception as error:  # of a value that its explicit tag does not fit, such as `!!bool perhaps`
         raise ValueError(first_line(error)) from None
 
 
-def _check_aliases(root: yaml.Node | None) -> None:
-    """Raise ValueError where a document without its aliases would be endless, or larger by `MOST_REPEATED` nodes."""
-    sizes: dict[int, int | None] = {}
-    written = 0
-
-    def size(node: yaml.Node | None) -> int:
-        nonlocal written
-        if not isinstance(node, yaml.CollectionNode):
-            return 1
-        if id(node) not in sizes:
-            sizes[id(node)] = None  # while it is being counted
-            pairs = isinstance(node, yaml.MappingNode)
-            below = [one for pair in node.value for one in pair] if pairs else node.value
-            written += len(below)
-            sizes[id(node)] = 1 + sum(map(size, below))
-        counted = sizes[id(node)]
-        if counted is None:
-            raise ValueError("it holds an alias of what it stands in")
-        return counted
-
-    if size(root) > 1 + written + MOST_REPEATED:
-        raise ValueError("its aliases repeat too much")
-
-
-def _check_keys(root: yaml.Node | None) -> None:
-    """Raise ValueError, naming the line, for a mapping with a key twice, of which PyYAML would keep the last."""
-    seen: set[int] = set()
-    waiting = [root] if root else []
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            keys: set[tuple[str, str]] = set()
-            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                if (key.tag, key.value) in keys:
-                    raise ValueError(f"line {key.start_mark.line + 1}: {shortened(key.value)} is there twice")
-                keys.add((key.tag, key.value))
-            waiting += [one for pair in node.value for one in pair]
-        else:
-            waiting += node.value
-
-
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or the name of its kind where it has none."""
+    """Return the first line of an error's text, or the name of its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def shortened(value: Any, most: int = 80) -> str:
-    """How a value looks in a message, also one that is long, or a number of more digits than Python prints."""
+    """Return how a value looks in a message, also a long one, or a number of more digits than Python prints."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
@@ -188,6 +156,6 @@ def shortened(value: Any, most: int = 80) -> str:
 
 
 def printable(line: str, most: int = 2000) -> str:
-    """A line as a terminal may show it: what a file smuggled in of control characters is spelled out."""
+    """Return a line as a terminal may show it: control characters are escaped."""
     shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line[:most])
     return shown + ("…" if len(line) > most else "")

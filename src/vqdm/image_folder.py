@@ -24,9 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from vqdm.documents import parse_json, shortened
 from vqdm.errors import UserError
 from vqdm.parallel import Ranks
-from vqdm.storage.atomic import save_bytes, save_json, save_text, sweep
-from vqdm.storage.fingerprint import file_sha256
-from vqdm.storage.locks import locked
+from vqdm.storage.files import file_sha256, locked, save_bytes, save_json, save_text, sweep
 from vqdm.tracking import log
 
 # Layout → file of the image of (prompt index, sample).

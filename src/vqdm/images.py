@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from vqdm.documents import first_line, shortened
-from vqdm.storage.atomic import save_bytes
+from vqdm.storage.files import save_bytes
 from vqdm.tracking import log
 
 BLACK, NAN, REPLACED = "black", "nan", "safety_checker"

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import resource
 import sys
 import threading
 import time
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -187,15 +185,3 @@ class Stopwatch:
     def __exit__(self, *_) -> None:
         spent = time.perf_counter() - self._began
         self.phases[self._phase] = round(self.phases.get(self._phase, 0.0) + spent, 3)
-
-
-def peak_memory(device: torch.device | None = None) -> dict[str, int]:
-    """Bytes: the process's largest resident set, and the most that tensors took on `device` if that is a CUDA GPU.
-
-    Without a device, that of the current GPU where there is one.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
-        peaks["cuda"] = torch.cuda.max_memory_allocated(device)
-    return peaks

@@ -15,6 +15,7 @@ from vqdm.additive.encode import (
     encode_vectors,
     feedback_encode,
     feedback_factors,
+    smallest,
 )
 from vqdm.additive.refit import weighted_error
 
@@ -146,3 +147,10 @@ def test_cholesky_survives_what_has_no_factor():
             factor = damped_cholesky(H, damping)
             assert factor.isfinite().all()
             assert (factor.diagonal() > 0).all()
+
+
+@pytest.mark.parametrize(("n", "count"), [(2048, 8), (256, 8), (64, 1), (2048, 1), (7, 3), (4, 9), (96, 5)])
+def test_smallest_agrees_with_sorting(n, count):
+    scores = randn(33, n)
+    found = scores.gather(1, smallest(scores, count)).sort(1).values
+    assert torch.equal(found, scores.sort(1).values[:, :count])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vqdm.additive.encode import rows_at_once
 from vqdm.additive.kmeans import kmeans, nearest, residual_kmeans
 
 
@@ -21,7 +22,7 @@ def test_nearest_agrees_with_all_distances():
 def test_nearest_in_parts_is_nearest_at_once(monkeypatch):
     points, centroids = torch.randn(500, 3, generator=generator()), torch.randn(40, 3)
     whole = nearest(points, centroids)
-    monkeypatch.setitem(nearest.__globals__["SCORES_AT_ONCE"], "cpu", 1000)
+    monkeypatch.setitem(rows_at_once.__globals__["SCORES_AT_ONCE"], "cpu", 1000)
     assert torch.equal(nearest(points, centroids)[0], whole[0])
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from vqdm.additive.code import Bank, CodeSpec, stored_bits
+from vqdm.additive.code import CodeSpec, SharedCodebooks, stored_bits
+from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
 from vqdm.additive.config import SolverConfig
-from vqdm.additive.shared import sample_layer, train_bank
 from vqdm.additive.solve import relative_error, solve_layer
 from vqdm.additive.trellis import allowed_widths, segment_rows, table
 from vqdm.additive.trellis_solve import (
@@ -348,12 +348,12 @@ def test_the_error_is_below_that_of_shared_codebooks_at_equal_stored_bits():
     """The codebooks are trained on this very layer, and not counted."""
     W, H = synthetic()
     config = SolverConfig(CodeSpec(1, 8, 4, shared_codebooks="unet"), beam_size=4, max_epochs=2)
-    bank = train_bank([sample_layer(W, H, 256, config, generator())], config, generator())
-    additive, _ = solve_layer(W, H, config, generator(), bank=Bank(bank, W.numel()))
+    bank = train_shared_codebooks([sample_layer(W, H, 256, config, generator())], config, generator())
+    additive, _ = solve_layer(W, H, config, generator(), shared=SharedCodebooks(bank, W.numel()))
     most = stored_bits(additive.pack())
     spec = trellis_spec(256, 256, 2, exponent=-6)
     spec = spec.changed(segment_bits=spec.segment_bits - 256 * 16)  # pays for widths and scales of columns
     config = SolverConfig(spec)
-    code, report = solve_layer(W, H, config, generator(), bank=Bank(table(8).view(1, -1, 1, 1), W.numel()))
+    code, report = solve_layer(W, H, config, generator(), shared=SharedCodebooks(table(8).view(1, -1, 1, 1), W.numel()))
     assert stored_bits(code.pack()) <= most
     assert decibels(report.error) < decibels(relative_error(W, additive, H)) - 1

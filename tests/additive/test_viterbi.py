@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vqdm import compiled
-from vqdm.additive import scoring, trellis, viterbi
+from vqdm.additive import backends as scoring
+from vqdm.additive import trellis, viterbi
 from vqdm.errors import UserError
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C compiler")
@@ -21,7 +22,7 @@ def no_wish(monkeypatch):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    module = pytest.importorskip("vqdm.additive.viterbi_kernel")
+    module = pytest.importorskip("vqdm.additive.viterbi_triton")
     monkeypatch.setattr(module, "_failures", {})
     module._warn.cache_clear()
     return module

@@ -2,8 +2,8 @@ import torch
 from bench_reach import compared, overall
 from test_encode import randn, second_moment
 
-from vqdm.additive import reach
-from vqdm.additive.code import Bank, CodeSpec
+from vqdm.additive import scale_search as reach
+from vqdm.additive.code import CodeSpec, SharedCodebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import Task
 
@@ -11,7 +11,7 @@ from vqdm.additive.solve import Task
 def test_a_layer_with_large_weights_gains_and_the_number_of_trials_is_as_before():
     W, trials = randn(16, 32), reach.TRIALS
     W[::3, 4] *= 10
-    bank = Bank(torch.linspace(-3, 3, 256).view(1, -1, 1, 1), 1)
+    bank = SharedCodebooks(torch.linspace(-3, 3, 256).view(1, -1, 1, 1), 1)
     config = SolverConfig(CodeSpec(1, 8, 1, shared_codebooks="bank"))
     row = compared(Task(W, second_moment(32), config, torch.Generator(), second_moment(32, seed=5), bank), trials)
     assert row["bits"] == 8 and row["gain_db"] > 3 and row["reaching"] < row["first"]

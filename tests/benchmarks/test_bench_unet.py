@@ -33,14 +33,14 @@ def test_every_variant_has_its_row_or_its_reason(quantized, tmp_path, capsys, mo
         unet = random_coded(dict(unet.config), CodeSpec(2, 4, 4), torch.float32, "cpu")
         mark_quantized(unet)
     unet.save_pretrained(tmp_path / "unet")
-    words = ["--model", str(tmp_path), "--code", "2x4g4", "--paths", "torch", "gather", "--backends", "missing", "half"]
+    words = ["--model", str(tmp_path), "--code", "2x4g4", "--paths", "torch", "native", "--backends", "missing", "half"]
     first, *rest = lines(capsys, [*words, *(["--plot", str(tmp_path / "p.png")] if quantized else [])])
     assert first["model"] == str(tmp_path) and first["dtype"] == "float32" and first["height"] == 64
     assert rest[0] == {"variant": "missing", "skipped": "ImportError: no such package"}
     rows = {row["variant"]: row for row in rest[1:]}
-    assert list(rows) == ["full precision", "ours torch", "ours gather", "half"]
+    assert list(rows) == ["full precision", "ours torch", "ours native", "half"]
     assert rows["full precision"]["ratio"] == 1 and all(row["least_ms"] > 0 for row in rows.values())
-    plain, ours = (rows[name]["weights_mb"] for name in ("full precision", "ours gather"))
+    plain, ours = (rows[name]["weights_mb"] for name in ("full precision", "ours native"))
     assert abs(plain - 4e-6 * sum(tensor.numel() for tensor in tiny_unet("sdxl").parameters())) < 0.01 and ours < plain
     assert rows["half"]["peak_mb"] > plain and 2 < rows["ours torch"]["stored_bits"] < 4
     assert (tmp_path / "p.png").exists() == quantized

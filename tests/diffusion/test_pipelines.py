@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vqdm.diffusion.pipelines import check_float64, load_pipeline, pick_dtype, stored_dtypes, weight_files
+from vqdm.devices import check_float64, pick_dtype
+from vqdm.diffusion.pipelines import load_pipeline, stored_dtypes, weight_files
 from vqdm.errors import UserError
 
 

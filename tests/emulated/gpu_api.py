@@ -15,17 +15,17 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import vqdm
-from vqdm.additive import kernels, scoring
+from vqdm.additive import backends as scoring
+from vqdm.additive import encode_triton as kernels
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import solve_layer
-from vqdm.diffusion.pipelines import check_float64, pick_device, pick_dtype
+from vqdm.devices import check_float64, peak_memory, pick_device, pick_dtype
 from vqdm.errors import UserError
 from vqdm.finetuning.checkpoints import Checkpoints
-from vqdm.layers.decode import decode, set_decode_path
+from vqdm.layers.decode import decode, set_decode_backend
 from vqdm.layers.quantized import decoded_once, quantized_layers
 from vqdm.parallel import launched
-from vqdm.tracking import peak_memory
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 STEPS = {"num_inference_steps": 2, "output_type": "pt"}
@@ -47,9 +47,9 @@ def use_on_both_devices(folder: str) -> None:
     wanted = image_of(loaded(folder))
     for device in ("cuda", "cuda:1"):
         pipeline = loaded(folder).to(device)
-        set_decode_path("triton")
+        set_decode_backend("triton")
         torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-3, atol=1e-3)
-        set_decode_path(None)
+        set_decode_backend(None)
         half = loaded(folder, dtype=torch.bfloat16).to(device)
         assert image_of(half, torch.Generator(device).manual_seed(0)).isfinite().all()
         with decoded_once(half.unet):
@@ -61,7 +61,7 @@ def place_parts_on_different_devices(folder: str) -> None:
     pipeline = loaded(folder, device_map="balanced")
     assert image_of(pipeline).isfinite().all()
     unet = loaded(folder).unet.to(SECOND)
-    set_decode_path("triton")
+    set_decode_backend("triton")
     for layer in quantized_layers(unet).values():
         assert layer.weight.device == SECOND
 
@@ -151,8 +151,8 @@ def launch_kernels_beside_the_current_device(_: str) -> None:
     assert torch.cuda.current_device() == 0
     for spec in tiny_students.FORMATS.values():
         for layer in quantized_layers(tiny_students.student(spec).to(SECOND)).values():
-            found = decode(layer._stored(), torch.float32, path="triton")
-            torch.testing.assert_close(found, decode(layer._stored(), torch.float32, path="torch"))
+            found = decode(layer._stored(), torch.float32, backend="triton")
+            torch.testing.assert_close(found, decode(layer._stored(), torch.float32, backend="torch"))
     residuals, codebook = torch.randn(5, 2, 4, device=SECOND), torch.randn(16, 4, device=SECOND)
     found, wanted = (find(residuals, codebook, 3)[0] for find in (kernels.best_entries, scoring.torch_best_entries))
     torch.testing.assert_close(found.sort().values, wanted.sort().values)

@@ -78,10 +78,8 @@ def program(order: dict) -> int:
     if order.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"],) * 2)
     crash = order.get("crash") or {}
-    from vqdm import parallel
     from vqdm.cli import run_script
 
-    parallel.SECONDS_TO_START = 20.0  # a launcher would end at once what waits for a rank that was killed early
     changes = Changes(crash["at"], crash["signal"]) if crash else None
     status = run_script(importlib.import_module(script).main, words)
     if changes:

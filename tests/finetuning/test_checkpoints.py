@@ -42,7 +42,7 @@ def test_a_half_written_checkpoint_is_none(tmp_path, monkeypatch):
     held = Checkpoints(tmp_path, 2)
     held.save(1, tensors(0.0), STATE)
     with monkeypatch.context() as patch:
-        patch.setattr("vqdm.finetuning.checkpoints.save_sealed_json", lambda *_: 1 / 0)
+        patch.setattr("vqdm.finetuning.checkpoints.save_checked_json", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             held.save(2, tensors(0.0), STATE)
     assert held.steps() == [1]

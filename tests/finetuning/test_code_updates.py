@@ -5,14 +5,14 @@ import torch
 from tiny_students import FORMATS, codes, points, student, teacher, trainer
 from torch import nn
 
-from vqdm.additive.code import AdditiveCode, Bank, CodeSpec
+from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import solve_layer
 from vqdm.additive.trellis import table
 from vqdm.errors import UserError
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.layers.quantized import QuantizedLinear, float_scales, quantized_layers
-from vqdm.layers.shared_codebooks import CodebookBanks
+from vqdm.layers.shared_codebooks import SharedCodebookModule
 
 BOLD = CodeUpdateSettings(code_lr=0.3, code_fraction=0.5, code_trust_ratio=0.5)
 
@@ -62,12 +62,12 @@ def trellis_problem(log_scales):
     spec = CodeSpec(
         1, 8, 1, input_channel_scales=True, shared_codebooks="trellis_8", segment_rows=96, segment_bits=2 * 40 * 96
     ).changed(log_scales=True, scale_exponent=-6)
-    bank = Bank(table(8).view(1, -1, 1, 1), W.numel())
-    code, _ = solve_layer(W, torch.eye(40), SolverConfig(spec), generator, bank=bank)
+    bank = SharedCodebooks(table(8).view(1, -1, 1, 1), W.numel())
+    code, _ = solve_layer(W, torch.eye(40), SolverConfig(spec), generator, shared=bank)
     model = nn.Sequential(QuantizedLinear.like(nn.Linear(40, 96, bias=False), spec))
-    model[0].banks = (CodebookBanks(),)
-    model[0].banks[0].reserve(spec, torch.device("cpu"))
-    model[0].banks[0].fill("trellis_8", bank.codebooks)
+    model[0].shared = (SharedCodebookModule(),)
+    model[0].shared[0].reserve(spec, torch.device("cpu"))
+    model[0].shared[0].fill("trellis_8", bank.codebooks)
     model[0].set_code(code)
     if not log_scales:
         float_scales(model)

@@ -13,13 +13,13 @@ from vqdm.finetuning.parameters import (
     types_on_disk,
     write_back,
 )
-from vqdm.layers.shared_codebooks import BANKS
+from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 
 
 def test_kinds():
     unet = tiny_students.student(tiny_students.FORMATS["shared"], rounded=True)
     kinds, name = kinds_of(unet), tiny_students.NAMES[0]
-    assert kinds[f"{BANKS}.bank"] == "codebook" and kinds[f"{name}.scales"] == "scale"
+    assert kinds[f"{SHARED_CODEBOOKS}.bank"] == "codebook" and kinds[f"{name}.scales"] == "scale"
     assert kinds["time_embedding.linear_1.scales"] == "scale" and kinds["conv_in.weight"] == "weight"
     assert kinds["conv_norm_out.weight"] == kinds[f"{name}.bias"] == "bias"
     assert f"{name}.codes" not in kinds and len(kinds) == sum(p.is_floating_point() for p in unet.parameters())

@@ -14,9 +14,9 @@ from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.parameters import trainable
 from vqdm.finetuning.points import Points, teacher_outputs
 from vqdm.finetuning.trainer import DistillationLoss, Trainer
-from vqdm.layers.int8 import round_layer
+from vqdm.layers.int8 import quantize_int8
 from vqdm.layers.quantized import quantized_layers, swap
-from vqdm.layers.shared_codebooks import banks_of
+from vqdm.layers.shared_codebooks import shared_codebook_module
 from vqdm.parallel import Ranks
 from vqdm.storage.hf import mark_quantized
 
@@ -54,9 +54,9 @@ def student(spec: CodeSpec, names: tuple[str, ...] = NAMES, rounded: bool = Fals
         size = unet.get_submodule(name).weight.std().item()
         _fill(swap(unet, name, spec), size, generator)
     if spec.shared_codebooks:
-        banks_of(unet).fill(spec.shared_codebooks, torch.randn(spec.codebooks_shape, generator=generator))
+        shared_codebook_module(unet).fill(spec.shared_codebooks, torch.randn(spec.codebooks_shape, generator=generator))
     if rounded:
-        round_layer(unet, "time_embedding.linear_1")
+        quantize_int8(unet, "time_embedding.linear_1")
     mark_quantized(unet)
     return unet.requires_grad_(False)
 

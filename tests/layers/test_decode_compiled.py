@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from test_gather import FORMATS, stored_of
+from stored_layers import FORMATS, stored_of
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers.decode_compiled import pointwise

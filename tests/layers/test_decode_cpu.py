@@ -3,11 +3,12 @@
 import pytest
 import torch
 from compilers import compiles
-from test_gather import FORMATS, VARIABLE, WIDTHS, stored_of
+from stored_layers import FORMATS, VARIABLE, WIDTHS, stored_of, trellis_of
 
 from vqdm.additive.code import CodeSpec, pack_codes
 from vqdm.layers import decode_cpu as native
-from vqdm.layers.stored import Stored
+from vqdm.layers.decode import Stored, decode
+from vqdm.layers.decode_compiled import pointwise
 
 needs_compiler = pytest.mark.skipif(not compiles(), reason="no C compiler that works")
 SIZES = [CodeSpec(M, 5, g) for M in (1, 2, 3, 4, 5) for g in (1, 4, 6, 8, 16)] + [
@@ -24,7 +25,7 @@ def test_every_format_decodes_to_the_last_bit(spec, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     stored, code = stored_of(spec, 18, 48)
     out = torch.full((18, 48), torch.nan)
-    native.native(stored, out)
+    native.decode_additive(stored, out)
     assert torch.equal(out, code.dequantize())
 
 
@@ -33,7 +34,7 @@ def test_every_format_decodes_to_the_last_bit(spec, threads, monkeypatch):
 def test_other_types_are_rounded_once(dtype):
     stored, code = stored_of(CodeSpec(3, 5, 8, out_group_size=2, input_channel_scales=True), 16, 32)
     out = torch.empty(16, 32, dtype=dtype)
-    native.native(stored, out)
+    native.decode_additive(stored, out)
     assert torch.equal(out, code.dequantize().to(dtype))
 
 
@@ -48,7 +49,7 @@ def test_every_sixteen_bit_number_is_read_and_every_rounding_is_to_the_nearest_e
     stored = Stored(CodeSpec(1, 16, 1), (5, 2**16), codes.repeat(5), book.view(1, -1, 1, 1), scales)
     for written in (torch.float32, dtype):
         out = torch.empty(5, 2**16, dtype=written)
-        native.native(stored, out)
+        native.decode_additive(stored, out)
         assert torch.equal(out, (scales[:, None] * book.float()).to(written))
 
 
@@ -57,7 +58,7 @@ def test_rows_longer_than_what_is_decoded_at_once():
     for spec in (CodeSpec(3, 5, 4, scale_nbits=16), CodeSpec(2, 3, 8, out_group_size=4, input_channel_scales=True)):
         stored, code = stored_of(spec, 8, 4 * 1080)
         out = torch.empty(8, 4 * 1080)
-        native.native(stored, out)
+        native.decode_additive(stored, out)
         assert torch.equal(out, code.dequantize())
 
 
@@ -69,7 +70,7 @@ def test_long_rows_of_every_scale(M, groupwise):
         spec = CodeSpec(M, 7, 4, p, scale_nbits=4, groupwise_codebooks=groupwise, input_channel_scales=True)
         stored, code = stored_of(spec, 6, 4 * 300)
         out = torch.empty(6, 4 * 300)
-        native.native(stored, out)
+        native.decode_additive(stored, out)
         assert torch.equal(out, code.dequantize())
 
 
@@ -81,7 +82,7 @@ def test_long_rows_of_variable_rate(row_bits, g):
     stored, code = stored_of(spec, 21, g * 300)
     for bank in (stored.codebooks, stored.codebooks.float()):
         out = torch.full((21, g * 300), torch.nan)
-        native.native(stored._replace(codebooks=bank), out)
+        native.decode_additive(stored._replace(codebooks=bank), out)
         assert torch.equal(out, code.dequantize())
 
 
@@ -93,8 +94,8 @@ def test_codes_past_the_end_are_zero(spec):
     for kept in (0, 1, len(zeros) // 2, len(zeros) - 1):
         codes = torch.cat([stored.codes[:kept], zeros[kept:]])
         found, wanted = torch.empty(2, 64, 160)
-        native.native(stored._replace(codes=stored.codes[:kept]), found)
-        native.native(stored._replace(codes=codes), wanted)
+        native.decode_additive(stored._replace(codes=stored.codes[:kept]), found)
+        native.decode_additive(stored._replace(codes=codes), wanted)
         assert torch.equal(found, wanted)
 
 
@@ -111,7 +112,7 @@ def test_widths_that_no_codebook_has_do_not_lead_past_its_end(width):
         code_widths=torch.full_like(stored.code_widths, width),
     )
     out = torch.empty(8, 160)
-    native.native(crafted, out)
+    native.decode_additive(crafted, out)
     assert out.isfinite().all()
 
 
@@ -120,7 +121,7 @@ def test_types_and_layouts_that_the_loop_does_not_read_are_converted():
     stored, code = stored_of(CodeSpec(2, 4, 4), 8, 16)
     books = stored.codebooks.double().movedim(1, 0).contiguous().movedim(0, 1)
     out = torch.empty(8, 16, dtype=torch.float64)
-    native.native(stored._replace(codebooks=books, scales=stored.scales.bfloat16().float()[:, None]), out)
+    native.decode_additive(stored._replace(codebooks=books, scales=stored.scales.bfloat16().float()[:, None]), out)
     wanted = code.dequantize() / code.scales * code.scales.bfloat16().float()
     torch.testing.assert_close(out.float(), wanted)
 
@@ -132,5 +133,45 @@ def test_without_a_team_of_threads_one_does_the_work(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     stored, code = stored_of(CodeSpec(2, 6, 4), 16, 32)
     out = torch.full((16, 32), torch.nan)
-    native.native(stored, out)
+    native.decode_additive(stored, out)
     assert torch.equal(out, code.dequantize())
+
+
+SHAPES = [(4, 3), (6, 17), (48, 1), (48, 70), (320, 5), (640, 17)]
+
+
+@pytest.fixture(params=[True, False], ids=["logarithms", "float16"])
+def log_scales(request):
+    return request.param
+
+
+@pytest.mark.parametrize("L", [4, 8, 12, 16])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_native_and_pointwise_are_exact(rows, columns, L, log_scales):
+    stored, code = trellis_of(rows, columns, L, log_scales)
+    expected = code.dequantize()
+    out = torch.full((rows, columns), torch.nan)
+    native.decode_trellis(stored, out)
+    assert torch.equal(out, expected) and torch.equal(pointwise(stored), expected)
+    assert not expected[:, code.widths == 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_other_types(dtype, backend, log_scales):
+    stored, code = trellis_of(48, 17, 10, log_scales)
+    torch.testing.assert_close(decode(stored, dtype, backend=backend), code.dequantize().to(dtype))
+
+
+def test_the_choice_is_measured_on_the_first_segment():
+    stored, code = trellis_of(640, 70, 8, True)
+    assert torch.equal(decode(stored, torch.float32), code.dequantize())
+
+
+def test_nothing_after_the_codes_is_read():
+    stored, code = trellis_of(48, 17, 12, True)
+    for poison in (0, 255):
+        behind = torch.cat([stored.codes, torch.full((64,), poison, dtype=torch.uint8)])
+        out = torch.empty(48, 17)
+        native.decode_trellis(stored._replace(codes=behind[: len(stored.codes)]), out)
+        assert torch.equal(out, code.dequantize())

@@ -1,21 +1,22 @@
 """Gradients of coded layers against autograd through the decoded weight, and what stays in memory meanwhile."""
 
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
-from test_gather import VARIABLE, stored_of
+from stored_layers import VARIABLE, stored_of, trellis_of
 from test_quantized import SPECS, random_code
-from test_trellis_cpu import trellis_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers import functional
 from vqdm.layers.decode_compiled import pointwise
-from vqdm.layers.functional import Convolution, Linear, coded
-from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear
+from vqdm.layers.functional import Convolution, DecodedWeight, Linear, _idle, coded, free_scratch, scratch
+from vqdm.layers.int8 import quantize_int8
+from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, swap
 
 CONVOLUTIONS = [
     Convolution((3, 3), (1, 1), (1, 1), (1, 1), True),
@@ -146,3 +147,97 @@ def test_activations_of_a_checkpointed_block_are_freed():
     assert seen[0]() is None
     y.sum().backward()
     assert layer.scales.grad.abs().sum() > 0
+
+
+def layers() -> list[nn.Module]:
+    """One of each kind."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.Conv2d(8, 4, 3), nn.Linear(16, 8), nn.Conv2d(8, 4, 3))
+    swap(model, "0", SPECS[0]).set_code(random_code(SPECS[0], 8, 16))
+    swap(model, "1", SPECS[0]).set_code(random_code(SPECS[0], 4, 72))
+    quantize_int8(model, "2")
+    quantize_int8(model, "3")
+    return list(model)
+
+
+@pytest.mark.parametrize("layer", layers(), ids=lambda layer: type(layer).__name__)
+def test_a_weight_reads_as_a_tensor_and_refuses_to_be_set(layer):
+    weight = layer.weight
+    assert isinstance(weight, DecodedWeight) and type(weight.data) is type(weight + 1) is torch.Tensor
+    assert torch.equal(weight.data, layer.plain().weight) and type(layer.plain().weight) is nn.Parameter
+    with pytest.raises(RuntimeError, match=r"no adapter can be fused into it; .* call dequantize\(\)"):
+        layer.weight.data += 1
+    with pytest.raises(RuntimeError, match="cannot be changed"):
+        layer.weight.data = weight.data.clone()
+    assert torch.equal(layer.weight.data, weight.data)
+
+
+def test_gradients_pass_a_decoded_weight():
+    layer = layers()[0]
+    layer.codebooks = nn.Parameter(layer.codebooks.float())
+    layer.weight.square().sum().backward()
+    assert layer.codebooks.grad.abs().sum() > 0
+
+
+def test_a_convolution_made_by_numbers_is_a_plain_one():
+    assert type(QuantizedConv2d(8, 4, 3, 1, 1, bias=False)) is nn.Conv2d
+
+
+CPU = torch.device("cpu")
+
+
+def test_one_buffer_serves_all_and_grows_to_the_largest():
+    free_scratch()
+    pointers = []
+    for shape in ((4, 8), (2, 3), (16, 8), (4, 8)):
+        with scratch(shape, torch.float32, CPU) as out:
+            assert out.shape == shape
+            pointers.append(out.data_ptr())
+    assert pointers[0] == pointers[1] and pointers[2] == pointers[3]
+    assert [buffer.memory.numel() for buffer in _idle.values()] == [128]
+
+
+def test_types_have_buffers_of_their_own():
+    free_scratch()
+    with scratch((4, 4), torch.float32, CPU) as a, scratch((4, 4), torch.float16, CPU) as b:
+        assert a.dtype == torch.float32 and b.dtype == torch.float16
+    assert len(_idle) == 2
+
+
+def test_a_nested_call_does_not_overwrite():
+    with scratch((4, 4), torch.float32, CPU) as outer:
+        outer.fill_(1)
+        with scratch((8, 8), torch.float32, CPU) as inner:
+            inner.fill_(2)
+        with scratch((4, 4), torch.float32, CPU) as again:
+            again.fill_(3)
+        assert (outer == 1).all()
+
+
+def test_threads_do_not_share_what_is_lent():
+    wrong = []
+
+    def work(value):
+        for _ in range(200):
+            with scratch((32, 32), torch.float32, CPU) as out:
+                out.fill_(value)
+                if not (out == value).all():
+                    wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_it_comes_back_after_an_error_and_works_in_and_out_of_inference_mode():
+    free_scratch()
+    try:
+        with torch.inference_mode(), scratch((4, 4), torch.float32, CPU):
+            raise KeyError
+    except KeyError:
+        pass
+    assert len(_idle) == 1
+    with torch.no_grad(), scratch((4, 4), torch.float32, CPU) as out:
+        out.fill_(1)

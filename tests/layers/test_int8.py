@@ -4,14 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vqdm.layers.int8 import (
-    RoundedConv2d,
-    RoundedLinear,
-    round_layer,
-    round_rows,
-    rounded_layers,
-    unround_layers,
-)
+from vqdm.layers.int8 import Int8Conv2d, Int8Linear, dequantize_int8, int8_layers, quantize_int8, quantize_rows
 
 CONVOLUTIONS = [
     dict(kernel_size=3, stride=2, padding=1),
@@ -26,7 +19,7 @@ def decoded(values, scales):
 
 def test_every_row_is_at_least_as_near_as_with_its_largest_value_over_127():
     weight = torch.randn(64, 40, generator=torch.Generator().manual_seed(0))
-    values, scales = round_rows(weight)
+    values, scales = quantize_rows(weight)
     plain = (weight.abs().amax(1, keepdim=True) / 127).half().float()
     by_rule = (weight / plain).round() * plain
     ours, rule = ((weight - guess).square().sum(1) for guess in (decoded(values, scales), by_rule))
@@ -36,9 +29,9 @@ def test_every_row_is_at_least_as_near_as_with_its_largest_value_over_127():
 
 def test_what_8_bits_hold_comes_back():
     exact = torch.tensor([[-127.0, 3, 127], [0, 0, 0], [0.25, 0, -0.5]])
-    values, scales = round_rows(exact[:2] / 64)
+    values, scales = quantize_rows(exact[:2] / 64)
     assert torch.equal(decoded(values, scales), exact[:2] / 64)
-    assert torch.equal(decoded(*round_rows(torch.zeros(2, 3))), torch.zeros(2, 3))
+    assert torch.equal(decoded(*quantize_rows(torch.zeros(2, 3))), torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
@@ -46,14 +39,14 @@ def test_values_beyond_float16_scales_are_refused(bad):
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight.data[1, 2] = bad
     with pytest.raises(ValueError, match="layer 0: the weight has values that are not finite"):
-        round_layer(model, "0")
+        quantize_int8(model, "0")
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_equals_a_plain_layer_of_the_decoded_weight(bias):
     model = nn.Sequential(nn.Linear(16, 8, bias=bias)).eval()
     plain = model[0]
-    layer = round_layer(model, "0")
+    layer = quantize_int8(model, "0")
     x = torch.randn(3, 5, 16)
     expected = nn.functional.linear(x, decoded(layer.values, layer.scales), plain.bias)
     torch.testing.assert_close(layer(x), expected)
@@ -66,33 +59,33 @@ def test_linear_equals_a_plain_layer_of_the_decoded_weight(bias):
 def test_conv_equals_a_plain_layer_of_the_decoded_weight(options):
     model = nn.Sequential(nn.Conv2d(8, 4, **options))
     plain = model[0]
-    layer, x = round_layer(model, "0"), torch.randn(2, 8, 7, 9)
+    layer, x = quantize_int8(model, "0"), torch.randn(2, 8, 7, 9)
     plain.weight.data = decoded(layer.values, layer.scales)
     torch.testing.assert_close(layer(x), plain(x))
-    unround_layers(model)
-    assert type(model[0]) is nn.Conv2d and not rounded_layers(model)
+    dequantize_int8(model)
+    assert type(model[0]) is nn.Conv2d and not int8_layers(model)
     torch.testing.assert_close(model.float()(x), plain(x), rtol=1e-2, atol=1e-2)
 
 
 def test_state_dict_and_deepcopy_keep_the_weight():
     model = nn.Sequential(nn.Linear(16, 8), nn.Conv2d(2, 3, 1))
     for name in ("0", "1"):
-        round_layer(model, name)
+        quantize_int8(model, name)
     twin, other = copy.deepcopy(model), nn.Sequential(nn.Linear(16, 8), nn.Conv2d(2, 3, 1))
     for name in ("0", "1"):
-        round_layer(other, name)
+        quantize_int8(other, name)
     other.load_state_dict(model.state_dict())
     for k in range(2):
         assert torch.equal(twin[k].weight, model[k].weight) and torch.equal(other[k].weight, model[k].weight)
 
 
 def test_gradients_reach_the_scales():
-    layer = round_layer(nn.Sequential(nn.Linear(16, 8)), "0")
+    layer = quantize_int8(nn.Sequential(nn.Linear(16, 8)), "0")
     layer.scales = nn.Parameter(layer.scales.float())
     layer(torch.randn(2, 16)).square().sum().backward()
     assert layer.scales.grad.abs().sum() > 0
 
 
 def test_a_convolution_made_by_numbers_is_a_plain_one():
-    assert type(RoundedConv2d(8, 4, 3, 1, 1, bias=False)) is nn.Conv2d
-    assert isinstance(RoundedLinear(nn.Linear(4, 4)), RoundedLinear)
+    assert type(Int8Conv2d(8, 4, 3, 1, 1, bias=False)) is nn.Conv2d
+    assert isinstance(Int8Linear(nn.Linear(4, 4)), Int8Linear)

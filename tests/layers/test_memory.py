@@ -10,15 +10,14 @@ from torch import nn
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers import decode as decoding
-from vqdm.layers import parts
+from vqdm.layers.functional import free_scratch
 from vqdm.layers.quantized import decoded_once, quantized_layers, swap
-from vqdm.layers.scratch import free_scratch
 
 
 @pytest.fixture(autouse=True)
-def gathering(monkeypatch):
-    """Without measuring ways first, and with an empty buffer."""
-    monkeypatch.setattr(decoding, "_wanted", "gather")
+def by_torch(monkeypatch):
+    """Without measuring backends first, and with an empty buffer."""
+    monkeypatch.setattr(decoding, "_wanted", "torch")
     free_scratch()
     yield
     free_scratch()
@@ -46,12 +45,12 @@ def peak(run):
 
 
 def test_a_forward_pass_holds_one_decoded_layer(monkeypatch):
-    monkeypatch.setattr(parts, "GROUPS_AT_ONCE", 2**11)
+    monkeypatch.setattr(decoding, "GROUPS_PER_BLOCK", 2**11)
     model, x = model_of_four(), torch.randn(4, 512)
     largest = 4 * 1024 * 512
     activations = 4 * 4 * (1024 + 512) * 2  # an input and an output, and a copy of each
-    part = 2**11 * (4 * SPEC.in_group_size + 3 * 8)
-    working = torch.get_num_threads() * part + 4 * 3 * 256 * 8 * 2 + 2**16  # parts, tables, Python's own
+    block = 2**11 * (3 * 4 * SPEC.in_group_size + 3 * (4 + 8 + 8))  # values before and after scaling, and indices
+    working = block + 4 * 3 * 256 * 8 * 2 + 2**16  # codebooks in float32, Python's own
     held, left = peak(lambda: model(x))
     assert largest < held <= largest + activations + working
     assert left <= largest  # the buffer

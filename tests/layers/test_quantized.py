@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import tiny_students
 import torch
 from numerics import random_widths
 from torch import nn
@@ -8,15 +9,18 @@ from torch import nn
 from vqdm.additive import trellis
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.rates import first_entries
+from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.parameters import trainable
 from vqdm.layers.quantized import (
     QuantizedConv2d,
     QuantizedLinear,
     decoded_once,
     float_scales,
+    held_weights,
     quantized_layers,
     swap,
 )
-from vqdm.layers.shared_codebooks import CodebookBanks
+from vqdm.layers.shared_codebooks import SharedCodebookModule
 
 SPECS = [
     CodeSpec(2, 4, 4),
@@ -194,15 +198,15 @@ def test_scales_of_a_trellis_become_float16_of_the_same_values(exponent):
         torch.Generator().manual_seed(0),
     )
     layer = QuantizedLinear.like(nn.Linear(columns, rows), spec)
-    layer.banks = (CodebookBanks(),)
-    layer.banks[0].reserve(spec, torch.device("cpu"))
+    layer.shared = (SharedCodebookModule(),)
+    layer.shared[0].reserve(spec, torch.device("cpu"))
     tensors = layer.stored_tensors()
     tensors["code_widths"].fill_(8)
     for name in ("codes", "scale_logarithms", "input_scale_logarithms"):
         low, high = (0, 256) if name == "codes" else (100, 150)
         tensors[name].copy_(torch.randint(low, high, tensors[name].shape, generator=generator))
     tensors["input_scale_logarithms"][3] = 0
-    layer.banks[0].fill("trellis", trellis.table(6).view(1, -1, 1, 1))
+    layer.shared[0].fill("trellis", trellis.table(6).view(1, -1, 1, 1))
     model, x = nn.Sequential(layer), torch.randn(3, columns)
     before, bits = layer.decoded_matrix(), layer.stored_bits
     assert float_scales(model) == {"0.scales": torch.float16, "0.input_scales": torch.float16}
@@ -223,3 +227,73 @@ def test_autocast_decodes_into_its_own_type():
         wanted = nn.functional.linear(x, code.dequantize(), layer.bias)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted)
+
+
+def gradients(unet, points, held: bool) -> dict[str, torch.Tensor]:
+    """Of the sum of squares of two batches' outputs, by parameter; and of latents."""
+    latents = {}
+    for name, layer in quantized_layers(unet).items():
+        layer.latent = torch.zeros(layer._rows, layer._columns, requires_grad=True)
+        latents[name] = layer.latent
+    trained = trainable(unet, OptimizerConfig())
+
+    def passes():
+        for some in (points.all()[:3], points.all()[3:7]):
+            batch = points.batch(some, tiny_students.CPU, torch.float32)
+            unet(**batch.call).sample.square().sum().backward()
+
+    if held:
+        with held_weights(unet):
+            passes()
+    else:
+        passes()
+    return {name: tensor.grad for name, tensor in {**trained.tensors, **latents}.items()}
+
+
+@pytest.mark.parametrize("spec", tiny_students.FORMATS.values(), ids=list(tiny_students.FORMATS))
+def test_gradients_are_those_of_decoding_in_every_call(spec):
+    points = tiny_students.points(tiny_students.teacher(), prompts=2)
+    wanted = gradients(tiny_students.student(spec), points, held=False)
+    found = gradients(tiny_students.student(spec), points, held=True)
+    assert wanted.keys() == found.keys() and any("scale" in name for name in found)
+    for name, gradient in wanted.items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+def test_nothing_is_left_behind():
+    unet = tiny_students.student(tiny_students.FORMATS["own"])
+    trained = trainable(unet, OptimizerConfig())
+    points = tiny_students.points(tiny_students.teacher(), prompts=2)
+    batch = points.batch(points.all()[:2], tiny_students.CPU, torch.float32)
+    with pytest.raises(ZeroDivisionError), held_weights(unet):
+        unet(**batch.call).sample.square().sum().backward()
+        raise ZeroDivisionError
+    layers = quantized_layers(unet).items()
+    assert all(layer.held is None for _, layer in layers)
+    assert all(trained.tensors[f"{name}.codebooks"].grad is None for name, _ in layers)
+
+
+def test_gradients_agree_with_finite_differences():
+    unet = tiny_students.student(tiny_students.FORMATS["own"], tiny_students.NAMES[:1])
+    points = tiny_students.points(tiny_students.teacher(), prompts=2)
+    batch = points.batch(points.all()[:2], tiny_students.CPU, torch.float32)
+    layer = quantized_layers(unet)[tiny_students.NAMES[0]]
+    trainable(unet, OptimizerConfig())
+
+    def loss() -> torch.Tensor:
+        return (unet(**batch.call).sample.double() - batch.teacher_output).square().mean()
+
+    with held_weights(unet):
+        loss().backward()
+    for tensor in (layer.codebooks, layer.scales, layer.bias):
+        direction = tensor.grad / tensor.grad.norm()
+        step = 0.02 * tensor.detach().norm()
+        with torch.no_grad():
+            tensor += step * direction
+            above = loss()
+            tensor -= 2 * step * direction
+            below = loss()
+            tensor += step * direction
+        slope = ((above - below) / (2 * step)).item()
+        assert slope == pytest.approx(tensor.grad.norm().item(), rel=0.02)

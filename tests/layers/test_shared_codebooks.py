@@ -24,7 +24,7 @@ def share(model, names):
         layer = swap(model, name, SPEC)
         code = random_code(SPEC, layer._rows, layer._columns)
         code.codebooks = torch.randn(SPEC.codebooks_shape, generator=torch.Generator().manual_seed(7)).half()
-        layer.banks[0].fill(SPEC.shared_codebooks, code.codebooks)
+        layer.shared[0].fill(SPEC.shared_codebooks, code.codebooks)
         layer.set_code(code)
         matrices[name] = code.dequantize()
     return matrices
@@ -51,23 +51,23 @@ def test_a_copy_has_its_own_bank(model):
     with torch.no_grad():
         model.codebook_banks.unet_2x4_1x4.zero_()
     assert model[0].weight.abs().sum() == 0 and other[0].weight.abs().sum() > 0
-    assert other[0].banks[0] is other.codebook_banks
+    assert other[0].shared[0] is other.codebook_banks
 
 
-def test_codes_of_another_bank_are_refused(model):
+def test_codes_of_other_shared_codebooks_are_refused(model):
     share(model, ["0"])
     code = random_code(SPEC, 16, 8)
-    with pytest.raises(ValueError, match="other codebooks than those of bank unet_2x4_1x4"):
+    with pytest.raises(ValueError, match="codebooks other than the shared unet_2x4_1x4"):
         model[0].set_code(code)
 
 
-def test_banks_of_another_shape_are_refused(model):
+def test_shared_codebooks_of_another_shape_are_refused(model):
     share(model, ["0"])
     with pytest.raises(ValueError, match=r"unet_2x4_1x4 are \(2, 16, 1, 4\); a layer needs \(1, 16, 1, 4\)"):
         swap(model, "1", SPEC.changed(num_codebooks=1))
 
 
-def test_casting_leaves_banks_and_dequantizing_drops_them(model):
+def test_casting_leaves_shared_codebooks_and_dequantizing_drops_them(model):
     matrices = share(model, ["0"])
     cast_plain(model, torch.float64)
     assert model.codebook_banks.unet_2x4_1x4.dtype == torch.float16 and model[1].weight.dtype == torch.float64

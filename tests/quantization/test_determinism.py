@@ -15,7 +15,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import solve_layer
 from vqdm.cli import run_script
 from vqdm.diffusion.pipelines import generators
-from vqdm.storage.runs import layer_generator
+from vqdm.storage.run_folder import layer_generator
 
 CONFIG = SolverConfig(spec=CodeSpec(2, 4, 4), max_epochs=2, init_max_iter=3)
 

@@ -18,7 +18,7 @@ from tiny_runs import command, file_hashes
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import select_layers
-from vqdm.layers.int8 import round_layer, rounded_layers
+from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import quantized_layers
 from vqdm.quantization import block as solving
 from vqdm.quantization.config import QuantizeConfig
@@ -154,7 +154,7 @@ def test_hessians_hold_for_the_type_that_is_computed_in(pipelines):
     settings = dict(model=str(pipelines["sdxl"]), calibration_prompts="", evaluation_prompts="", output_dir="")
     job = SimpleNamespace(config=QuantizeConfig(**settings), unet=pipeline.unet, calibration=["a"], fingerprint=None)
     before = hessian_settings(job)
-    round_layer(pipeline.unet, "conv_in")
+    quantize_int8(pipeline.unet, "conv_in")
     assert hessian_settings(job) == before and before["dtype"] == "torch.float32"
     assert "xtx_batch_size" not in before
 
@@ -164,7 +164,7 @@ def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *extra)) == 0
     summary, unet = json.loads((out / "summary.json").read_text()), DiffusionPipeline.from_pretrained(out).unet
-    others = rounded_layers(unet)
+    others = int8_layers(unet)
     assert summary["layers_in_8_bit"] == len(others) and "down_blocks.0.resnets.0.conv1" in others
     parameters = sum(p.numel() for p in DiffusionPipeline.from_pretrained(summary["model"]).unet.parameters())
     bits = sum(8 * p.element_size() * p.numel() for p in unet.parameters())

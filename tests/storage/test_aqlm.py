@@ -8,10 +8,10 @@ from torch import nn
 
 from vqdm.additive.code import CodeSpec
 from vqdm.errors import UserError
-from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers, swap
 from vqdm.storage.aqlm import common_spec, export_aqlm, signed
-from vqdm.storage.hf_text import short_name
+from vqdm.storage.hf import short_name
 
 SPECS = [CodeSpec(2, 8, 8), CodeSpec(1, 12, 4, out_group_size=2), CodeSpec(3, 3, 4, codebook_value_nbits=5)]
 
@@ -42,7 +42,7 @@ def dequantize(codes, codebooks, scales):
 def test_every_layer_decodes_to_the_same_weight(tmp_path, part, spec):
     model = quantized_text_encoder(part, spec)
     weights = {name: layer.decoded_matrix() for name, layer in quantized_layers(model).items()}
-    rounded = next(iter(rounded_layers(model)))
+    rounded = next(iter(int8_layers(model)))
     expected_plain = model.get_submodule(rounded).weight
     export_aqlm(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -10,7 +10,7 @@ from test_hf import quantized_unet
 from tiny_runs import command, write_folder
 
 from vqdm.cli import run_script
-from vqdm.storage.locks import locked
+from vqdm.storage.files import locked
 
 
 def test_every_program_refuses_a_folder_in_use(tmp_path, pipelines, prompt_file, capsys):

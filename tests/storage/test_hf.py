@@ -14,7 +14,7 @@ from test_quantized import SPECS, random_code
 from vqdm.additive import trellis
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import rest_layers, select_layers
-from vqdm.layers.int8 import round_layer, rounded_layers
+from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedConv2d, cast_plain, float_scales, quantized_layers, swap
 from vqdm.storage.hf import VqdmConfig, mark_quantized
 
@@ -31,7 +31,7 @@ def quantized_unet(spec=SPECS[0], overrides=None, rest_nbits=16) -> UNet2DCondit
         swap(unet, layer.name, layer.spec).set_code(random_code(layer.spec, layer.rows, layer.columns))
     if rest_nbits == 8:
         for name in rest_layers(unet, layers):
-            round_layer(unet, name)
+            quantize_int8(unet, name)
     mark_quantized(unet)
     return unet
 
@@ -121,13 +121,13 @@ def test_layers_in_8_bit_come_back(tmp_path, options):
     unet = quantized_unet(overrides={".*conv1": None}, rest_nbits=8)
     unet.save_pretrained(tmp_path, **options)
     again = UNet2DConditionModel.from_pretrained(tmp_path, variant=options.get("variant"))
-    names = set(rounded_layers(again))
+    names = set(int8_layers(again))
     assert {"time_embedding.linear_1", "add_embedding.linear_2", "mid_block.resnets.1.conv1"} <= names
-    assert names == set(rounded_layers(unet)) and not {"conv_in", "conv_out"} & names
+    assert names == set(int8_layers(unet)) and not {"conv_in", "conv_out"} & names
     assert_same_tensors(again, unet)
     assert_close_outputs(run(again), run(unet))
     unet.dequantize()
-    assert not rounded_layers(unet) and (run(unet.float()) - run(again)).norm() < 0.02 * run(again).norm()
+    assert not int8_layers(unet) and (run(unet.float()) - run(again)).norm() < 0.02 * run(again).norm()
 
 
 @pytest.mark.parametrize(("rest_nbits", "version"), [(16, 1), (8, 2)])
@@ -145,7 +145,7 @@ def variable_unet() -> UNet2DConditionModel:
     for layer in select_layers(unet, "default", 0, spec, {}):
         own = spec.changed(row_bits=2 * (layer.columns // 4) + 1)
         quantized = swap(unet, layer.name, own)
-        quantized.banks[0].fill(own.shared_codebooks, bank)
+        quantized.shared[0].fill(own.shared_codebooks, bank)
         quantized.set_code(replace(random_code(own, layer.rows, layer.columns), codebooks=bank))
     mark_quantized(unet)
     return unet
@@ -182,7 +182,7 @@ def trellis_unet(scales: str = "logarithms") -> UNet2DConditionModel:
             segment_rows=T, segment_bits=int(widths.sum()) * T // 4, log_scales=True, scale_exponent=layer.rows % 5 - 6
         )
         quantized = swap(unet, layer.name, own)
-        quantized.banks[0].fill("trellis_6", trellis.table(6).view(1, -1, 1, 1))
+        quantized.shared[0].fill("trellis_6", trellis.table(6).view(1, -1, 1, 1))
         tensors = quantized.stored_tensors()
         tensors["code_widths"].copy_(widths)
         for name, low, high in (

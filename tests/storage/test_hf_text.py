@@ -13,11 +13,10 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from vqdm.additive.config import SolverConfig
-from vqdm.layers.int8 import round_layer, rounded_layers
+from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLinear, quantized_layers, swap
 from vqdm.quantization.text_encoder import text_layers
-from vqdm.storage.hf import FORMAT_VERSION
-from vqdm.storage.hf_text import mark_text_quantized, short_name
+from vqdm.storage.hf import FORMAT_VERSION, mark_text_quantized, short_name
 
 pytestmark = pytest.mark.usefixtures("odd_addresses")
 KINDS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -31,7 +30,7 @@ def quantized_text_encoder(part: str, spec=SPECS[0]) -> nn.Module:
     first, *layers = text_layers(model, SolverConfig(spec))
     for layer in layers:
         swap(model, layer.name, spec).set_code(random_code(spec, layer.rows, layer.columns))
-    round_layer(model, first.name)
+    quantize_int8(model, first.name)
     mark_text_quantized(model)
     return model
 
@@ -47,7 +46,7 @@ def test_round_trip_is_exact(tmp_path, part, options):
     model = quantized_text_encoder(part)
     model.save_pretrained(tmp_path, **options)
     again = KINDS[part].from_pretrained(tmp_path)
-    assert len(quantized_layers(again)) == 11 and len(rounded_layers(again)) == 1
+    assert len(quantized_layers(again)) == 11 and len(int8_layers(again)) == 1
     again.save_pretrained(tmp_path / "again")
     for twin in (again, copy.deepcopy(again), KINDS[part].from_pretrained(tmp_path / "again")):
         assert_same_tensors(twin, model)
@@ -120,7 +119,7 @@ def test_dequantize_gives_a_plain_model(tmp_path, part):
     model = quantized_text_encoder(part)
     expected = run(model)
     plain = model.dequantize()
-    assert not quantized_layers(plain) and not rounded_layers(plain)
+    assert not quantized_layers(plain) and not int8_layers(plain)
     assert (run(plain) - expected).norm() < 0.02 * expected.norm()
     plain.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())

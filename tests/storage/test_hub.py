@@ -16,7 +16,7 @@ from test_hf import picture, quantized_unet
 from vqdm.cli import run_script
 from vqdm.errors import RunError, UserError
 from vqdm.storage import hub
-from vqdm.storage.card import model_card
+from vqdm.storage.hub import model_card
 
 SUMMARY = {
     "layers_quantized": 3,

@@ -21,7 +21,7 @@ from vqdm.additive import trellis
 from vqdm.additive.rates import pack_rows, row_bytes, unpack_rows
 from vqdm.config import check_fields, flag
 
-BANK_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # banks name tensors and files
+SHARED_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # shared codebooks name tensors and files
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CodeSpec:
     are flags of quantization; the others follow from the kind of code:
 
     Attributes:
-        shared_codebooks: the name of a bank of codebooks that layers share and the model stores once, of up to 64
+        shared_codebooks: the name of codebooks that layers share and the model stores once, of up to 64
             letters, digits, _ and -; empty: the layer stores its own.
         row_bits: 0 gives every code b bits. Else the rate is variable, see `vqdm.additive.rates`: one shared codebook
             of all widths up to b, and so many bits for the codes of a row group together. Only old models have it.
@@ -79,7 +79,7 @@ class CodeSpec:
         _in_range(self, "scale_exponent", -256, 256)
         if not isinstance(self.log_scales, bool):
             raise ValueError(f"log_scales is {self.log_scales!r}; allowed are true and false")
-        if not isinstance(self.shared_codebooks, str) or not BANK_NAME.fullmatch(self.shared_codebooks or "_"):
+        if not isinstance(self.shared_codebooks, str) or not SHARED_NAME.fullmatch(self.shared_codebooks or "_"):
             raise ValueError(
                 f"shared_codebooks is {self.shared_codebooks!r}; allowed are up to 64 letters, digits, _ and -"
             )
@@ -208,8 +208,8 @@ class CodeSpec:
     def tensor_shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name → (shape, dtype) of every stored tensor of a [rows, columns] layer; 16-bit floats are float16."""
         R, G = rows // self.out_group_size, columns // self.in_group_size
-        banks = (G,) if self.groupwise_codebooks else ()
-        values = (*banks, *self.codebooks_shape)
+        sets = (G,) if self.groupwise_codebooks else ()
+        values = (*sets, *self.codebooks_shape)
         shapes = {"codes": ((self.code_bytes(R, G),), torch.uint8)}
         if self.has_widths:
             shapes["code_widths"] = ((G,), torch.uint8)
@@ -218,7 +218,7 @@ class CodeSpec:
         elif not self.shared_codebooks:
             count = torch.Size(values).numel()
             shapes["codebook_codes"] = ((packed_bytes(count, self.codebook_value_nbits),), torch.uint8)
-            tables = (*banks, self.codebook_value_num_groups, 2**self.codebook_value_nbits)
+            tables = (*sets, self.codebook_value_num_groups, 2**self.codebook_value_nbits)
             shapes["codebook_values"] = (tables, torch.float16)
         if self.log_scales:
             return shapes | {
@@ -275,7 +275,7 @@ class AdditiveCode:
     def unpack(
         cls, spec: CodeSpec, shape: tuple[int, int], tensors: dict[str, Tensor], shared: Tensor | None = None
     ) -> AdditiveCode:
-        """The inverse of `pack` for a matrix of `shape` = (O, I); exact. `shared`: the codebooks of the spec's bank."""
+        """The inverse of `pack` for a matrix of `shape` = (O, I); exact. `shared`: the spec's shared codebooks."""
         R, G = shape[0] // spec.out_group_size, shape[1] // spec.in_group_size
         widths = tensors.get("code_widths")
         return cls(
@@ -307,7 +307,7 @@ class AdditiveCode:
 
 
 @dataclass(frozen=True)
-class Bank:
+class SharedCodebooks:
     """Codebooks that several layers share.
 
     Attributes:
@@ -320,7 +320,7 @@ class Bank:
 
     @property
     def bits_per_weight(self) -> float:
-        """What storing the bank once costs each of its weights."""
+        """Return the bits of the codebooks per weight that uses them."""
         return 16 * self.codebooks.numel() / self.weights
 
 
@@ -392,8 +392,8 @@ def _pack(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
     if spec.codebook_value_nbits == 16 and not spec.shared_codebooks:
         yield "codebooks", _half(code.codebooks)
     elif not spec.shared_codebooks:
-        banks = code.codebooks.shape[:1] if spec.groupwise_codebooks else ()
-        flat = code.codebooks.reshape(*banks, spec.codebook_value_num_groups, -1)  # [(G,) T, values]
+        sets = code.codebooks.shape[:1] if spec.groupwise_codebooks else ()
+        flat = code.codebooks.reshape(*sets, spec.codebook_value_num_groups, -1)  # [(G,) T, values]
         tables, indices = quantize_values(flat, spec.codebook_value_nbits)
         yield "codebook_codes", pack_codes(indices, spec.codebook_value_nbits)
         yield "codebook_values", tables

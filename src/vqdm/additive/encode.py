@@ -10,20 +10,19 @@ shape that are coded at once: on a GPU a step for one of them is too small to be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from vqdm.additive import native
+from vqdm.additive import encode_cpu
+from vqdm.additive.backends import BestEntries, fused_scoring, native_scoring
 from vqdm.additive.code import AdditiveCode
-from vqdm.additive.kmeans import rows_at_once
-from vqdm.additive.scoring import BestEntries, fused_scoring, native_scoring
-from vqdm.additive.topk import smallest
 
 MINIMAL_DAMPING = 1e-6  # the least that helps a float32 factorization
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}  # what the cache, or the memory, has room for
 COLUMNS_AT_ONCE = 128  # columns between two products with the rest of the matrix
 
 Picks = Callable[[int, Tensor, int, int], tuple[Tensor, Tensor]]
@@ -50,8 +49,8 @@ def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor
 
 def _native_codes(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
     if targets.dim() == 2:
-        return native.encode(targets, codebooks, beam_size)
-    return torch.stack([native.encode(*layer, beam_size) for layer in zip(targets, codebooks, strict=True)])
+        return encode_cpu.encode(targets, codebooks, beam_size)
+    return torch.stack([encode_cpu.encode(*layer, beam_size) for layer in zip(targets, codebooks, strict=True)])
 
 
 def _encode_vectors(targets: Tensor, books: Tensor, pick: Picks, beam_size: int) -> Tensor:
@@ -221,3 +220,74 @@ def group_values(code: AdditiveCode, j: int) -> tuple[Tensor, Tensor]:
     """Scales [..., R] and codebooks [..., M, K, p, g] of column group j."""
     codebooks = code.codebooks.select(-5, j) if code.spec.groupwise_codebooks else code.codebooks
     return code.scales[..., j if code.scales.shape[-1] > 1 else 0], codebooks
+
+
+# ------------------------------------------------------------------------------------------------ selection
+
+
+def rows_at_once(rows: Tensor, scores: int) -> int:
+    """Return how many of `rows` to score at a time if each has `scores` scores."""
+    return max(1, SCORES_AT_ONCE.get(rows.device.type, 2**20) // scores)
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Return indices [N, min(count, n)] of the smallest of every row of `scores` [N, n], in any order; fast on a CPU.
+
+    The smallest `count` values lie in the `count` columns of [S, n/S] with the smallest minima, so that a minimum
+    over the first axis, which is fast, leaves little to the selection, which is slow.
+    """
+    N, n = scores.shape
+    S = _segments(n, count)
+    if S == 1:
+        return scores.topk(min(count, n), dim=1, largest=False, sorted=False).indices
+    columns = scores.view(N, S, n // S)
+    picked = _select(columns.amin(1), count)  # [N, count]
+    inside = _select(columns.gather(2, picked[:, None].expand(-1, S, -1)).view(N, S * count), count)
+    return inside // count * (n // S) + picked.gather(1, inside % count)
+
+
+def _select(scores: Tensor, count: int) -> Tensor:
+    if count == 1:
+        return scores.argmin(1, keepdim=True)
+    return scores.topk(count, dim=1, largest=False, sorted=False).indices
+
+
+def _segments(n: int, count: int) -> int:
+    """Return a power of two near √(n/count) that divides n and leaves `count` columns; 1 if nothing is gained."""
+    S = 1
+    while S * S * count < n and n % (2 * S) == 0 and n // (2 * S) >= count:
+        S *= 2
+    return S
+
+
+# ------------------------------------------------------------------------------------------------ several layers
+
+
+def together(find: Callable[..., AdditiveCode], *layers: Sequence, beam_size: int) -> list[AdditiveCode]:
+    """Run `feedback_encode` or `coordinate_descent` on several layers at once, given a list for each argument.
+
+    Layers of one shape and format get a leading axis L, so every launch on a GPU does the work of all of them. A single
+    layer has no such axis: without it products are fastest on a CPU.
+    """
+    found = find(*map(stacked, layers), beam_size=beam_size)
+    return [found] if len(layers[0]) == 1 else unstacked(found)
+
+
+def stacked(values: Sequence[Tensor] | Sequence[AdditiveCode]) -> Tensor | AdditiveCode:
+    """Stack tensors or codes of several layers along a leading axis; return those of a single layer unchanged."""
+    if len(values) == 1:
+        return values[0]
+    if isinstance(values[0], Tensor):
+        return torch.stack(list(values))
+    names = _tensors(values[0])
+    return replace(values[0], **{name: stacked([getattr(value, name) for value in values]) for name in names})
+
+
+def unstacked(code: AdditiveCode) -> list[AdditiveCode]:
+    """Split the codes of several layers."""
+    layers = zip(*_tensors(code).values(), strict=True)
+    return [replace(code, **dict(zip(_tensors(code), layer, strict=True))) for layer in layers]
+
+
+def _tensors(code: AdditiveCode) -> dict[str, Tensor]:
+    return {"codes": code.codes, "codebooks": code.codebooks, "scales": code.scales}

@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vqdm.additive import native
-from vqdm.additive.scoring import fused_scoring, native_scoring
-from vqdm.additive.topk import smallest
+from vqdm.additive import encode_cpu
+from vqdm.additive.backends import fused_scoring, native_scoring
+from vqdm.additive.encode import rows_at_once, smallest
 
-SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}  # what the cache, or the memory, has room for
 LLOYD_TOLERANCE = 1e-3  # the refits that follow make a closer optimum worthless
 
 
@@ -61,7 +60,7 @@ def draw(population: int, count: int, generator: torch.Generator) -> Tensor:
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Index [N] of the centroid nearest to each of `points` [N, d], and its squared distance [N]."""
     if native_scoring(points):
-        indices = native.encode(points, centroids[None], 1)[:, 0]
+        indices = encode_cpu.encode(points, centroids[None], 1)[:, 0]
         return indices, (points - centroids[indices]).square().sum(1)
     if best_entries := fused_scoring(points):
         distances, _, indices = best_entries(points[:, None], centroids, 1)
@@ -70,11 +69,6 @@ def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     found = [_nearest(part, centroids, norms) for part in points.split(rows_at_once(points, len(centroids)))]
     indices, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
     return indices, (scores + points.square().sum(1)).clamp_(min=0)
-
-
-def rows_at_once(rows: Tensor, scores: int) -> int:
-    """How many of `rows` to score at a time when each has so many scores."""
-    return max(1, SCORES_AT_ONCE.get(rows.device.type, 2**20) // scores)
 
 
 def _nearest(points: Tensor, centroids: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode
-from vqdm.additive.kmeans import rows_at_once
+from vqdm.additive.encode import rows_at_once, smallest
 from vqdm.additive.rates import width_slice
-from vqdm.additive.topk import smallest
 from vqdm.additive.viterbi import viterbi
 
 

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from vqdm.additive.beam import adam_steps, beam_search
 from vqdm.additive.bound import gap_to_bound
-from vqdm.additive.code import AdditiveCode, Bank, CodeSpec, group_columns, stored_bits
+from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks, group_columns, stored_bits
 from vqdm.additive.config import SolverConfig
-from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors
+from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors, together
 from vqdm.additive.kmeans import draw, residual_kmeans
-from vqdm.additive.reach import reaching_feedback
 from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, weighted_error
-from vqdm.additive.stacks import together
+from vqdm.additive.scale_search import searched_feedback
 from vqdm.additive.trellis_solve import solve_trellis
 
 REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
@@ -44,7 +43,7 @@ class LayerReport:
     Attributes:
         error: tr((W−Ŵ) H (W−Ŵ)ᵀ) / tr(W H Wᵀ).
         held_out_error: the same on the held-out H, or None.
-        bits_per_weight: all stored bits of the code over the layer's weights, with the layer's share of its bank.
+        bits_per_weight: all stored bits of the code over the layer's weights, with its part of shared codebooks.
         code_bits_per_weight: the codes' share of them, M·b / (p·g) but for padding to whole bytes.
         gap_db: decibels between `error` and the rate–distortion bound at `bits_per_weight`; None where either is zero,
             and for layers of more than `GAP_COLUMNS` columns.
@@ -76,10 +75,10 @@ class Task:
     config: SolverConfig
     generator: torch.Generator
     held_out: Tensor | None = None
-    bank: Bank | None = None
+    shared: SharedCodebooks | None = None
 
     def __post_init__(self) -> None:
-        _check(self.W, self.H, self.held_out, self.config.spec, self.bank)
+        _check(self.W, self.H, self.held_out, self.config.spec, self.shared)
 
 
 @dataclass(frozen=True)
@@ -120,36 +119,36 @@ def solve_layer(
     config: SolverConfig,
     generator: torch.Generator,
     held_out: Tensor | None = None,
-    bank: Bank | None = None,
+    shared: SharedCodebooks | None = None,
 ) -> tuple[AdditiveCode, LayerReport]:
     """Additive code of W [O, I] that minimises tr((W−Ŵ) H (W−Ŵ)ᵀ), eq. 2 of VQDM (arXiv 2409.00492).
 
     Args: `W`, and the second moment `H` [I, I] of the layer's inputs, float32 on one device; `generator` for all
-    random draws, so that equal calls give equal codes; `held_out`, a second H that is only reported on; `bank`, the one
-    that `config.spec` names, whose codebooks stay as they are.
+    random draws, so that equal calls give equal codes; `held_out`, a second H that is only reported on; `shared`, the
+    codebooks that `config.spec` names, which are not changed.
     Returns the code as stored, the best seen by its error on H, and a report. Raises ValueError on shapes that do not
     divide into groups and on values that are not finite.
     """
-    return solve_layers([Task(W, H, config, generator, held_out, bank)])[0]
+    return solve_layers([Task(W, H, config, generator, held_out, shared)])[0]
 
 
 def solve_layers(tasks: Sequence[Task]) -> list[tuple[AdditiveCode, LayerReport]]:
-    """`solve_layer` of each of the tasks, which have their shape, device, config and bank in common.
+    """`solve_layer` of each of the tasks, which have their shape, device, config and shared codebooks in common.
 
     Searches for codes go through all layers at once, so that a launch on a GPU does the work of all. A layer's result
     is the one it has alone up to rounding: random draws are its own, and so is the best that is kept. Raises ValueError
     on tasks that differ in what they must have in common.
     """
     started = time.perf_counter()
-    if len({(task.W.shape, task.config, id(task.bank)) for task in tasks}) != 1:
-        raise ValueError("layers that are solved together must have one shape, one config and one bank")
+    if len({(task.W.shape, task.config, id(task.shared)) for task in tasks}) != 1:
+        raise ValueError("layers that are solved together must have one shape, config and set of shared codebooks")
     config, spec = tasks[0].config, tasks[0].config.spec
     if spec.is_trellis:
         codes = solve_trellis([(task.W, task.H) for task in tasks], spec)
         return _reported(tasks, codes, [1] * len(tasks), started)
     problems = [Problem.of(task.W, task.H, spec) for task in tasks]
     inner = config.with_spec(spec.changed(input_channel_scales=False))
-    found = search(problems, inner, [task.generator for task in tasks], tasks[0].bank)
+    found = search(problems, inner, [task.generator for task in tasks], tasks[0].shared)
     codes = [problem.finish(best, spec) for problem, (best, _) in zip(problems, found, strict=True)]
     return _reported(tasks, codes, [epochs for _, epochs in found], started)
 
@@ -163,14 +162,15 @@ def _reported(
     return [(code, replace(report, seconds=seconds)) for code, report in zip(codes, reports, strict=True)]
 
 
-def _check(W: Tensor, H: Tensor, held_out: Tensor | None, spec: CodeSpec, bank: Bank | None) -> None:
+def _check(W: Tensor, H: Tensor, held_out: Tensor | None, spec: CodeSpec, shared: SharedCodebooks | None) -> None:
     if W.dim() != 2 or W.numel() == 0:
         raise ValueError(f"the weight has shape {tuple(W.shape)}; it must be a matrix")
     spec.check_shape(*W.shape)
-    if bool(spec.shared_codebooks) != (bank is not None):
-        raise ValueError("a bank is needed where the format shares codebooks, and only there")
-    if bank is not None and bank.codebooks.shape != spec.codebooks_shape:
-        raise ValueError(f"the bank has shape {tuple(bank.codebooks.shape)}; the format has {spec.codebooks_shape}")
+    if bool(spec.shared_codebooks) != (shared is not None):
+        raise ValueError("shared codebooks are needed if the format has them, and only then")
+    if shared is not None and shared.codebooks.shape != spec.codebooks_shape:
+        shape = tuple(shared.codebooks.shape)
+        raise ValueError(f"the shared codebooks have shape {shape}; the format has {spec.codebooks_shape}")
     matrices = {"the Hessian": H} if held_out is None else {"the Hessian": H, "the held-out Hessian": held_out}
     for name, matrix in matrices.items():
         if matrix.shape != (W.shape[1], W.shape[1]):
@@ -219,15 +219,15 @@ def descending_groups(H: Tensor, g: int) -> Tensor:
 
 
 def search(
-    problems: list[Problem], config: SolverConfig, generators: list[torch.Generator], bank: Bank | None
+    problems: list[Problem], config: SolverConfig, generators: list[torch.Generator], shared: SharedCodebooks | None
 ) -> list[tuple[AdditiveCode, int]]:
     """For every layer the best code found and the number of searches for codes it took.
 
     A large layer's codebooks are fitted to some of its rows, and all rows are then coded with them.
     """
-    if bank is not None:
+    if shared is not None:
         scales = [support_rms(problem.W, config.spec) for problem in problems]
-        fixed = _fixed_candidates(problems, config, [bank.codebooks.float()] * len(problems), scales)
+        fixed = _fixed_candidates(problems, config, [shared.codebooks.float()] * len(problems), scales)
         return _best(problems, fixed, config, settled=1)
     if config.encoder == "beam":
         each = (_beam_candidates(problem, config, own) for problem, own in zip(problems, generators, strict=True))
@@ -303,7 +303,7 @@ def _fixed_candidates(
     W, H = _matrices(problems)
     factors, feedback = _feedback(H, config)
     codes = [zero_code(spec, w.shape[1], *given) for w, *given in zip(W, codebooks, scales, strict=True)]
-    codes = reaching_feedback(W, H, codes, factors, feedback, beam_size)
+    codes = searched_feedback(W, H, codes, factors, feedback, beam_size)
     del factors, feedback  # as large as H
     while True:
         codes = [as_stored(refit_scales(*layer, REFIT_ITERATIONS)) for layer in zip(W, H, codes, strict=True)]
@@ -382,9 +382,9 @@ def initial_code(W: Tensor, config: SolverConfig, generator: torch.Generator) ->
     p, g, M, K = spec.out_group_size, spec.in_group_size, spec.num_codebooks, spec.entries
     scales = row_norms(W, spec)
     points = scaled_groups(W, scales, p, g)  # [R, G, d]
-    banks = points.unbind(1) if spec.groupwise_codebooks else [points.reshape(-1, p * g)]
+    sets = points.unbind(1) if spec.groupwise_codebooks else [points.reshape(-1, p * g)]
     limit = config.init_max_points_per_centroid * K
-    found = [residual_kmeans(bank, M, K, config.init_max_iter, limit, generator) for bank in banks]
+    found = [residual_kmeans(one, M, K, config.init_max_iter, limit, generator) for one in sets]
     codebooks = torch.stack(found).view(-1, M, K, p, g)  # [G or 1, M, K, d] → [G or 1, M, K, p, g]
     codes = torch.zeros(*points.shape[:2], M, dtype=torch.int64, device=W.device)
     return as_stored(AdditiveCode(spec, codes, codebooks if spec.groupwise_codebooks else codebooks[0], scales))
@@ -443,9 +443,9 @@ def _refit(W: Tensor, H: Tensor, code: AdditiveCode) -> AdditiveCode:
 
 def _report(task: Task, code: AdditiveCode, epochs: int) -> LayerReport:
     """All but the time it took."""
-    W, H, held_out, bank = task.W, task.H, task.held_out, task.bank
+    W, H, held_out, shared = task.W, task.H, task.held_out, task.shared
     error = relative_error(W, code, H)
-    bits = stored_bits(code.pack()) / W.numel() + (bank.bits_per_weight if bank else 0)
+    bits = stored_bits(code.pack()) / W.numel() + (shared.bits_per_weight if shared else 0)
     return LayerReport(
         error=error,
         held_out_error=None if held_out is None else relative_error(W, code, held_out),

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vqdm.additive.scoring import fused_scoring, native_scoring
+from vqdm.additive.backends import fused_scoring, native_scoring
 from vqdm.additive.trellis import UNITS, allowed_widths
 from vqdm.compiled import build
 
@@ -53,7 +53,7 @@ def viterbi(targets: Tensor, weights: Tensor, values: Tensor, widths: Tensor) ->
         return _native(targets, weights, values, widths)
     search = plain_search
     if fused_scoring(targets) is not None:
-        from vqdm.additive.viterbi_kernel import search  # Triton is not everywhere
+        from vqdm.additive.viterbi_triton import search
     states = torch.empty(targets.shape, dtype=torch.int32, device=targets.device)
     for q in present:
         rings = (widths == q).nonzero()[:, 0].to(targets.device)

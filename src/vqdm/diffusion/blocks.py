@@ -9,13 +9,13 @@ Letters: O outputs, I = kh·kw·C inputs of the layer seen as a matrix.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
 from vqdm.errors import UserError
+from vqdm.layers.quantized import Layer
 
 VQDM_LAYERS = (
     r".*\.(to_q|to_k|to_v|to_out\.0)",
@@ -26,18 +26,6 @@ VQDM_LAYERS = (
 )
 PRESETS = ("default", "all", "linear_only", "conv_only")
 _BLOCK = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer to quantize: its dotted name in the UNet, the block it belongs to, and its matrix's shape."""
-
-    name: str
-    block: str
-    kind: str
-    rows: int
-    columns: int
-    spec: CodeSpec
 
 
 def matrix_of(layer: nn.Linear | nn.Conv2d, group_channels: bool) -> Tensor:

@@ -31,42 +31,6 @@ TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # 
 MOST_TOKENS = 2**20  # of a prompt, where a tokenizer has a limit at all
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, else the CPU. Raises UserError for a device that is not found."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from None
-    return torch.device(name)
-
-
-def check_float64(device: torch.device) -> None:
-    """Raise UserError for a device without float64, in which sums are exact, such as Apple's."""
-    try:
-        torch.empty(0, dtype=torch.float64, device=device)
-    except (RuntimeError, TypeError):
-        raise UserError(f"--device {device} has no float64, which sums need; use --device cpu") from None
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on a CPU, bfloat16 on a GPU that computes in it, and float16 on other GPUs."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if _has_bfloat16(device) else torch.float16
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a GPU has units for bfloat16: those of Intel, of NVIDIA from compute capability 8.0 on."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "xpu"
-
-
 def load_pipeline(
     model: str,
     device: torch.device,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import Damaged, load_sealed, save_sealed
+from vqdm.storage.files import CorruptFileError, load_checked, save_checked
 
 CONDITIONING = ("encoder_hidden_states", "timestep_cond", "class_labels", "attention_mask", "encoder_attention_mask")
 ADDED_CONDITIONING = ("text_embeds", "time_ids")
@@ -66,14 +66,14 @@ class Trajectories:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically, with its checksum."""
-        save_sealed(self.to_tensors(), path)
+        save_checked(self.to_tensors(), path)
 
     @classmethod
     def load(cls, path: Path) -> Trajectories:
         """Load a saved file. Raises RunError when it is missing or damaged."""
         try:
-            return cls.of_tensors(load_sealed(path)[0])
-        except (OSError, Damaged) as error:
+            return cls.of_tensors(load_checked(path)[0])
+        except (OSError, CorruptFileError) as error:
             raise RunError(f"{path} is missing or damaged ({error}); delete it and run again") from None
 
     @classmethod

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vqdm.errors import RunError
-from vqdm.storage.atomic import Damaged, load_sealed, load_sealed_json, save_sealed, save_sealed_json
+from vqdm.storage.files import CorruptFileError, load_checked, load_checked_json, save_checked, save_checked_json
 
 Tensors = dict[str, dict[str, Tensor]]
 CPU = torch.device("cpu")
@@ -52,8 +52,8 @@ class Checkpoints:
         shutil.rmtree(beside, ignore_errors=True)
         for name, part in (tensors | {"random": random_state(self.device)}).items():
             if part:
-                save_sealed(part, beside / f"{name}.safetensors")
-        save_sealed_json(state | {"step": step}, beside / "state.json")
+                save_checked(part, beside / f"{name}.safetensors")
+        save_checked_json(state | {"step": step}, beside / "state.json")
         shutil.rmtree(self.path(step), ignore_errors=True)
         beside.replace(self.path(step))
         self._prune()
@@ -68,7 +68,7 @@ class Checkpoints:
 
     def load_state(self, step: int) -> dict:
         """Return the JSON of a checkpoint. Raises RunError if it is missing or damaged."""
-        return _intact(self.path(step) / "state.json", load_sealed_json)
+        return _intact(self.path(step) / "state.json", load_checked_json)
 
     def load(self, step: int) -> Tensors:
         """Return the tensors of a checkpoint, by file, and restore the random generators.
@@ -78,17 +78,17 @@ class Checkpoints:
         """
         names = ("parameters", "optimizer", "average", "code_updates", "random")
         files = {name: self.path(step) / f"{name}.safetensors" for name in names}
-        tensors = {name: _intact(file, load_sealed)[0] if file.is_file() else {} for name, file in files.items()}
+        tensors = {name: _intact(file, load_checked)[0] if file.is_file() else {} for name, file in files.items()}
         set_random_state(tensors.pop("random"), self.device)
         return tensors
 
     def save_best(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Write the best parameters, of step `step`, atomically."""
-        save_sealed(tensors, self.best_path(step))
+        save_checked(tensors, self.best_path(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """Return the best parameters, of step `step`. Raises RunError if they are missing or damaged."""
-        return _intact(self.best_path(step), load_sealed)[0]
+        return _intact(self.best_path(step), load_checked)[0]
 
     def clear(self) -> None:
         """Delete all checkpoints and the best parameters."""
@@ -100,7 +100,7 @@ def _intact(file: Path, read: Callable[[Path], Any]) -> Any:
     """Return `read(file)`. Raises RunError if the file is missing or damaged."""
     try:
         return read(file)
-    except (OSError, Damaged) as error:
+    except (OSError, CorruptFileError) as error:
         raise RunError(f"{file} is missing or damaged ({error}); delete {file.parent} and --resume") from None
 
 

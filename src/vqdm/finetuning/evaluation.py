@@ -18,7 +18,7 @@ from vqdm.fidelity import decibels
 from vqdm.finetuning.points import Point, Points, bin_of
 from vqdm.finetuning.trainer import DistillationLoss
 from vqdm.layers.quantized import decoded_once
-from vqdm.storage.atomic import save_bytes, save_text
+from vqdm.storage.files import save_bytes, save_text
 
 BINS = 4  # of timesteps, equally wide
 DECAY = 0.9  # of the moving average of seconds per step

@@ -25,10 +25,10 @@ from vqdm.finetuning.loop import is_better
 from vqdm.finetuning.parameters import TrainedParameters, rounded_to, stored_types, trainable, write_back
 from vqdm.finetuning.points import Point, Points, split_held_out
 from vqdm.finetuning.trainer import DistillationLoss, Diverged, Trainer, choose_learning_rate
-from vqdm.layers.shared_codebooks import BANKS
+from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 from vqdm.parallel import Ranks
-from vqdm.storage.atomic import save_sealed
-from vqdm.storage.pieces import read
+from vqdm.storage.files import save_checked
+from vqdm.storage.run_folder import read_shard
 from vqdm.tracking import log_info, progress_bar
 
 
@@ -78,18 +78,20 @@ def finetune_blocks(
     """
     if ranks.broadcast(file.is_file()):
         held = dict(student.named_parameters())
-        for name, value in read(file).items():
+        for name, value in read_shard(file).items():
             held[name].data.copy_(value)
         return
     types, dtype, points = stored_types(student), unet_dtype(student), Points(trajectories)
-    trained = trainable(student, optimizer, lambda name: block_of(name) in blocks and not name.startswith(BANKS))
+    trained = trainable(
+        student, optimizer, lambda name: block_of(name) in blocks and not name.startswith(SHARED_CODEBOOKS)
+    )
     loss_fn = DistillationLoss(student, None, dtype, settings.local_batch_size, ranks)
     training, held_out = split_held_out(points)
     steps = batches_of(training, settings, f"{seed}:{len(blocks)}")
     train(loss_fn, trained, optimizer, points, steps, held_out, types)
     write_back(student, types)
     if ranks.main:
-        save_sealed(trained.tensors, file)
+        save_checked(trained.tensors, file)
     ranks.barrier()
 
 

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from vqdm.devices import check_float64, peak_memory, pick_dtype
 from vqdm.diffusion.model_folders import (
     check_fits,
     check_loaded,
@@ -25,11 +26,9 @@ from vqdm.diffusion.model_folders import (
     load_quantized_unet,
 )
 from vqdm.diffusion.pipelines import (
-    check_float64,
     check_model,
     configured_pipeline,
     log_truncated,
-    pick_dtype,
     saved_types,
     stored_dtypes,
     weight_files,
@@ -46,17 +45,16 @@ from vqdm.finetuning.parameters import KINDS, TrainedParameters, trainable, type
 from vqdm.finetuning.points import Points, TrajectoryRecorder, spread, with_unet
 from vqdm.finetuning.trainer import DistillationLoss, Diverged, Trainer
 from vqdm.images import pair_sheet, save_png
-from vqdm.layers.int8 import rounded_layers
+from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import float_scales, quantized_layers
-from vqdm.layers.shared_codebooks import BANKS
+from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 from vqdm.parallel import Ranks, launched
 from vqdm.redaction import own_command
-from vqdm.storage.atomic import save_json, save_text
-from vqdm.storage.card import model_card
-from vqdm.storage.fingerprint import folder_fingerprint
+from vqdm.storage.files import folder_fingerprint, save_json, save_text
 from vqdm.storage.hf import mark_quantized
-from vqdm.storage.runs import RunFolder
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info, peak_memory
+from vqdm.storage.hub import model_card
+from vqdm.storage.run_folder import RunFolder
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info
 from vqdm.versions import versions
 
 ROLE = ", which is the teacher"
@@ -125,7 +123,7 @@ def finetune(config: FinetuneConfig) -> dict | None:
         if config.dry_run:
             return None
         folder = RunFolder(config.output_dir)
-        held.enter_context(folder.held(ranks))
+        held.enter_context(folder.lock(ranks))
         if ranks.main:
             settings = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
             settings |= {"datasets_sha256": datasets.digest, "quantized_sha256": folder_fingerprint(source)}
@@ -369,7 +367,7 @@ def summary_of(job: FinetuneJob, loop: Loop, step_kept: int, before: Errors, aft
         "model": config.model,
         "quantized": config.quantized,
         "layers_quantized": len(quantized_layers(job.student)),
-        "layers_in_8_bit": len(rounded_layers(job.student)),
+        "layers_in_8_bit": len(int8_layers(job.student)),
         "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
         "unet_output_error_db_before": before.db,
         "unet_output_error_db_after": after.db,
@@ -406,7 +404,7 @@ def stored_sizes(student: nn.Module, parameters: int, staged: Path) -> dict[str,
 
     layers = quantized_layers(student).values()
     weights = sum(layer._rows * layer._columns for layer in layers)
-    shared = getattr(student, BANKS, None)
+    shared = getattr(student, SHARED_CODEBOOKS, None)
     code_bits = sum(layer.stored_bits for layer in layers) + (bits(shared) if shared else 0)
     return {
         "weights_quantized": weights,

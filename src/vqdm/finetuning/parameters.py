@@ -20,7 +20,7 @@ from torch import nn
 from vqdm.diffusion.pipelines import dtypes_in
 from vqdm.errors import RunError
 from vqdm.finetuning.config import OptimizerConfig
-from vqdm.layers.shared_codebooks import CodebookBanks
+from vqdm.layers.shared_codebooks import SharedCodebookModule
 
 CODEBOOKS = ("codebooks", "codebook_values")
 KINDS = ("codebook", "scale", "weight", "bias")
@@ -73,7 +73,7 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
 
 
 def _kind(module: nn.Module, name: str, tensor: nn.Parameter) -> str:
-    if isinstance(module, CodebookBanks) or name in CODEBOOKS:
+    if isinstance(module, SharedCodebookModule) or name in CODEBOOKS:
         return "codebook"
     if name != "bias" and hasattr(module, "stored_tensors"):
         return "scale"

@@ -32,7 +32,7 @@ from vqdm.finetuning.data import Datasets, noised_images
 from vqdm.images import save_png
 from vqdm.layers.quantized import decoded_once
 from vqdm.parallel import Ranks
-from vqdm.storage.pieces import appear, span_name, spans
+from vqdm.storage.run_folder import span_name, spans, wait_for_file
 from vqdm.tracking import log_info, progress_bar
 
 HELD_OUT_SEED_OFFSET, TRAINING_SEED_OFFSET = 2_000_000, 3_000_000  # far from those of calibration and evaluation
@@ -162,7 +162,7 @@ def record_points(
     """Load the points of all parts, in chunks of at most `size`; each chunk not in `folder` is recorded by one rank.
 
     Raises:
-        RunError: recorded latents hold NaN, or a file of another process does not appear or is damaged.
+        RunError: recorded latents hold NaN, or a file of another process does not wait_for_file or is damaged.
     """
     places = [(part.source, spans(ranks, folder, part.first, part.count, size)) for part in parts]
     chunks = [Chunk(source, *span) for source, found in places for span in found]
@@ -176,7 +176,7 @@ def record_points(
         found.save(files[k])
     ranks.barrier()
     for file in files:
-        appear(file)
+        wait_for_file(file)
     return Points([Trajectories.load(file) for file in files])
 
 

@@ -24,8 +24,7 @@ from vqdm.finetuning.code_updates import CodeUpdates
 from vqdm.finetuning.config import AUTO, OptimizerConfig
 from vqdm.finetuning.parameters import TrainedParameters, parameter_groups
 from vqdm.finetuning.points import Batch, Point, Points, autocast
-from vqdm.layers.held import held_weights
-from vqdm.layers.quantized import quantized_layers
+from vqdm.layers.quantized import held_weights, quantized_layers
 from vqdm.parallel import Ranks
 
 BUCKET_VALUES = 2**24  # gradients per all-reduce

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
 
 import vqdm
+from vqdm.devices import pick_dtype
 from vqdm.diffusion.model_folders import (
     check_fits,
     check_full_precision,
@@ -29,7 +30,7 @@ from vqdm.diffusion.model_folders import (
     find_quantized_unet,
     load_quantized_unet,
 )
-from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated, pick_dtype
+from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated
 from vqdm.errors import RunError, UserError
 from vqdm.generation.config import GenerateConfig
 from vqdm.generation.requests import (
@@ -47,8 +48,8 @@ from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows, log_notes
 from vqdm.redaction import own_command
-from vqdm.storage.claims import check_claim
-from vqdm.storage.fingerprint import folder_fingerprint, pipeline_fingerprint
+from vqdm.storage.files import folder_fingerprint, pipeline_fingerprint
+from vqdm.storage.run_folder import check_claim
 from vqdm.tracking import JsonLines, Tracker, log_info, progress_bar
 from vqdm.versions import versions
 

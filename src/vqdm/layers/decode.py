@@ -1,13 +1,14 @@
-"""From stored tensors to the weight: several ways that give the same numbers, and the choice among them.
+"""From stored tensors to the weight: the definition in torch, faster backends with the same results, and the choice.
 
-    torch     the definition in plain operations, on every device
-    gather    numpy gathers, on the CPU; not for a trellis
-    native    a loop in C, on the CPU where there is a compiler
+    torch     plain operations, on every device; the reference
+    native    C, on the CPU where there is a compiler
     triton    one Triton kernel, on CUDA
     compile   one kernel that `torch.compile` makes, anywhere; its first use takes seconds
 
-By itself the fastest by measurement is taken, once a device, type, format and size. `VQDM_DECODE` and
-`set_decode_path` name one for all.
+By default the fastest is chosen by measurement, once per device, dtype, format and size. `VQDM_DECODE` and
+`set_decode_backend` name one for all layers.
+
+Letters as in `vqdm.additive.code`.
 """
 
 from __future__ import annotations
@@ -15,34 +16,29 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqdm.additive.code import CodeSpec, packed_bytes
+from vqdm.additive import trellis
+from vqdm.additive.code import AdditiveCode, CodeSpec, packed_bytes, stored_codebooks, unpack_codes
 from vqdm.additive.trellis import UNITS
 from vqdm.errors import UserError
 from vqdm.layers.decode_compiled import pointwise
-from vqdm.layers.decode_cpu import native
-from vqdm.layers.gather import gather
-from vqdm.layers.stored import Stored
-from vqdm.layers.trellis_cpu import native_trellis
+from vqdm.layers.decode_cpu import decode_additive, decode_trellis
 
 log = logging.getLogger("vqdm")
 
 ENVIRONMENT = "VQDM_DECODE"
-PATHS = ("auto", "torch", "gather", "native", "triton", "compile")
-ON_CPU = ("gather", "native")
-NOT_FOR_TRELLIS = ("gather",)
-CANDIDATES = {  # on other devices torch alone
-    "cpu": ("native", "gather", "torch"),
-    "cuda": ("triton", "torch"),
-}
+BACKENDS = ("auto", "torch", "native", "triton", "compile")
+CANDIDATES = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}  # on other devices torch alone
+GROUPS_PER_BLOCK = 2**15  # of the reference on a CPU: intermediate tensors then stay in the cache
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
-NUMBERS = {  # of a format, as an operator can take them
+SPEC_NUMBERS = {  # fields of a format, as an operator can take them
     "num_codebooks": int,
     "nbits_per_codebook": int,
     "in_group_size": int,
@@ -56,44 +52,148 @@ NUMBERS = {  # of a format, as an operator can take them
     "log_scales": bool,
     "scale_exponent": int,
 }
-ROUNDS = 3  # of measuring, in each of which the ways take turns: another program may slow one of them down
-COMPILATIONS = 64  # formats that torch.compile may meet
+ROUNDS = 3  # of measuring, in which the backends take turns: another program may slow one of them down
+COMPILATIONS = 64  # formats that torch.compile may compile for
 
 _wanted: str | None = None
 _chosen: dict[tuple, str] = {}
 
 
-def set_decode_path(path: str | None) -> None:
-    """Decode by one of `PATHS` from now on; None leaves it to the environment again. Raises UserError on another."""
+class Stored(NamedTuple):
+    """The tensors that a layer's weight is decoded from, on one device.
+
+    Attributes:
+        spec: the format.
+        shape: (O, I) of the matrix.
+        codes: uint8, packed codes [R, G, M].
+        codebooks: float [M, K, p, g], or [G, M, K, p, g] when groupwise; a layer's own or shared ones.
+        scales: float [R], [R, 1] or [R, G]; None where `scale_codes` and `scale_values`, or `scale_logarithms` give
+            them.
+        scale_codes: uint8, packed indices [R, G] of `spec.scale_nbits` bits, or None.
+        scale_values: float [R, 2^scale_nbits], or None.
+        input_scales: float [I]; None where `input_scale_logarithms` give them, or where there are none.
+        code_widths: uint8 [G], bits of the codes of every column group where the rate is variable, quarter bits of a
+            trellis; or None.
+        scale_logarithms: uint8 [R], see `vqdm.additive.trellis.scale_values`, or None.
+        input_scale_logarithms: uint8 [I], to which `spec.scale_exponent` is added, or None.
+    """
+
+    spec: CodeSpec
+    shape: tuple[int, int]
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor | None = None
+    scale_codes: Tensor | None = None
+    scale_values: Tensor | None = None
+    input_scales: Tensor | None = None
+    code_widths: Tensor | None = None
+    scale_logarithms: Tensor | None = None
+    input_scale_logarithms: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, spec: CodeSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor], codebooks: Tensor | None = None
+    ) -> Stored:
+        """Collect tensors named and shaped as in `CodeSpec.tensor_shapes`; `codebooks` are shared ones, if given."""
+        if codebooks is None:
+            codebooks = stored_codebooks(spec, shape[1] // spec.in_group_size, tensors)
+        rest = [tensors.get(name) for name in cls._fields[4:]]
+        return cls(spec, shape, tensors["codes"], codebooks, *rest)
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Numbers of row groups and column groups (R, G)."""
+        return self.shape[0] // self.spec.out_group_size, self.shape[1] // self.spec.in_group_size
+
+    def scale_matrix(self) -> Tensor:
+        """Look up the scales: [R, 1] or [R, G]."""
+        if self.scales is not None:
+            return self.scales if self.scales.dim() == 2 else self.scales[:, None]
+        if self.scale_logarithms is not None:
+            return trellis.scale_values(self.scale_logarithms)[:, None]
+        indices = unpack_codes(self.scale_codes, self.spec.scale_nbits, torch.Size(self.groups).numel())
+        return torch.gather(self.scale_values, 1, indices.view(self.groups).long())
+
+    def column_scales(self) -> Tensor | None:
+        """Look up the input scales: [I], or None."""
+        if self.input_scale_logarithms is not None:
+            return trellis.scale_values(self.input_scale_logarithms, self.spec.scale_exponent)
+        if self.spec.is_trellis:  # without a gradient where there are no bits, so that zero columns stay zero
+            return torch.where(self.code_widths > 0, self.input_scales, self.input_scales.detach())
+        return self.input_scales
+
+    def learnable(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return codebooks, scales [R, 1] or [R, G], and input scales [I]; None for what is absent, or integers."""
+        return self.codebooks, None if self.scale_logarithms is not None else self.scale_matrix(), self.input_scales
+
+    def working(self) -> AdditiveCode:
+        """Unpack to the working form."""
+        codes = self.spec.unpacked(*self.groups, self.codes, self.code_widths)
+        widths = None if self.code_widths is None else self.code_widths.to(torch.int64)
+        return AdditiveCode(self.spec, codes, self.codebooks, self.scale_matrix(), self.column_scales(), widths)
+
+    def scale_tables(self) -> tuple[Tensor, Tensor]:
+        """Return the float32 values of all 256 bytes of `scale_logarithms`, and of `input_scale_logarithms`."""
+        return tuple(_logarithm_values(exponent, self.codes.device) for exponent in (0, self.spec.scale_exponent))
+
+    def rows(self, first: int, stop: int) -> Stored:
+        """Return the layer of row groups first..stop, without a copy. `first` is a multiple of 8; not for a trellis."""
+        spec, (R, G), scale_codes = self.spec, self.groups, self.scale_codes
+        stop = min(stop, R)
+        place = spec.code_bytes(first, G)
+        if scale_codes is not None:
+            begin = packed_bytes(first * G, spec.scale_nbits)
+            scale_codes = scale_codes[begin : begin + packed_bytes((stop - first) * G, spec.scale_nbits)]
+        return self._replace(
+            shape=((stop - first) * spec.out_group_size, self.shape[1]),
+            codes=self.codes[place : place + spec.code_bytes(stop - first, G)],
+            scales=None if self.scales is None else self.scales[first:stop],
+            scale_codes=scale_codes,
+            scale_values=None if self.scale_values is None else self.scale_values[first:stop],
+        )
+
+
+@cache
+def _logarithm_values(exponent: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return trellis.scale_values(torch.arange(256, device=device), exponent)
+
+
+def set_decode_backend(backend: str | None) -> None:
+    """Use one of `BACKENDS` for all layers from now on; None returns the choice to the environment.
+
+    Raises:
+        UserError: no such backend.
+    """
     global _wanted
-    _wanted = None if path is None else _known(path, "set_decode_path")
+    _wanted = None if backend is None else _known(backend, "set_decode_backend")
     _environment.cache_clear()
 
 
-def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, path: str | None = None) -> Tensor:
-    """The matrix [O, I] in `dtype`, without a gradient; sums are taken in float32.
+def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """Return the matrix [O, I] in `dtype`, without a gradient; sums are taken in float32.
 
-    Args: `out`, where to put it, contiguous; `path`, one of `PATHS`, overrules every other choice.
+    Args:
+        out: where to write it, contiguous; a new tensor if None.
+        backend: one of `BACKENDS`; overrules every other choice.
 
     Raises:
-        UserError: no such path, or not for this device or format.
+        UserError: no such backend, or not for this device.
     """
     if torch.compiler.is_compiling():
         return traced(stored).to(dtype)
     if out is None:
         out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
-    name = path or _wanted or _environment()
+    name = backend or _wanted or _environment()
     name = _choice(stored, dtype) if _known(name, ENVIRONMENT) == "auto" else name
-    if name in ON_CPU and out.device.type != "cpu":
+    if name == "native" and out.device.type != "cpu":
         raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
-    if name in NOT_FOR_TRELLIS and stored.spec.is_trellis:
-        raise UserError(f"{ENVIRONMENT} is {name}, which does not decode a trellis; use auto, torch, native or compile")
     RUNS[name](stored, out)
     return out
 
 
 def traced(stored: Stored) -> Tensor:
-    """The matrix [O, I] while `torch.compile` looks on: fused on a GPU, on the CPU a call of what is fastest there.
+    """Return the matrix [O, I] under `torch.compile`: fused on a GPU, a call of the fastest backend on the CPU.
 
     Differentiable in all but the codes.
     """
@@ -101,14 +201,14 @@ def traced(stored: Stored) -> Tensor:
     if stored.codes.device.type != "cpu" or differentiable:
         return pointwise(stored)
     spec = stored.spec
-    numbers = [int(getattr(spec, name)) for name in NUMBERS]
+    numbers = [int(getattr(spec, name)) for name in SPEC_NUMBERS]
     return _decode_operator(numbers, spec.shared_codebooks, list(stored.shape), *stored[2:])
 
 
 @torch.library.custom_op("vqdm::decode", mutates_args=())
 def _decode_operator(
     numbers: list[int],
-    bank: str,
+    shared_codebooks: str,
     shape: list[int],
     codes: Tensor,
     codebooks: Tensor,
@@ -120,9 +220,9 @@ def _decode_operator(
     scale_logarithms: Tensor | None,
     input_scale_logarithms: Tensor | None,
 ) -> Tensor:
-    """`decode` as an operator that compiled graphs can call: numpy and C cannot be traced."""
-    settings = {name: kind(number) for (name, kind), number in zip(NUMBERS.items(), numbers, strict=True)}
-    spec = CodeSpec(**settings, shared_codebooks=bank)
+    """Call `decode` from a compiled graph: C cannot be traced."""
+    settings = {name: kind(number) for (name, kind), number in zip(SPEC_NUMBERS.items(), numbers, strict=True)}
+    spec = CodeSpec(**settings, shared_codebooks=shared_codebooks)
     scaling = scales, scale_codes, scale_values, input_scales
     stored = Stored(
         spec, tuple(shape), codes, codebooks, *scaling, code_widths, scale_logarithms, input_scale_logarithms
@@ -131,29 +231,32 @@ def _decode_operator(
 
 
 @_decode_operator.register_fake
-def _(numbers: list[int], bank: str, shape: list[int], *_) -> Tensor:
+def _(numbers: list[int], shared_codebooks: str, shape: list[int], *_) -> Tensor:
     return torch.empty(shape)
 
 
-# ------------------------------------------------------------------------------------------------ the ways
+# ------------------------------------------------------------------------------------------------ the backends
 
 
 @torch.no_grad()
 def _by_torch(stored: Stored, out: Tensor) -> None:
-    out.copy_(stored.working().dequantize())
+    R, G = stored.groups
+    if out.device.type != "cpu" or stored.spec.is_trellis:
+        out.copy_(stored.working().dequantize())
+        return
+    rows, p = max(8, GROUPS_PER_BLOCK // G // 8 * 8), stored.spec.out_group_size
+    for first in range(0, R, rows):
+        out[first * p : (first + rows) * p] = stored.rows(first, first + rows).working().dequantize()
 
 
 def _by_native(stored: Stored, out: Tensor) -> None:
-    (native_trellis if stored.spec.is_trellis else native)(stored, out)
+    (decode_trellis if stored.spec.is_trellis else decode_additive)(stored, out)
 
 
 def _by_triton(stored: Stored, out: Tensor) -> None:
-    if stored.spec.is_trellis:  # Triton is not everywhere
-        from vqdm.layers.trellis_triton import decode as run
-    else:
-        from vqdm.layers.decode_triton import decode as run
+    from vqdm.layers import decode_triton  # Triton is not everywhere
 
-    run(stored, out)
+    (decode_triton.decode_trellis if stored.spec.is_trellis else decode_triton.decode_additive)(stored, out)
 
 
 @torch.no_grad()
@@ -169,7 +272,6 @@ def _compiled() -> Callable[[Stored, Tensor], None]:
 
 RUNS: dict[str, Callable[[Stored, Tensor], None]] = {
     "torch": _by_torch,
-    "gather": gather,
     "native": _by_native,
     "triton": _by_triton,
     "compile": _by_compile,
@@ -181,34 +283,32 @@ RUNS: dict[str, Callable[[Stored, Tensor], None]] = {
 
 @cache
 def _environment() -> str:
-    """What the environment says on first use: asking it takes a microsecond, and every layer comes here."""
+    """Return the environment's choice as of the first call: reading it takes a microsecond in every call of a layer."""
     return os.environ.get(ENVIRONMENT, "auto")
 
 
-def _known(path: str, source: str) -> str:
-    if path not in PATHS:
-        raise UserError(f"{source} is {path!r}; allowed are {', '.join(PATHS)}")
-    return path
+def _known(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise UserError(f"{source} is {backend!r}; allowed are {', '.join(BACKENDS)}")
+    return backend
 
 
 def _choice(stored: Stored, dtype: torch.dtype) -> str:
-    """The fastest way for layers of this class, measured on the first of them."""
+    """Return the fastest backend for layers of this class, measured on the first of them."""
     weights = min(stored.shape[0] * stored.shape[1], MEASURED_WEIGHTS).bit_length()
     kind = _kind(stored.spec), stored.code_widths is None, stored.codebooks.dtype
     key = (stored.codes.device, dtype, *kind, weights)
     if key not in _chosen:
         candidates = CANDIDATES.get(stored.codes.device.type, ("torch",))
-        if stored.spec.is_trellis:
-            candidates = tuple(name for name in candidates if name not in NOT_FOR_TRELLIS)
         if len(candidates) == 1:
-            _warn_once(f"decoding on {stored.codes.device}: {candidates[0]}, for want of a faster way on this device")
+            _warn_once(f"decoding on {stored.codes.device}: by torch, since no faster backend supports this device")
         _chosen[key] = candidates[0] if len(candidates) == 1 else _fastest(_first_rows(stored), dtype, candidates)
     return _chosen[key]
 
 
 @cache
 def _kind(spec: CodeSpec) -> CodeSpec:
-    """The format without the bits of one layer: the same object for equal ones, which are then found sooner."""
+    """Return the format without one layer's bit counts; the same object for equal ones, which speeds up look-ups."""
     one_layers = {"segment_rows": 1, "segment_bits": 0, "scale_exponent": 0} if spec.is_trellis else {"row_bits": 0}
     return _first_of(replace(spec, **one_layers))
 
@@ -219,19 +319,19 @@ def _first_of(spec: CodeSpec) -> CodeSpec:
 
 
 def _fastest(stored: Stored, dtype: torch.dtype, candidates: tuple[str, ...]) -> str:
-    """Of the candidates that work and agree with torch, the fastest."""
+    """Return the fastest of the candidates that work and agree with torch."""
     out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
     wanted = stored.working().dequantize().to(dtype)
     able = [name for name in candidates if _agrees(name, stored, out, wanted)]
     rounds = [{name: _seconds(name, stored, out) for name in able} for _ in range(ROUNDS)]
     seconds = {name: min(times[name] for times in rounds) for name in able}
     best = min(seconds, key=seconds.get)
-    _say_once(out.device, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
+    _log_once(out.device, best, ", ".join(f"{name} {1e3 * time:.2f} ms" for name, time in seconds.items()))
     return best
 
 
 def _agrees(name: str, stored: Stored, out: Tensor, wanted: Tensor) -> bool:
-    """Whether a way works and gives what is `wanted`; a warning says where not."""
+    """Return whether a backend works and returns `wanted`; log a warning if not."""
     try:
         RUNS[name](stored, out)
         if not torch.allclose(out, wanted, rtol=0.02, atol=1e-3 * wanted.abs().max().item()):
@@ -244,22 +344,14 @@ def _agrees(name: str, stored: Stored, out: Tensor, wanted: Tensor) -> bool:
 
 
 def _first_rows(stored: Stored) -> Stored:
-    """A layer made of the first rows, of no more than `MEASURED_WEIGHTS` weights where one row group has no more."""
+    """Return the layer of the first rows: at most `MEASURED_WEIGHTS` weights, if one row group has no more."""
     if stored.spec.is_trellis:
         return _first_segments(stored)
-    spec, I = stored.spec, stored.shape[1]  # noqa: E741
-    R, G = min(stored.groups[0], max(1, MEASURED_WEIGHTS // (I * spec.out_group_size))), stored.groups[1]
-    return stored._replace(
-        shape=(R * spec.out_group_size, I),
-        codes=stored.codes[: spec.code_bytes(R, G)],
-        scales=None if stored.scales is None else stored.scales[:R],
-        scale_codes=None if stored.scale_codes is None else stored.scale_codes[: packed_bytes(R * G, spec.scale_nbits)],
-        scale_values=None if stored.scale_values is None else stored.scale_values[:R],
-    )
+    return stored.rows(0, max(1, MEASURED_WEIGHTS // (stored.shape[1] * stored.spec.out_group_size)))
 
 
 def _first_segments(stored: Stored) -> Stored:
-    """Likewise of a trellis: its first segments, or the first columns of the first one."""
+    """Return the layer of a trellis's first segments, or of the first columns of the first one."""
     spec, (O, I), T = stored.spec, stored.shape, stored.spec.segment_rows  # noqa: E741
     columns = min(I, max(1, MEASURED_WEIGHTS // T))
     rows = min(O, max(1, MEASURED_WEIGHTS // (T * columns)) * T) if columns == I else T
@@ -289,10 +381,10 @@ def _warn_once(line: str) -> None:
     log.warning("%s", line)
 
 
-_said: set[tuple] = set()
+_logged: set[tuple] = set()
 
 
-def _say_once(device: torch.device, name: str, times: str) -> None:
-    if (device, name) not in _said:
-        _said.add((device, name))
+def _log_once(device: torch.device, name: str, times: str) -> None:
+    if (device, name) not in _logged:
+        _logged.add((device, name))
         log.info("decoding on %s: %s (%s)", device, name, times)

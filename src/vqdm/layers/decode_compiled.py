@@ -1,17 +1,20 @@
-"""Decoding as one expression of an element's place, which `torch.compile` turns into a single kernel."""
+"""Decode as one expression of an element's place, which `torch.compile` turns into a single kernel."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vqdm.additive import trellis
 from vqdm.additive.rates import first_entries, offsets, variable_field
-from vqdm.layers.stored import Stored
+
+if TYPE_CHECKING:
+    from vqdm.layers.decode import Stored
 
 
 def pointwise(stored: Stored) -> Tensor:
-    """The matrix [O, I] in float32 at least; differentiable in all but the codes. Slow unless compiled.
+    """Return the matrix [O, I] in float32 at least; differentiable in all but the codes. Slow unless compiled.
 
     Every element reads the bytes of its codes itself, so that nothing between is written to memory.
     """
@@ -35,10 +38,8 @@ def pointwise(stored: Stored) -> Tensor:
 
 
 def _entry(stored: Stored, r: Tensor, j: Tensor, m: int) -> Tensor:
-    """Codes, to be broadcast over [R, p, G, g]."""
+    """Return codes that broadcast to [R, p, G, g]."""
     spec, G = stored.spec, stored.groups[1]
-    if spec.is_trellis:
-        return _state(stored, r, j)
     if not spec.row_bits:
         return _field(stored.codes, (r * G + j) * spec.num_codebooks + m, spec.nbits_per_codebook)
     widths = stored.code_widths.to(torch.int64)
@@ -46,25 +47,14 @@ def _entry(stored: Stored, r: Tensor, j: Tensor, m: int) -> Tensor:
     return variable_field(stored.codes, first, widths[j]) + first_entries(widths)[j]
 
 
-def _state(stored: Stored, r: Tensor, j: Tensor) -> Tensor:
-    """States of a trellis, likewise. Neither widths nor their sum are constants, or every layer were compiled anew."""
-    if not stored.codes.numel():
-        return torch.zeros_like(r + j)
-    T, widths = stored.spec.segment_rows, stored.code_widths.to(torch.int64)
-    rings = widths * T // trellis.UNITS
-    first = r // T * rings.sum() + (rings.cumsum(0) - rings)[j]
-    stop = (r % T + 1) * widths[j] // trellis.UNITS
-    return trellis.window(stored.codes, first, stop, rings[j], stored.spec.nbits_per_codebook)
-
-
 def _places(R: int, p: int, G: int, g: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices of every axis of [R, p, G, g], to be broadcast."""
+    """Return indices of every axis that broadcast to [R, p, G, g]."""
     r, a, j, c = (torch.arange(size, device=device) for size in (R, p, G, g))
     return r[:, None, None, None], a[:, None, None], j[:, None], c
 
 
 def _field(packed: Tensor, index: Tensor, bits: int) -> Tensor:
-    """The integers of `bits` bits at the places `index` of packed ones, little end first."""
+    """Return the packed integers number `index` of `bits` bits each, little end first."""
     first = index * bits
     byte, shift, last = first >> 3, first & 7, packed.numel() - 1
     word = packed[byte].to(torch.int64)
@@ -76,7 +66,7 @@ def _field(packed: Tensor, index: Tensor, bits: int) -> Tensor:
 
 
 def _scale(stored: Stored, r: Tensor, j: Tensor) -> Tensor:
-    """Scales, to be broadcast over [R, p, G, g]."""
+    """Return scales that broadcast to [R, p, G, g]."""
     if stored.scale_codes is None:
         scales = stored.scale_matrix()
         return scales[r, j if scales.shape[1] > 1 else torch.zeros_like(j)]

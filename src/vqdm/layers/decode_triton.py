@@ -1,11 +1,15 @@
-"""Decoding on CUDA: one Triton kernel from packed codes to the weight, written once in its type.
+"""Decode on CUDA: Triton kernels from packed codes to the weight, which they write once, in its dtype.
 
-Imported only where it runs, since it needs Triton; `vqdm.layers.decode` chooses.
+`vqdm.layers.decode` imports this module only on CUDA devices, since Triton is not installed everywhere. A program of
+the trellis kernel decodes a tile: neighbors in a column share bytes, neighbors in a row lie side by side in the weight.
 
-Letters as in `vqdm.additive.code`; group n = r·G + j is the j-th of row group r; D = p·g values of an entry.
+Letters as in `vqdm.additive.code` and `vqdm.additive.trellis`; group n = r·G + j is the j-th of row group r; D = p·g
+values per entry.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -13,23 +17,27 @@ import triton.language as tl
 from torch import Tensor
 
 from vqdm.additive.rates import offsets
-from vqdm.layers.stored import Stored
+from vqdm.additive.trellis import UNITS
 
-VALUES_AT_ONCE = 2048  # of one program of four warps
+if TYPE_CHECKING:
+    from vqdm.layers.decode import Stored
+
+VALUES_AT_ONCE = 2048  # per program of four warps
+ROWS, COLUMNS = 64, 32  # of a tile of the trellis kernel, likewise
 
 ROW_SCALES, GROUP_SCALES, PACKED_SCALES = range(3)
 
 
-def decode(stored: Stored, out: Tensor) -> None:
+def decode_additive(stored: Stored, out: Tensor) -> None:
     """Decode into `out` [O, I], contiguous, float16, bfloat16 or float32; sums in float32."""
     spec, (R, G) = stored.spec, stored.groups
     D = spec.out_group_size * spec.in_group_size
     block = max(1, VALUES_AT_ONCE // triton.next_power_of_2(D))
-    scales, scale_codes, kind = _scales(stored)
+    scales, scale_codes, kind = _scale_source(stored)
     widths = stored.codes if stored.code_widths is None else stored.code_widths
     places = stored.codes if stored.code_widths is None else offsets(stored.code_widths)
     with torch.cuda.device_of(out):  # Triton launches on the current device, whatever its tensors lie on
-        _decode[(triton.cdiv(R * G, block),)](
+        _additive_kernel[(triton.cdiv(R * G, block),)](
             stored.codes,
             stored.codebooks.contiguous(),
             scales.contiguous(),
@@ -55,15 +63,15 @@ def decode(stored: Stored, out: Tensor) -> None:
         )
 
 
-def _scales(stored: Stored) -> tuple[Tensor, Tensor, int]:
-    """Values, packed indices where there are any, and how to read them."""
+def _scale_source(stored: Stored) -> tuple[Tensor, Tensor, int]:
+    """Return values, packed indices (any tensor if there are none), and how to read them."""
     if stored.scales is None:
         return stored.scale_values, stored.scale_codes, PACKED_SCALES
     return stored.scales, stored.codes, ROW_SCALES if stored.scales.numel() == stored.groups[0] else GROUP_SCALES
 
 
 @triton.jit
-def _decode(
+def _additive_kernel(
     codes,
     codebooks,
     scales,
@@ -144,3 +152,87 @@ def _variable_field(packed, first, width, live):
     word |= tl.load(packed + (first >> 3) + 1, mask=live & (end > 8), other=0).to(tl.int32) << 8
     word |= tl.load(packed + (first >> 3) + 2, mask=live & (end > 16), other=0).to(tl.int32) << 16
     return ((word >> shift) & ((1 << width) - 1)).to(tl.int64)
+
+
+def decode_trellis(stored: Stored, out: Tensor) -> None:
+    """Decode into `out` [O, I], contiguous, float16, bfloat16 or float32; products in float32."""
+    spec, (O, I) = stored.spec, stored.shape  # noqa: E741
+    rings = stored.code_widths.to(torch.int64) * spec.segment_rows // UNITS
+    across, down = triton.cdiv(I, COLUMNS), triton.cdiv(spec.segment_rows, ROWS)
+    logarithms = stored.scale_logarithms is not None, stored.input_scale_logarithms is not None
+    with torch.cuda.device_of(out):  # Triton launches on the current device, whatever its tensors lie on
+        _trellis_kernel[(O // spec.segment_rows * down * across,)](
+            stored.codes,
+            stored.codebooks.contiguous(),
+            stored.scale_logarithms if logarithms[0] else stored.scales.contiguous(),
+            stored.input_scale_logarithms if logarithms[1] else stored.input_scales.contiguous(),
+            *stored.scale_tables(),
+            stored.code_widths,
+            rings.cumsum(0) - rings,
+            out,
+            I,
+            spec.segment_rows,
+            spec.segment_bits,
+            down,
+            across,
+            L=spec.nbits_per_codebook,
+            LOGARITHMS=logarithms[0],
+            INPUT_LOGARITHMS=logarithms[1],
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+        )
+
+
+@triton.jit
+def _trellis_kernel(
+    codes,
+    table,
+    scales,
+    input_scales,
+    values,
+    input_values,
+    widths,
+    places,
+    out,
+    I,  # noqa: E741
+    T,
+    segment_bits,
+    down,
+    across,
+    L: tl.constexpr,
+    LOGARITHMS: tl.constexpr,
+    INPUT_LOGARITHMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    segment = (tile // (down * across)).to(tl.int64)  # bits and weights may be more than 2^31
+    top = tile // across % down * ROWS
+    t, j = top + tl.arange(0, ROWS), tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    within, inside = t < T, j < I
+    live = inside[:, None] & within[None, :]  # [COLUMNS, ROWS]
+    q = tl.load(widths + j, mask=inside, other=0).to(tl.int32)
+    ring = (q.to(tl.int64) * T // 4)[:, None]
+    first = (segment * segment_bits + tl.load(places + j, mask=inside, other=0))[:, None]
+    stop = ((t + 1)[None, :] * q[:, None]) // 4
+    late = tl.minimum(stop, L)  # bits of the window that lie in the ring before its row ends
+    live = live & (q > 0)[:, None]
+    state = _variable_field(codes, first + stop - late, late, live)
+    if top < L:  # the windows of early rows begin at the end of the ring
+        early = L - late
+        state = (state << early) | _variable_field(codes, first + ring - early, early, live & (early > 0))
+    weight = tl.trans(tl.load(table + tl.where(live, state, 0)).to(tl.float32))  # [ROWS, COLUMNS]
+    r = segment * T + t
+    weight *= _scales(scales, r, within, values, LOGARITHMS)[:, None]
+    weight *= _scales(input_scales, j, inside, input_values, INPUT_LOGARITHMS)[None, :]
+    place = r[:, None] * I + j[None, :]
+    tl.store(out + place, weight.to(out.dtype.element_ty), mask=within[:, None] & inside[None, :])
+
+
+@triton.jit
+def _scales(scales, places, live, values, LOGARITHMS: tl.constexpr):
+    """Scales in float32, of which bytes stand for one of 256 values."""
+    scale = tl.load(scales + places, mask=live, other=0)
+    if LOGARITHMS:
+        scale = tl.load(values + scale.to(tl.int32))
+    return scale.to(tl.float32)

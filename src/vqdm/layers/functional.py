@@ -1,4 +1,7 @@
-"""Linear maps and convolutions by a coded weight that remember the code for the backward pass, never the weight.
+"""Linear maps and convolutions by a coded weight that save the code for the backward pass, never the weight.
+
+Decoded weights lie in a scratch buffer that all layers share: one per device, dtype and stream, as large as the largest
+weight. So they take the memory of one layer and no time to allocate.
 
 Letters as in `vqdm.additive.code`; W the decoded matrix [O, I], E its gradient.
 """
@@ -12,11 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqdm.additive.code import AdditiveCode
-from vqdm.layers.decode import decode, traced
-from vqdm.layers.scratch import scratch
-from vqdm.layers.stored import Stored
+from vqdm.layers.decode import Stored, decode, traced
 
-GROUPS_AT_ONCE = 2**14  # of the backward pass: what it makes on the way is smaller than the weight
+GROUPS_AT_ONCE = 2**14  # in the backward pass, whose intermediate tensors are then smaller than the weight
 
 
 class Linear(NamedTuple):
@@ -26,7 +27,7 @@ class Linear(NamedTuple):
         return torch.nn.functional.linear(x, W, bias)
 
     def backward(self, e: Tensor, x: Tensor, W: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
-        """Gradients of x, W and the bias where needed, given that of y."""
+        """Return the gradients of x, W and the bias that are needed, given that of y."""
         rows = e.reshape(-1, e.shape[-1])  # [..., O] → [N, O]
         return (
             e @ W if needs[0] else None,
@@ -58,7 +59,7 @@ class Convolution(NamedTuple):
         return torch.nn.functional.conv2d(x, self.kernel(W), bias, self.stride, self.padding, self.dilation)
 
     def backward(self, e: Tensor, x: Tensor, W: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
-        """Gradients of x, W and the bias where needed, given that of y."""
+        """Return the gradients of x, W and the bias that are needed, given that of y."""
         geometry = self.stride, self.padding, self.dilation, False, (0, 0), 1
         found = torch.ops.aten.convolution_backward(e, x, self.kernel(W), [len(W)], *geometry, needs)
         return found[0], self.matrix(found[1]) if needs[1] else None, found[2]
@@ -67,10 +68,10 @@ class Convolution(NamedTuple):
 def coded(
     operation: Linear | Convolution, x: Tensor, stored: Stored, bias: Tensor | None, latent: Tensor | None = None
 ) -> Tensor:
-    """`operation` by the decoded weight in the type of `x`; outside of autograd the weight lies in the scratch buffer.
+    """Apply `operation` with the decoded weight in the dtype of `x`; the weight lies in the scratch buffer.
 
-    `latent` [O, I] does not count but gets the weight's gradient: a stand-in for the weight in methods that change
-    codes, such as PV-tuning (arXiv 2405.14852).
+    The values of `latent` [O, I] are ignored, but it gets the weight's gradient: a stand-in for the weight in methods
+    that change codes, such as PV-tuning (arXiv 2405.14852).
     """
     if torch.compiler.is_compiling():
         W = traced(stored).to(x.dtype)
@@ -78,12 +79,12 @@ def coded(
     learned = (x, bias, stored.codebooks, stored.scales, stored.scale_values, stored.input_scales, latent)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):
         fixed = stored._replace(scales=None, scale_codes=None, scale_values=None, codebooks=None, input_scales=None)
-        return _Coded.apply(operation, fixed, x, bias, *stored.learnable(), latent)
+        return _DecodedTwice.apply(operation, fixed, x, bias, *stored.learnable(), latent)
     with scratch(stored.shape, x.dtype, x.device) as out:
         return operation.forward(x, decode(stored, x.dtype, out), bias)
 
 
-class _Coded(torch.autograd.Function):
+class _DecodedTwice(torch.autograd.Function):
     """The operation with a backward pass that decodes again."""
 
     @staticmethod
@@ -110,7 +111,7 @@ class _Coded(torch.autograd.Function):
 
 
 def code_gradients(stored: Stored, E: Tensor, needs: tuple[bool, bool, bool]) -> tuple:
-    """Gradients of codebooks, scales and input scales where needed, given that of W = `E` [O, I].
+    """Return the gradients of codebooks, scales and input scales that are needed, given that of W = `E` [O, I].
 
     With v = Σ_m of entries, W = s·v·t: an entry gets the sum of E·s·t over the groups that use it, s that of E·v·t over
     what it scales, t that of E·s·v over the rows; 0 in columns of a trellis that have no bits, which are to stay zero.
@@ -143,9 +144,97 @@ def code_gradients(stored: Stored, E: Tensor, needs: tuple[bool, bool, bool]) ->
 
 
 def entry_rows(code: AdditiveCode, part: slice) -> Tensor:
-    """Of some row groups, the rows [r·G, M] of the codebooks [(G·)M·K, d] that codes stand for."""
+    """Return the rows [r·G, M] of the codebooks [(G·)M·K, d] that the codes of the row groups `part` stand for."""
     G, M = code.codes.shape[1:]
     offset = torch.arange(M, device=code.codes.device) * code.spec.entries  # [M]
     if code.spec.groupwise_codebooks:
         offset = offset + torch.arange(G, device=code.codes.device)[:, None] * (M * code.spec.entries)  # [G, M]
     return (code.codes[part] + offset).view(-1, M)
+
+
+# ------------------------------------------------------------------------------------------------ decoded weights
+
+
+class DecodedWeight(Tensor):
+    """The `weight` of a layer without a weight parameter: reads as any tensor; operations on it return plain tensors.
+
+    Adapters are merged by assigning to `weight.data`. Here that would change a copy and lose the adapter silently, so
+    it is an error.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        """The values, as a plain tensor."""
+        return self.detach()
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise RuntimeError(
+            "a quantized layer's weight is decoded from its codes and cannot be changed, so no adapter can be fused "
+            "into it; keep the adapter separate, or call dequantize() on the model first"
+        )
+
+
+def decoded_weight(values: Tensor) -> DecodedWeight:
+    """Return `values` as a `DecodedWeight`, sharing memory and gradients."""
+    return values.as_subclass(DecodedWeight)
+
+
+class _Buffer:
+    """Memory, and its views by shape, made outside of inference mode: others could not be written to there."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        with torch.inference_mode(False):
+            self.memory = torch.empty(torch.Size(shape).numel(), dtype=dtype, device=device)
+        self._views: dict[tuple[int, ...], Tensor] = {}
+
+    def view(self, shape: tuple[int, ...]) -> Tensor | None:
+        """Return a tensor of `shape`; None if the memory is too small."""
+        if shape not in self._views:
+            count = torch.Size(shape).numel()
+            if count > self.memory.numel():
+                return None
+            with torch.inference_mode(False):
+                self._views[shape] = self.memory[:count].view(shape)
+        return self._views[shape]
+
+
+_idle: dict[tuple, _Buffer] = {}
+
+
+class scratch:
+    """`with scratch(shape, dtype, device) as out`: an uninitialised tensor that is valid inside.
+
+    If the buffer is in use, a new one is allocated. Every call of every layer comes here, so it is quick.
+    """
+
+    __slots__ = ("_key", "_lent", "_shape")
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self._shape, self._key = shape, (dtype, device, _stream(device))
+
+    def __enter__(self) -> Tensor:
+        self._lent = _idle.pop(self._key, None)  # one step, so that no two threads get the same
+        out = self._lent and self._lent.view(self._shape)
+        if out is None:
+            self._lent = None  # the smaller one goes before the larger one comes
+            self._lent = _Buffer(self._shape, *self._key[:2])
+            out = self._lent.view(self._shape)
+        return out
+
+    def __exit__(self, *_) -> None:
+        idle = _idle.get(self._key)
+        if idle is None or idle.memory.numel() < self._lent.memory.numel():
+            _idle[self._key] = self._lent
+
+
+def free_scratch() -> None:
+    """Free the buffers' memory; the next call of a layer allocates again."""
+    _idle.clear()
+
+
+def _stream(device: torch.device) -> int:
+    """Return the stream, since work on another one may still read a buffer that is idle on this one."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,9 +1,9 @@
-"""Linear and Conv2d layers in 8 bit, for what vector quantization leaves alone: an integer a weight, a scale an output.
+"""Int8 Linear and Conv2d layers, for layers that are not vector-quantized: an integer per weight, a scale per output.
 
     W[o, ...] ≈ scales[o] · values[o, ...]
 
 Like the quantized layers they subclass `nn.Linear` and `nn.Conv2d`, have no weight parameter, and decode `weight` when
-it is asked for.
+it is read.
 
 Letters: O outputs of the layer.
 """
@@ -13,19 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vqdm.layers.decoded import decoded_weight
+from vqdm.layers.functional import decoded_weight
 
 LARGEST = 127
-# Scales that are tried for every row, times its largest value / 127. None clips much: 8 bits reach far enough, and the
-# gain, about 0.3 dB, is from where the grid happens to fall.
+# Scales that are tried for every row, times its largest value / 127. None clips much: the gain, about 0.3 dB,
+# comes from where the grid happens to lie.
 SCALE_STEPS = torch.linspace(0.9, 1.02, 25).tolist()
 
 
-def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The int8 values, shaped like `weight` [O, ...], and the float16 scales [O] that are nearest to it row by row.
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the int8 values, shaped like `weight` [O, ...], and float16 scales [O] nearest to it row by row.
 
-    Of `SCALE_STEPS` every row takes the scale that leaves the least squared error. Raises ValueError on values that
-    are not finite or beyond what float16 scales reach.
+    Every row takes the scale of `SCALE_STEPS` with the least squared error. Raises ValueError for values that are not
+    finite, or too large for float16 scales.
     """
     rows = weight.detach().flatten(1).float()  # [O, ...] → [O, I]
     widest = rows.abs().amax(1) / LARGEST  # [O]
@@ -50,8 +50,8 @@ def _nearest(rows: Tensor, scales: Tensor) -> Tensor:
     return (rows / units).round().clamp(-LARGEST, LARGEST)
 
 
-class _Rounded:
-    """What rounded layers share: stored tensors as parameters, and the decoded weight."""
+class _Int8:
+    """The part that int8 layers have in common: stored tensors as parameters, and the decoded weight."""
 
     arguments: tuple[str, ...]
     kept: tuple[str, ...]
@@ -67,12 +67,12 @@ class _Rounded:
         self.register_parameter("bias", layer.bias)
 
     def set_weight(self, weight: Tensor) -> None:
-        """Take over the nearest that the layer can hold to a weight of its shape. Raises ValueError as `round_rows`."""
-        values, scales = round_rows(weight)
+        """Round a weight of the layer's shape to the nearest values. Raises ValueError as `quantize_rows`."""
+        values, scales = quantize_rows(weight)
         self.values, self.scales = nn.Parameter(values, False), nn.Parameter(scales, False)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The tensors that replace the weight, by name; `bias` is not among them."""
+        """Return the tensors that replace the weight, by name; without `bias`."""
         return {"values": self.values, "scales": self.scales}
 
     def _decoded(self, dtype: torch.dtype) -> Tensor:
@@ -81,19 +81,19 @@ class _Rounded:
 
     @property
     def weight(self) -> Tensor:
-        """Decoded weight in the layer's own shape, of the scales' type."""
+        """Decode the weight in the layer's own shape and the scales' dtype."""
         return decoded_weight(self._decoded(self.scales.dtype))
 
     def plain(self) -> nn.Linear | nn.Conv2d:
-        """The ordinary layer of the decoded weight."""
+        """Make the plain layer of the decoded weight."""
         geometry = {name: getattr(self, name) for name in self.arguments}
         layer = self.plain_class(**geometry, bias=self.bias is not None, device="meta")
         layer.weight, layer.bias = nn.Parameter(self.weight.data, False), self.bias
         return layer
 
 
-class RoundedLinear(_Rounded, nn.Linear):
-    """`nn.Linear` whose weight [O, I] is in 8 bit."""
+class Int8Linear(_Int8, nn.Linear):
+    """`nn.Linear` with an int8 weight [O, I]."""
 
     arguments = kept = ("in_features", "out_features")
     plain_class = nn.Linear
@@ -105,8 +105,8 @@ class RoundedLinear(_Rounded, nn.Linear):
         return nn.functional.linear(x, self._decoded(x.dtype), self.bias)
 
 
-class RoundedConv2d(_Rounded, nn.Conv2d):
-    """`nn.Conv2d` whose weight [O, C/groups, kh, kw] is in 8 bit."""
+class Int8Conv2d(_Int8, nn.Conv2d):
+    """`nn.Conv2d` with an int8 weight [O, C/groups, kh, kw]."""
 
     kept = (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice")
     arguments = tuple(name for name in nn.Conv2d.__constants__ if name != "output_padding")
@@ -123,26 +123,26 @@ class RoundedConv2d(_Rounded, nn.Conv2d):
         return self._conv_forward(x, self._decoded(x.dtype), self.bias)
 
 
-RoundedLayer = RoundedLinear | RoundedConv2d
+Int8Layer = Int8Linear | Int8Conv2d
 
 
-def swap_rounded(model: nn.Module, name: str) -> RoundedLayer:
-    """Replace the plain layer `name` (dotted) by an empty rounded one, in place, and return it."""
+def swap_int8(model: nn.Module, name: str) -> Int8Layer:
+    """Replace the plain layer `name` (dotted) by an empty int8 one, in place, and return it."""
     plain = model.get_submodule(name)
-    kind = RoundedLinear if isinstance(plain, nn.Linear) else RoundedConv2d
-    rounded = kind(plain).train(plain.training)
-    model.set_submodule(name, rounded)
-    return rounded
+    kind = Int8Linear if isinstance(plain, nn.Linear) else Int8Conv2d
+    layer = kind(plain).train(plain.training)
+    model.set_submodule(name, layer)
+    return layer
 
 
-def round_layer(model: nn.Module, name: str) -> RoundedLayer:
-    """Replace the plain layer `name` (dotted) by one in 8 bit, in place, and return it.
+def quantize_int8(model: nn.Module, name: str) -> Int8Layer:
+    """Replace the plain layer `name` (dotted) by an int8 one, in place, and return it.
 
     Raises:
-        ValueError: as `round_rows`, naming the layer.
+        ValueError: as `quantize_rows`, naming the layer.
     """
     weight = model.get_submodule(name).weight
-    layer = swap_rounded(model, name)
+    layer = swap_int8(model, name)
     try:
         layer.set_weight(weight)
     except ValueError as error:
@@ -150,12 +150,12 @@ def round_layer(model: nn.Module, name: str) -> RoundedLayer:
     return layer
 
 
-def rounded_layers(model: nn.Module) -> dict[str, RoundedLayer]:
-    """Dotted name → rounded layer, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Rounded)}
+def int8_layers(model: nn.Module) -> dict[str, Int8Layer]:
+    """Return dotted name → int8 layer, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Int8)}
 
 
-def unround_layers(model: nn.Module) -> None:
-    """Replace every rounded layer by the plain one of its decoded weight, in place."""
-    for name, layer in rounded_layers(model).items():
+def dequantize_int8(model: nn.Module) -> None:
+    """Replace every int8 layer by the plain one of its decoded weight, in place."""
+    for name, layer in int8_layers(model).items():
         model.set_submodule(name, layer.plain().train(layer.training))

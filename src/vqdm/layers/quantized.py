@@ -1,7 +1,7 @@
 """Linear and Conv2d layers that hold only packed codes and small tensors.
 
-They subclass `nn.Linear` and `nn.Conv2d`, as peft and diffusers expect, but have no weight parameter: `weight` is
-decoded when it is asked for, and a call decodes into a buffer that all layers share, except inside `decoded_once`.
+They subclass `nn.Linear` and `nn.Conv2d`, as peft and diffusers expect, but have no weight parameter: reading `weight`
+decodes it, and a call decodes into a buffer that all layers share, except inside `decoded_once` and `held_weights`.
 
 Letters: O outputs, I = kh·kw·C inputs as in `vqdm.additive.code`.
 """
@@ -10,29 +10,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits, stored_codebooks
-from vqdm.layers.decode import decode
-from vqdm.layers.decoded import decoded_weight
-from vqdm.layers.functional import Convolution, Linear, coded
-from vqdm.layers.shared_codebooks import CodebookBanks, banks_of, drop_banks
-from vqdm.layers.stored import Stored
+from vqdm.layers.decode import Stored, decode
+from vqdm.layers.functional import Convolution, Linear, code_gradients, coded, decoded_weight
+from vqdm.layers.shared_codebooks import SharedCodebookModule, drop_shared_codebooks, shared_codebook_module
 
 
-class _Coded:
-    """What quantized layers share: stored tensors as parameters, and the decoded weight.
+@dataclass(frozen=True)
+class Layer:
+    """A layer to quantize.
 
     Attributes:
-        keep_decoded: keep the weight that is decoded first without gradients, as `decoded_once` asks.
+        name: dotted, in the model.
+        block: the block that it belongs to.
+        kind: "linear" or "conv".
+        rows, columns: shape of its matrix [O, I].
+        spec: the format.
+    """
+
+    name: str
+    block: str
+    kind: str
+    rows: int
+    columns: int
+    spec: CodeSpec
+
+
+class _Quantized:
+    """The part that quantized layers have in common: stored tensors as parameters, and the decoded weight.
+
+    Attributes:
+        shared: the model's shared codebooks, if the layer uses any.
+        keep_decoded: keep the first weight that is decoded without gradients, for `decoded_once`.
         latent: None, or a tensor [O, I] that gets the gradient of the decoded weight, whatever its values.
         held: None, or the decoded weight [O, I] that calls use and that collects its own gradient (`held_weights`).
     """
 
     spec: CodeSpec
-    banks: tuple[CodebookBanks, ...] = ()  # in a tuple, so that the model's banks do not become the layer's own
+    shared: tuple[SharedCodebookModule, ...] = ()  # in a tuple, or the model's module would become the layer's child
     keep_decoded = False
     latent: Tensor | None = None
     held: Tensor | None = None
@@ -45,13 +65,13 @@ class _Coded:
         self.register_parameter("bias", bias)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The tensors that replace the weight, by name; `bias` is not among them."""
+        """Return the tensors that replace the weight, by name; without `bias`."""
         return {name: tensor for name, tensor in self.named_parameters(recurse=False) if name != "bias"}
 
     def set_code(self, code: AdditiveCode) -> None:
-        """Take over a code of this layer's format. Raises ValueError when a tensor's shape or the bank differs."""
+        """Set a code of this layer's format. Raises ValueError if a shape or the shared codebooks differ."""
         if self.spec.shared_codebooks and not torch.equal(self._codebooks().cpu(), code.codebooks.half().cpu()):
-            raise ValueError(f"the code was found with other codebooks than those of bank {self.spec.shared_codebooks}")
+            raise ValueError(f"the code was made with codebooks other than the shared {self.spec.shared_codebooks}")
         for name, tensor in code.pack().items():
             held = getattr(self, name)
             if held.shape != tensor.shape:
@@ -60,7 +80,7 @@ class _Coded:
         self._decoded = None
 
     def set_codes(self, codes: Tensor) -> None:
-        """Take over codes [R, G, M] alone. Raises ValueError on another shape, or on codes that no codebook has."""
+        """Set codes [R, G, M] alone. Raises ValueError for another shape, or for codes beyond the codebooks."""
         R, G = self._stored().groups
         if codes.shape != (R, G, self.spec.num_codebooks):
             raise ValueError(f"codes have shape {tuple(codes.shape)}; allowed is {(R, G, self.spec.num_codebooks)}")
@@ -69,32 +89,32 @@ class _Coded:
         self._decoded = None
 
     def code(self) -> AdditiveCode:
-        """The layer's code in working form."""
+        """Return the layer's code in working form."""
         return self._stored().working()
 
     @property
     def stored_bits(self) -> int:
-        """Bits of the tensors that replace the weight."""
+        """Return the number of bits of the tensors that replace the weight."""
         return stored_bits(self.stored_tensors())
 
     def decoded_matrix(self) -> Tensor:
-        """The weight as a float32 matrix [O, I], differentiable in all but the codes."""
+        """Return the weight as a float32 matrix [O, I], differentiable in all but the codes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.code().dequantize()
         return decode(self._stored(), torch.float32)
 
     def _stored(self) -> Stored:
-        """What the weight is decoded from."""
+        """Collect the tensors that the weight is decoded from."""
         return Stored.of(self.spec, (self._rows, self._columns), self._parameters, self._codebooks())
 
     def _codebooks(self) -> Tensor:
-        """Codebooks [M, K, p, g], or [G, M, K, p, g] when groupwise; the layer's own or its bank's."""
+        """Return codebooks [M, K, p, g], or [G, M, K, p, g] if groupwise; the layer's own or shared ones."""
         if self.spec.shared_codebooks:
-            return self.banks[0](self.spec.shared_codebooks)
+            return self.shared[0](self.spec.shared_codebooks)
         return stored_codebooks(self.spec, self._columns // self.spec.in_group_size, self._parameters)
 
     def _apply_coded(self, operation: Linear | Convolution, x: Tensor) -> Tensor:
-        """`operation` by the decoded weight, in the type that it runs in."""
+        """Apply `operation` with the decoded weight, in the dtype of autocast or of `x`."""
         if self.held is not None:
             return operation.forward(x, self.held, self.bias)
         if torch.is_autocast_enabled(x.device.type):
@@ -107,12 +127,12 @@ class _Coded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the small tensors, and of `weight`; of the bank where all of them are integers."""
+        """Return the floating dtype of the small tensors, or of the shared codebooks if all are integers."""
         floats = [tensor.dtype for tensor in self.stored_tensors().values() if tensor.is_floating_point()]
-        return floats[0] if floats else self.banks[0].stored_tensors()[self.spec.shared_codebooks].dtype
+        return floats[0] if floats else self.shared[0].stored_tensors()[self.spec.shared_codebooks].dtype
 
 
-class QuantizedLinear(_Coded, nn.Linear):
+class QuantizedLinear(_Quantized, nn.Linear):
     """`nn.Linear` whose weight [O, I] is an additive code."""
 
     def __init__(self, in_features: int, out_features: int, spec: CodeSpec, bias: Tensor | None = None, device=None):
@@ -122,16 +142,16 @@ class QuantizedLinear(_Coded, nn.Linear):
 
     @classmethod
     def like(cls, layer: nn.Linear, spec: CodeSpec) -> QuantizedLinear:
-        """An empty quantized layer of the same shape and device, sharing the bias."""
+        """Make an empty quantized layer of the same shape and device, sharing the bias."""
         return cls(layer.in_features, layer.out_features, spec, layer.bias, layer.weight.device)
 
     @property
     def weight(self) -> Tensor:
-        """Decoded weight [O, I]."""
+        """Decode the weight [O, I]."""
         return decoded_weight(self.decoded_matrix().to(self.dtype))
 
     def plain(self) -> nn.Linear:
-        """The ordinary layer of the decoded weight."""
+        """Make the plain layer of the decoded weight."""
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight, layer.bias = nn.Parameter(self.weight.data, False), self.bias
         return layer
@@ -140,7 +160,7 @@ class QuantizedLinear(_Coded, nn.Linear):
         return self._apply_coded(Linear(), x)
 
 
-class QuantizedConv2d(_Coded, nn.Conv2d):
+class QuantizedConv2d(_Quantized, nn.Conv2d):
     """`nn.Conv2d` with groups=1 whose weight [O, C, kh, kw] is an additive code of the matrix [O, I]."""
 
     def __new__(cls, geometry: nn.Conv2d | int | None = None, *args, **options):
@@ -156,19 +176,19 @@ class QuantizedConv2d(_Coded, nn.Conv2d):
 
     @classmethod
     def like(cls, layer: nn.Conv2d, spec: CodeSpec) -> QuantizedConv2d:
-        """An empty quantized layer of the same shape and device, sharing the bias."""
+        """Make an empty quantized layer of the same shape and device, sharing the bias."""
         return cls(layer, spec, layer.bias, layer.weight.device)
 
     @property
     def weight(self) -> Tensor:
-        """Decoded weight [O, C, kh, kw]."""
+        """Decode the weight [O, C, kh, kw]."""
         return decoded_weight(self._operation((0, 0)).kernel(self.decoded_matrix()).to(self.dtype))
 
     def _operation(self, padding: tuple[int, int]) -> Convolution:
         return Convolution(self.kernel_size, self.stride, padding, self.dilation, self.spec.group_channels)
 
     def plain(self) -> nn.Conv2d:
-        """The ordinary layer of the decoded weight."""
+        """Make the plain layer of the decoded weight."""
         names = (
             "in_channels",
             "out_channels",
@@ -198,26 +218,26 @@ QuantizedLayer = QuantizedLinear | QuantizedConv2d
 def swap(model: nn.Module, name: str, spec: CodeSpec) -> QuantizedLayer:
     """Replace the plain layer `name` (dotted) by an empty quantized one, in place, and return it.
 
-    Raises ValueError when `spec` names a bank that the model holds in another shape.
+    Raises ValueError if `spec` names shared codebooks that the model holds in another shape.
     """
     plain = model.get_submodule(name)
     kind = QuantizedLinear if isinstance(plain, nn.Linear) else QuantizedConv2d
     quantized = kind.like(plain, spec).train(plain.training)
     if spec.shared_codebooks:
-        quantized.banks = (banks_of(model),)
-        quantized.banks[0].reserve(spec, plain.weight.device)
+        quantized.shared = (shared_codebook_module(model),)
+        quantized.shared[0].reserve(spec, plain.weight.device)
     model.set_submodule(name, quantized)
     return quantized
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """Dotted name → quantized layer, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Coded)}
+    """Return dotted name → quantized layer, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Quantized)}
 
 
 @contextmanager
 def decoded_once(model: nn.Module) -> Iterator[None]:
-    """Inside, layers keep the weight that they decode first without gradients: faster, as large as the original.
+    """Inside, layers keep the weight once it is decoded without gradients: faster, but as large as the original.
 
     On leaving, decoded weights are dropped.
     """
@@ -229,6 +249,60 @@ def decoded_once(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.keep_decoded, layer._decoded = False, None
+
+
+@contextmanager
+def held_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, layers use weights that were decoded on entry, and backward passes accumulate these weights' gradients.
+
+    For gradient accumulation: decoding and the gradients of codes cost once per optimizer step instead of once per
+    micro-batch, and the memory of all weights and their gradients in float32. On exit the gradients are passed on to
+    `.grad` of the stored tensors, and of `latent` if a layer has one; after an exception they are not. The stored
+    tensors must not change inside.
+    """
+    layers = list(quantized_layers(model).values())
+    try:
+        for layer in layers:
+            layer.held = decode(layer._stored(), torch.float32).requires_grad_(_learns(layer))
+        yield
+        for layer in layers:
+            spread_gradient(layer, layer.held.grad)
+            layer.held = None
+    finally:
+        for layer in layers:
+            layer.held = None
+
+
+def spread_gradient(layer: QuantizedLayer, E: Tensor | None) -> None:
+    """Add to `.grad` of a layer's tensors their gradients, given the gradient `E` [O, I] of its decoded weight."""
+    if E is None:
+        return
+    if _wants(layer.latent):
+        layer.latent.grad = E.to(layer.latent.dtype) if layer.latent.grad is None else layer.latent.grad + E
+    stored = layer._stored()
+    free = stored.learnable()
+    needs = tuple(_wants(tensor) for tensor in free)
+    if any(needs):
+        found = code_gradients(_as_matrix(stored, free[1]), E, needs)
+        pairs = [(tensor, grad) for tensor, grad in zip(free, found, strict=True) if grad is not None]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+
+
+def _as_matrix(stored: Stored, scales: Tensor | None) -> Stored:
+    """Detach from the graph, with scales [R, S] already looked up, unless they are logarithms."""
+    floats = {"codebooks": stored.codebooks, "scales": scales, "input_scales": stored.input_scales}
+    detached = {name: None if tensor is None else tensor.detach() for name, tensor in floats.items()}
+    return stored._replace(scale_codes=None, scale_values=None, **detached)
+
+
+def _learns(layer: QuantizedLayer) -> bool:
+    stored = layer._stored()
+    tensors = stored.codebooks, stored.scales, stored.scale_values, stored.input_scales, layer.latent
+    return any(_wants(tensor) for tensor in tensors)
+
+
+def _wants(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
 
 
 def float_scales(model: nn.Module) -> dict[str, torch.dtype]:
@@ -253,7 +327,7 @@ def dequantize_layers(model: nn.Module) -> None:
     """Replace every quantized layer by the plain one of its decoded weight, in place."""
     for name, layer in quantized_layers(model).items():
         model.set_submodule(name, layer.plain().train(layer.training))
-    drop_banks(model)
+    drop_shared_codebooks(model)
 
 
 @contextmanager
@@ -277,7 +351,7 @@ def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _coded_tensors(model: nn.Module) -> set[int]:
-    """The `id` of every tensor that codes consist of."""
+    """Return the `id` of every tensor that codes consist of."""
     stored = [module.stored_tensors() for module in model.modules() if hasattr(module, "stored_tensors")]
     return {id(tensor) for tensors in stored for tensor in tensors.values()}
 

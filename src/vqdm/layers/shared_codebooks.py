@@ -1,4 +1,4 @@
-"""Codebooks that many layers share: a module of the model that stores each bank once.
+"""Codebooks that many layers share: a module of the model that stores each set of codebooks once.
 
 Letters: M codebooks of K entries; p, g = out and in group size.
 """
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
 
-BANKS = "codebook_banks"  # the model's attribute, and so the prefix of the tensors' names
+SHARED_CODEBOOKS = "codebook_banks"  # the model's attribute, and so the prefix of the tensors' names in files
 
 
-class CodebookBanks(nn.Module):
-    """Banks of codebooks by name, each a float16 parameter [M, K, p, g].
+class SharedCodebookModule(nn.Module):
+    """Shared codebooks by name, each a float16 parameter [M, K, p, g].
 
-    A bank is asked for by calling the module, so that offloading hooks bring it to the device first.
+    Layers get codebooks by calling the module, so offloading hooks bring them to the device first.
     """
 
     def reserve(self, spec: CodeSpec, device: torch.device) -> None:
-        """Make room for the bank that `spec` names. Raises ValueError when it is there in another shape."""
+        """Allocate the codebooks that `spec` names. Raises ValueError if they exist in another shape."""
         name = spec.shared_codebooks
         held = self._parameters.get(name)
         if held is None and hasattr(self, name):
@@ -32,30 +32,30 @@ class CodebookBanks(nn.Module):
             raise ValueError(f"shared_codebooks {name} are {tuple(held.shape)}; a layer needs {spec.codebooks_shape}")
 
     def fill(self, name: str, codebooks: Tensor) -> None:
-        """Set a bank's values."""
+        """Set the values of codebooks."""
         held = self._parameters[name]
         held.data = codebooks.to(held.device, held.dtype)
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """All banks by name."""
+        """Return all codebooks by name."""
         return dict(self._parameters)
 
     def forward(self, name: str) -> Tensor:
-        """Codebooks [M, K, p, g]."""
+        """Return the codebooks [M, K, p, g] of that name."""
         held = self._parameters[name]
         # diffusers' group offloading by leaf takes a module's memory away as soon as its call is over, which is before
-        # the layer that asked has decoded: it gets a copy, made on the stream that it computes on.
+        # the layer that called has decoded: it gets a copy, made on the stream that it computes on.
         return held.clone() if hasattr(self, "_diffusers_hook") else held
 
 
-def banks_of(model: nn.Module) -> CodebookBanks:
-    """The model's banks; an empty module is added where it has none."""
-    if not hasattr(model, BANKS):
-        setattr(model, BANKS, CodebookBanks())
-    return getattr(model, BANKS)
+def shared_codebook_module(model: nn.Module) -> SharedCodebookModule:
+    """Return the model's shared codebooks; adds an empty module if it has none."""
+    if not hasattr(model, SHARED_CODEBOOKS):
+        setattr(model, SHARED_CODEBOOKS, SharedCodebookModule())
+    return getattr(model, SHARED_CODEBOOKS)
 
 
-def drop_banks(model: nn.Module) -> None:
-    """Remove the banks of a model whose layers need them no more."""
-    if hasattr(model, BANKS):
-        delattr(model, BANKS)
+def drop_shared_codebooks(model: nn.Module) -> None:
+    """Remove the shared codebooks from a model whose layers no longer need them."""
+    if hasattr(model, SHARED_CODEBOOKS):
+        delattr(model, SHARED_CODEBOOKS)

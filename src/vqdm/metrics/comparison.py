@@ -20,8 +20,7 @@ from vqdm.errors import UserError
 from vqdm.metrics.catalogue import METRICS
 from vqdm.metrics.config import CompareConfig
 from vqdm.metrics.results import SCHEMA, number
-from vqdm.storage.atomic import save_bytes, save_text
-from vqdm.storage.locks import locked
+from vqdm.storage.files import locked, save_bytes, save_text
 
 FULL, FLOOR = "full precision", "noise floor"
 # Panels of the figure if none are named, the most important first.

@@ -22,7 +22,7 @@ from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.metrics.encoders import Encoder
 from vqdm.metrics.image_sets import ImageLoader, ImageSet, Key
-from vqdm.storage.atomic import save_bytes
+from vqdm.storage.files import save_bytes
 
 TAGS = ("preprocess", "weights_sha256", "dataset")
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

@@ -48,8 +48,7 @@ from vqdm.metrics.results import (
 )
 from vqdm.parallel import Ranks, launched
 from vqdm.redaction import own_command
-from vqdm.storage.atomic import probe, save_json, save_text, sweep
-from vqdm.storage.locks import locked
+from vqdm.storage.files import locked, probe, save_json, save_text, sweep
 from vqdm.tracking import Tracker, log_info
 from vqdm.versions import versions
 

@@ -18,7 +18,7 @@ import torch
 
 from vqdm.documents import first_line
 from vqdm.fidelity import LPIPS_FILES
-from vqdm.storage.fingerprint import file_sha256
+from vqdm.storage.files import file_sha256
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"

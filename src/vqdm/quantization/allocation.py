@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqdm.additive.allocate import allocate
-from vqdm.additive.code import AdditiveCode, Bank, CodeSpec
+from vqdm.additive.bit_allocation import allocate
+from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
 from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows
 from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves
 from vqdm.diffusion.blocks import Layer, matrix_of, weight_of
@@ -30,10 +30,9 @@ from vqdm.quantization.block import quantize_shard
 from vqdm.quantization.codebook_training import trellis_bank, trellis_codebooks
 from vqdm.quantization.plan import bank_bits, layer_bits
 from vqdm.quantization.recording import teacher_trajectories, unet_calls
-from vqdm.storage.atomic import Damaged, load_sealed_json, save_json, save_sealed, save_sealed_json
+from vqdm.storage.files import CorruptFileError, load_checked_json, save_checked, save_checked_json, save_json
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.pieces import Tensors, read
-from vqdm.storage.runs import layer_generator
+from vqdm.storage.run_folder import Tensors, layer_generator, read_shard
 from vqdm.tracking import log_info, progress_bar
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
         layers = planned_layers(job, store)
         plan = {layer.name: {name: getattr(layer.spec, name) for name in PLANNED} for layer in layers}
         if job.ranks.main:
-            save_sealed_json(plan, path)
+            save_checked_json(plan, path)
     plan = job.ranks.broadcast(read_plan(path) if job.ranks.main else None)
     if job.ranks.main:
         save_json(plan, job.folder.path / PLAN)
@@ -98,8 +97,8 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
 def read_plan(path: Path) -> dict[str, dict]:
     """What the run has decided. Raises RunError when the file is damaged."""
     try:
-        return load_sealed_json(path)
-    except Damaged as error:
+        return load_checked_json(path)
+    except CorruptFileError as error:
         raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
 
 
@@ -198,21 +197,21 @@ def coding_errors(
 
     Ranks share the layers, and find each other's codes in the run's folder under `name`.
     """
-    bank = Bank(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
+    bank = SharedCodebooks(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
     banks, folder = {trellis_bank(FAST_STATE_BITS): bank}, job.folder.work / f"coded_{name}"
     missing = job.ranks.broadcast([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
     for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
         some = [layer for group in groups for layer in group]
         for layer, code, report in quantize_shard(job, store, some, job.config.solver, banks):
             error = torch.tensor(report.error, dtype=torch.float64)
-            save_sealed(code.pack() | {"error": error}, folder / f"{layer.name}.safetensors")
+            save_checked(code.pack() | {"error": error}, folder / f"{layer.name}.safetensors")
     job.ranks.barrier()
-    parts = {layer.name: read(folder / f"{layer.name}.safetensors") for layer in layers}
+    parts = {layer.name: read_shard(folder / f"{layer.name}.safetensors") for layer in layers}
     errors = {name: part.pop("error").item() for name, part in parts.items()}
     return {layer.name: coding_error(job, layer, parts[layer.name], banks) for layer in layers}, errors
 
 
-def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, Bank]) -> Tensor:
+def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, SharedCodebooks]) -> Tensor:
     """Coded minus original weight of one layer, from its packed code."""
     weight, bank = job.unet.get_submodule(layer.name).weight, banks[layer.spec.shared_codebooks]
     packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vqdm.additive.code import AdditiveCode, Bank
+from vqdm.additive.code import AdditiveCode, SharedCodebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import LayerReport, Task, solve_layers
 from vqdm.diffusion.blocks import Layer, matrix_of
@@ -21,8 +21,7 @@ from vqdm.parallel import shares
 from vqdm.quantization.plan import layer_line
 from vqdm.quantization.recording import HessianRecorder
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.pieces import appear
-from vqdm.storage.runs import SolvedLayer, layer_generator
+from vqdm.storage.run_folder import SolvedLayer, layer_generator, wait_for_file
 from vqdm.tracking import JsonLines, log_info, progress_bar
 
 if TYPE_CHECKING:
@@ -93,12 +92,12 @@ def quantize_groups(
 
 def load_quantized(job: Job, layer: Layer) -> SolvedLayer:
     """Load a layer that some rank has quantized."""
-    appear(job.folder.layer_path(layer.name))
+    wait_for_file(job.folder.layer_path(layer.name))
     return job.folder.load_layer(layer)
 
 
 def quantize_shard(
-    job: Job, store: HessianStore, layers: list[Layer], solver: SolverConfig, banks: dict[str, Bank]
+    job: Job, store: HessianStore, layers: list[Layer], solver: SolverConfig, banks: dict[str, SharedCodebooks]
 ) -> Iterator[tuple[Layer, AdditiveCode, LayerReport]]:
     """Yield this rank's shard of the layers, quantized, the costliest first; other ranks have the others.
 
@@ -183,7 +182,12 @@ def threads(workers: int) -> Iterator[Callable]:
 
 
 def layer_task(
-    job: Job, solver: SolverConfig, banks: dict[str, Bank], layer: Layer, hessian: Tensor, held_out: Tensor | None
+    job: Job,
+    solver: SolverConfig,
+    banks: dict[str, SharedCodebooks],
+    layer: Layer,
+    hessian: Tensor,
+    held_out: Tensor | None,
 ) -> Task:
     """Return a layer as the solver takes it. Raises RunError that names it."""
     weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()

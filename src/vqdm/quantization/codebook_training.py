@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vqdm.additive.code import Bank, CodeSpec
+from vqdm.additive.code import CodeSpec, SharedCodebooks
+from vqdm.additive.codebooks import Sample, sample_layer, train_shared_codebooks
 from vqdm.additive.config import SolverConfig
-from vqdm.additive.shared import Sample, sample_layer, train_bank
 from vqdm.additive.trellis import table
 from vqdm.diffusion.blocks import Layer, matrix_of
 from vqdm.quantization.plan import bank_users
-from vqdm.storage.atomic import save_sealed
+from vqdm.storage.files import save_checked
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.pieces import read
-from vqdm.storage.runs import layer_generator
+from vqdm.storage.run_folder import layer_generator, read_shard
 from vqdm.tracking import log_info, progress_bar
 
 if TYPE_CHECKING:
@@ -50,24 +49,24 @@ def bank_name(spec: CodeSpec, how: str, kind: str) -> str:
     return "{}_{}x{}_{}x{}".format(kind if how == "kind" else "unet", *books, *group)
 
 
-def make_banks(job: Job, store: HessianStore) -> dict[str, Bank]:
+def make_banks(job: Job, store: HessianStore) -> dict[str, SharedCodebooks]:
     """Return the shared codebooks that the layers name, from the run's folder or trained."""
     banks = {}
     for name, layers in bank_users(job.layers).items():
         weights = sum(layer.rows * layer.columns for layer in layers)
         if layers[0].spec.is_trellis:  # nothing is trained
             codebooks = trellis_codebooks(layers[0].spec.nbits_per_codebook).to(job.unet.device)
-            banks[name] = Bank(codebooks, weights)
+            banks[name] = SharedCodebooks(codebooks, weights)
             continue
         config = job.config.solver.with_spec(layers[0].spec)
         path = job.folder.work / "shared_codebooks" / f"{name}.safetensors"
         if job.ranks.main and not path.is_file():
             samples = sample_layers(job, store, trained_on(job.layers, name, layers[0].spec), config)
             log_info(f"shared codebooks {name}: training on {len(samples)} layers")
-            codebooks = train_bank(samples, config, layer_generator(job.config.seed, name))
-            save_sealed({"codebooks": codebooks}, path)
+            codebooks = train_shared_codebooks(samples, config, layer_generator(job.config.seed, name))
+            save_checked({"codebooks": codebooks}, path)
         job.ranks.barrier()
-        banks[name] = Bank(read(path)["codebooks"].to(job.unet.device), weights)
+        banks[name] = SharedCodebooks(read_shard(path)["codebooks"].to(job.unet.device), weights)
     return banks
 
 

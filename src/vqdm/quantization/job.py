@@ -23,16 +23,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 
-from vqdm.additive.code import AdditiveCode, Bank
+from vqdm.additive.code import AdditiveCode, SharedCodebooks
+from vqdm.devices import check_float64, peak_memory, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.model_folders import check_loaded, check_supported, load_quantized_unet
 from vqdm.diffusion.pipelines import (
-    check_float64,
     check_model,
     configured_pipeline,
     load_pipeline,
     log_truncated,
-    pick_dtype,
     saved_types,
     stored_dtypes,
     weight_files,
@@ -51,7 +50,7 @@ from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.fidelity import decibels
 from vqdm.images import pair_sheet, save_png
-from vqdm.layers.int8 import round_layer, rounded_layers
+from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
@@ -79,12 +78,12 @@ from vqdm.quantization.recording import (
     teacher_trajectories,
 )
 from vqdm.redaction import own_command, redacted
-from vqdm.storage.atomic import save_json, save_text
-from vqdm.storage.card import model_card
+from vqdm.storage.files import save_json, save_text
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import mark_quantized
-from vqdm.storage.runs import RunFolder, SolvedLayer
-from vqdm.tracking import Stopwatch, Tracker, log_info, peak_memory, progress_bar
+from vqdm.storage.hub import model_card
+from vqdm.storage.run_folder import RunFolder, SolvedLayer
+from vqdm.tracking import Stopwatch, Tracker, log_info, progress_bar
 from vqdm.versions import versions
 
 
@@ -119,7 +118,7 @@ class Job:
     original_bytes: int | None = None
     fingerprint: str | None = None
     store: HessianStore | None = None
-    banks: dict[str, Bank] = field(default_factory=dict)
+    banks: dict[str, SharedCodebooks] = field(default_factory=dict)
     bank_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
     finetune_blocks: Callable | None = None
@@ -190,7 +189,7 @@ def quantize(
         if config.dry_run:
             return pipeline, None
         folder = RunFolder(config.output_dir)
-        with folder.held(ranks):
+        with folder.lock(ranks):
             fingerprint = weights_fingerprint(pipeline) if given else None
             settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
             settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
@@ -287,7 +286,7 @@ def run(job: Job) -> dict | None:
     if config.unquantized_nbits == 8:
         for name in rest_layers(job.unet, job.layers):  # before Hessians are recorded
             try:
-                round_layer(job.unet, name)
+                quantize_int8(job.unet, name)
             except ValueError as error:  # a weight is not finite
                 raise RunError(str(error)) from None
     if config.hessian_cache or config.target_bits or bank_users(job.layers):
@@ -365,7 +364,7 @@ def swap_block(job: Job, layers: list[Layer], quantized: dict[str, SolvedLayer])
         code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors, bank and bank.codebooks)
         module = swap(job.unet, layer.name, layer.spec)
         if bank:
-            module.banks[0].fill(name, bank.codebooks)
+            module.shared[0].fill(name, bank.codebooks)
         module.set_code(code)
 
 
@@ -408,7 +407,7 @@ def finish(job: Job, quantized: dict[str, SolvedLayer], errors: tuple[list, list
     summary = {
         "model": job.config.model,
         "layers_quantized": len(job.layers),
-        "layers_in_8_bit": len(rounded_layers(job.unet)),
+        "layers_in_8_bit": len(int8_layers(job.unet)),
         **sizes,
         "bytes_of_original_unet": job.original_bytes,
         "unet_output_error_db": decibels(*map(sum, errors)),

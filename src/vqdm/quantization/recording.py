@@ -1,6 +1,6 @@
 """Record what layers are quantized with: the teacher's points and images, and Hessians.
 
-Prompts are sampled in batches, each in a file (`storage.pieces`); Hessians are exact sums (`diffusion.hessians`).
+Prompts are sampled in batches, each in a file (`storage.run_folder`); Hessians are exact sums (`diffusion.hessians`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ from vqdm.diffusion.sampling import (
 from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, spread_points
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
-from vqdm.storage.atomic import sweep
-from vqdm.storage.fingerprint import pipeline_fingerprint
+from vqdm.storage.files import locked, pipeline_fingerprint, sweep
 from vqdm.storage.hessian_store import HessianStore
-from vqdm.storage.locks import locked
-from vqdm.storage.pieces import Tensors, pieces, span_name, spans
+from vqdm.storage.run_folder import Tensors, shards, span_name, spans
 from vqdm.tracking import log_info, progress_bar
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str
 
     own = sum(count for _, count in job.ranks.shard(missing))
     with progress_bar(total=own, description=f"prompts ({name.replace('_', ' ')})") as progress:
-        return pieces(job.ranks, folder, list(by_name), make)
+        return shards(job.ranks, folder, list(by_name), make)
 
 
 def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:

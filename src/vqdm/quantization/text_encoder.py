@@ -16,8 +16,8 @@ from vqdm.diffusion.hessians import record_hessians, shared_inputs
 from vqdm.diffusion.model_folders import quantized_by
 from vqdm.diffusion.trajectories import batches
 from vqdm.layers.quantized import decoded_once, swap
-from vqdm.storage.hf_text import mark_text_quantized, short_name
-from vqdm.storage.runs import layer_generator
+from vqdm.storage.hf import mark_text_quantized, short_name
+from vqdm.storage.run_folder import layer_generator
 
 HELD_OUT_EVERY = 8  # of the batches, one in this many is held out
 _LINEAR = re.compile(r"((?:text_model\.)?encoder\.layers\.\d+)\.(self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12])")

@@ -15,10 +15,10 @@ from transformers import AqlmConfig, PreTrainedModel
 
 from vqdm.additive.code import CodeSpec
 from vqdm.errors import UserError
-from vqdm.layers.int8 import unround_layers
+from vqdm.layers.int8 import dequantize_int8
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, quantized_layers
-from vqdm.storage.atomic import save_json, save_tensors
-from vqdm.storage.hf_text import short_name
+from vqdm.storage.files import save_json, save_tensors
+from vqdm.storage.hf import short_name
 
 SAME = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")
 # What the format has no place for, and the only value that it can hold.
@@ -33,7 +33,7 @@ def export_aqlm(model: PreTrainedModel, folder: Path) -> AqlmConfig:
     """
     layers = quantized_layers(model)
     spec = common_spec(layers)
-    unround_layers(model)
+    dequantize_int8(model)
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     config = AqlmConfig(
         **{name: getattr(spec, name) for name in SAME},

@@ -1,7 +1,7 @@
-"""Hessians on disk: those of the full-precision model, for every choice of bits that is tried on it.
+"""Hessians of the full-precision model on disk, for every bit width that is tried.
 
-One safetensors file for each input that layers share, and an index that says which layers that are, and for which
-model, prompts and sampling the Hessians hold.
+One safetensors file per input that layers share, and an index with these layers and the model, prompts and sampling
+that the Hessians were computed for.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vqdm.config import differences
-from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
-from vqdm.storage.atomic import Damaged, load_sealed, load_sealed_json, save_sealed, save_sealed_json
+from vqdm.layers.quantized import Layer
+from vqdm.storage.files import CorruptFileError, load_checked, load_checked_json, save_checked, save_checked_json
 
 
 class HessianStore:
@@ -34,7 +34,7 @@ class HessianStore:
 
     def _read_index(self) -> None:
         try:
-            index = load_sealed_json(self.index)
+            index = load_checked_json(self.index)
             changed = differences(index["settings"], self.settings)
             self.leaders = dict(index["layers"])
             _check_names(self.leaders)
@@ -49,33 +49,33 @@ class HessianStore:
         return _key(layer) in self.leaders
 
     def save(self, group: list[Layer], hessian: Tensor, held_out: Tensor | None) -> None:
-        """Keep H [I, I], and a held-out one, for layers that share an input."""
+        """Save H [I, I], and a held-out one, for layers that share an input."""
         self.write(group, hessian, held_out)
         self.enter([group])
 
     def write(self, group: list[Layer], hessian: Tensor, held_out: Tensor | None) -> None:
-        """Only the file; `enter` makes it count."""
+        """Write the file only; `enter` adds it to the index."""
         tensors = {"hessian": hessian} | ({} if held_out is None else {"held_out": held_out})
-        save_sealed(tensors, self._file(_key(group[0])))
+        save_checked(tensors, self._file(_key(group[0])))
 
     def enter(self, groups: list[list[Layer]], on_disk: bool = True) -> None:
-        """Count groups in whose files are written; of several processes, one changes the index on the disk."""
+        """Add groups of written files to the index; only one of several processes changes it on the disk."""
         self.leaders |= {_key(layer): _key(group[0]) for group in groups for layer in group}
         if on_disk:
-            save_sealed_json({"settings": self.settings, "layers": self.leaders}, self.index)
+            save_checked_json({"settings": self.settings, "layers": self.leaders}, self.index)
 
     def load(self, layer: Layer, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
-        """H and the held-out H of a layer. Raises RunError when the file is gone or damaged."""
+        """Load H and the held-out H of a layer. Raises RunError if the file is missing or damaged."""
         path = self._file(self.leaders[_key(layer)])
         try:
-            tensors, _ = load_sealed(path, device)
+            tensors, _ = load_checked(path, device)
             _check_shapes(tensors, layer.columns)
             return tensors["hessian"], tensors.get("held_out")
-        except (OSError, Damaged, KeyError, ValueError) as error:
+        except (OSError, CorruptFileError, KeyError, ValueError) as error:
             raise RunError(f"{path} is missing or damaged ({error}); delete {self.index} and run again") from None
 
     def drop(self, groups: list[list[Layer]], on_disk: bool = True) -> None:
-        """Forget groups that nobody needs any more; of several processes, one deletes their files."""
+        """Remove groups from the index; only one of several processes deletes their files."""
         leaders = {self.leaders.pop(_key(layer)) for group in groups for layer in group}
         if on_disk:
             self.enter([])
@@ -83,7 +83,7 @@ class HessianStore:
                 self._file(leader).unlink(missing_ok=True)
 
     def groups(self, layers: list[Layer]) -> list[list[Layer]]:
-        """`layers` by the file they share, in their order."""
+        """Group `layers` by the file they share, in their order."""
         found: dict[str, list[Layer]] = {}
         for layer in layers:
             found.setdefault(self.leaders[_key(layer)], []).append(layer)
@@ -108,6 +108,6 @@ def _check_shapes(tensors: dict[str, Tensor], columns: int) -> None:
 
 
 def _key(layer: Layer) -> str:
-    """A convolution's Hessian depends on the order of its columns."""
+    """Return the layer's key; a convolution's Hessian depends on the order of its columns."""
     channels_first = layer.kind == "conv" and not layer.spec.group_channels
     return f"{layer.name}.channels_first" if channels_first else layer.name

@@ -1,26 +1,32 @@
-"""The format's home in diffusers: a quantizer and its configuration, registered when `vqdm` is imported.
+"""The format in diffusers and transformers: quantizers and their configuration, registered when `vqdm` is imported.
 
-diffusers has no registration function; a backend writes itself into two dictionaries of `diffusers.quantizers.auto`.
+A backend registers itself in two dictionaries of the module `quantizers.auto` of each library.
+
+The module paths of CLIP's text models depend on the version of transformers and on the class: with or without
+`text_model.` in front. Names are stored without, and found either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.quantizers import auto
+from diffusers.quantizers import auto as diffusers_auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from safetensors import safe_open
 from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers import auto as transformers_auto
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from vqdm.additive import trellis
 from vqdm.additive.code import CodeSpec
-from vqdm.layers.int8 import rounded_layers, swap_rounded, unround_layers
+from vqdm.layers.int8 import dequantize_int8, int8_layers, swap_int8
 from vqdm.layers.quantized import dequantize_layers, quantized_layers, swap
 
 FORMAT_VERSION = 4  # the newest; a file that uses nothing of a version is written as the one before
@@ -28,6 +34,7 @@ VERSION_2_KEYS = ("rounded",)
 LATER_SETTINGS = ("shared_codebooks", "row_bits", "segment_rows", "segment_bits", "log_scales", "scale_exponent")
 FLOATS = ("F64", "F32", "F16", "BF16")
 KINDS = {torch.uint8: "U8", torch.int8: "I8"}
+TEXT_PREFIX = "text_model."
 QUANTIZED_FIELDS = ("quantization_config", "_pre_quantization_dtype")
 
 
@@ -38,14 +45,14 @@ class Method(str, Enum):  # noqa: UP042
 
 
 class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
-    """`quantization_config` of a quantized model: everything needed to build its layers without reading a tensor.
+    """The `quantization_config` of a quantized model: all that is needed to build its layers without reading a tensor.
 
     One class for diffusers and transformers, as both ask for a subclass of their own.
 
     Args:
         code: the settings that most layers share, as `CodeSpec.to_dict` gives them.
         layers: dotted name → the settings in which this layer differs from `code`.
-        rounded: dotted names of the layers in 8 bit; version 2.
+        rounded: dotted names of the int8 layers; version 2.
         format_version: 1 to 4; any other is refused.
 
     Raises:
@@ -72,18 +79,18 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
 
     @classmethod
     def of(cls, model: nn.Module) -> VqdmConfig:
-        """The configuration that describes a model's quantized layers."""
+        """Make the configuration that describes a model's quantized layers."""
         specs = {name: layer.spec for name, layer in quantized_layers(model).items()}
         code = _commonest([spec.to_dict() for spec in specs.values()])
         layers = {name: _difference(spec.to_dict(), code) for name, spec in specs.items()}
         for name in LATER_SETTINGS:
             if not code[name]:
-                del code[name]  # the first version does not know it
-        return cls(code, layers, rounded_layers(model))
+                del code[name]  # version 1 lacks it
+        return cls(code, layers, int8_layers(model))
 
     @property
     def format_version(self) -> int:
-        """The oldest version that can say what this configuration says."""
+        """Return the oldest version that can express this configuration."""
         if any(spec.is_trellis for spec in self.specs.values()):
             return 4
         if any(spec.row_bits for spec in self.specs.values()):
@@ -92,12 +99,12 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         return 2 if shares or any(getattr(self, key) for key in VERSION_2_KEYS) else 1
 
     def renamed(self, rename: Callable[[str], str]) -> VqdmConfig:
-        """The same configuration with other names of the layers."""
+        """Return the same configuration with renamed layers."""
         layers = {rename(name): own for name, own in self.layers.items()}
         return VqdmConfig(self.code, layers, map(rename, self.rounded))
 
     def to_dict(self) -> dict:
-        """Plain JSON types only: diffusers serialises this on every load and save."""
+        """Return plain JSON types: diffusers serializes them on every load and save."""
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
@@ -107,7 +114,7 @@ class VqdmConfig(QuantizationConfigMixin, TransformersConfigMixin):
         }
 
     def to_diff_dict(self) -> dict:
-        """diffusers asks for the differences to the defaults when it prints a configuration."""
+        """Return all values; diffusers prints the differences to the defaults."""
         return self.to_dict()
 
 
@@ -148,7 +155,7 @@ class VqdmQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_) -> None:
         build_layers(model, self.quantization_config)
-        if getattr(self, "_files", None):  # what an index says of its shards is not enough
+        if getattr(self, "_files", None):  # an index of shards may be wrong
             check_tensors(tensors_of(model), dict(tensors_in(self._files)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
@@ -157,7 +164,7 @@ class VqdmQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         dequantize_layers(model)
-        unround_layers(model)
+        dequantize_int8(model)
         kept = {name: value for name, value in model.config.items() if name not in QUANTIZED_FIELDS}
         model._internal_dict = FrozenDict(kept)  # diffusers leaves the fields behind, and would save them
         return model
@@ -175,25 +182,25 @@ def build_layers(model: nn.Module, config: VqdmConfig) -> None:
     """Replace plain layers by the empty ones that `config` describes, in place.
 
     Raises:
-        ValueError: a layer that it names is not there, is neither Linear nor Conv2d, or does not divide into groups.
+        ValueError: a layer that it names does not exist, is neither Linear nor Conv2d, or does not divide into groups.
     """
     for name, spec in config.specs.items():
         _check_divides(name, _check_plain(model, name), spec)
         swap(model, name, spec)
     for name in config.rounded:
         _check_plain(model, name)
-        swap_rounded(model, name)
+        swap_int8(model, name)
 
 
 def tensors_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name → shape and type of all that a model's files hold."""
+    """Return name → shape and dtype of all tensors in a model's files."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
 
 
 def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
-    """(name, (shape, type as the format spells it)) of the tensors in safetensors files.
+    """Yield (name, (shape, dtype as safetensors spells it)) of the tensors in safetensors files.
 
-    Only headers are read, so that nothing is allocated for a file that lies. Raises ValueError on other files.
+    Reads headers only, so wrong sizes allocate nothing. Raises ValueError for other files.
     """
     for path in files:
         if Path(path).suffix != ".safetensors":
@@ -207,9 +214,9 @@ def tensors_in(files: Iterable[str | Path]) -> Iterator[tuple[str, tuple[tuple[i
 def check_tensors(
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]], held: dict[str, tuple[tuple[int, ...], str]]
 ) -> None:
-    """Raise ValueError, naming the first tensor, where files lack one, hold another, or one of another shape or kind.
+    """Raise ValueError, naming the first tensor, if one is missing, unknown, or of another shape or kind.
 
-    Floating types may differ: they are cast.
+    Floating dtypes may differ: they are cast.
     """
     check_names(expected, held)
     for name, (shape, kind) in held.items():
@@ -220,7 +227,7 @@ def check_tensors(
 
 
 def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
-    """Raise ValueError where tensors are missing or unknown: the libraries would warn, and leave a layer random."""
+    """Raise ValueError if tensors are missing or unknown: the libraries would only warn, and leave a layer random."""
     expected, loaded = dict.fromkeys(expected), dict.fromkeys(loaded)
     absent = [name for name in expected if name not in loaded]
     if absent:
@@ -231,7 +238,7 @@ def check_names(expected: Iterable[str], loaded: Iterable[str]) -> None:
 
 
 def check_widths(model: nn.Module) -> None:
-    """Raise ValueError where the widths of a layer of variable rate are not what its format says."""
+    """Raise ValueError if the code widths of a layer contradict its format."""
     for name, layer in quantized_layers(model).items():
         if layer.spec.is_trellis and layer.code_widths.device.type != "meta":
             spec = layer.spec
@@ -255,7 +262,7 @@ def _check_divides(name: str, layer: nn.Linear | nn.Conv2d, spec: CodeSpec) -> N
 
 
 def _check_plain(model: nn.Module, name: str) -> nn.Module:
-    """The layer of that name. Raises ValueError unless it can be swapped and has not been."""
+    """Return the plain layer of that name. Raises ValueError if it cannot be swapped, or already is."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -266,7 +273,7 @@ def _check_plain(model: nn.Module, name: str) -> nn.Module:
 
 
 def mark_quantized(model: nn.Module) -> VqdmConfig:
-    """Tell a diffusers model that it is quantized now, so that `save_pretrained` writes the format."""
+    """Mark a diffusers model as quantized: `save_pretrained` then writes the format."""
     config = VqdmConfig.of(model)
     model.register_to_config(quantization_config=config)
     model.hf_quantizer = VqdmQuantizer(config, pre_quantized=True)
@@ -274,7 +281,86 @@ def mark_quantized(model: nn.Module) -> VqdmConfig:
     return config
 
 
+@contextmanager
+def allow_casting(model: nn.Module) -> Iterator[None]:
+    """Inside, diffusers casts a quantized model like a plain one, instead of refusing.
+
+    `load_ip_adapter` and `save_lora_adapter` cast the model to the type that it has. Floating-point tensors of codes
+    are cast like all others; packed codes are integers and stay.
+    """
+    quantized = getattr(model, "is_quantized", False)
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = quantized
+
+
+# -------------------------------------------------------------------------------------------------------- text encoders
+
+
+class VqdmTextQuantizer(HfQuantizer):
+    """Builds quantized layers on the meta device, once the names and shapes in the files are known to be right."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_
+    ) -> None:
+        build_layers(model, self.quantization_config.renamed(lambda name: _name_in(model, name)))
+        if checkpoint_files:
+            check_text_tensors(model, dict(tensors_in(checkpoint_files)))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
+        check_widths(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        dequantize_layers(model)
+        dequantize_int8(model)
+        return model.to(dtype or model.dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def check_text_tensors(model: nn.Module, held: dict[str, tuple[int, ...]]) -> None:
+    """Check tensors as `check_tensors` does, by stored names.
+
+    transformers would warn and leave random weights. Tensors that it ties to another may be missing.
+    """
+    tied = {short_name(name) for name in getattr(model, "all_tied_weights_keys", None) or {}}
+    expected = {short_name(name): about for name, about in tensors_of(model).items()}
+    held = {short_name(name): about for name, about in held.items()}
+    expected = {name: about for name, about in expected.items() if name in held or name not in tied}
+    check_tensors(expected, held)
+
+
+def short_name(name: str) -> str:
+    """Return a module's or tensor's name as it is stored, for any version of transformers."""
+    return name.removeprefix(TEXT_PREFIX)
+
+
+def _name_in(model: nn.Module, name: str) -> str:
+    """The name by which this model knows a stored one."""
+    return TEXT_PREFIX + name if isinstance(getattr(model, "text_model", None), nn.Module) else name
+
+
+def mark_text_quantized(model: nn.Module) -> VqdmConfig:
+    """Mark a transformers model as quantized: `save_pretrained` then writes the format."""
+    config = VqdmConfig.of(model).renamed(short_name)
+    model.config.quantization_config = config
+    model.hf_quantizer = VqdmTextQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    return config
+
+
 def register() -> None:
-    """Make diffusers know `quant_method: vqdm`; doing it twice changes nothing."""
-    auto.AUTO_QUANTIZER_MAPPING[Method.VQDM.value] = VqdmQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.VQDM.value] = VqdmConfig
+    """Register `quant_method: vqdm` in diffusers and transformers; calling it twice changes nothing."""
+    for auto, quantizer in ((diffusers_auto, VqdmQuantizer), (transformers_auto, VqdmTextQuantizer)):
+        auto.AUTO_QUANTIZER_MAPPING[Method.VQDM.value] = quantizer
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.VQDM.value] = VqdmConfig

@@ -24,8 +24,7 @@ from diffusers import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from vqdm.storage.casting import allow_casting
-from vqdm.storage.hf import Method, build_layers
+from vqdm.storage.hf import Method, allow_casting, build_layers
 
 CAST_TO = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COPIES_WEIGHTS = (

@@ -1,4 +1,4 @@
-"""A finished pipeline folder on the Hugging Face hub."""
+"""Upload a finished pipeline folder to the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 
+from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 
-# Paths of this machine and the data of the run; the card has the figures.
+# Files with paths of this machine and data of the run; the card has the figures.
 KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
-# Half-quantized UNets, images of steps in between, and what trackers write: tensorboard under the program's name.
+# Half-quantized UNets, images of intermediate steps, and trackers' files: tensorboard's under the program's name.
 KEPT_HERE += ["work/*", "snapshots/*", "images/*", "wandb/*", "vqdm-*/*", "runs/*"]
 
 
 def open_repository(name: str, private: bool) -> str:
-    """Make the repository, or find it, before the work whose result it is for; its whole name, `owner/name`.
+    """Create or find the repository, before the work starts; return its whole name, `owner/name`.
 
     Only the first of several processes asks the hub; the others get `name` back.
 
@@ -33,11 +34,11 @@ def open_repository(name: str, private: bool) -> str:
     try:
         return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
     except Exception as error:  # the client's own errors, and those of the connection below it
-        raise UserError(f"--hub_model_id {name}: {_first_line(error)}") from None
+        raise UserError(f"--hub_model_id {name}: {first_line(error)}") from None
 
 
 def push_folder(folder: Path, name: str) -> str:
-    """Upload a pipeline folder to a repository that `open_repository` made; its address.
+    """Upload a pipeline folder to a repository of `open_repository`; return its address.
 
     Raises:
         RunError: the upload failed; the folder is unchanged, and the line says how to try again.
@@ -51,7 +52,7 @@ def push_folder(folder: Path, name: str) -> str:
         )
     except Exception as error:  # as above
         again = f"`{shlex.join(['hf', 'upload', name, str(folder)])}` or the same command with --resume tries again"
-        raise RunError(f"{folder} is finished but not on the hub: {_first_line(error)}; {again}") from None
+        raise RunError(f"{folder} is finished but not on the hub: {first_line(error)}; {again}") from None
     return address
 
 
@@ -59,5 +60,37 @@ def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+def model_card(model: str, summary: dict) -> str:
+    """Markdown with the hub's YAML header; it names no base model for a folder, which the hub cannot know."""
+    hub_name = "" if Path(model).exists() else f"base_model: {model}\nbase_model_relation: quantized\n"
+    base = Path(model).absolute().name if Path(model).exists() else model
+    images = summary["images"]
+    quality = "none: all images have problems" if images["psnr_db"] is None else f"{images['psnr_db']:.2f} dB"
+    others = f"; {summary['layers_in_8_bit']} others are int8" if summary["layers_in_8_bit"] else ""
+    before = summary.get("unet_output_error_db_before")
+    tuned = f", fine-tuned; before: {before:.2f} dB" if before is not None else ""
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [vqdm, quantized, text-to-image]
+{hub_name}---
+
+# {base}, its UNet at {summary["effective_bits_layers"]:.2f} bits per weight
+
+Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary["layers_quantized"]} layers{others}.
+
+| | |
+|---|---|
+| stored bits per weight, quantized layers | {summary["effective_bits_layers"]:.3f} |
+| stored bits per parameter, whole UNet | {summary["effective_bits_unet"]:.3f} |
+| UNet on disk | {summary["bytes_of_unet"] / 1e6:.2f} MB |
+| UNet-output error on held-out prompts{tuned} | {summary["unet_output_error_db"]:.2f} dB |
+| PSNR of {images["count"]} images at equal seeds | {quality} |
+
+```python
+import vqdm  # before from_pretrained: teaches diffusers the format
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+```
+"""

@@ -1,0 +1,120 @@
+"""The package as a whole: what imports what, and what using a quantized model loads."""
+
+import ast
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import vqdm
+
+ROOT = Path(vqdm.__file__).parent
+FLOORS = ("small", "additive", "layers", "storage", "diffusion", "program")  # each imports from those before it only
+PROGRAMS = ("quantization", "finetuning", "generation", "metrics")
+# Modules beside the rooms that belong to a floor above the small ones.
+PLACES = {"images": "storage", "image_folder": "storage", "conversion": "program"}
+# Names that several modules or classes still share.
+KNOWN_MODULES = {"plan"}
+KNOWN_CLASSES = {"Job", "Recorder"}
+REPEATABLE = ("job", "config", "__init__")
+RESEARCH = (
+    "quantization",
+    "finetuning",
+    "generation",
+    "metrics",
+    "diffusion",
+    "documents",
+    "cli",
+    "parallel",
+    "tracking",
+)
+SOLVER = ("solve", "encode", "beam", "refit", "backends", "trellis_solve", "viterbi", "kmeans", "codebooks")
+HEAVY = ("torchmetrics", "open_clip", "matplotlib", "wandb", "pandas", "torch_fidelity", "pyarrow")
+
+
+def module_name(path: Path) -> str:
+    """The name below vqdm: "additive.code", or "" of the package itself."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def room(name: str) -> str:
+    """The room of a module; of one beside the rooms, its own name."""
+    return name.split(".")[0]
+
+
+def floor(name: str) -> str:
+    found = room(name)
+    if found in PROGRAMS:
+        return "program"
+    return found if found in FLOORS else PLACES.get(found, "small")
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Modules of vqdm that a module imports anywhere, but for types only."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            both = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name.removeprefix("vqdm.") in MODULES else node.module for name in both}
+    return {name.removeprefix("vqdm.") for name in found if name.startswith("vqdm.")}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {""}))
+def test_imports_go_down_and_not_between_programs(name):
+    for other in imported(MODULES[name]):
+        down = FLOORS.index(floor(other)) <= FLOORS.index(floor(name))
+        between = floor(name) == floor(other) == "program" and room(name) != room(other)
+        assert down and not between, f"vqdm.{name} imports vqdm.{other}"
+
+
+def test_the_package_itself_imports_only_what_runs_a_quantized_model():
+    assert {floor(name) for name in imported(MODULES[""])} <= {"additive", "layers", "storage"}
+
+
+def test_no_two_modules_have_one_name():
+    names = Counter(name.rpartition(".")[2] for name in MODULES if name not in (*FLOORS, *PROGRAMS, ""))
+    assert {name for name, count in names.items() if count > 1 and name not in REPEATABLE} == KNOWN_MODULES
+
+
+def test_no_two_classes_have_one_name():
+    names = Counter(node.name for tree in MODULES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert {name for name, count in names.items() if count > 1} == KNOWN_CLASSES
+
+
+def in_a_new_process(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_loads_no_research_code():
+    loaded = set(in_a_new_process("import sys, vqdm; print(*sys.modules)").split())
+    assert "vqdm.layers.quantized" in loaded
+    research = {f"vqdm.{name}" for name in RESEARCH} | {f"vqdm.additive.{name}" for name in SOLVER}
+    assert not loaded & (research | set(HEAVY))
+
+
+def test_public_names_are_found_and_listed():
+    assert set(vqdm.__all__) <= set(dir(vqdm))
+    assert all(getattr(vqdm, name).__name__ == name for name in vqdm.__all__)
+    with pytest.raises(AttributeError, match="module 'vqdm' has no attribute 'nothing'"):
+        _ = vqdm.nothing
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(vqdm._LAZY, "quantize_text_encoder", "a_package_that_is_missing")
+    with pytest.raises(
+        ImportError, match=r"needs the package a_package_that_is_missing: pip install 'vqdm\[quantize\]'"
+    ):
+        _ = vqdm.quantize_text_encoder
