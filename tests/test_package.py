@@ -23,8 +23,6 @@ FLOORS = (
 PROGRAMS = ("quantization", "finetuning", "generation", "metrics")
 # Modules beside the rooms that belong to a floor above the small ones.
 PLACES = {"images": "storage", "image_folder": "storage", "conversion": "program", "api": "call"}
-# Names that several modules still share.
-KNOWN_MODULES = {"plan"}
 REPEATABLE = ("job", "config", "__init__")
 RESEARCH = (
     "quantization",
@@ -91,7 +89,7 @@ def test_the_package_itself_imports_only_what_runs_a_quantized_model():
 
 def test_no_two_modules_have_one_name():
     names = Counter(name.rpartition(".")[2] for name in MODULES if name not in (*FLOORS, *PROGRAMS, ""))
-    assert {name for name, count in names.items() if count > 1 and name not in REPEATABLE} == KNOWN_MODULES
+    assert {name for name, count in names.items() if count > 1 and name not in REPEATABLE} == set()
 
 
 def test_no_two_classes_have_one_name():

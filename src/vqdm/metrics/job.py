@@ -34,7 +34,6 @@ from vqdm.metrics.image_reward import load_image_reward
 from vqdm.metrics.image_sets import ImageLoader, ImageSet, Key, mismatches, open_images, shared_keys
 from vqdm.metrics.networks import Network
 from vqdm.metrics.per_image import cosines, lpips_score, pair_table, pixel_scores, text_table, truncated
-from vqdm.metrics.plan import SET_METRICS, ScorePlan, make_plan
 from vqdm.metrics.report import ReportData, write_page
 from vqdm.metrics.results import (
     SCHEMA,
@@ -46,6 +45,7 @@ from vqdm.metrics.results import (
     short_name,
     winrate,
 )
+from vqdm.metrics.selection import SET_METRICS, ScorePlan, make_plan
 from vqdm.parallel import Ranks, launched
 from vqdm.redaction import own_command
 from vqdm.storage.files import locked, probe, save_json, save_text, sweep
