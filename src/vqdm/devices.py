@@ -1,14 +1,21 @@
-"""Devices: the one to compute on, its dtype, and the peak of its memory."""
+"""Devices: the one to compute on, its dtype, the peak of its memory, and batches that are halved where it ends."""
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from vqdm.documents import first_line
-from vqdm.errors import UserError
+from vqdm.errors import RunError, UserError
+from vqdm.tracking import log_info
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def pick_device(name: str) -> torch.device:
@@ -73,3 +80,69 @@ def peak_memory(device: torch.device | None = None) -> dict[str, int]:
     if torch.cuda.is_available() and (device is None or device.type == "cuda"):
         peaks["cuda"] = torch.cuda.max_memory_allocated(device)
     return peaks
+
+
+# ------------------------------------------------------------------------------------------- out of memory
+
+
+@dataclass
+class BatchSize:
+    """A batch size that is halved for good on out of memory.
+
+    Attributes:
+        value: the size now.
+        advice: what to try where a batch of one is out of memory.
+    """
+
+    value: int
+    advice: str = "try smaller --height and --width"
+
+    def batches(
+        self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Sequence[Item], Result]]:
+        """Yield (batch, `work` of it) until no item is left; a batch that is out of memory is repeated in halves.
+
+        Raises:
+            RunError: as `halve`.
+        """
+        done = 0
+        while done < len(items):
+            batch = items[done : done + self.value]
+            found = unless_out_of_memory(work, batch)
+            if found is None:
+                self.halve(len(batch))
+            else:
+                yield batch, found[0]
+                done += len(batch)
+
+    def halve(self, tried: int) -> None:
+        """Halve after a batch of `tried` items was out of memory. Raises RunError if it was of one."""
+        if tried <= 1:
+            raise RunError(f"out of memory at batch size 1; {self.advice}")
+        self.value = tried // 2
+        log_info(f"out of memory at batch size {tried}; continuing with {self.value}")
+
+
+def as_batch_size(size: int | BatchSize) -> BatchSize:
+    """Return a batch size that can be halved; a plain number is so for one call only."""
+    return size if isinstance(size, BatchSize) else BatchSize(size)
+
+
+def unless_out_of_memory(work: Callable[..., Result], *args) -> tuple[Result] | None:
+    """Return the result of `work(*args)` in a tuple, or None on out of memory, once what it held is freed."""
+    try:
+        return (work(*args),)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the handler: while the exception lives, its frames hold the tensors to free.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error means out of memory, of a GPU or of the machine."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "not enough memory" in words

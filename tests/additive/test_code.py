@@ -71,6 +71,17 @@ def test_stored_tensors_have_the_announced_shapes_and_round_trip(spec):
     assert torch.equal(code.stored().dequantize(), again.dequantize())
 
 
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.has_widths], ids=str)
+def test_values_are_rounded_without_packing_codes(spec, monkeypatch):
+    code = random_code(spec, 6, 16)
+    again = AdditiveCode.unpack(spec, (6, 16), code.pack(), code.codebooks)
+    monkeypatch.delattr(CodeSpec, "packed")
+    stored = code.stored()
+    for name in ("codes", "codebooks", "scales", "input_scales"):
+        one, other = getattr(stored, name), getattr(again, name)
+        assert one is other is None or (torch.equal(one, other) and one.dtype == other.dtype)
+
+
 def test_float64_codes_are_dequantized_in_float64():
     code = random_code(CodeSpec(2, 3, 4), 4, 8)
     code.codebooks, code.scales = code.codebooks.double(), code.scales.double()

@@ -5,9 +5,11 @@ import torch
 from test_code import SPECS
 from test_encode import randn, second_moment
 
+from vqdm.additive import solve as solving
 from vqdm.additive.code import AdditiveCode, CodeSpec, stored_bits
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.solve import relative_error, solve_layer
+from vqdm.quantization.plan import layer_line
 
 ENCODERS = ("ldl", "beam")
 
@@ -32,6 +34,14 @@ def test_every_format_is_solved_and_reported_as_stored(spec, encoder):
     assert report.error < 0.25
     assert report.bits_per_weight == stored_bits(tensors) / W.numel()
     assert set(report.to_dict()) >= {"error", "held_out_error", "bits_per_weight", "gap_db", "epochs", "seconds"}
+
+
+def test_wide_layers_have_no_gap_to_the_bound(monkeypatch):
+    """Its eigenvalues would take more time and memory than the codes."""
+    monkeypatch.setattr(solving, "GAP_COLUMNS", 16)
+    gaps = [solve(randn(8, width), second_moment(width), CodeSpec(1, 3, 4))[1].gap_db for width in (16, 20)]
+    assert gaps[0] is not None and gaps[1] is None
+    assert "bound" not in layer_line({"name": "wide", "error": 0.1, "gap_db": None, "bits_per_weight": 2, "seconds": 1})
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

@@ -4,6 +4,7 @@ from conftest import tiny_unet
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.devices import BatchSize
 from vqdm.diffusion import hessians
 from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
 from vqdm.diffusion.hessians import HessianAccumulator, InputRows, UnetCall, passes, record_hessians, shared_inputs
@@ -135,10 +136,15 @@ def test_counted_samples_are_a_fair_share():
 
 def points_call(points: list[int], branches: int = 2) -> UnetCall:
     """A UNet call on points of their own inputs, branches outermost."""
-    every = [call(100 * branch + point, 1) for branch in range(branches) for point in points]
-    joined = {name: torch.cat([one[name] for one in every]) for name in ("sample", "timestep", "encoder_hidden_states")}
-    added = {name: torch.cat([one["added_cond_kwargs"][name] for one in every]) for name in ("text_embeds", "time_ids")}
-    return UnetCall(lambda: joined | {"added_cond_kwargs": added}, points)
+
+    def make(some: list[int]) -> dict:
+        every = [call(100 * branch + point, 1) for branch in range(branches) for point in some]
+        added = [one.pop("added_cond_kwargs") for one in every]
+        names = ("sample", "timestep", "encoder_hidden_states")
+        joined = {name: torch.cat([one[name] for one in every]) for name in names}
+        return joined | {"added_cond_kwargs": {name: torch.cat([one[name] for one in added]) for name in added[0]}}
+
+    return UnetCall(make, points, points)
 
 
 @pytest.mark.parametrize("samples_per_input", [0, 1])
@@ -155,6 +161,30 @@ def test_hessians_do_not_depend_on_the_batch_size(monkeypatch, samples_per_input
     for name, (hessian, _) in found[0].items():
         for other in found[1:]:
             torch.testing.assert_close(other[name][0], hessian, rtol=1e-3, atol=1e-4 * hessian.max().item())
+
+
+@pytest.mark.parametrize("layer", ["first", "last"])
+def test_hessians_are_the_same_where_batches_are_halved(layer, caplog):
+    """Wherever in a call the memory ends, nothing is counted twice, nor left out, nor ticked twice."""
+    unet = tiny_unet("sdxl")
+    layers = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
+    groups, first, ticks = shared_inputs(unet, layers, call(0)), call(0), []
+    module = unet.get_submodule(groups[0 if layer == "first" else -1][0].name)
+
+    def limit(_, inputs):
+        if len(inputs[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    calls = [points_call(list(range(7))[k : k + 5]) for k in (0, 5)]
+    wanted = record_hessians(unet, groups, first, calls[:1], calls[1:], 1)
+    module.register_forward_hook(lambda module, inputs, output: limit(module, inputs))
+    size = BatchSize(5)
+    with caplog.at_level("INFO", "vqdm"):
+        found = record_hessians(unet, groups, first, calls[:1], calls[1:], 1, lambda: ticks.append(1), size=size)
+    assert size.value == 2 and len(ticks) == 2 and caplog.text.count("out of memory at batch size 5") == 1
+    for name, pair in wanted.items():
+        for one, other in zip(pair, found[name], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * one.max().item())
 
 
 def test_samples_per_input_bounds_every_layers_count(monkeypatch):

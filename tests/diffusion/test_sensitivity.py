@@ -60,6 +60,24 @@ def test_effects_are_those_of_the_changes_one_at_a_time(unet, calls):
         assert found[name] == pytest.approx(error.item(), rel=0.25)
 
 
+def test_no_two_gradients_exist_at_once(unet, calls):
+    """Whatever the number of layers; and none is left."""
+    changes, alive, most = changes_of(unet), [], 0
+
+    def seen(weight):
+        nonlocal most
+        most = max(most, sum(one.grad is not None for one in alive))
+
+    alive += [unet.get_submodule(name).weight.requires_grad_(True) for name in changes]
+    hooks = [weight.register_post_accumulate_grad_hook(seen) for weight in alive]
+    try:
+        output_effects(unet, changes, calls[:1], torch.Generator().manual_seed)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert most == 1 and all(weight.grad is None and not weight.requires_grad for weight in alive)
+
+
 @pytest.fixture
 def overflowing(calls):
     """A UNet whose outputs float16 holds, but not the gradients of its weights; and float16 calls of it."""

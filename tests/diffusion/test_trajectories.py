@@ -1,14 +1,19 @@
+from dataclasses import replace
+from functools import wraps
+
 import pytest
 import torch
 from conftest import tiny_unet
-from diffusers import StableDiffusionXLPAGPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPAGPipeline, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from test_compatibility import ip_adapter
 
-from vqdm.diffusion.pipelines import load_pipeline, sample
+from vqdm.devices import BatchSize
+from vqdm.diffusion.pipelines import load_pipeline, parts_in_use, sample
 from vqdm.diffusion.sampling import (
     check_timestep_range,
     error_spread,
+    generate_images,
     output_error,
     point_errors,
     record_evaluation,
@@ -16,6 +21,7 @@ from vqdm.diffusion.sampling import (
 )
 from vqdm.diffusion.trajectories import CallRecorder, Trajectories, held_out, join, spread_points
 from vqdm.errors import RunError, UserError
+from vqdm.fidelity import to_tensor
 
 PROMPTS = ["a red circle", "a blue star", "a big green heart"]
 
@@ -38,6 +44,54 @@ def test_replaying_recorded_points_gives_the_recorded_outputs(pipelines, family,
     errors, energies = point_errors(pipeline.unet, trajectories, size=4)
     assert len(errors) == len(energies) == 9 * branches
     assert sum(energies) == pytest.approx(trajectories.outputs.double().square().sum().item())
+
+
+def test_batches_are_halved_where_memory_ends(pipelines, monkeypatch):
+    """Wherever a pipeline samples or is evaluated; results are those of the batch size that fits."""
+    pipeline, settings = load(pipelines["sdxl"]), {"num_inference_steps": 2}
+
+    def results(size) -> list:
+        recorded, images = record_evaluation(pipeline, PROMPTS, 0, settings, size)
+        part = record_trajectories(pipeline, PROMPTS, 0, settings, size, 0, 1000)
+        again = generate_images(pipeline, PROMPTS, 0, settings, size)
+        errors = point_errors(pipeline.unet, replace(recorded, outputs=recorded.outputs + 0.1), size)
+        pixels = to_tensor([*images, *again])
+        return [recorded.latents, recorded.outputs, part.latents, pixels, *map(torch.tensor, errors)]
+
+    wanted, forward = results(1), UNet2DConditionModel.forward
+
+    @wraps(forward)  # the recorder reads its signature
+    def limited(unet, sample, *args, **kwargs):
+        if len(sample) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(unet, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
+    size = BatchSize(3)
+    for one, other in zip(wanted, results(size), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-2)
+    assert size.value == 1
+    results(3)  # a plain number is halved in each call
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_images_are_decoded_one_at_a_time(pipelines, family, monkeypatch):
+    """And what a failing call changes about the VAE is undone."""
+    pipeline, decode, sizes = load(pipelines[family]), AutoencoderKL._decode, []
+
+    def decoded(vae, z, *args, **kwargs):
+        sizes.append(len(z))
+        return decode(vae, z, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "_decode", decoded)
+    generate_images(pipeline, PROMPTS, 0, {"num_inference_steps": 1}, 3)
+    pipeline.vae.use_slicing = False  # a pipeline that a user gives
+    generate_images(pipeline, PROMPTS, 0, {"num_inference_steps": 1}, 3)
+    assert sizes == [1] * 6 and not pipeline.vae.use_slicing
+    with pytest.raises(KeyError), parts_in_use(pipeline):
+        pipeline.vae.to(torch.float64)
+        raise KeyError
+    assert pipeline.vae.dtype == torch.float32
 
 
 def test_the_spread_of_errors_is_that_of_single_points():

@@ -31,6 +31,19 @@ def test_program(name, on_gpus, materials, tmp_path):
     run_chain(QUICK[name], on_gpus, materials, tmp_path / "out")
 
 
+PLACES = {
+    "quantize": quantized(TARGET + "--dtype float16"),
+    "finetune": finetuned(
+        ONCE + "--dtype float16 --finetune_method real+teacher --real_images {pictures} --scheduler ddim"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_text_encoders_and_vae_leave_the_gpu_while_they_rest(name, on_gpus, materials, tmp_path):
+    on_gpus(["gpu_places", *PLACES[name](materials, tmp_path / "out")[0]])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHAINS)
 def test_matrix(name, on_gpus, materials, tmp_path):

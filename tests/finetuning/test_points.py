@@ -3,6 +3,7 @@ import tiny_students
 import torch
 from conftest import tiny_pipeline
 
+from vqdm.devices import BatchSize
 from vqdm.diffusion.sampling import generate_images
 from vqdm.diffusion.trajectories import Trajectories, join
 from vqdm.finetuning.config import OptimizerConfig
@@ -13,6 +14,7 @@ from vqdm.finetuning.points import (
     Points,
     bin_of,
     divided,
+    record_points,
     sample_points,
     shuffled,
     split_held_out,
@@ -158,3 +160,24 @@ def test_points_have_the_type_of_the_pipeline(pipeline, student):
         points = sample_points(pipeline, unet, ["a red circle", "a star"], 0, SETTINGS, True)
         assert points.latents.dtype == points.outputs.dtype == torch.bfloat16
         assert "forward" not in vars(unet)
+
+
+def test_points_are_recorded_in_halves_where_memory_ends(tmp_path):
+    """Chunk by chunk, in their order, and what is recorded once is kept."""
+    whole, tried = join(two_parts().parts), []
+
+    def record(chunk: Chunk) -> Trajectories:
+        tried.append(chunk.count)
+        if chunk.count > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        some = slice(chunk.first, chunk.first + chunk.count)
+        conditioning = {name: value[some] for name, value in whole.conditioning.items()}
+        return Trajectories(whole.latents[some], whole.timesteps, conditioning, whole.outputs[some])
+
+    count, size = len(whole.latents), BatchSize(len(whole.latents))
+    assert count > 2
+    for _ in range(2):
+        points = record_points(tmp_path, [Chunk("teacher", 0, count)], size, record, tiny_students.ALONE)
+        assert torch.equal(join(points.parts).latents, whole.latents)
+        assert torch.equal(join(points.parts).outputs, whole.outputs)
+    assert tried[0] == count and max(tried[1:]) <= 2 and size.value <= 2 and sum(tried[1:]) == count

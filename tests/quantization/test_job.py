@@ -3,13 +3,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_unet
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from main_text2image import main
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,6 +24,8 @@ from vqdm.layers.quantized import quantized_layers
 from vqdm.quantization import block as solving
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.recording import hessian_settings
+from vqdm.storage.hessian_store import HessianStore
+from vqdm.storage.run_folder import RunFolder
 
 LAYERS = len(select_layers(tiny_unet("sdxl"), "default", 0, CodeSpec(2, 4, 4), {}))
 
@@ -146,6 +149,62 @@ def test_a_run_is_resumed_with_less_memory(finished, pipelines, prompt_file, tmp
         assert after["name"] == before["name"] and after["error"] == pytest.approx(before["error"], rel=0.02)
     changed = [*less, "--hessian_samples_per_input", "3"]
     assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *begin, *changed)) == 2
+
+
+def test_out_of_memory_halves_every_batch(finished, pipelines, prompt_file, tmp_path, monkeypatch, capsys):
+    """While sampling, recording Hessians and evaluating; the result is that of one go but for rounding."""
+    forward = UNet2DConditionModel.forward
+
+    @wraps(forward)  # the recorder of calls reads its signature
+    def limited(unet, sample, *args, **kwargs):
+        if len(sample) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(unet, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
+    out = tmp_path / "out"
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, out)) == 0
+    assert capsys.readouterr().out.count("out of memory at batch size") == 1  # of 3 evaluation prompts, for good
+    one, other = (json.loads((path / "summary.json").read_text()) for path in (finished, out))
+    assert other["unet_output_error_db"] == pytest.approx(one["unet_output_error_db"], abs=1)
+    for before, after in zip(one["layers"], other["layers"], strict=True):
+        if before["block"] == one["layers"][0]["block"]:  # later ones see what rounding changed
+            assert after["error"] == pytest.approx(before["error"], rel=0.02)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_disk_that_all_hessians_take_is_checked(pipelines, prompt_file, tmp_path, monkeypatch, capsys, cached):
+    """And predicted to the byte but for headers. What a cache holds is not counted again."""
+    few, out = ["--layer_filter", r"mid_block.*(attn1|conv1)", "--calibration_nsamples", "10"], tmp_path / "out"
+    few += ["--hessian_cache", str(tmp_path / "cache")] if cached else ["--share_codebooks", "unet"]
+    words = command(pipelines["sdxl"], prompt_file, out, *few)
+    needs, opened = [], RunFolder.open
+
+    def watched(folder, settings, versions, resume, need_bytes):
+        needs.append(need_bytes)
+        return opened(folder, settings, versions, resume, need_bytes)
+
+    monkeypatch.setattr(RunFolder, "open", watched)
+    sizes = []
+    monkeypatch.setattr(HessianStore, "enter", entered(sizes))
+    assert run_script(main, words) == 0
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "again", *few)) == 0
+    hessians = max(sizes)
+    monkeypatch.setattr("vqdm.quantization.job.hessian_bytes", lambda *_: 0)
+    assert run_script(main, [*words, "--resume"]) == 0
+    assert needs[0] - needs[2] == pytest.approx(hessians, rel=0.05)
+    assert needs[1] == (needs[2] if cached else needs[0])
+
+
+def entered(sizes: list[int]):
+    """Return `HessianStore.enter`, which notes the bytes of all files."""
+    enter = HessianStore.enter
+
+    def watched(store, groups, on_disk=True):
+        enter(store, groups, on_disk)
+        sizes.append(sum(file.stat().st_size for file in store.folder.glob("*.safetensors")))
+
+    return watched
 
 
 def test_hessians_hold_for_the_type_that_is_computed_in(pipelines):

@@ -302,8 +302,17 @@ class AdditiveCode:
     def stored(self) -> AdditiveCode:
         """This code as it will be read back: values rounded to what `pack` keeps."""
         R, G, _ = self.codes.shape
-        shape = (R * self.spec.out_group_size, G * self.spec.in_group_size)
-        return AdditiveCode.unpack(self.spec, shape, self.pack(), self.codebooks)
+        if self.spec.has_widths:  # codes of columns without bits are read back as others
+            shape = (R * self.spec.out_group_size, G * self.spec.in_group_size)
+            return AdditiveCode.unpack(self.spec, shape, self.pack(), self.codebooks)
+        values = dict(_packed_values(self))
+        return replace(
+            self,
+            codes=self.codes.to(torch.int32),
+            codebooks=self.codebooks if self.spec.shared_codebooks else stored_codebooks(self.spec, G, values),
+            scales=stored_scales(self.spec, R, G, values),
+            input_scales=stored_input_scales(self.spec, values),
+        )
 
 
 @dataclass(frozen=True)
@@ -385,10 +394,15 @@ def stored_scales(spec: CodeSpec, rows: int, groups: int, tensors: dict[str, Ten
 
 
 def _pack(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
-    spec = code.spec
-    yield "codes", spec.packed(code.codes, code.widths)
-    if spec.has_widths:
+    yield "codes", code.spec.packed(code.codes, code.widths)
+    if code.spec.has_widths:
         yield "code_widths", code.widths.to(torch.uint8)
+    yield from _packed_values(code)
+
+
+def _packed_values(code: AdditiveCode) -> Iterator[tuple[str, Tensor]]:
+    """All stored tensors but codes and their widths."""
+    spec = code.spec
     if spec.codebook_value_nbits == 16 and not spec.shared_codebooks:
         yield "codebooks", _half(code.codebooks)
     elif not spec.shared_codebooks:

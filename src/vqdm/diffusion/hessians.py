@@ -15,15 +15,16 @@ image (tokens, or output positions), C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqdm.devices import BatchSize, unless_out_of_memory
 from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError
 from vqdm.parallel import Ranks
@@ -38,17 +39,31 @@ LEAST_EXPONENT = -100  # of a mean square: the grid is a normal number in float3
 
 @dataclass(frozen=True)
 class UnetCall:
-    """A function that makes the keyword arguments of a UNet call.
+    """Makes the keyword arguments of a UNet call.
 
     Attributes:
-        points: numbers of the points it is called on, the same for every batch size.
+        make: makes them for some of the points.
+        batch: the points it is called on.
+        points: their numbers, the same for every batch size.
     """
 
-    make: Callable[[], dict]
+    make: Callable[[Sequence], dict]
+    batch: Sequence
     points: Sequence[int]
 
+    @classmethod
+    def of(cls, index: int, call: Callable[[], dict]) -> UnetCall:
+        """Return a call itself, or one of a plain function, on the point `index` alone."""
+        return call if isinstance(call, UnetCall) else cls(lambda _: call(), (index,), (index,))
+
     def __call__(self) -> dict:
-        return self.make()
+        return self.make(self.batch)
+
+    def divided(self, size: int) -> Iterator[UnetCall]:
+        """Yield calls on at most `size` of the points each."""
+        for start in range(0, len(self.points), size):
+            some = slice(start, start + size)
+            yield replace(self, batch=self.batch[some], points=self.points[some])
 
 
 class HessianAccumulator:
@@ -229,13 +244,14 @@ def stopping_after(unet: nn.Module, block: str):
 def shared_inputs(unet: nn.Module, layers: list[Layer], call: dict) -> list[list[Layer]]:
     """Group layers by the input they see in one UNet call; groups and members keep the order of `layers`.
 
-    Inputs stay alive during the call: an address never means two tensors.
+    Inputs stay alive during the call: an address never means two tensors. On the meta device, where tensors have none,
+    it is the tensor that counts, not its data.
     """
     by_name, groups, alive = {layer.name: layer for layer in layers}, {}, []
 
     def seen(name: str, module: nn.Module, x: Tensor) -> None:
         alive.append(x)
-        key = (x.data_ptr(), tuple(x.shape), x.stride(), geometry(module, by_name[name].spec.group_channels))
+        key = (x.data_ptr() or id(x), tuple(x.shape), x.stride(), geometry(module, by_name[name].spec.group_channels))
         groups.setdefault(key, []).append(name)
 
     with stopping_after(unet, layers[-1].block) as run, input_hooks(unet, list(by_name), seen):
@@ -271,6 +287,7 @@ def record_hessians(
     samples_per_input: int = 0,
     tick: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
+    size: BatchSize | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Run the UNet on recorded batches and return, for the first layer of each group, H [I, I] and a held-out H.
 
@@ -282,18 +299,21 @@ def record_hessians(
         samples_per_input: about this many samples count for every input of a layer, spread over all points; a second
             moment needs a small multiple of its size. 0 counts all.
         tick: called after every batch of this rank.
+        size: of batches; calls on more points are divided.
 
     Raises:
-        RunError: an input holds NaN or infinity; names the first layer that saw it.
+        RunError: an input holds NaN or infinity; names the first layer that saw it. Or out of memory at batch size 1.
     """
     ranks, leaders = ranks or Ranks(), [group[0] for group in groups]
+    training, held_out = ([UnetCall.of(*one) for one in enumerate(calls)] for calls in (training, held_out))
+    size = size or BatchSize(max(len(call.points) for call in (*training, *held_out)))
     grids = first_grids(unet, leaders, first)
     results = []
     for calls in (training, held_out):
         results.append({})
         left = leaders if calls else []
         while left:
-            sums = accumulated(unet, left, grids, calls, samples_per_input, tick, ranks)
+            sums = accumulated(unet, left, grids, calls, samples_per_input, tick, ranks, size)
             exact = [name for name, hessian in sums.items() if hessian.exact]
             results[-1] |= {name: sums.pop(name).mean() for name in exact}  # each sum is freed in turn
             left = [layer for layer in left if layer.name not in results[-1]]
@@ -305,31 +325,65 @@ def accumulated(
     unet: nn.Module,
     leaders: list[Layer],
     grids: dict[str, float],
-    calls: list[Callable[[], dict]],
+    calls: list[UnetCall],
     samples_per_input: int,
     tick: Callable[[], None],
     ranks: Ranks,
+    size: BatchSize,
 ) -> dict[str, HessianAccumulator]:
-    """Return by layer name the sums over the calls of all ranks. Raises RunError as `record_hessians`."""
-    device, channels = next(unet.parameters()).device, {one.name: one.spec.group_channels for one in leaders}
-    sums = {one.name: HessianAccumulator(one.columns, device, grids[one.name]) for one in leaders}
-    points = [tuple(getattr(call, "points", (index,))) for index, call in enumerate(calls)]
-    per_point = samples_per_input / sum(map(len, points))
+    """Return by layer name the sums over the calls of all ranks. Raises RunError as `record_hessians`.
 
-    def seen(name: str, module: nn.Module, x: Tensor) -> None:
-        inputs, hessian = InputRows(module, x, channels[name]), sums[name]
-        wanted = per_point * len(hessian.total) * len(current)
-        hessian.add(inputs, current, wanted / inputs.count if wanted else 1.0)
+    A rank that is out of memory begins again with smaller batches: the layers before that which had no memory have
+    counted the batch already. The first batch is as large as any other, so that little is lost.
+    """
+    per_point = samples_per_input / sum(len(call.points) for call in calls)
+    own, ticks = [calls[index] for index in ranks.shard(range(len(calls)))], 0
 
-    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(sums), seen):
-        for batch in ranks.shard(range(len(calls))):
-            current = points[batch]
-            run(calls[batch]())
-            _check_finite(sums)  # now rather than after a pass that takes hours
+    def tick_once(count: int) -> None:
+        nonlocal ticks
+        if count > ticks:
+            ticks = count
             tick()
+
+    record = partial(own_sums, unet, leaders, grids, own, per_point, tick_once)
+    while (found := unless_out_of_memory(record, size.value)) is None:
+        size.halve(min(size.value, max((len(call.points) for call in own), default=1)))
+    (sums,) = found
     for hessian in sums.values():
         hessian.all_reduce(ranks)
     _check_finite(sums)
+    return sums
+
+
+def own_sums(
+    unet: nn.Module,
+    leaders: list[Layer],
+    grids: dict[str, float],
+    calls: list[UnetCall],
+    per_point: float,
+    tick: Callable[[int], None],
+    size: int,
+) -> dict[str, HessianAccumulator]:
+    """Return by layer name the sums over calls, on at most `size` points at once; `tick` gets the number of the done.
+
+    Args:
+        per_point: samples of a point for every input of a layer; 0 counts all.
+    """
+    device, channels = next(unet.parameters()).device, {one.name: one.spec.group_channels for one in leaders}
+    sums = {one.name: HessianAccumulator(one.columns, device, grids[one.name]) for one in leaders}
+
+    def seen(points: tuple[int, ...], name: str, module: nn.Module, x: Tensor) -> None:
+        inputs, hessian = InputRows(module, x, channels[name]), sums[name]
+        wanted = per_point * len(hessian.total) * len(points)
+        hessian.add(inputs, points, wanted / inputs.count if wanted else 1.0)
+
+    with stopping_after(unet, leaders[-1].block) as run:
+        for count, call in enumerate(calls, start=1):
+            for part in call.divided(size):
+                with input_hooks(unet, list(sums), partial(seen, tuple(part.points))):
+                    run(part())
+            _check_finite(sums)  # now rather than after a pass that takes hours
+            tick(count)
     return sums
 
 

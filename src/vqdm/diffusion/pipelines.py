@@ -70,8 +70,70 @@ def load_pipeline(
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
+    slice_vae(pipeline)
     # Half precision may wait on the CPU for a GPU; diffusers warns of it for every component.
     return pipeline.to(device, silence_dtype_warnings=True)
+
+
+def slice_vae(pipeline: DiffusionPipeline) -> None:
+    """Make the VAE decode and encode image by image, where it can: all of a batch at once would set the peak."""
+    if hasattr(getattr(pipeline, "vae", None), "use_slicing"):
+        pipeline.vae.use_slicing = True
+
+
+@contextmanager
+def parts_in_use(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Inside, the pipeline may be called: all parts are on the UNet's device, text encoders until its first call.
+
+    The VAE works image by image. Afterwards each part is where it was, and in the type that it had: a call that fails
+    may leave the VAE in another. Parts with hooks of accelerate move without this.
+    """
+    device, sliced = pipeline.unet.device, getattr(getattr(pipeline, "vae", None), "use_slicing", None)
+    parts = {name: part for name, part in other_parts(pipeline).items() if not hasattr(part, "_hf_hook")}
+    away = {name: part.device for name, part in parts.items() if part.device != device}
+    types = {name: part.dtype for name, part in parts.items() if name == "vae"}
+
+    def leave(*_) -> None:
+        for name, place in away.items():
+            if name != "vae":
+                parts[name].to(place)
+
+    hook = pipeline.unet.register_forward_pre_hook(leave) if away else None
+    slice_vae(pipeline)
+    try:
+        for name in away:
+            parts[name].to(device)
+        yield
+    finally:
+        if hook:
+            hook.remove()
+        for name, place in away.items():
+            parts[name].to(place)
+        for name, dtype in types.items():
+            if parts[name].dtype != dtype:
+                parts[name].to(dtype)
+        if sliced is not None:
+            pipeline.vae.use_slicing = sliced
+
+
+@contextmanager
+def resting_on_cpu(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Inside, all parts but the UNet are on the CPU, except while `parts_in_use`; afterwards where they were."""
+    parts = [part for part in other_parts(pipeline).values() if not hasattr(part, "_hf_hook")]
+    places = [part.device for part in parts]
+    try:
+        for part in parts:
+            part.to("cpu")
+        yield
+    finally:
+        for part, place in zip(parts, places, strict=True):
+            part.to(place)
+
+
+def other_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return the networks of a pipeline other than its UNet, such as text encoders and VAE, by name."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in parts.items() if name != "unet"}
 
 
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
@@ -232,7 +294,9 @@ def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: in
     """
     given = {name: value for name, value in settings.items() if value is not None}
     given.setdefault("output_type", "pt")
-    result = pipeline(prompt=prompts, generator=generators(seed, range(first, first + len(prompts))), **given)
+    noise = generators(seed, range(first, first + len(prompts)))
+    with parts_in_use(pipeline):
+        result = pipeline(prompt=prompts, generator=noise, **given)
     if given["output_type"] != "latent":
         return [one.image for one in generated_images(result)]
     if not result.images.isfinite().all():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from typing import TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from vqdm.config import SamplingConfig
+from vqdm.devices import BatchSize, as_batch_size
 from vqdm.diffusion.pipelines import image_size, sample
 from vqdm.diffusion.trajectories import CallRecorder, Trajectories, batches, join
 from vqdm.errors import RunError, UserError
@@ -18,20 +21,37 @@ from vqdm.images import comparable, problems_of, warn_of_problems
 from vqdm.parallel import Ranks
 from vqdm.tracking import progress_bar
 
+Result = TypeVar("Result")
+
 # Images for evaluation use seeds far from those of calibration.
 EVALUATION_SEED_OFFSET = 1_000_000
 LARGEST_REPLAY_ERROR = 1e-2  # of the output's energy; rounding in 16 bit is far below
 
 
-def sampled(pipeline, prompts: list[str], seed: int, settings: dict, size: int, what: str) -> Iterator[tuple]:
-    """Yield (prompts of a batch, function that samples it), `size` prompts per batch; several under a progress bar."""
-    several = len(prompts) > size
+def sampled(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    seed: int,
+    settings: dict,
+    size: int | BatchSize,
+    what: str,
+    work: Callable[[list[str], Callable[[], list[Image.Image]]], Result],
+) -> list[Result]:
+    """Return `work(prompts, function that samples them)` of every batch; several under a progress bar."""
+    size = as_batch_size(size)
+    several = len(prompts) > size.value
+
+    def sample_batch(indices: range) -> Result:
+        chunk = [prompts[i] for i in indices]
+        return work(chunk, lambda: sample(pipeline, chunk, seed, indices[0], settings))
+
+    found = []
     with progress_bar(total=len(prompts), description=what) if several else nullcontext() as progress:
-        for indices in batches(list(range(len(prompts))), size):
-            chunk = [prompts[i] for i in indices]
-            yield chunk, lambda chunk=chunk, first=indices[0]: sample(pipeline, chunk, seed, first, settings)
+        for indices, part in size.batches(sample_batch, range(len(prompts))):
+            found.append(part)
             if several:
-                progress.update(len(chunk))
+                progress.update(len(indices))
+    return found
 
 
 def record_trajectories(
@@ -39,7 +59,7 @@ def record_trajectories(
     prompts: list[str],
     seed: int,
     settings: dict,
-    size: int,
+    size: int | BatchSize,
     low: float,
     high: float,
     what: str = "calibration trajectories",
@@ -50,14 +70,16 @@ def record_trajectories(
     Raises:
         RunError: the samples hold NaN.
     """
-    parts = []
-    for chunk, generate in sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what):
+
+    def record(chunk: list[str], generate: Callable) -> Trajectories:
         with CallRecorder(pipeline.unet, len(chunk), outputs) as recorder:
             generate()
-        parts.append(recorder.trajectories().between(low, high))
-        if not parts[-1].latents.isfinite().all():
+        part = recorder.trajectories().between(low, high)
+        if not part.latents.isfinite().all():
             raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
-    return join(parts)
+        return part
+
+    return join(sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what, record))
 
 
 def check_timestep_range(scheduler, steps: int | None, low: float, high: float) -> None:
@@ -68,33 +90,38 @@ def check_timestep_range(scheduler, steps: int | None, low: float, high: float) 
 
 
 def record_evaluation(
-    pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int | BatchSize
 ) -> tuple[Trajectories, list[Image.Image]]:
     """Record the teacher's UNet inputs and outputs, and its images.
 
     Raises:
         RunError: the UNet gives NaN or infinity: nothing can be compared with it.
     """
-    parts, images = [], []
-    for chunk, generate in sampled(pipeline, prompts, seed, settings, size, "teacher images"):
+    size = as_batch_size(size)
+
+    def record(chunk: list[str], generate: Callable) -> tuple[Trajectories, list[Image.Image]]:
         with CallRecorder(pipeline.unet, len(chunk), outputs=True) as recorder:
-            images += generate()
-        parts.append(recorder.trajectories())
-        if not (parts[-1].latents.isfinite().all() and parts[-1].outputs.isfinite().all()):
+            images = generate()
+        part = recorder.trajectories()
+        if not (part.latents.isfinite().all() and part.outputs.isfinite().all()):
             raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
-        if len(parts) == 1:
-            check_replay(pipeline.unet, parts[0])
-    return join(parts), images
+        return part, images
+
+    found = sampled(pipeline, prompts, seed, settings, size, "teacher images", record)
+    parts, images = zip(*found, strict=True)
+    check_replay(pipeline.unet, parts[0], size)
+    return join(list(parts)), [image for some in images for image in some]
 
 
-def check_replay(unet: torch.nn.Module, recorded: Trajectories) -> None:
+def check_replay(unet: torch.nn.Module, recorded: Trajectories, size: BatchSize) -> None:
     """Call the UNet again on the last step of a recorded batch.
 
     Raises UserError where its output is not the recorded one: something else changed it, such as other attention while
     the pipeline samples.
     """
     last = [(n, len(recorded.timesteps) - 1) for n in range(len(recorded.latents))]
-    pairs = _errors_and_energies(unet, recorded, last)
+    found = size.batches(partial(_errors_and_energies, unet, recorded), last)
+    pairs = [pair for _, some in found for pair in some]
     error, energy = (sum(values) for values in zip(*pairs, strict=True))
     if error > LARGEST_REPLAY_ERROR * energy:
         raise UserError(
@@ -104,11 +131,11 @@ def check_replay(unet: torch.nn.Module, recorded: Trajectories) -> None:
 
 
 def generate_images(
-    pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int | BatchSize
 ) -> list[Image.Image]:
     """Generate an image for every prompt."""
-    chunks = sampled(pipeline, prompts, seed, settings, size, "student images")
-    return [image for _, generate in chunks for image in generate()]
+    parts = sampled(pipeline, prompts, seed, settings, size, "student images", lambda _, generate: generate())
+    return [image for part in parts for image in part]
 
 
 def compare_images(
@@ -127,25 +154,30 @@ def compare_images(
     return scores | {"count": len(pairs), "problems": problems}
 
 
-def output_error(unet: torch.nn.Module, trajectories: Trajectories, size: int, ranks: Ranks | None = None) -> float:
+def output_error(
+    unet: torch.nn.Module, trajectories: Trajectories, size: int | BatchSize, ranks: Ranks | None = None
+) -> float:
     """Return the squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB."""
     errors, energies = point_errors(unet, trajectories, size, ranks)
     return decibels(sum(errors), sum(energies))
 
 
 def point_errors(
-    unet: torch.nn.Module, trajectories: Trajectories, size: int, ranks: Ranks | None = None
+    unet: torch.nn.Module, trajectories: Trajectories, size: int | BatchSize, ranks: Ranks | None = None
 ) -> tuple[list[float], list[float]]:
     """Return the squared error of every output at every point, and the energy of the recorded output.
 
     Batches are spread over the ranks; the order is that of the points for any number of them.
     """
-    every, ranks = list(batches(trajectories.points(), size)), ranks or Ranks()
+    size, ranks = as_batch_size(size), ranks or Ranks()
+    # All ranks divide the points in the same way, also where one has halved its batches.
+    every = list(batches(trajectories.points(), ranks.broadcast(size.value)))
     with progress_bar(total=len(ranks.shard(every)), description="UNet-output error") as progress:
 
         def sums(batch: list[tuple[int, int]]) -> list[tuple[float, float]]:
             progress.update()
-            return _errors_and_energies(unet, trajectories, batch)
+            found = size.batches(partial(_errors_and_energies, unet, trajectories), batch)
+            return [pair for _, some in found for pair in some]
 
         return tuple(map(list, zip(*(pair for part in ranks.map(every, sums) for pair in part), strict=True)))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def output_effects(
     """Return by layer name the squared error of the UNet's outputs over their energy when this layer alone changes.
 
     Args:
-        changes: by layer name, the tensor that is added to the weight, in its shape.
+        changes: by layer name, the tensor that is added to the weight, in its shape; on any device.
         calls: functions that make the keyword arguments of one UNet call each; every call uses one random v.
             They are spread over the ranks, and summed in their order.
         generator: gives the random numbers of the call of a number.
@@ -75,14 +76,31 @@ def _effects_of_call(
         output = unet(**call).sample.float()
         if signs is None:
             signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
-        gradients = torch.autograd.grad((output * signs * size).sum(), weights)
-        found = [(g.float() * change).sum() for g, change in zip(gradients, changes.values(), strict=True)]
-        moved = torch.where(moved.isfinite(), moved, torch.stack(found).cpu() / size)
+        found = _products(weights, changes, (output * signs * size).sum())
+        moved = torch.where(moved.isfinite(), moved, found / size)
         energy = output.detach().double().square().sum().item()
         if moved.isfinite().all() or not math.isfinite(energy):
             break
     _check_finite(dict(zip(changes, moved.tolist(), strict=True)), energy, weights[0].dtype)
     return moved.double().square(), energy
+
+
+def _products(weights: list[nn.Parameter], changes: dict[str, Tensor], value: Tensor) -> Tensor:
+    """Return the sum of gradient times change of every layer [layers] on the CPU; no two gradients exist at once."""
+    found: dict[str, Tensor] = {}
+
+    def multiply(name: str, weight: nn.Parameter) -> None:
+        found[name] = (weight.grad.float() * changes[name].to(weight.device)).sum()
+        weight.grad = None
+
+    named = zip(changes, weights, strict=True)
+    hooks = [weight.register_post_accumulate_grad_hook(partial(multiply, name)) for name, weight in named]
+    try:
+        value.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([found[name] for name in changes]).cpu()
 
 
 def _check_finite(moved: dict[str, float], energy: float, dtype: torch.dtype) -> None:
@@ -110,5 +128,6 @@ def following(unet: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(False)
+            weight.grad = None
         if checkpointing:
             unet.disable_gradient_checkpointing()

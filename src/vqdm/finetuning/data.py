@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vqdm.diffusion.pipelines import image_size, sample
+from vqdm.diffusion.pipelines import image_size, parts_in_use, sample
 from vqdm.diffusion.trajectories import CallRecorder, Trajectories
 from vqdm.documents import first_line, read_text
 from vqdm.errors import RunError, UserError
@@ -233,11 +233,9 @@ def encode_images(pipeline: DiffusionPipeline, files: list[Path], settings: dict
     """
     height, width = image_size(pipeline, settings.get("height"), settings.get("width"))
     pixels = torch.stack([_pixels(file, (width, height)) for file in files])  # [N, 3, H, W]
-    vae, dtype = pipeline.vae, next(pipeline.vae.parameters()).dtype
-    try:
+    vae = pipeline.vae
+    with parts_in_use(pipeline):
         latents = vae.float().encode(pixels.to(vae.device)).latent_dist.mode().cpu()
-    finally:
-        vae.to(dtype)
     config = vae.config
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, deviation = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from vqdm.devices import check_float64, peak_memory, pick_dtype
+from vqdm.devices import BatchSize, check_float64, peak_memory, pick_dtype
 from vqdm.diffusion.model_folders import (
     check_fits,
     check_loaded,
@@ -29,6 +29,7 @@ from vqdm.diffusion.pipelines import (
     check_model,
     configured_pipeline,
     log_truncated,
+    resting_on_cpu,
     saved_types,
     stored_dtypes,
     weight_files,
@@ -74,6 +75,7 @@ class FinetuneJob:
         pipeline: with the teacher as its UNet.
         source: the quantized UNet's folder.
         types: name → stored type of the student's parameters.
+        size: `xtx_batch_size`, or what is left of it.
     """
 
     config: FinetuneConfig
@@ -86,6 +88,10 @@ class FinetuneJob:
     folder: RunFolder
     tracker: Tracker
     clock: Stopwatch = field(default_factory=Stopwatch)
+    size: BatchSize = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = BatchSize(self.config.xtx_batch_size)
 
     @property
     def loss_fn(self) -> DistillationLoss:
@@ -94,7 +100,8 @@ class FinetuneJob:
 
     @property
     def recorder(self) -> TrajectoryRecorder:
-        return TrajectoryRecorder(self.config, self.datasets, self.pipeline, self.student, self.folder.work, self.ranks)
+        models, folder = (self.pipeline, self.student), self.folder.work
+        return TrajectoryRecorder(self.config, self.datasets, *models, folder, self.ranks, self.size)
 
 
 def finetune(config: FinetuneConfig) -> dict | None:
@@ -136,7 +143,8 @@ def finetune(config: FinetuneConfig) -> dict | None:
         tracker = Tracker(kind, "vqdm-finetune", folder.path, about)
         job = FinetuneJob(config, ranks, datasets, pipeline, student, source, types, folder, tracker)
         try:
-            return run(job, trained)
+            with resting_on_cpu(pipeline):
+                return run(job, trained)
         finally:
             tracker.finish()
 
@@ -299,7 +307,7 @@ def generate_pairs(job: FinetuneJob, path: Path, count: int, teacher_images: lis
         return []
     seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
     with with_unet(job.pipeline, job.student):
-        images = generate_images(job.pipeline, prompts, seed, settings, config.xtx_batch_size)
+        images = generate_images(job.pipeline, prompts, seed, settings, job.size)
     shown = config.visualize_nsamples
     if shown:
         sheet = pair_sheet(prompts[:shown], teacher_images[:shown], images[:shown], ("full precision", "fine-tuned"))

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +24,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from vqdm.devices import BatchSize
 from vqdm.diffusion.pipelines import sample
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, record_evaluation, unet_dtype
-from vqdm.diffusion.trajectories import CallRecorder, Trajectories, batches, spread_points, unet_call
+from vqdm.diffusion.trajectories import CallRecorder, Trajectories, batches, join, spread_points, unet_call
 from vqdm.errors import RunError
 from vqdm.finetuning.config import FinetuneConfig, sources
 from vqdm.finetuning.data import Datasets, noised_images
@@ -148,6 +150,10 @@ class Chunk:
     first: int
     count: int
 
+    @property
+    def items(self) -> range:
+        return range(self.first, self.first + self.count)
+
 
 def divided(names: Sequence[str], first: int, count: int) -> list[Chunk]:
     """Divide `count` items from `first` on evenly among the sources; the batch size has no influence."""
@@ -157,19 +163,25 @@ def divided(names: Sequence[str], first: int, count: int) -> list[Chunk]:
 
 
 def record_points(
-    folder: Path, parts: Sequence[Chunk], size: int, record: Callable[[Chunk], Trajectories], ranks: Ranks
+    folder: Path, parts: Sequence[Chunk], size: BatchSize, record: Callable[[Chunk], Trajectories], ranks: Ranks
 ) -> Points:
     """Load the points of all parts, in chunks of at most `size`; each chunk not in `folder` is recorded by one rank.
+
+    A chunk that is out of memory is recorded in halves.
 
     Raises:
         RunError: recorded latents hold NaN, or a file of another process does not wait_for_file or is damaged.
     """
-    places = [(part.source, spans(ranks, folder, part.first, part.count, size)) for part in parts]
+    places = [(part.source, spans(ranks, folder, part.first, part.count, size.value)) for part in parts]
     chunks = [Chunk(source, *span) for source, found in places for span in found]
     files = [folder / f"{span_name(chunk.first, chunk.count)}.safetensors" for chunk in chunks]
     missing = ranks.broadcast([k for k, file in enumerate(files) if not file.is_file()])
+
+    def record_some(source: str, items: range) -> Trajectories:
+        return record(Chunk(source, items.start, len(items)))
+
     for k in progress_bar(ranks.shard(missing), description=f"recording points: {folder.name}"):
-        found = record(chunks[k])
+        found = join([part for _, part in size.batches(partial(record_some, chunks[k].source), chunks[k].items)])
         if not found.latents.isfinite().all():
             source = chunks[k].source
             raise RunError(f"{source} trajectories hold NaN or infinity; use another --dtype (float32 or bfloat16)")
@@ -196,6 +208,7 @@ class TrajectoryRecorder:
     student: nn.Module
     folder: Path
     ranks: Ranks
+    size: BatchSize
 
     def held_out(self) -> Points:
         """Return the teacher's trajectories and outputs on the held-out prompts."""
@@ -217,7 +230,7 @@ class TrajectoryRecorder:
 
         def record(chunk: Chunk) -> Trajectories:
             some = prompts[chunk.first : chunk.first + chunk.count]
-            found, images = record_evaluation(self.pipeline, some, seed + chunk.first, self._settings, chunk.count)
+            found, images = record_evaluation(self.pipeline, some, seed + chunk.first, self._settings, self.size)
             for k, image in enumerate(images):
                 save_png(image, self.folder / "evaluation" / f"{chunk.first + k:06d}.png")
             return found
@@ -276,7 +289,7 @@ class TrajectoryRecorder:
         return self.config.sampling.call()
 
     def _recorded(self, name: str, parts: list[Chunk], record: Callable[[Chunk], Trajectories]) -> Points:
-        return record_points(self.folder / name, parts, self.config.xtx_batch_size, record, self.ranks)
+        return record_points(self.folder / name, parts, self.size, record, self.ranks)
 
 
 def sample_points(
@@ -296,7 +309,7 @@ def with_unet(pipeline: DiffusionPipeline, unet: nn.Module) -> Iterator[None]:
     because VAEs that choose float32 (they overflow in 16 bit) would lose it.
     """
     own, forward = pipeline.unet, unet.forward
-    device, dtype = pipeline.device, unet_dtype(own)
+    device, dtype = unet.device, unet_dtype(own)
 
     def autocast_forward(*args, **kwargs):
         with autocast(device, dtype):

@@ -5,7 +5,6 @@ A batch that is out of memory is halved.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import inspect
 import re
@@ -18,12 +17,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from vqdm.diffusion.pipelines import generators, image_size
+from vqdm.devices import BatchSize
+from vqdm.diffusion.pipelines import generators, image_size, parts_in_use
 from vqdm.documents import shortened
-from vqdm.errors import RunError, UserError
+from vqdm.errors import UserError
 from vqdm.images import GeneratedImage, generated_images
 from vqdm.prompts import ID_COLUMNS, SETTING_COLUMNS, plain_name
-from vqdm.tracking import log_info
 
 SETTINGS = ("guidance_scale", "num_inference_steps", "height", "width")
 LARGEST_SEED = 2**63 - 1
@@ -214,53 +213,23 @@ def generate_in_batches(
     Raises:
         RunError: out of memory at batch size 1.
     """
+    batch_size = BatchSize(size, "try --offload model, or smaller --height and --width")
     for group in groups:
-        done = 0
-        while done < len(group):
-            batch = group[done : done + size]
-            images = _unless_out_of_memory(generate, batch)
-            if images is not None:
-                yield batch, images
-                done += len(batch)
-            elif len(batch) > 1:
-                size = len(batch) // 2
-                log_info(f"out of memory at batch size {len(batch)}; continuing with {size}")
-            else:
-                advice = "try --offload model, or smaller --height and --width"
-                raise RunError(f"out of memory at batch size 1; {advice}")
-
-
-def _unless_out_of_memory(generate: Callable, batch: list[Request]) -> list[GeneratedImage] | None:
-    """Return the images of a batch, or None on out of memory."""
-    try:
-        return generate(batch)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    # Outside the handler: while the exception lives, its frames hold the tensors to free.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error means out of memory, of a GPU or of the machine."""
-    words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "not enough memory" in words
+        yield from batch_size.batches(generate, group)
 
 
 @torch.no_grad()
 def generate(pipeline: DiffusionPipeline, batch: list[Request]) -> list[GeneratedImage]:
     """Generate the images of requests that are alike, each from its own CPU generator."""
     negative = None if batch[0].negative_prompt is None else [request.negative_prompt for request in batch]
-    result = pipeline(
-        prompt=[request.prompt for request in batch],
-        negative_prompt=negative,
-        generator=generators(0, [request.seed for request in batch]),
-        output_type="pt",
-        **call_settings(pipeline, batch[0].settings),
-    )
+    with parts_in_use(pipeline):
+        result = pipeline(
+            prompt=[request.prompt for request in batch],
+            negative_prompt=negative,
+            generator=generators(0, [request.seed for request in batch]),
+            output_type="pt",
+            **call_settings(pipeline, batch[0].settings),
+        )
     return generated_images(result)
 
 

@@ -212,12 +212,12 @@ def coding_errors(
 
 
 def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, SharedCodebooks]) -> Tensor:
-    """Coded minus original weight of one layer, from its packed code."""
+    """Coded minus original weight of one layer, from its packed code; on the CPU, where those of all layers are."""
     weight, bank = job.unet.get_submodule(layer.name).weight, banks[layer.spec.shared_codebooks]
     packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}
     code = AdditiveCode.unpack(layer.spec, (layer.rows, layer.columns), packed, bank.codebooks)
     coded = weight_of(code.dequantize(), weight.shape, layer.spec.group_channels)
-    return (coded - weight.float()).to(weight.dtype)
+    return (coded - weight.float()).to("cpu", weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------- dividing

@@ -24,14 +24,16 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
-from vqdm.devices import check_float64, peak_memory, pick_dtype
+from vqdm.devices import BatchSize, check_float64, peak_memory, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.model_folders import check_loaded, check_supported, load_quantized_unet
 from vqdm.diffusion.pipelines import (
     check_model,
     configured_pipeline,
+    image_size,
     load_pipeline,
     log_truncated,
+    resting_on_cpu,
     saved_types,
     stored_dtypes,
     weight_files,
@@ -45,6 +47,7 @@ from vqdm.diffusion.sampling import (
     point_errors,
     predicted_bytes,
 )
+from vqdm.diffusion.shapes import input_groups, meta_unet
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
@@ -82,9 +85,11 @@ from vqdm.storage.files import save_json, save_text
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card
-from vqdm.storage.run_folder import RunFolder, SolvedLayer
+from vqdm.storage.run_folder import RunFolder, SolvedLayer, check_disk
 from vqdm.tracking import Stopwatch, Tracker, log_info, progress_bar
 from vqdm.versions import versions
+
+OUT_OF_MEMORY = "try smaller --height and --width, or --hessian_memory_gb"
 
 
 @dataclass
@@ -102,6 +107,7 @@ class Job:
         bank_memory_gb: for Hessians of the layers that shared codebooks are trained on, as the run was started with.
         ranks: the processes that work on it, each of which has this same job.
         finetune_blocks: as `quantize` takes it.
+        size: `xtx_batch_size`, or what is left of it.
     """
 
     config: QuantizeConfig
@@ -122,6 +128,10 @@ class Job:
     bank_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
     finetune_blocks: Callable | None = None
+    size: BatchSize = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = BatchSize(self.config.xtx_batch_size, OUT_OF_MEMORY)
 
     @property
     def unet(self) -> torch.nn.Module:
@@ -192,11 +202,11 @@ def quantize(
         with folder.lock(ranks):
             fingerprint = weights_fingerprint(pipeline) if given else None
             settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-            settings["full_precision_hessians"] = bool(config.hessian_cache or config.target_bits or bank_users(layers))
+            settings["full_precision_hessians"] = keeps_hessians(config, layers)
             settings |= {"weights_sha256": fingerprint} if given else {}
             if ranks.main:
                 need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-                need += hessian_bytes(layers, config.hessian_memory_gb)
+                need += hessians_to_come(config, pipeline, layers, folder)
                 folder.open(settings, versions(), config.resume, need)
             if ranks.broadcast(folder.finished):
                 return load_finished(folder, pipeline, ranks)
@@ -207,7 +217,8 @@ def quantize(
             job.ranks, job.finetune_blocks = ranks, finetune_blocks
             job.bank_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
             try:
-                return pipeline, run(job)
+                with resting_on_cpu(pipeline):
+                    return pipeline, run(job)
             finally:
                 tracker.finish()
 
@@ -223,6 +234,28 @@ def model_files(
     files = weight_files(config.model, config.variant, "unet", config.revision)
     stored = stored_dtypes(config.model, config.variant, config.revision)
     return stored, sum(file.stat().st_size for file in files) or None
+
+
+def hessians_to_come(
+    config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer], folder: RunFolder
+) -> int:
+    """Return the bytes of Hessians that a run will write, beyond those that are there; 0 if on another disk.
+
+    Raises:
+        UserError: the disk of `hessian_cache` has less free.
+    """
+    height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
+    scale = pipeline.vae_scale_factor
+    groups = input_groups(meta_unet(pipeline.unet.config), layers, height // scale, width // scale)
+    need = hessian_bytes(groups, config.hessian_memory_gb, keeps_hessians(config, layers))
+    place = Path(config.hessian_cache) if config.hessian_cache else folder.work / "hessians"
+    need = max(0, need - sum(file.stat().st_size for file in place.glob("*.safetensors")))
+    return need if place.parent == folder.work else check_disk(place, folder.path, need, "--hessian_cache")
+
+
+def keeps_hessians(config: QuantizeConfig, layers: list[Layer]) -> bool:
+    """Return whether the full-precision model's Hessians of all layers are kept, and not those of a block."""
+    return bool(config.hessian_cache or config.target_bits or bank_users(layers))
 
 
 def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
@@ -289,7 +322,7 @@ def run(job: Job) -> dict | None:
                 quantize_int8(job.unet, name)
             except ValueError as error:  # a weight is not finite
                 raise RunError(str(error)) from None
-    if config.hessian_cache or config.target_bits or bank_users(job.layers):
+    if keeps_hessians(config, job.layers):
         with job.clock("hessians"):
             job.store = teacher_hessians(job)
     if config.target_bits:
@@ -314,7 +347,7 @@ def run(job: Job) -> dict | None:
                 job.finetune_blocks(job.unet, finetuned_on, done, job.ranks, job.folder.work / file)
         after_block(job, index, block, teacher)
     with job.clock("evaluation"), decoded_once(job.unet):
-        errors = point_errors(job.unet, teacher, config.xtx_batch_size, job.ranks)
+        errors = point_errors(job.unet, teacher, job.size, job.ranks)
         images = student_images(job)
         scores = compare_pairs(job, teacher_images, images) if job.ranks.main else {}
     return finish(job, quantized, errors, scores) if job.ranks.main else None
@@ -374,7 +407,7 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
     if job.ranks.main:
         job.folder.drop_block(block)
     if config.eval_step and index % config.eval_step == 0:
-        error = output_error(job.unet, teacher, config.xtx_batch_size, job.ranks)
+        error = output_error(job.unet, teacher, job.size, job.ranks)
         job.tracker.log({"unet_output_error_db": error}, step=index)
         log_info(f"after {block}: UNet-output error {error:.2f} dB")
     if config.snapshot_step and index % config.snapshot_step == 0 and job.ranks.main:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
 
 from vqdm.diffusion.blocks import Layer
+from vqdm.diffusion.hessians import passes
 from vqdm.diffusion.sampling import unet_dtype
 from vqdm.errors import UserError
 
@@ -109,6 +111,16 @@ def blocks_before_finetuning(count: int, blocks: int) -> list[int]:
     return [round(k * blocks / (count + 1)) for k in range(1, count + 1)]
 
 
-def hessian_bytes(layers: list[Layer], memory_gb: float) -> int:
-    """Return the bytes of disk for the Hessians of one pass: a training and a held-out one in float32 per layer."""
-    return int(min(memory_gb * 1e9, sum(2 * 4 * layer.columns**2 for layer in layers)))
+def hessian_bytes(groups: list[list[Layer]], memory_gb: float, all_kept: bool) -> int:
+    """Return the bytes of disk for Hessians: a training and a held-out triangle in float32 per shared input.
+
+    Args:
+        groups: layers that share an input.
+        memory_gb: for the Hessians of one recording pass.
+        all_kept: whether those of all layers are kept, and not only those of one pass.
+    """
+    parts = [groups]
+    if not all_kept:
+        by_block = [list(some) for _, some in groupby(groups, key=lambda group: group[0].block)]
+        parts = [part for some in by_block for part in passes(some, memory_gb)]
+    return max(sum(2 * 4 * group[0].columns * (group[0].columns + 1) // 2 for group in part) for part in parts)

@@ -46,7 +46,7 @@ FINETUNING_SEED_OFFSET = 4_000_000  # far from the seeds of other points
 def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str], int], Tensors]) -> list[Tensors]:
     """Call `work` on batches of prompts and the number of the first; results are files in the run's folder `name`."""
     folder = job.folder.work / name
-    found = spans(job.ranks, folder, 0, len(prompts), job.config.xtx_batch_size)
+    found = spans(job.ranks, folder, 0, len(prompts), job.size.value)
     by_name = {span_name(*span): span for span in found}
 
     missing = [span for name, span in by_name.items() if not (folder / f"{name}.safetensors").is_file()]
@@ -70,7 +70,7 @@ def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
 
 def _teacher_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
-    recorded, images = record_evaluation(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size)
+    recorded, images = record_evaluation(job.pipeline, prompts, seed, config.sampling.call(), job.size)
     return recorded.to_tensors() | _pixels(images)
 
 
@@ -81,7 +81,7 @@ def student_images(job: Job) -> list[Image.Image]:
 
 def _student_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
-    return _pixels(generate_images(job.pipeline, prompts, seed, config.sampling.call(), config.xtx_batch_size))
+    return _pixels(generate_images(job.pipeline, prompts, seed, config.sampling.call(), job.size))
 
 
 def _pixels(images: list[Image.Image]) -> Tensors:
@@ -115,7 +115,7 @@ def _calibration_batch(job: Job, prompts: list[str], first: int) -> Tensors:
         prompts,
         config.seed + first,
         config.sampling.call(),
-        config.xtx_batch_size,
+        job.size,
         config.min_timestep,
         config.max_timestep,
     ).to_tensors()
@@ -129,7 +129,7 @@ def finetuning_trajectories(job: Job) -> list[Trajectories]:
 
 def _finetuning_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + FINETUNING_SEED_OFFSET + first
-    settings, size, what = config.sampling.call(), config.xtx_batch_size, "fine-tuning trajectories"
+    settings, size, what = config.sampling.call(), job.size, "fine-tuning trajectories"
     return record_trajectories(
         job.pipeline, prompts, seed, settings, size, -math.inf, math.inf, what, outputs=True
     ).to_tensors()
@@ -184,6 +184,7 @@ class HessianRecorder:
                 job.config.hessian_samples_per_input,
                 ticks.update,
                 ranks,
+                job.size,
             )
         for group in ranks.shard(groups):
             self.store.write(group, *found.pop(group[0].name))
@@ -193,9 +194,9 @@ class HessianRecorder:
 
 def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[UnetCall]:
     """Return UNet calls, each on at most `xtx_batch_size` points."""
-    steps, where = trajectories.latents.shape[1], (job.unet.device, unet_dtype(job.unet))
+    steps, device, dtype = trajectories.latents.shape[1], job.unet.device, unet_dtype(job.unet)
     return [
-        UnetCall(partial(trajectories.inputs, batch, *where), [n * steps + s for n, s in batch])
+        UnetCall(partial(trajectories.inputs, device=device, dtype=dtype), batch, [n * steps + s for n, s in batch])
         for batch in batches(points, job.config.xtx_batch_size)
     ]
 

@@ -1,7 +1,7 @@
 """Hessians of the full-precision model on disk, for every bit width that is tried.
 
-One safetensors file per input that layers share, and an index with these layers and the model, prompts and sampling
-that the Hessians were computed for.
+One safetensors file per input that layers share, with the upper triangles of its Hessians, and an index with these
+layers and the model, prompts and sampling that the Hessians were computed for.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HessianStore:
 
     def write(self, group: list[Layer], hessian: Tensor, held_out: Tensor | None) -> None:
         """Write the file only; `enter` adds it to the index."""
-        tensors = {"hessian": hessian} | ({} if held_out is None else {"held_out": held_out})
+        tensors = {"hessian": triangle(hessian)} | ({} if held_out is None else {"held_out": triangle(held_out)})
         save_checked(tensors, self._file(_key(group[0])))
 
     def enter(self, groups: list[list[Layer]], on_disk: bool = True) -> None:
@@ -70,7 +70,8 @@ class HessianStore:
         try:
             tensors, _ = load_checked(path, device)
             _check_shapes(tensors, layer.columns)
-            return tensors["hessian"], tensors.get("held_out")
+            whole = {name: _whole(tensors.pop(name), layer.columns) for name in sorted(tensors)}
+            return whole["hessian"], whole.get("held_out")
         except (OSError, CorruptFileError, KeyError, ValueError) as error:
             raise RunError(f"{path} is missing or damaged ({error}); delete {self.index} and run again") from None
 
@@ -100,11 +101,32 @@ def _check_names(leaders: dict) -> None:
             raise ValueError(name)
 
 
+def triangle(matrix: Tensor) -> Tensor:
+    """Return the upper triangle of a symmetric matrix [I, I], row by row: [I·(I + 1)/2]."""
+    return torch.cat([row[index:] for index, row in enumerate(matrix)])
+
+
+def symmetric(values: Tensor, size: int) -> Tensor:
+    """Invert `triangle`, exactly: the matrix [size, size]."""
+    matrix, start = values.new_empty(size, size), 0
+    for index in range(size):
+        stop = start + size - index
+        matrix[index, index:] = values[start:stop]
+        matrix[index + 1 :, index] = values[start + 1 : stop]
+        start = stop
+    return matrix
+
+
+def _whole(values: Tensor, size: int) -> Tensor:
+    return values if values.dim() == 2 else symmetric(values, size)
+
+
 def _check_shapes(tensors: dict[str, Tensor], columns: int) -> None:
-    """Raise ValueError unless all are float32 matrices [columns, columns]."""
+    """Raise ValueError unless all are float32 triangles of matrices [columns, columns], or these, as once written."""
+    expected = [columns * (columns + 1) // 2], [columns, columns]
     for name, held in tensors.items():
-        if held.shape != (columns, columns) or held.dtype != torch.float32:
-            raise ValueError(f"{name} is {held.dtype} {list(held.shape)}; expected float32 {[columns, columns]}")
+        if list(held.shape) not in expected or held.dtype != torch.float32:
+            raise ValueError(f"{name} is {held.dtype} {list(held.shape)}; expected float32 {expected[0]}")
 
 
 def _key(layer: Layer) -> str:

@@ -96,11 +96,7 @@ class RunFolder:
             probe(self.work)
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
-        free = shutil.disk_usage(self.path).free
-        if free < need_bytes:
-            raise UserError(
-                f"--output_dir {self.path}: {free / 1e9:.2f} GB are free, the run needs about {need_bytes / 1e9:.2f} GB"
-            )
+        _check_free(self.path, need_bytes, "--output_dir")
 
     @property
     def finished(self) -> bool:
@@ -239,6 +235,26 @@ def spans(ranks: Ranks, folder: Path, first: int, count: int, size: int) -> list
 def span_name(first: int, count: int) -> str:
     """Return the name of a span's shard."""
     return f"{first:06d}-{count:04d}"
+
+
+def check_disk(folder: Path, beside: Path, need_bytes: int, flag: str) -> int:
+    """Return `need_bytes` if `folder`, which need not exist, is on the disk of `beside`; else 0.
+
+    Raises:
+        UserError: it is on another disk, with less free; names `flag`.
+    """
+    places = ([path.absolute(), *path.absolute().parents] for path in (folder, beside))
+    there, here = (next(one for one in some if one.exists()) for some in places)
+    if there.stat().st_dev == here.stat().st_dev:
+        return need_bytes
+    _check_free(there, need_bytes, flag)
+    return 0
+
+
+def _check_free(folder: Path, need_bytes: int, flag: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise UserError(f"{flag} {folder}: {free / 1e9:.2f} GB are free, the run needs about {need_bytes / 1e9:.2f} GB")
 
 
 def read_shard(path: Path) -> Tensors:

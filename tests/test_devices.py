@@ -1,0 +1,45 @@
+"""Batches that are halved where memory ends; devices and types: diffusion/test_pipelines.py."""
+
+import pytest
+import torch
+
+from vqdm.devices import BatchSize
+from vqdm.errors import RunError
+
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_batch_size_is_halved_for_good(error, caplog):
+    tried, size = [], BatchSize(8)
+
+    def limited(batch):
+        tried.append(len(batch))
+        if len(batch) > 3:
+            raise error
+        return sum(batch)
+
+    with caplog.at_level("INFO", "vqdm"):
+        found = list(size.batches(limited, range(7))) + list(size.batches(limited, [7, 8]))
+    assert [item for batch, _ in found for item in batch] == list(range(9))
+    assert all(total == sum(batch) for batch, total in found)
+    assert tried == [7, 3, 3, 1, 2] and size.value == 3
+    assert "out of memory at batch size 7; continuing with 3" in caplog.text
+
+
+def test_a_result_may_be_none_and_other_errors_pass_through():
+    assert [found for _, found in BatchSize(2).batches(lambda _: None, [1, 2, 3])] == [None, None]
+
+    def fail(_):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(BatchSize(2).batches(fail, [1, 2]))
+
+
+def test_out_of_memory_at_batch_size_1_is_an_error_with_advice():
+    def fail(_):
+        raise ERRORS[0]
+
+    with pytest.raises(RunError, match="out of memory at batch size 1; try less"):
+        list(BatchSize(4, "try less").batches(fail, [1, 2, 3]))
