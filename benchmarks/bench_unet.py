@@ -30,7 +30,6 @@ import diffusers
 import torch
 from bench_decode import forced, spec_of, unet_inputs
 from diffusers import UNet2DConditionModel
-from live_bytes import LiveBytes
 from random_unets import random_coded, random_plain, stored_bits
 from rivals import RIVALS, held_bytes
 from sdxl import CONFIG
@@ -39,6 +38,7 @@ from torch import nn
 from vqdm.layers.decode import BACKENDS, CANDIDATES
 from vqdm.layers.functional import free_scratch
 from vqdm.layers.quantized import cast_plain, quantized_layers
+from vqdm.live_bytes import LiveBytes
 
 RANDOM = "sdxl-random"
 PLAIN = "full precision"

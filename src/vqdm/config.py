@@ -30,7 +30,7 @@ PROMPT_FILE = "prompt file (.txt .csv .tsv .json .jsonl .yaml .parquet), or data
 
 # Fields that may change between a run and its resumption, because the result does not depend on them.
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
-FREE_FIELDS += ("local_files_only", "visualize_nsamples", "hessian_cache")
+FREE_FIELDS += ("ignore_budget", "local_files_only", "visualize_nsamples", "hessian_cache")
 # Those that change memory, and results by rounding at most: what a run that was out of memory is resumed with.
 FREE_FIELDS += ("xtx_batch_size", "hessian_memory_gb", "intermediate.local_batch_size")
 

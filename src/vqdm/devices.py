@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -80,6 +81,19 @@ def peak_memory(device: torch.device | None = None) -> dict[str, int]:
     if torch.cuda.is_available() and (device is None or device.type == "cuda"):
         peaks["cuda"] = torch.cuda.max_memory_allocated(device)
     return peaks
+
+
+def free_memory(device: torch.device) -> tuple[int | None, int | None]:
+    """Return the bytes that this process can have of a GPU and of RAM, what it has counted in; None where unknown."""
+    gpu = None
+    if device.type == "cuda":
+        gpu = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return gpu, 1024 * int(lines["MemAvailable"].split()[0]) + pages * resource.getpagesize()
+    except (OSError, KeyError, ValueError):  # no Linux
+        return gpu, None
 
 
 # ------------------------------------------------------------------------------------------- out of memory

@@ -4,7 +4,6 @@ import tracemalloc
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from test_quantized import random_code
 from torch import nn
 
@@ -12,6 +11,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.layers import decode as decoding
 from vqdm.layers.functional import free_scratch
 from vqdm.layers.quantized import decoded_once, quantized_layers, swap
+from vqdm.live_bytes import LiveBytes
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -208,6 +209,17 @@ def stored_dtypes(
         for dtype in kinds:
             widest = found.setdefault(file.parent.name, dtype)
             found[file.parent.name] = dtype if dtype.itemsize > widest.itemsize else widest
+    return found
+
+
+def stored_values(model: str, variant: str | None, revision: str | None = None) -> dict[str, int]:
+    """Return by component name how many values its safetensors files hold; only headers are read."""
+    found: dict[str, int] = {}
+    for file in weight_files(model, variant, revision=revision):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+            found[file.parent.name] = found.get(file.parent.name, 0) + sum(map(math.prod, shapes))
     return found
 
 

@@ -212,6 +212,11 @@ def predicted_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calib
     """
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
+    return 2 * pipeline_bytes + point_bytes(pipeline, sampling, calibration, evaluation)
+
+
+def point_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calibration: int, evaluation: int) -> int:
+    """Predict the bytes of recorded points. Raises UserError as `predicted_bytes`."""
     height, width = image_size(pipeline, sampling.height, sampling.width)
     latents = pipeline.unet.config.in_channels * (height * width // pipeline.vae_scale_factor**2) * 4
-    return 2 * pipeline_bytes + latents * (sampling.num_inference_steps or 50) * (calibration + 3 * evaluation)
+    return latents * (sampling.num_inference_steps or 50) * (calibration + 3 * evaluation)

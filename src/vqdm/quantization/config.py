@@ -175,6 +175,7 @@ class QuantizeConfig(RunConfig):
     on_save: str | None = _saving(
         None, "run this after each save, without a shell; {path} becomes what was saved", metavar="COMMAND"
     )
+    ignore_budget: bool = flag(False, "start although the plan needs more memory or disk than is free", "run")
     hub: HubConfig = flags_in(HubConfig, "hub")
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
-from vqdm.devices import BatchSize, check_float64, peak_memory, pick_dtype
+from vqdm.devices import BatchSize, check_float64, free_memory, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.model_folders import check_loaded, check_supported, load_quantized_unet
 from vqdm.diffusion.pipelines import (
@@ -36,6 +36,7 @@ from vqdm.diffusion.pipelines import (
     resting_on_cpu,
     saved_types,
     stored_dtypes,
+    stored_values,
     weight_files,
     weights_fingerprint,
 )
@@ -44,10 +45,11 @@ from vqdm.diffusion.sampling import (
     compare_images,
     error_spread,
     output_error,
+    point_bytes,
     point_errors,
     predicted_bytes,
 )
-from vqdm.diffusion.shapes import input_groups, meta_unet
+from vqdm.diffusion.shapes import input_groups, meta_unet, skeleton_pipeline
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
@@ -59,6 +61,7 @@ from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
 from vqdm.quantization.allocation import allocated
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
+from vqdm.quantization.budget import MemoryClock, Need, lacking, on, plan, shapes_of, smaller, table
 from vqdm.quantization.codebook_training import make_banks, shared
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
@@ -86,7 +89,7 @@ from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card
 from vqdm.storage.run_folder import RunFolder, SolvedLayer, check_disk
-from vqdm.tracking import Stopwatch, Tracker, log_info, progress_bar
+from vqdm.tracking import Tracker, log_info, progress_bar
 from vqdm.versions import versions
 
 OUT_OF_MEMORY = "try smaller --height and --width, or --hessian_memory_gb"
@@ -107,6 +110,7 @@ class Job:
         bank_memory_gb: for Hessians of the layers that shared codebooks are trained on, as the run was started with.
         ranks: the processes that work on it, each of which has this same job.
         finetune_blocks: as `quantize` takes it.
+        needs: what was planned, by phase.
         size: `xtx_batch_size`, or what is left of it.
     """
 
@@ -117,7 +121,7 @@ class Job:
     evaluation: list[str]
     folder: RunFolder
     tracker: Tracker
-    clock: Stopwatch
+    clock: MemoryClock
     parameters: int
     rest: Rest
     stored: dict[str, torch.dtype] = field(default_factory=dict)
@@ -128,6 +132,7 @@ class Job:
     bank_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
     finetune_blocks: Callable | None = None
+    needs: list[Need] = field(default_factory=list)
     size: BatchSize = field(init=False)
 
     def __post_init__(self) -> None:
@@ -184,7 +189,9 @@ def quantize(
     with launched(config.device) as ranks:
         check_float64(ranks.device)
         if not given:
-            pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
+            dtype = pick_dtype(config.dtype, ranks.device)
+            pipeline = skeleton(config, dtype) if config.dry_run else None
+            pipeline = pipeline or configured_pipeline(config, ranks.device, dtype)
         check_loaded(pipeline.unet, config.model)
         stored, original_bytes = model_files(config, pipeline, given)
         layers = chosen_layers(config, pipeline.unet)
@@ -196,6 +203,7 @@ def quantize(
         blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
         if ranks.main:
             log_truncated(pipeline, calibration + evaluation)
+        needs = planned_needs(config, pipeline, layers, ranks.device, (len(calibration), len(evaluation)))
         if config.dry_run:
             return pipeline, None
         folder = RunFolder(config.output_dir)
@@ -207,12 +215,15 @@ def quantize(
             if ranks.main:
                 need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
                 need += hessians_to_come(config, pipeline, layers, folder)
+                need = 0 if config.ignore_budget else need
                 folder.open(settings, versions(), config.resume, need)
             if ranks.broadcast(folder.finished):
                 return load_finished(folder, pipeline, ranks)
             about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
             tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
-            job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, Stopwatch(), parameters, rest)
+            clock = MemoryClock(ranks.device)
+            job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, clock, parameters, rest)
+            job.needs = needs
             job.stored, job.original_bytes, job.fingerprint = stored, original_bytes, fingerprint
             job.ranks, job.finetune_blocks = ranks, finetune_blocks
             job.bank_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
@@ -234,6 +245,56 @@ def model_files(
     files = weight_files(config.model, config.variant, "unet", config.revision)
     stored = stored_dtypes(config.model, config.variant, config.revision)
     return stored, sum(file.stat().st_size for file in files) or None
+
+
+def skeleton(config: QuantizeConfig, dtype: torch.dtype) -> DiffusionPipeline | None:
+    """Return MODEL without weights, where it is a folder with safetensors files of the usual parts."""
+    folder = Path(config.model)
+    known = stored_values(config.model, config.variant) if folder.is_dir() else {}
+    return skeleton_pipeline(folder, dtype, config.sampling.scheduler) if {"unet", "vae"} <= known.keys() else None
+
+
+def planned_needs(
+    config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer], device: torch.device, prompts: tuple
+) -> list[Need]:
+    """Log what every phase needs, and return it; nothing where the model is an unusual one.
+
+    Args:
+        prompts: numbers of those for calibration and for evaluation.
+
+    Raises:
+        UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
+    """
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    values = {name: sum(tensor.numel() for tensor in part.parameters()) for name, part in parts.items()}
+    if pipeline.unet.device.type == "meta":
+        values = stored_values(config.model, config.variant, config.revision)
+    shapes = shapes_of(pipeline, config.sampling, values, point_bytes(pipeline, config.sampling, *prompts))
+    if shapes is None:
+        log_info("no plan of memory: the UNet or the VAE wants arguments that are not known")
+        return []
+    height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
+    scale = pipeline.vae_scale_factor
+    groups = input_groups(meta_unet(pipeline.unet.config), layers, height // scale, width // scale)
+
+    def needs_of(one: QuantizeConfig) -> list[Need]:
+        return on(plan(one, shapes, groups, keeps_hessians(one, layers)), device.type)
+
+    needs, free = needs_of(config), free_memory(device)
+    log_info(table(needs))
+    short = lacking(needs, *free)
+    if short:
+        fits = next((one for one in smaller(config) if not lacking(needs_of(one), *free)), None)
+        advice = "no --xtx_batch_size or --hessian_memory_gb is small enough; try smaller --height and --width"
+        if fits:
+            advice = (
+                f"it fits with --xtx_batch_size {fits.xtx_batch_size} --hessian_memory_gb {fits.hessian_memory_gb:g}"
+            )
+        message = f"{short[0]}; {advice}; --ignore_budget starts all the same"
+        if not (config.ignore_budget or config.dry_run):
+            raise UserError(message)
+        log_info(message)
+    return needs
 
 
 def hessians_to_come(
@@ -434,7 +495,7 @@ def compare_pairs(job: Job, teacher: list[Image.Image], student: list[Image.Imag
 def finish(job: Job, quantized: dict[str, SolvedLayer], errors: tuple[list, list], scores: dict) -> dict:
     """Write the pipeline folder, the card and the summary, then drop the working data."""
     staged = job.folder.work / "pipeline"
-    with saved_types(job.pipeline, job.stored):
+    with job.clock("saving"), saved_types(job.pipeline, job.stored):
         save_pipeline(job, staged)
         sizes = stored_sizes(job, staged)
     summary = {
@@ -447,7 +508,8 @@ def finish(job: Job, quantized: dict[str, SolvedLayer], errors: tuple[list, list
         "unet_output_error_db_by_point": error_spread(*errors),
         "images": scores,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
-        "peak_memory_bytes": peak_memory(job.ranks.device),
+        "peak_memory_bytes": job.clock.whole(),
+        "peak_memory_bytes_by_phase": memory_by_phase(job),
         "versions": versions(),
         "command": own_command(),
         "layers": [done.report for done in quantized.values()],
@@ -460,6 +522,12 @@ def finish(job: Job, quantized: dict[str, SolvedLayer], errors: tuple[list, list
     job.tracker.log({key: value for key, value in summary.items() if not isinstance(value, dict | list)} | measured)
     job.on_save(job.folder.path)
     return summary
+
+
+def memory_by_phase(job: Job) -> dict[str, dict]:
+    """Return the peaks that were reached in each phase, beside those that were planned, in bytes."""
+    planned = {need.phase: {"gpu": need.device, "ram": need.ram, "disk": need.disk} for need in job.needs}
+    return {name: {"reached": peaks, "planned": planned.get(name)} for name, peaks in job.clock.peaks.items()}
 
 
 def save_pipeline(job: Job, staged: Path) -> None:
