@@ -349,7 +349,11 @@ def test_overrides_as_editors_write_them(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--variant fp16 --revision x --dtype bfloat16 --local_files_only --height 64 --width 64"]
+    "flags",
+    [
+        "",
+        "--variant fp16 --revision x --dtype bfloat16 --local_files_only --height 64 --width 64 --single_file_config a/b",
+    ],
 )
 def test_the_next_command_is_one_that_generate_takes(flags):
     words = ["my model's", "c.txt", "e $HOME.txt", "--output_dir", "out/a b/", "--guidance_scale", "3", *flags.split()]
@@ -359,7 +363,7 @@ def test_the_next_command_is_one_that_generate_takes(flags):
     then = generate.PARSER.parse(told)
     assert (then.model, then.quantized, then.prompts) == ("my model's", "out/a b/", "e $HOME.txt")
     assert then.output_dir == "out/a b-images"
-    for name in ("variant", "revision", "dtype", "device", "local_files_only", "sampling"):
+    for name in ("variant", "single_file_config", "revision", "dtype", "device", "local_files_only", "sampling"):
         assert getattr(then, name) == getattr(config, name)
 
 
