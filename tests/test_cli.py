@@ -352,7 +352,8 @@ def test_overrides_as_editors_write_them(tmp_path, text):
     "flags",
     [
         "",
-        "--variant fp16 --revision x --dtype bfloat16 --local_files_only --height 64 --width 64 --single_file_config a/b",
+        "--variant fp16 --revision x --dtype bfloat16 --local_files_only --height 64 --width 64",
+        "--single_file_config a/b",
     ],
 )
 def test_the_next_command_is_one_that_generate_takes(flags):

@@ -7,7 +7,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import diffusers
@@ -28,7 +28,7 @@ from vqdm.diffusion.model_folders import (
     not_found,
     pickled,
 )
-from vqdm.diffusion.single_files import bytes_of, configuration_folder, load_single_file, parts_of
+from vqdm.diffusion.single_files import bytes_of, configuration_folder, load_single_file, parts_of, quiet_diffusers
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import generated_images
@@ -66,9 +66,9 @@ def load_pipeline(
             pipeline = load_single_file(model, configuration, dtype)
         else:
             variant = _logged_variant(model, variant, revision, offline)
-            pipeline = DiffusionPipeline.from_pretrained(
-                model, dtype=dtype, variant=variant, revision=revision, local_files_only=offline
-            )
+            where = {"variant": variant, "revision": revision, "local_files_only": offline}
+            with quiet_diffusers() if _logged_bins(model, revision) else nullcontext():
+                pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, **where)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the libraries answer to files of wrong types or shapes
@@ -78,10 +78,6 @@ def load_pipeline(
         raise UserError(f"MODEL {model} {place}: {first_line(error)}") from None
     if not isinstance(getattr(pipeline, "unet", None), nn.Module):
         raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
-    folder = local_folder(model, revision)
-    bins = pickled(folder) if folder.is_dir() else []
-    if bins:
-        log_info(f"MODEL {model}: {', '.join(bins)}: .bin files are read, as tensors only; there is no .safetensors")
     pipeline.set_progress_bar_config(disable=True)
     set_scheduler(pipeline, scheduler)
     for part in pipeline.components.values():
@@ -163,6 +159,15 @@ def _check_index(index: Path, model: str) -> None:
             check_declared(read_json(file))
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"MODEL {model}: {file} cannot be read: {first_line(error)}") from None
+
+
+def _logged_bins(model: str, revision: str | None) -> list[str]:
+    """Return, and log, the components with `.bin` files alone. diffusers would log an error for each of them."""
+    folder = local_folder(model, revision)
+    bins = pickled(folder) if folder.is_dir() else []
+    if bins:
+        log_info(f"MODEL {model}: {', '.join(bins)}: .bin files are read, as tensors only; there is no .safetensors")
+    return bins
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:

@@ -11,6 +11,8 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -57,8 +59,8 @@ V_PREDICTION = "v_pred"  # a key of SDXL models that were trained so
 ALONE = {
     "a ControlNet": ("control_model.", "controlnet", "input_hint_block."),
     "a UNet": ("model.diffusion_model.", "input_blocks.", "down_blocks.", "conv_in.", "time_embed"),
-    "a VAE": ("first_stage_model.", "vae.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
     "a text encoder": ("cond_stage_model.", "conditioner.", "text_model.", "transformer.", "encoder.block.", "shared."),
+    "a VAE": ("first_stage_model.", "vae.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
 }
 WHOLE = "give a file with UNet, VAE and text encoders, or a diffusers pipeline folder"
 
@@ -171,9 +173,7 @@ def configuration_folder(
     if quantized:
         raise UserError(f"{flag} is of a quantized model ({', '.join(quantized)}); give a full-precision one")
     if V_PREDICTION in names and scheduler.get("prediction_type") != "v_prediction":
-        raise UserError(
-            f"MODEL {model} predicts v, as its key {V_PREDICTION} says, and the scheduler of {flag} does not"
-        )
+        raise UserError(f"MODEL {model} predicts v, by its key {V_PREDICTION}, and the scheduler of {flag} does not")
     return folder
 
 
@@ -205,6 +205,17 @@ def _downloaded(model: str, name: str, given: bool, revision: str | None, local_
 # ------------------------------------------------------------------------------------------- loading
 
 
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Inside, diffusers logs nothing."""
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
+
+
 def load_single_file(model: str, configuration: Path, dtype: torch.dtype) -> DiffusionPipeline:
     """Load the pipeline of one file on the CPU, without a safety checker.
 
@@ -214,13 +225,9 @@ def load_single_file(model: str, configuration: Path, dtype: torch.dtype) -> Dif
     index = read_json(configuration / INDEX)
     kind = getattr(diffusers, index["_class_name"])
     without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
-    verbosity = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()  # it warns of its own casts, and of tensors that are checked below
-    try:
-        where = {"config": str(configuration), "local_files_only": True}
+    where = {"config": str(configuration), "local_files_only": True}
+    with quiet_diffusers():  # it warns of its own casts, and of tensors that are checked below
         pipeline = kind.from_single_file(model, dtype=dtype, **where, **without)
-    finally:
-        diffusers.logging.set_verbosity(verbosity)
     for name, part in pipeline.components.items():
         named = part.named_parameters() if isinstance(part, nn.Module) else ()
         lacking = [key for key, tensor in named if tensor.is_meta]
