@@ -23,6 +23,7 @@ from tiny_runs import command
 from torch import nn
 from transformers import CLIPTextModelWithProjection
 
+import vqdm
 from vqdm.cli import run_script
 from vqdm.diffusion.model_folders import check_full_precision, check_supported
 from vqdm.diffusion.pipelines import check_model, load_pipeline, stored_bytes, stored_dtypes
@@ -373,6 +374,15 @@ def test_the_programs_take_a_folder_of_bin_files(models, prompt_file, tmp_path, 
     shown = [str(bins), str(tmp_path / "out"), str(prompt_file), "--num_inference_steps", "2", "--limit", "2"]
     assert run_script(generate.main, [*shown, "--output_dir", str(tmp_path / "images")]) == 0
     assert line in "".join(capsys.readouterr())
+
+
+def test_the_python_call_takes_a_file(models, tmp_path):
+    folder, file = models["sdxl"]
+    settings = {"dry_run": True, "output_dir": tmp_path / "out", "evaluation_prompts": ["b"] * 2}
+    pipeline, report = vqdm.quantize(file, ["a"] * 4, single_file_config=str(folder), **settings)
+    assert report is None and pipeline.unet.config.cross_attention_dim == 80
+    with pytest.raises(UserError, match="single_file_config belongs to a path; the pipeline is loaded already"):
+        vqdm.quantize(pipeline, ["a"] * 4, single_file_config=str(folder), **settings)
 
 
 def test_every_program_refuses_in_one_line(models, prompt_file, tmp_path, capsys):
