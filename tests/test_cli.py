@@ -45,6 +45,7 @@ COMPANIONS = {
     ("metrics", "save_features"): {"save_stats": "stats.npz"},
     ("convert", "model"): {"trust_pickle": True},
     ("convert", "trust_pickle"): {"model": "text"},
+    ("convert", "single_file_config"): {"model": "text", "trust_pickle": True},
     ("finetune", "real_images"): {"finetune_method": "real"},
     ("finetune", "finetune_method"): {"real_images": "folder"},
 }
@@ -125,7 +126,7 @@ def test_every_flag_does_the_same_on_the_command_line_and_in_a_config_file(progr
     values = {one.name: value} | COMPANIONS.get((program, one.name), {})
     if program == "generate" and one.name == "teacher":
         words = ["model", "prompts.txt"]
-    elif program == "convert" and one.name in ("model", "trust_pickle"):
+    elif program == "convert" and one.name in ("model", "trust_pickle", "single_file_config"):
         words = ["pickle", "folder"]
     flags = []
     for name, given in values.items():

@@ -183,6 +183,10 @@ OTHERS = {
     "text encoder": (["text_model.embeddings.token_embedding.weight"], "a file of a text encoder alone"),
     "T5": (["encoder.block.0.layer.0.x", "shared.weight"], "a file of a text encoder alone"),
     "text encoder below its prefix": (["cond_stage_model.transformer.x"], "a file of a text encoder alone"),
+    "FLUX": (
+        ["model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale"],
+        "a file with another denoiser than a",
+    ),
     "ControlNet": (["control_model.time_embed.0.weight"], "a file of a ControlNet alone"),
     "embedding": (["clip_g", "clip_l"], "a file of tensors of an unknown layout alone"),
     "nothing": ([], "a file of tensors of an unknown layout alone"),

@@ -91,14 +91,16 @@ def check_single_file(path: Path, flag: str = "MODEL") -> None:
     if any(mark in name for name in names for mark in LORA):
         raise UserError(f"{start} a file of LoRA weights, not a model; give the model that they belong to")
     parts = {part for prefix, part in PARTS.items() if any(name.startswith(prefix) for name in names)}
+    if "unet" in parts and FIRST_LAYER not in names:
+        raise UserError(f"{start} a file with another denoiser than a UNet; vqdm quantizes UNets")
     if not {"unet", "vae", "text_encoder"} <= parts:
         if len(parts) > 1:
             lacking = ", ".join(sorted({"unet", "vae", "text_encoder"} - parts))
             raise UserError(f"{start} a file without {lacking}, not a whole model; {WHOLE}")
         kind = next((kind for kind, starts in ALONE.items() if any(name.startswith(starts) for name in names)), None)
         raise UserError(f"{start} a file of {kind or 'tensors of an unknown layout'} alone, not a whole model; {WHOLE}")
-    if FIRST_LAYER not in names or len(names[FIRST_LAYER][0]) != 4:
-        raise UserError(f"{start} a file with another denoiser than a UNet; vqdm quantizes UNets")
+    if len(names[FIRST_LAYER][0]) != 4:
+        raise UserError(f"{start} a file whose {FIRST_LAYER} is no convolution; {WHOLE}")
     layout = next((key for key in LAYOUTS if key in names), None)
     second = layout is not None and LAYOUTS[layout][0] == SDXL
     if layout is None or (second and SECOND_ENCODER not in names):
