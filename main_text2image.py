@@ -1,9 +1,8 @@
 """Quantize the UNet of a text-to-image pipeline to 2-4 bits per weight.
 
+    python main_text2image.py stabilityai/stable-diffusion-xl-base-1.0 --target_bits 3 --output_dir out/sdxl-3bit
     python main_text2image.py assets/shapes-xl prompts/shapes_calibration.csv prompts/shapes_evaluation.csv \\
-        --num_codebooks 2 --nbits_per_codebook 6 --in_group_size 4 --output_dir out/shapes-3bit
-
-    python main_text2image.py stabilityai/stable-diffusion-xl-base-1.0 coco.csv coco_eval.csv --output_dir out/sdxl-3bit
+        --target_bits 2 --num_inference_steps 20 --guidance_scale 3 --output_dir out/shapes-2bit
 
 The result is a diffusers pipeline folder: `import vqdm`, then `from_pretrained`. --dry_run prints the layers, their
 bits and the predicted size.

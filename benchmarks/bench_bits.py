@@ -42,7 +42,7 @@ def plot(rows: list[dict], path: str) -> None:
         points = sorted((row["stored_bits"], row["unet_output_error_db"]) for row in rows if row["kind"] == kind)
         axes.plot(*zip(*points, strict=True), style, label=LABELS[kind])
     axes.set_xlabel("stored bits a weight, codebooks and scales included")
-    axes.set_ylabel("UNet-output error on unseen prompts, dB")
+    axes.set_ylabel("UNet-output error on held-out prompts, dB")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -5,7 +5,7 @@
     python benchmarks/bench_decode.py --device cuda --dtype float16
 
 A shape is OxI of a linear layer or OxCxhxw of a convolution; a code is MxbgG: M codebooks of b bits, groups of G. The
-layer runs on T tokens, a convolution on a square picture of T positions. With --unet a row is a UNet's step on noise,
+layer runs on T tokens, a convolution on a square image of T positions. With --unet a row is a UNet's step on noise,
 all its default layers coded. Codes are random: decoding takes the same time whatever they say. Every figure is the
 least of --repeats, the ways taking turns.
 """
@@ -127,7 +127,7 @@ def forced(path: str, run: Callable[[], object]) -> None:
 def unet_inputs(
     unet: UNet2DConditionModel, batch: int, height: int | None = None, width: int | None = None, tokens: int = 24
 ) -> dict:
-    """Noise of the shapes that a step of the pipeline passes, for pictures of `height` by `width` pixels."""
+    """Noise of the shapes that a step of the pipeline passes, for images of `height` by `width` pixels."""
     config, like = unet.config, unet.conv_in.weight
     noise = lambda *shape: like.new_ones(shape).normal_()  # noqa: E731
     sides = (pixels // LATENT if pixels else config.sample_size for pixels in (height, width))

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 out/bits/ours-3
     python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 --steps 60 --batch 8 --ways codebooks codes
 
-The teacher is sampled once, on prompts to learn from and on unseen ones; errors are on the unseen. Ways to train:
+The teacher is sampled once, on training prompts and on held-out ones; errors are on the held-out ones. Ways to train:
 
     codebooks          everything but codes
     codes              codes too, in as many steps
@@ -47,11 +47,11 @@ from vqdm.storage.files import save_json
 
 WAYS = ("codebooks", "codes", "codebooks_as_long", "unquantized")
 PROMPTS = {"learned": ("prompts/shapes_calibration.csv", 192, 0)}
-PROMPTS["unseen"] = ("prompts/shapes_evaluation.csv", 24, EVALUATION_SEED_OFFSET)
+PROMPTS["held_out"] = ("prompts/shapes_evaluation.csv", 24, EVALUATION_SEED_OFFSET)
 
 
 def record(arguments: argparse.Namespace, folder: Path) -> None:
-    """What the teacher says on the prompts to learn from and on the unseen ones, as files."""
+    """Outputs of the teacher on training and held-out prompts, as files."""
     pipeline = load_pipeline(arguments.model, torch.device(arguments.device), torch.float32)
     settings = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "latent"}
     for name, (file, count, seed) in PROMPTS.items():
@@ -61,11 +61,11 @@ def record(arguments: argparse.Namespace, folder: Path) -> None:
 
 def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, folder: Path) -> dict:
     """The row of `steps` steps in one way."""
-    learned, unseen = (Points([Trajectories.load(folder / f"{name}.safetensors")]) for name in PROMPTS)
+    learned, held_out = (Points([Trajectories.load(folder / f"{name}.safetensors")]) for name in PROMPTS)
     with launched(arguments.device) as ranks:
         unet = starting_unet(way, quantized, arguments).to(ranks.device)
         loss_fn = DistillationLoss(unet, None, torch.float32, arguments.local_batch, ranks)
-        before = errors(unet, unseen.parts[0], "before")
+        before = errors(unet, held_out.parts[0], "before")
         trainer = make_trainer(loss_fn, steps, way == "codes", arguments)
         found = evaluate(loss_fn, learned, spread(learned, 128))
         trainer.learning_rate = choose_learning_rate(trainer.config, found.median_db)
@@ -74,7 +74,7 @@ def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, f
         for chosen in (order[k * arguments.batch : (k + 1) * arguments.batch] for k in range(steps)):
             changed += trainer.step(learned, chosen).codes.get("groups_changed", 0)
         seconds = time.perf_counter() - began
-        after = errors(unet, unseen.parts[0], "after")
+        after = errors(unet, held_out.parts[0], "after")
     if arguments.keep and way != "unquantized":
         keep(unet, quantized, Path(arguments.keep) / f"{Path(quantized).name}-{way}")
     row = {"quantized": quantized, "way": way, "steps": steps, **before, **after}

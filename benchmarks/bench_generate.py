@@ -1,4 +1,4 @@
-"""Pictures a second of generate.py against a bare diffusers loop, at the same batch size, loading left out.
+"""Images per second of generate.py against a bare diffusers loop, at the same batch size, loading left out.
 
     python benchmarks/bench_generate.py assets/shapes-xl prompts/shapes_test.csv --num_inference_steps 10
     python benchmarks/bench_generate.py stabilityai/stable-diffusion-xl-base-1.0 prompts/evaluation.csv --bs 8
@@ -73,8 +73,8 @@ def rounds(config: GenerateConfig, count: int) -> tuple[list[Seconds], list[Seco
 
 
 def table(count: int, loops: list[Seconds], tools: list[Seconds]) -> str:
-    """Pictures a second of both, and the median of the rounds' ratios."""
-    lines = ["| | pictures a second | pictures a processor second |", "|---|---|---|"]
+    """Images per second of both, and the median of the rounds' ratios."""
+    lines = ["| | images per second | images per processor second |", "|---|---|---|"]
     for name, seconds in (("bare diffusers loop", loops), ("generate.py", tools)):
         rates = [count / statistics.median(kind) for kind in zip(*seconds, strict=True)]
         lines.append(f"| {name} | {rates[0]:.3f} | {rates[1]:.3f} |")
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("prompts")
-    parser.add_argument("--count", type=int, default=64, help="pictures a round")
+    parser.add_argument("--count", type=int, default=64, help="images per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bs", type=int, default=16)
     parser.add_argument("--num_inference_steps", type=int)

@@ -3,7 +3,7 @@
     python benchmarks/bench_memory.py generate assets/shapes-xl prompts/shapes_test.csv --batches 500
     python benchmarks/bench_memory.py quantize assets/shapes-xl prompts/shapes_test.csv
 
-`generate` draws a picture a batch, of one sampling step; `quantize` solves every default layer, at settings that take
+`generate` makes one image per batch, of one sampling step; `quantize` solves every default layer, at settings that take
 little time a layer. Memory is the resident set; the growth compares the largest of the last quarter of the run with the
 largest of the second quarter, since caches fill and libraries are loaded in the first.
 """
@@ -65,7 +65,7 @@ def growth(samples: list[Sample]) -> int:
 
 
 def generate(model: str, prompts: list[str], batches: int, folder: Path) -> None:
-    """Draw `batches` pictures, one a batch, of the prompts in turn."""
+    """Generate `batches` images, one per batch, of the prompts in turn."""
     file = folder / "prompts.txt"
     file.write_text("".join(f"{prompts[k % len(prompts)]}\n" for k in range(batches)), encoding="utf-8")
     sampling = SamplingConfig(num_inference_steps=1)

@@ -87,7 +87,7 @@ def plot(found: list[dict], path: str) -> None:
         axes.plot(bits, error, marker, linestyle="none", label=name)
     axes.axhline(found[0]["unet_output_error_db"], color="grey", linestyle=":", label="weights rounded to bfloat16")
     axes.set_xlabel("stored bits a quantized weight, scales and codebooks included")
-    axes.set_ylabel("UNet-output error on unseen prompts, dB")
+    axes.set_ylabel("UNet-output error on held-out prompts, dB")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)

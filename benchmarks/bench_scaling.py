@@ -45,7 +45,7 @@ from vqdm.quantization.block import cost
 from vqdm.storage.files import file_sha256
 
 PROMPTS = ("prompts/shapes_calibration.csv", "prompts/shapes_evaluation.csv")
-# Output positions of a picture of 1024 pixels in each block: what a UNet call costs there goes with them.
+# Output positions of an image of 1024 pixels in each block: what a UNet call costs there goes with them.
 POSITIONS = {
     "down_blocks.0": 128**2,
     "down_blocks.1": 64**2,

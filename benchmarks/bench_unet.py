@@ -204,9 +204,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--code", default="1x12g4", metavar="MxbgG", help="of random codes: M codebooks, b bits, groups"
     )
-    parser.add_argument("--height", type=int, help="of the picture, in pixels (default: the model's own)")
+    parser.add_argument("--height", type=int, help="of the image, in pixels (default: the model's own)")
     parser.add_argument("--width", type=int)
-    parser.add_argument("--batch", type=int, default=2, help="2: one picture with guidance")
+    parser.add_argument("--batch", type=int, default=2, help="2: one image with guidance")
     parser.add_argument("--tokens", type=int, default=77, help="of the text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float16 on CUDA)")

@@ -45,6 +45,7 @@ COMPANIONS = {
     ("metrics", "save_features"): {"save_stats": "stats.npz"},
     ("convert", "model"): {"trust_pickle": True},
     ("convert", "trust_pickle"): {"model": "text"},
+    ("convert", "single_file_config"): {"model": "text", "trust_pickle": True},
     ("finetune", "real_images"): {"finetune_method": "real"},
     ("finetune", "finetune_method"): {"real_images": "folder"},
 }
@@ -125,7 +126,7 @@ def test_every_flag_does_the_same_on_the_command_line_and_in_a_config_file(progr
     values = {one.name: value} | COMPANIONS.get((program, one.name), {})
     if program == "generate" and one.name == "teacher":
         words = ["model", "prompts.txt"]
-    elif program == "convert" and one.name in ("model", "trust_pickle"):
+    elif program == "convert" and one.name in ("model", "trust_pickle", "single_file_config"):
         words = ["pickle", "folder"]
     flags = []
     for name, given in values.items():
@@ -349,7 +350,12 @@ def test_overrides_as_editors_write_them(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--variant fp16 --revision x --dtype bfloat16 --local_files_only --height 64 --width 64"]
+    "flags",
+    [
+        "",
+        "--variant fp16 --revision x --dtype bfloat16 --local_files_only --height 64 --width 64",
+        "--single_file_config a/b",
+    ],
 )
 def test_the_next_command_is_one_that_generate_takes(flags):
     words = ["my model's", "c.txt", "e $HOME.txt", "--output_dir", "out/a b/", "--guidance_scale", "3", *flags.split()]
@@ -359,7 +365,7 @@ def test_the_next_command_is_one_that_generate_takes(flags):
     then = generate.PARSER.parse(told)
     assert (then.model, then.quantized, then.prompts) == ("my model's", "out/a b/", "e $HOME.txt")
     assert then.output_dir == "out/a b-images"
-    for name in ("variant", "revision", "dtype", "device", "local_files_only", "sampling"):
+    for name in ("variant", "single_file_config", "revision", "dtype", "device", "local_files_only", "sampling"):
         assert getattr(then, name) == getattr(config, name)
 
 

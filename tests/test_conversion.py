@@ -122,7 +122,7 @@ def test_a_pickle_of_the_original_becomes_a_quantized_folder(pipelines, tmp_path
         (["pickle", "README.md", "--model", "sdxl", "--trust_pickle"], "is not a file of torch.save"),
         (["dequantize", "sdxl"], "is not quantized; there is nothing to dequantize"),
         (["dequantize", "tests"], "SOURCE tests is a folder without model_index.json"),
-        (["dequantize", "sdxl", "--trust_pickle"], "--model and --trust_pickle belong to pickle"),
+        (["dequantize", "sdxl", "--trust_pickle"], "--model, --single_file_config and --trust_pickle belong to pickle"),
         (["aqlm", "sdxl"], "holds no quantized text encoder"),
         (["aqlm", "sdxl", "--dtype", "float16"], "--dtype belongs to dequantize"),
         (["colour", "sdxl"], "invalid choice: 'colour'"),

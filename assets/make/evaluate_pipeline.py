@@ -1,4 +1,4 @@
-"""Sample a pipeline folder on unseen test prompts, and let the judge say how many pictures show what was asked.
+"""Sample a pipeline folder on unseen test prompts, and let the judge say how many images show what was asked.
 
     python assets/make/evaluate_pipeline.py assets/shapes-xl --grid samples.png
 
@@ -43,41 +43,41 @@ def load_pipeline(folder: Path, device: str) -> StableDiffusionXLPipeline:
 
 
 def sample(pipeline: StableDiffusionXLPipeline, captions: list[str], options: argparse.Namespace) -> Tensor:
-    """Pictures float32 [N, 3, 64, 64] in [0, 1] on the CPU; picture i depends on seed i alone."""
+    """Images float32 [N, 3, 64, 64] in [0, 1] on the CPU; image i depends on seed i alone."""
     chunks = []
     for start in range(0, len(captions), options.bs):
         prompts = captions[start : start + options.bs]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
         arguments = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}
-        pictures = pipeline(prompts, height=64, width=64, generator=generators, output_type="pt", **arguments).images
-        chunks.append(pictures.float().cpu())
+        pixels = pipeline(prompts, height=64, width=64, generator=generators, output_type="pt", **arguments).images
+        chunks.append(pixels.float().cpu())
     return torch.cat(chunks)
 
 
-def verdicts(pictures: Tensor, scenes: list[Scene]) -> Tensor:
+def verdicts(pixels: Tensor, scenes: list[Scene]) -> Tensor:
     """bool [N]: by `single_right` for one-thing scenes, by `pair_right` for the others."""
     judge = judge_module()
     pairs = torch.tensor([len(scene.things) == 2 for scene in scenes])
-    return torch.where(pairs, judge.pair_right(pictures, scenes), judge.single_right(pictures, scenes))
+    return torch.where(pairs, judge.pair_right(pixels, scenes), judge.single_right(pixels, scenes))
 
 
-def summary(pictures: Tensor, scenes: list[Scene], right: Tensor) -> dict:
-    """Shares of right pictures by number of things, and the accuracy of every field."""
+def summary(pixels: Tensor, scenes: list[Scene], right: Tensor) -> dict:
+    """Shares of right images by number of things, and the accuracy of every field."""
     judge, count = judge_module(), torch.tensor([len(scene.things) for scene in scenes])
     kinds = {name: right[count == n] for name, n in (("single_right", 1), ("pair_right", 2)) if (count == n).any()}
     shares = {name: round(part.float().mean().item(), 4) for name, part in kinds.items()}
-    return {"prompts": len(scenes)} | shares | {"fields": accuracy(judge, judge.load(), pictures, scenes)}
+    return {"prompts": len(scenes)} | shares | {"fields": accuracy(judge, judge.load(), pixels, scenes)}
 
 
-def contact_sheet(pictures: Tensor, captions: list[str], right: Tensor) -> Image.Image:
-    """Pictures and their prompts in rows of SHEET_COLUMNS, prompts in red where the judge disagrees."""
+def contact_sheet(pixels: Tensor, captions: list[str], right: Tensor) -> Image.Image:
+    """Images and their prompts in rows of SHEET_COLUMNS, prompts in red where the judge disagrees."""
     rows, height = -(-len(captions) // SHEET_COLUMNS), CELL + 12 * CAPTION_LINES
     sheet = Image.new("RGB", (SHEET_COLUMNS * CELL, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (picture, text) in enumerate(zip(pictures, captions, strict=True)):
+    for index, (image, text) in enumerate(zip(pixels, captions, strict=True)):
         x, y = index % SHEET_COLUMNS * CELL, index // SHEET_COLUMNS * height
-        pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()  # [64, 64, 3]
-        sheet.paste(Image.fromarray(pixels).resize((CELL - 8, CELL - 8), Image.Resampling.NEAREST), (x + 4, y + 4))
+        array = (image.permute(1, 2, 0) * 255).round().byte().numpy()  # [64, 64, 3]
+        sheet.paste(Image.fromarray(array).resize((CELL - 8, CELL - 8), Image.Resampling.NEAREST), (x + 4, y + 4))
         words = "\n".join(textwrap.wrap(text, 26)[:CAPTION_LINES])
         draw.multiline_text((x + 4, y + CELL), words, fill="black" if right[index] else "red", spacing=1, font_size=10)
     return sheet
@@ -92,7 +92,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--bs", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write the first 64 pictures as a sheet")
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write the first 64 images as a sheet")
     return parser.parse_args()
 
 
@@ -100,12 +100,12 @@ def main() -> None:
     options, began = parse_options(), time.time()
     scenes = unseen_scenes(options.limit, options.things)
     captions = [caption(scene, random.Random(index)) for index, scene in enumerate(scenes)]
-    pictures = sample(load_pipeline(options.folder, options.device), captions, options)
-    right = verdicts(pictures, scenes)
+    pixels = sample(load_pipeline(options.folder, options.device), captions, options)
+    right = verdicts(pixels, scenes)
     if options.grid:
-        contact_sheet(pictures[:64], captions[:64], right).save(options.grid)
+        contact_sheet(pixels[:64], captions[:64], right).save(options.grid)
     settings = {"steps": options.steps, "guidance_scale": options.guidance_scale}
-    print(json.dumps(settings | summary(pictures, scenes, right) | {"seconds": round(time.time() - began)}, indent=1))
+    print(json.dumps(settings | summary(pixels, scenes, right) | {"seconds": round(time.time() - began)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Scene:
     gradient: bool
 
     def canonical(self) -> Scene:
-        """The same picture with the left or upper thing named first."""
+        """The same image with the left or upper thing named first."""
         if self.layout not in _INVERSE:
             return self
         return replace(self, things=self.things[::-1], layout=_INVERSE[self.layout])

@@ -1,4 +1,4 @@
-"""Train the small CLIP model that scores the small pipeline's pictures.
+"""Train the small CLIP model that scores the small pipeline's images.
 
     python assets/make/train_clip.py --work build/shapes --out assets/shapes-clip
 
@@ -93,10 +93,10 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, steps, pct_start=0.1)
         self.rng, self.generator = random.Random(7), torch.Generator().manual_seed(7)
 
-    def step(self, pictures: Tensor, scenes: list[Scene]) -> float:
-        """One update on uint8 pictures [B, 3, 64, 64] of `scenes`; returns the contrastive loss."""
+    def step(self, pixels: Tensor, scenes: list[Scene]) -> float:
+        """One update on uint8 images [B, 3, 64, 64] of `scenes`; returns the contrastive loss."""
         labels = torch.tensor([labels_of(scene) for scene in scenes])  # [B, 11]
-        images = self.model.encode_image(2 * half_degraded(pictures, self.generator) - 1)
+        images = self.model.encode_image(2 * half_degraded(pixels, self.generator) - 1)
         texts = self.model.encode_text(tokenize(self.tokenizer, [caption(scene, self.rng) for scene in scenes]))
         contrastive = contrastive_loss(images, texts, self.model.logit_scale.exp())
         named = sum(field_losses(head(x), labels) for head, x in zip(self.heads, (images, texts), strict=True))
@@ -112,12 +112,12 @@ class Trainer:
 
 def train(trainer: Trainer, scenes: list[Scene], pairs: int) -> None:
     """Batches of `pairs` scenes and their near copies; one JSON line every 100 steps."""
-    pictures, began = render_many(scenes, seed=7), time.time()
+    pixels, began = render_many(scenes, seed=7), time.time()
     for step in range(trainer.steps):
         picks = torch.randperm(len(scenes) // 2, generator=trainer.generator)[:pairs]
         rows = torch.stack([2 * picks, 2 * picks + 1], dim=1).flatten()  # [2 * pairs], a pair side by side
         rows = rows[torch.randperm(len(rows), generator=trainer.generator)]
-        loss = trainer.step(pictures[rows], [scenes[row] for row in rows.tolist()])
+        loss = trainer.step(pixels[rows], [scenes[row] for row in rows.tolist()])
         if step % 100 == 0:
             print(json.dumps({"step": step, "loss": loss, "seconds": round(time.time() - began)}), flush=True)
 
@@ -134,12 +134,12 @@ def save(model: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 @torch.no_grad()
 def retrieval(folder: Path, scenes: list[Scene]) -> dict[str, float]:
-    """Share of captions whose picture is the most similar one, and of pictures whose caption is."""
+    """Share of captions whose image is the most similar one, and of images whose caption is."""
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     texts = open_clip.get_tokenizer(f"local-dir:{folder}")([caption(s, random.Random(i)) for i, s in enumerate(scenes)])
-    pictures = render_many(scenes, seed=9).float() / 127.5 - 1
-    images, texts = model.encode_image(pictures, normalize=True), model.encode_text(texts, normalize=True)
-    similar, wanted = texts @ images.T, torch.arange(len(scenes))  # [N, N]: captions down, pictures across
+    pixels = render_many(scenes, seed=9).float() / 127.5 - 1
+    images, texts = model.encode_image(pixels, normalize=True), model.encode_text(texts, normalize=True)
+    similar, wanted = texts @ images.T, torch.arange(len(scenes))  # [N, N]: captions down, images across
     found = {"text_to_image": similar.argmax(1), "image_to_text": similar.argmax(0)}
     return {name: (best == wanted).float().mean().item() for name, best in found.items()} | {
         "own_similarity": similar.diagonal().mean().item()

@@ -2,8 +2,8 @@
 
     python assets/make/train_judge.py --work build/shapes --out tests/judge/judge.safetensors
 
-Needs WORK/vae. Generated pictures are never as crisp as renders; that they are judged fairly, some of the training
-pictures are renders that went through the autoencoder, and half are degraded (softened, tinted, noisy). Prints the
+Needs WORK/vae. Generated images are never as crisp as renders; that they are judged fairly, some of the training
+images are renders that went through the autoencoder, and half are degraded (softened, tinted, noisy). Prints the
 accuracy of every field on unseen scenes: renders, degraded renders, and reconstructions.
 """
 
@@ -109,7 +109,7 @@ def save(model: nn.Module, path: Path) -> None:
 
 
 def report(judge: ModuleType, options: argparse.Namespace) -> None:
-    """One JSON line of accuracies for each kind of picture."""
+    """One JSON line of accuracies for each kind of image."""
     unseen, model = sample_split("evaluation", 1000, seed=4), judge.load(options.out)
     renders = render_many(unseen, seed=5)
     kinds = {
@@ -117,8 +117,8 @@ def report(judge: ModuleType, options: argparse.Namespace) -> None:
         "degraded": degrade(renders.float() / 255, torch.Generator().manual_seed(6)),
         "reconstructed": reconstructed(options.work / "vae", renders).float() / 255,
     }
-    for kind, pictures in kinds.items():
-        print(json.dumps({kind: accuracy(judge, model, pictures, unseen)}))
+    for kind, images in kinds.items():
+        print(json.dumps({kind: accuracy(judge, model, images, unseen)}))
 
 
 def main() -> None:

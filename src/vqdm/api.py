@@ -23,7 +23,7 @@ from vqdm.quantization import job
 from vqdm.quantization.config import HubConfig, QuantizeConfig
 
 # Settings of how a path is loaded, which a loaded pipeline has decided already.
-LOADING = ("dtype", "device", "variant", "revision", "local_files_only")
+LOADING = ("dtype", "device", "variant", "single_file_config", "revision", "local_files_only")
 # Arguments with a name of their own, and flags for what a user does with the result.
 OWN = ("model", "calibration_prompts", "evaluation_prompts", "output_dir", "target_bits")
 OWN += tuple(one.name for one in fields(HubConfig))

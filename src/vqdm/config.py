@@ -246,6 +246,12 @@ def output_dir(default: str | None, help: str = "folder of the result") -> Any:
     return flag(default, help, "saving and resuming", common=True, metavar="DIR", aliases=("save",))
 
 
+def single_file_config(group: str) -> Any:
+    """Return the field of `--single_file_config`."""
+    help = "MODEL in one file: folder or hub name of a pipeline of its kind, for configuration and tokenizers"
+    return flag(None, help, group, metavar="FOLDER_OR_HUB_ID")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProgramConfig:
     """Settings of every program. Raises UserError, naming the flag, on a value that is not allowed."""
@@ -269,21 +275,22 @@ class ProgramConfig:
 class RunConfig(ProgramConfig):
     """Settings of every program that runs a model."""
 
-    model: str = argument("diffusers pipeline: a folder, or a name on the hub")
+    model: str = argument("diffusers pipeline: a folder, one .safetensors file, or a name on the hub")
     dtype: str = flag(
         "auto",
         "auto: float32 on a CPU, bfloat16 on a GPU that has it (NVIDIA from Ampere on), float16 on others",
         "run",
         choices=DTYPES,
     )
-    variant: str | None = flag(None, "file variant of the model, such as fp16", "model")
+    variant: str | None = flag(None, "file variant of the model, such as fp16; default: the only one", "model")
+    single_file_config: str | None = single_file_config("model")
     revision: str | None = flag(None, "branch, tag or commit on the hub", "model")
     sampling: SamplingConfig = flags_in(SamplingConfig, "sampling")
     resume: bool = flag(False, "continue an interrupted run in --output_dir", "saving and resuming", common=True)
 
 
 # Flags of a run that generating images with its result needs as well.
-REPEATED = ("variant", "revision", "dtype", "device")
+REPEATED = ("variant", "single_file_config", "revision", "dtype", "device")
 
 
 def generate_command(config: RunConfig, prompts: str) -> str:

@@ -16,16 +16,17 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
-from vqdm.config import DTYPES, argument, check_flags, flag, output_dir
+from vqdm.config import DTYPES, argument, check_flags, flag, output_dir, single_file_config
 from vqdm.diffusion.model_folders import (
     check_full_precision,
     check_loaded,
     check_place,
     check_variant,
+    found_variant,
     not_found,
     only_variant,
 )
-from vqdm.diffusion.pipelines import load_pipeline, saved_types, stored_dtypes
+from vqdm.diffusion.pipelines import check_model, load_pipeline, saved_types, stored_dtypes
 from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
 from vqdm.layers.int8 import int8_layers
@@ -54,6 +55,7 @@ class ConvertConfig:
         None, "pickle: the full-precision pipeline, a folder or a hub name", "source and target", common=True
     )
     variant: str | None = flag(None, "file variant of MODEL or SOURCE, such as fp16", "source and target", common=True)
+    single_file_config: str | None = single_file_config("source and target")
     local_files_only: bool = flag(False, "pickle: never ask the hub", "source and target", common=True)
     trust_pickle: bool = flag(False, "pickle: you trust its source", "source and target", common=True)
 
@@ -65,8 +67,8 @@ class ConvertConfig:
             raise UserError(
                 f"pickle {self.source}: reading a pickle can run code; add --trust_pickle if you trust its source"
             )
-        if self.kind != "pickle" and (self.model or self.trust_pickle):
-            raise UserError(f"--model and --trust_pickle belong to pickle, not to {self.kind}")
+        if self.kind != "pickle" and (self.model or self.trust_pickle or self.single_file_config):
+            raise UserError(f"--model, --single_file_config and --trust_pickle belong to pickle, not to {self.kind}")
         if self.kind != "dequantize" and self.dtype != "auto":
             raise UserError(f"--dtype belongs to dequantize, not to {self.kind}")
 
@@ -149,11 +151,14 @@ def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn
     folder = Path(path)
     if folder.is_file() or not (folder / "config.json").is_file():
         check_place(path, "SOURCE")
+        if folder.is_file():
+            raise UserError(f"SOURCE {path} is a model in one file, which is not quantized; give a quantized folder")
     if not folder.is_dir():
         raise UserError(f"SOURCE {path} is not found{not_found(path)}; give a folder")
     try:
         if (folder / "model_index.json").is_file():
-            check_variant(path, variant, "SOURCE")
+            check_variant(folder, variant, f"SOURCE {path}")
+            variant = found_variant(folder, variant)
             named = read_json(folder / "model_index.json")
             stored = {name: dtype for name, dtype in stored_dtypes(path, variant).items() if name in named}
             dtypes = stored | {"default": torch.float32}
@@ -201,6 +206,7 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
     """Write the pipeline `config.model` with the UNet of a pickle, as a quantized folder."""
     if not Path(config.source).is_file():
         raise UserError(f"pickle {config.source} is not a file")
+    check_model(config.model, config.variant, None, config.local_files_only, config.single_file_config)
     check_full_precision(config.model, None, config.local_files_only, "--model")
     pipeline = load_pipeline(
         config.model,
@@ -208,6 +214,7 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
         torch.float32,
         variant=config.variant,
         local_files_only=config.local_files_only,
+        single_file_config=config.single_file_config,
     )
     check_loaded(pipeline.unet, config.model, "--model")
     fill(pipeline.unet, config.source)

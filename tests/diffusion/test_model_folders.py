@@ -1,14 +1,14 @@
 """Paths that are no pipeline folder, folders of one file variant, and models that cannot be calibrated."""
 
-import ast
 import json
-import shlex
 import shutil
 
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_unet
-from safetensors.torch import load_file, save_file
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from single_file import write_single_file
 from torch import nn
 
 from vqdm.conversion import load_source
@@ -18,14 +18,12 @@ from vqdm.diffusion.model_folders import (
     check_supported_pipeline,
     check_variant,
     find_quantized_unet,
+    found_variant,
     only_variant,
     quantized_by,
 )
-from vqdm.diffusion.pipelines import check_model, load_pipeline
+from vqdm.diffusion.pipelines import check_model, load_pipeline, stored_bytes, stored_dtypes
 from vqdm.errors import UserError
-
-XL = {"conditioner.embedders.1.model.x": torch.float16, "model.diffusion_model.x": torch.float16}
-SD = {"cond_stage_model.x": torch.float32, "model.diffusion_model.x": torch.float32}
 
 
 def refusal(model, variant=None, check=check_model) -> str:
@@ -33,34 +31,6 @@ def refusal(model, variant=None, check=check_model) -> str:
         check(str(model), variant)
     assert str(model) in str(caught.value) and "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "kind", "dtype"),
-    [(XL, "StableDiffusionXLPipeline", "float16"), (SD, "StableDiffusionPipeline", "float32")],
-)
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_single_file_checkpoint_comes_with_the_command_that_helps(tmp_path, tensors, kind, dtype, inside):
-    path = tmp_path / "my model's.safetensors"
-    save_file({name: torch.zeros(1, dtype=dtype) for name, dtype in tensors.items()}, path)
-    line = refusal(tmp_path if inside else path)
-    assert "is a single-file checkpoint; turn it into a folder once, and give that: " in line
-    program, flag, code = shlex.split(line[line.index("python -c") :])
-    assert (program, flag) == ("python", "-c") and f"from diffusers import {kind} as P" in code
-    loading, saving = ast.parse(code).body[-1].value.func.value, ast.parse(code).body[-1].value
-    assert loading.args[0].value == str(path) and saving.args[0].value == str(path.with_suffix(""))
-    assert f"torch_dtype=torch.{dtype}" in code
-
-
-def test_other_files(tmp_path):
-    (tmp_path / "m.ckpt").write_bytes(b"x")
-    assert "(StableDiffusionPipeline for Stable Diffusion 1.5 and 2.1)" in refusal(tmp_path / "m.ckpt")
-    save_file({"lora_unet_x.lora_up.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    assert "LoRA weights, not a model" in refusal(tmp_path / "lora.safetensors")
-    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
-    assert "weights of one component" in refusal(tmp_path / "unet.safetensors")
-    (tmp_path / "model_index.json").write_text("{}")
-    assert "is a file; give a diffusers pipeline folder" in refusal(tmp_path / "model_index.json")
 
 
 def test_other_folders(pipelines, tmp_path):
@@ -75,7 +45,10 @@ def test_other_folders(pipelines, tmp_path):
     assert refusal(tmp_path / "above").endswith(f"; give {tmp_path / 'above' / 'snapshots' / '1'}")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.txt").touch()
-    assert "is a folder without model_index.json, so not a diffusers pipeline" in refusal(tmp_path / "other")
+    assert refusal(tmp_path / "other").endswith("is a folder without model_index.json, so not a diffusers pipeline")
+    file = tmp_path / "other" / "m.safetensors"
+    file.touch()
+    assert refusal(tmp_path / "other").endswith(f"pipeline; for a model in one file give that, {file}")
 
 
 def test_misspelt_names(pipelines, monkeypatch):
@@ -104,17 +77,19 @@ def pipeline_of(folder, *files: str):
     return folder
 
 
-PLAIN, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+PLAIN, HALF, BRAIN = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.bf16.safetensors",
+)
 FOLDERS = [
     (
-        [f"unet/{HALF}", "vae/model.fp16.bin"],
+        [f"unet/{HALF}", f"unet/{BRAIN}", "vae/model.fp16.bin", "vae/model.bf16.bin"],
         None,
-        f"unet, vae: no files without a variant, only unet/{HALF}, vae/model.",
+        f"unet, vae: no files without a variant, only unet/{BRAIN}, unet/{HALF}, vae/model.bf16.bin, vae/model.fp16.bin"
+        "; add --variant bf16 or fp16",
     ),
-    ([f"unet/{HALF}", f"vae/{PLAIN}"], None, f"unet: no files without a variant, only unet/{HALF}; add --variant fp16"),
-    (["unet/diffusion_pytorch_model.bf16-00001-of-00002.safetensors"], None, "add --variant bf16"),
-    (["unet/diffusion_pytorch_model-00001-of-00002.fp16.bin"], None, "add --variant fp16"),
-    (["text_encoder/pytorch_model.fp16.bin"], None, "add --variant fp16"),
+    ([f"unet/{HALF}", f"vae/{BRAIN}"], None, "save it again with one variant"),
     (
         [f"unet/{HALF}"],
         "bf16",
@@ -140,7 +115,64 @@ def test_a_variant_that_is_not_there_is_named_with_the_flag(tmp_path, files, var
     ],
 )
 def test_variants_that_are_there(tmp_path, files, variant):
-    check_variant(str(pipeline_of(tmp_path / "m", *files)), variant)
+    check_variant(pipeline_of(tmp_path / "m", *files), variant, "MODEL m")
+
+
+@pytest.mark.parametrize(
+    ("files", "variant"),
+    [
+        ([f"unet/{HALF}", "vae/model.fp16.bin"], "fp16"),
+        ([f"unet/{HALF}", f"vae/{PLAIN}"], "fp16"),
+        (["unet/diffusion_pytorch_model.bf16-00001-of-00002.safetensors"], "bf16"),
+        (["unet/diffusion_pytorch_model-00001-of-00002.fp16.bin"], "fp16"),
+        (["text_encoder/pytorch_model.fp16.bin"], "fp16"),
+        ([f"unet/{HALF}", f"unet/{BRAIN}", f"vae/{HALF}"], "fp16"),
+        ([f"unet/{HALF}", f"unet/{PLAIN}"], None),
+        ([], None),
+    ],
+)
+def test_the_only_variant_is_found(tmp_path, files, variant):
+    folder = pipeline_of(tmp_path / "m", *files)
+    check_model(str(folder))
+    assert found_variant(folder, None) == variant
+
+
+@pytest.mark.parametrize("halves", [("unet", "vae", "text_encoder"), ("unet",), ("text_encoder",)])
+def test_a_folder_of_one_variant_needs_no_flag(pipelines, tmp_path, caplog, halves):
+    """Also where some components are plain. What is saved is of the type of the files."""
+    model = tmp_path / "m"
+    DiffusionPipeline.from_pretrained(pipelines["sd15"]).save_pretrained(model)
+    half = tiny_pipeline("sd15").to(torch.float16, silence_dtype_warnings=True)
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    for part in halves:
+        shutil.rmtree(model / part)
+        shutil.copytree(tmp_path / "half" / part, model / part)
+    with caplog.at_level("INFO", logger="vqdm"):
+        loaded = load_pipeline(str(model), torch.device("cpu"), torch.float32)
+    assert caplog.text.count(f"MODEL {model} has fp16 files only; they are read, as with --variant fp16") == 1
+    expected = tiny_pipeline("sd15").unet.state_dict()["conv_in.weight"]
+    assert torch.equal(loaded.unet.conv_in.weight, expected.half().float() if "unet" in halves else expected)
+    types = {part: torch.float16 if part in halves else torch.float32 for part in ("unet", "vae", "text_encoder")}
+    assert stored_dtypes(str(model), None) == stored_dtypes(str(model), "fp16") == types
+    assert stored_bytes(str(model), None, "unet") == next(model.glob("unet/*.safetensors")).stat().st_size
+
+
+def test_a_cached_snapshot_of_one_variant_needs_no_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    snapshot = tmp_path / "models--you--name" / "snapshots" / "commit"
+    tiny_pipeline("sd15").save_pretrained(snapshot, variant="fp16")
+    (tmp_path / "models--you--name" / "refs").mkdir()
+    (tmp_path / "models--you--name" / "refs" / "main").write_text("commit")
+    load_pipeline("you/name", torch.device("cpu"), torch.float32, local_files_only=True)
+    assert stored_bytes("you/name", None, "unet") == (snapshot / "unet" / HALF).stat().st_size
+    shutil.copy(snapshot / "unet" / HALF, snapshot / "unet" / BRAIN)
+    check_model("you/name", local_files_only=True)  # fp16 is the only one of all components
+    for part in ("vae", "text_encoder"):
+        file = next((snapshot / part).glob("*.fp16.safetensors"))
+        shutil.copy(file, file.with_name(file.name.replace("fp16", "bf16")))
+    with pytest.raises(UserError, match=r"MODEL you/name: .*; add --variant bf16 or fp16"):
+        check_model("you/name", local_files_only=True)
 
 
 def test_a_folder_of_bin_files_is_read_with_a_line(pipelines, tmp_path, caplog):
@@ -162,12 +194,12 @@ def test_a_component_of_one_variant_needs_no_flag(tmp_path):
 
 
 def test_sources_that_cannot_be_converted(pipelines, tmp_path):
-    save_file({name: torch.zeros(1) for name in XL}, tmp_path / "m.safetensors")
-    assert "single-file checkpoint" in refusal(tmp_path / "m.safetensors", check=load_source)
+    path = write_single_file(pipelines["sd15"], tmp_path / "m.safetensors")
+    assert "is a model in one file, which is not quantized" in refusal(path, check=load_source)
     assert "did you mean" in refusal(pipelines["sdxl"].parent / "sdx", check=load_source)
-    folder = pipeline_of(tmp_path / "m", f"unet/{HALF}")
+    folder = pipeline_of(tmp_path / "m", f"unet/{HALF}", f"unet/{BRAIN}")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "X"}))
-    assert "add --variant fp16" in refusal(folder, check=load_source)
+    assert "add --variant bf16 or fp16" in refusal(folder, check=load_source)
 
 
 # ------------------------------------------------------------------------------------------- full-precision models

@@ -143,9 +143,9 @@ def original_layer(plain: nn.Linear | nn.Conv2d, group_channels: bool = True, **
     return QuantizedConv2D(weight, plain, group_channels)
 
 
-def original_unet(settings: dict[str, dict]) -> nn.Module:
-    """The tiny SDXL UNet with these of its layers quantized, and the empty tensor that replication leaves behind."""
-    unet = tiny_unet("sdxl").requires_grad_(False)
+def original_unet(settings: dict[str, dict], family: str = "sdxl") -> nn.Module:
+    """A family's tiny UNet with these of its layers quantized, and the empty tensor that replication leaves behind."""
+    unet = tiny_unet(family).requires_grad_(False)
     for name, own in settings.items():
         unet.set_submodule(name, original_layer(unet.get_submodule(name), **own))
     for module in unet.modules():

@@ -10,27 +10,31 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shlex
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from vqdm.diffusion.single_files import (
+    FIRST_LAYER,
+    INDEX,
+    QUANTIZED_KEYS,
+    check_single_file,
+    configuration_folder,
+    parts_of,
+)
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import UserError
 from vqdm.layers.quantized import quantized_layers
 from vqdm.storage.hf import Method
 from vqdm.tracking import log_info
 
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 # name, variant, number of a shard, variant where it follows the number, as older files have it
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_)?(?:pytorch_)?model(?:\.([\w-]+?))?(?:-\d+-of-\d+)?(?:\.([\w-]+))?\.(?:safetensors|bin)"
 )
-INDEX = "model_index.json"
 MOST_DECLARED = 2**20  # the largest number in a component's config.json, and
 MOST_ENTRIES = 64  # the longest list
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline", "KolorsPipeline")
@@ -41,17 +45,17 @@ RECORDED = {
     "encoder_hid_dim_type": (None, "text_proj"),
     "addition_embed_type": (None, "text", "text_time"),
 }
-QUANTIZED_KEYS = ("quantization_config", "compression_config")
+FULL_PRECISION = {"F16", "BF16", "F32", "F64"}  # as safetensors spells them
 QUANTIZED_FILES = ("quantization_config.json", "quantize_config.json", "quanto_qmap.json")
 # Settings that a UNet must share with the pipeline it is put into.
 SHARED_SETTINGS = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
 
 
 def check_place(model: str, flag: str = "MODEL") -> None:
-    """Raise UserError, with what to do, for a path that exists but is no pipeline folder."""
+    """Raise UserError, with what to do, for a path that exists but is no pipeline folder nor a pipeline in one file."""
     path = Path(model)
     if path.is_file():
-        raise UserError(f"{flag} {model} is {_of_file(path)}")
+        return check_single_file(path, flag)
     if not path.is_dir() or (path / INDEX).is_file():
         return
     whole = f"{flag} {model} is"
@@ -65,8 +69,8 @@ def check_place(model: str, flag: str = "MODEL") -> None:
     kind = _kind(path)
     if kind:
         raise UserError(f"{whole} a single {kind} without {INDEX}; give a whole diffusers pipeline folder")
-    checkpoints = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".ckpt"))
-    advice = f"; {checkpoints[0].name} in it is {_of_file(checkpoints[0])}" if checkpoints else ""
+    files = sorted(path.glob("*.safetensors"))
+    advice = f"; for a model in one file give that, {files[0]}" if files else ""
     raise UserError(f"{whole} a folder without {INDEX}, so not a diffusers pipeline{advice}")
 
 
@@ -95,41 +99,6 @@ def _kind(folder: Path) -> str | None:
     return None
 
 
-def _of_file(path: Path) -> str:
-    """What a file is that was given as a pipeline, and what to do."""
-    if path.suffix.lower() not in SINGLE_FILES:
-        return f"a file; give a diffusers pipeline folder, the one that holds {INDEX}"
-    names, dtype = _header(path)
-    if any("lora_" in name or ".lora" in name for name in names):
-        return "a file of LoRA weights, not a model; give the pipeline folder that they belong to"
-    # Keys of the text encoders and the UNet, as checkpoints in one file name them.
-    if any(name.startswith("conditioner.embedders.") for name in names):
-        kind = "StableDiffusionXLPipeline"
-    elif any(name.startswith("cond_stage_model.") for name in names):
-        kind = "StableDiffusionPipeline"
-    elif names and not any(name.startswith("model.diffusion_model.") for name in names):
-        return "a file of weights of one component; give the diffusers pipeline folder around it"
-    else:
-        kind = None
-    code = (
-        f"import torch; from diffusers import {kind or 'StableDiffusionXLPipeline'} as P; "
-        f"P.from_single_file({str(path)!r}, torch_dtype=torch.{dtype}).save_pretrained({str(path.with_suffix(''))!r})"
-    )
-    other = "" if kind else " (StableDiffusionPipeline for Stable Diffusion 1.5 and 2.1)"
-    return f"a single-file checkpoint; turn it into a folder once{other}, and give that: python -c {shlex.quote(code)}"
-
-
-def _header(path: Path) -> tuple[list[str], str]:
-    """Names of a safetensors file's tensors and the floating-point type of the first; no names for other files."""
-    try:
-        with safe_open(path, "pt") as tensors:
-            names = list(tensors.keys())
-            kind = tensors.get_slice(names[0]).get_dtype() if names else "F16"
-    except (OSError, SafetensorError):
-        return [], "float16"
-    return names, {"F32": "float32", "BF16": "bfloat16"}.get(kind, "float16")
-
-
 # ------------------------------------------------------------------------------------------- variants
 
 
@@ -149,32 +118,46 @@ def only_variant(folder: Path) -> str | None:
     return next(iter(found)) if len(found) == 1 else None
 
 
-def pickled(model: str) -> list[str]:
+def found_variant(folder: Path, variant: str | None) -> str | None:
+    """Return the variant to load of a pipeline folder: `variant`, or the only one of components without plain files."""
+    lacking = [held for held in _variants_by_part(folder).values() if None not in held]
+    offered = set.intersection(*map(set, lacking)) if lacking else set()
+    return variant or (offered.pop() if len(offered) == 1 else None)
+
+
+def _variants_by_part(folder: Path) -> dict[str, dict[str | None, str]]:
+    parts = sorted(part for part in folder.iterdir() if part.is_dir()) if folder.is_dir() else ()
+    return {part.name: held for part in parts if (held := variants(part))}
+
+
+def pickled(folder: Path) -> list[str]:
     """Return the components of a pipeline folder with weights in `.bin` files alone."""
     endings = {
         part.name: {file.suffix for file in part.iterdir() if WEIGHTS.fullmatch(file.name)}
-        for part in sorted(Path(model).iterdir())
+        for part in sorted(folder.iterdir())
         if part.is_dir()
     }
     return [name for name, held in endings.items() if held == {".bin"}]
 
 
-def check_variant(model: str, variant: str | None, flag: str = "MODEL") -> None:
-    """Raise UserError where a pipeline folder has no weight files of the variant that is asked for.
+def check_variant(folder: Path, variant: str | None, name: str) -> None:
+    """Raise UserError where a pipeline folder has no weight files of a variant, or without one several variants.
 
     Of a component without that variant its plain files are read, as diffusers does.
+
+    Args:
+        name: of the argument and its value.
     """
-    found = {part.name: variants(part) for part in sorted(Path(model).iterdir()) if part.is_dir()}
-    found = {name: held for name, held in found.items() if held}
-    lacking = {name: held for name, held in found.items() if None not in held and variant not in held}
+    found, wanted = _variants_by_part(folder), found_variant(folder, variant)
+    lacking = {part: held for part, held in found.items() if None not in held and wanted not in held}
     if lacking:
-        offered = next(iter(next(iter(lacking.values()))))
-        wanted = f"no {variant} files" if variant else "no files without a variant"
-        files = ", ".join(f"{name}/{next(iter(held.values()))}" for name, held in lacking.items())
-        advice = f"add --variant {offered}" if offered else "leave --variant out"
-        raise UserError(f"{flag} {model}: {', '.join(lacking)}: {wanted}, only {files}; {advice}")
+        common = sorted(set.intersection(*map(set, lacking.values())))
+        kind = f"no {variant} files" if variant else "no files without a variant"
+        files = ", ".join(f"{part}/{file}" for part, held in lacking.items() for file in held.values())
+        advice = f"add --variant {' or '.join(common)}" if common else "save it again with one variant"
+        raise UserError(f"{name}: {', '.join(lacking)}: {kind}, only {files}; {advice}")
     if variant and found and not any(variant in held for held in found.values()):
-        raise UserError(f"--variant {variant}: {flag} {model} has no such files; leave --variant out")
+        raise UserError(f"--variant {variant}: {name} has no such files; leave --variant out")
 
 
 # ------------------------------------------------------------------------------------------- full-precision models
@@ -183,34 +166,48 @@ def check_variant(model: str, variant: str | None, flag: str = "MODEL") -> None:
 def check_full_precision(
     model: str, revision: str | None, local_files_only: bool, name: str = "MODEL", role: str = ""
 ) -> None:
-    """Raise UserError where the files of a pipeline say that its UNet is quantized already.
+    """Raise UserError where the files of a pipeline, or its one file, say that its UNet is quantized already.
 
     Args:
         name: of the argument or flag that gives the model.
         role: what the full-precision model is for, to end the line with.
     """
-    method = _quantization(model, "unet", _component(model, "unet", revision, local_files_only))
+    if Path(model).is_file():
+        kinds = {kind for key, (_, kind) in parts_of(model)["unet"].items() if key.endswith("weight")}
+        method = ", ".join(sorted(kinds - FULL_PRECISION))
+    else:
+        method = _quantization(model, "unet", _component(model, "unet", revision, local_files_only))
     if method:
         raise UserError(f"{name} {model} is quantized itself ({method}); give the full-precision model{role}")
 
 
 def check_supported(
-    model: str, revision: str | None, local_files_only: bool, name: str = "MODEL", role: str = ""
+    model: str,
+    revision: str | None,
+    local_files_only: bool,
+    name: str = "MODEL",
+    role: str = "",
+    single_file_config: str | None = None,
 ) -> None:
     """Raise UserError where the files of a pipeline say that it cannot be calibrated; other files pass.
 
     A text encoder or VAE that is quantized stays as it is, which is logged.
     """
-    index = _index(model, revision, local_files_only)
+    one_file = Path(model).is_file()
+    place = str(configuration_folder(model, single_file_config, revision, local_files_only)) if one_file else model
+    index = _index(place, revision, local_files_only)
     if index is None:
         return
     _check_pipeline(f"{name} {model}", index)
     check_full_precision(model, revision, local_files_only, name, role)
     parts = [part for part, value in index.items() if isinstance(value, list) and part != "unet"]
-    configs = {part: _component(model, part, revision, local_files_only) for part in parts}
-    _check_unet(f"{name} {model}", _component(model, "unet", revision, local_files_only), configs.get("vae") or {})
+    configs = {part: _component(place, part, revision, local_files_only) for part in parts}
+    unet = _component(place, "unet", revision, local_files_only)
+    if one_file:  # the file decides: inpainting models are named by it alone
+        unet = (unet or {}) | {"in_channels": parts_of(model)["unet"][FIRST_LAYER][0][1]}
+    _check_unet(f"{name} {model}", unet, configs.get("vae") or {})
     for part, config in configs.items():
-        method = _quantization(model, part, config)
+        method = _quantization(place, part, config)
         if method:
             log_info(f"{part} of {name} {model} is quantized ({method}) and stays as it is")
 

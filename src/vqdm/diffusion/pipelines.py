@@ -6,8 +6,9 @@ import hashlib
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import diffusers
@@ -20,11 +21,20 @@ from safetensors import safe_open
 from torch import nn
 
 from vqdm.config import SCHEDULERS, RunConfig
-from vqdm.diffusion.model_folders import check_declared, check_place, check_variant, not_found, pickled
+from vqdm.diffusion.model_folders import (
+    check_declared,
+    check_place,
+    check_variant,
+    found_variant,
+    not_found,
+    pickled,
+)
+from vqdm.diffusion.single_files import bytes_of, configuration_folder, load_single_file, parts_of, quiet_diffusers
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import generated_images
 from vqdm.layers.quantized import narrowed
+from vqdm.storage.files import pipeline_fingerprint, single_file_fingerprint
 from vqdm.tracking import log, log_info
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them
@@ -40,32 +50,35 @@ def load_pipeline(
     variant: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    single_file_config: str | None = None,
 ) -> DiffusionPipeline:
-    """Load a frozen pipeline with a UNet, from a folder or the hub.
+    """Load a frozen pipeline with a UNet, from a folder, one file, or the hub.
 
     Raises:
-        UserError: MODEL is not a pipeline folder or cannot be had from the hub, or has no UNet.
+        UserError: MODEL is not a pipeline folder or file, or cannot be had from the hub, or has no UNet.
     """
-    check_model(model, variant)
+    check_model(model, variant, revision, local_files_only, single_file_config)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    offline = local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
+    offline = _offline(local_files_only)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            model, dtype=dtype, variant=variant, revision=revision, local_files_only=offline
-        )
+        if Path(model).is_file():
+            configuration = configuration_folder(model, single_file_config, revision, local_files_only)
+            pipeline = load_single_file(model, configuration, dtype)
+        else:
+            variant = _logged_variant(model, variant, revision, offline)
+            where = {"variant": variant, "revision": revision, "local_files_only": offline}
+            with quiet_diffusers() if _logged_bins(model, revision) else nullcontext():
+                pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, **where)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the libraries answer to files of wrong types or shapes
-        if Path(model).is_dir():
+        if Path(model).exists():
             raise UserError(f"MODEL {model} cannot be loaded: {first_line(error)}") from None
         place = f"is not a folder here{not_found(model)}, and cannot be loaded from the hub"
         raise UserError(f"MODEL {model} {place}: {first_line(error)}") from None
     if not isinstance(getattr(pipeline, "unet", None), nn.Module):
         raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
-    bins = pickled(model) if Path(model).is_dir() else []
-    if bins:
-        log_info(f"MODEL {model}: {', '.join(bins)}: .bin files are read, as tensors only; there is no .safetensors")
     pipeline.set_progress_bar_config(disable=True)
     set_scheduler(pipeline, scheduler)
     for part in pipeline.components.values():
@@ -140,19 +153,59 @@ def other_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """Load the pipeline of a program's flags. Raises UserError as `load_pipeline`."""
     scheduler, where = config.sampling.scheduler, (config.variant, config.revision, config.local_files_only)
-    return load_pipeline(config.model, device, dtype, scheduler, *where)
+    return load_pipeline(config.model, device, dtype, scheduler, *where, config.single_file_config)
 
 
-def check_model(model: str, variant: str | None = None) -> None:
-    """Raise UserError for a path that is not a pipeline folder, or lacks a variant, before anything slow is tried."""
+def check_configured(config: RunConfig) -> None:
+    """Check MODEL of a program's flags. Raises UserError as `check_model`."""
+    check_model(config.model, config.variant, config.revision, config.local_files_only, config.single_file_config)
+
+
+def check_model(
+    model: str,
+    variant: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    single_file_config: str | None = None,
+) -> None:
+    """Raise UserError for a path that is neither a pipeline folder nor a pipeline in one file, or lacks a variant.
+
+    Weights are not read. Of a hub name only what is in the cache is checked, where the hub is not asked.
+    """
     check_place(model)
     path = Path(model)
+    if path.is_file():
+        if variant:
+            raise UserError(f"--variant {variant}: MODEL {model} is one file, without variants; leave --variant out")
+        folder = configuration_folder(model, single_file_config, revision, local_files_only)
+        return _check_index(folder / "model_index.json", model)
+    if single_file_config:
+        raise UserError(
+            f"--single_file_config {single_file_config} belongs to a MODEL in one .safetensors file, and {model} is "
+            f"{'a folder' if path.is_dir() else 'none'}; leave it out"
+        )
     if path.is_dir():
         _check_index(path / "model_index.json", model)
-        check_variant(model, variant)
+        check_variant(path, variant, f"MODEL {model}")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        advice = "give a diffusers pipeline folder, or a hub name like owner/name"
+        advice = "give a diffusers pipeline folder, a .safetensors file, or a hub name like owner/name"
         raise UserError(f"MODEL {model} is not found{not_found(model)}; {advice}")
+    elif _offline(local_files_only):
+        check_variant(local_folder(model, revision), variant, f"MODEL {model}")
+
+
+def _offline(local_files_only: bool) -> bool:
+    return local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+def _logged_variant(model: str, variant: str | None, revision: str | None, offline: bool) -> str | None:
+    """Return the variant to load, and log one that was found; the hub has others than the cache, and is asked."""
+    if variant or not (offline or Path(model).is_dir()):
+        return variant
+    found = found_variant(local_folder(model, revision), None)
+    if found:
+        log_info(f"MODEL {model} has {found} files only; they are read, as with --variant {found}")
+    return found
 
 
 def _check_index(index: Path, model: str) -> None:
@@ -171,6 +224,15 @@ def _check_index(index: Path, model: str) -> None:
             raise UserError(f"MODEL {model}: {file} cannot be read: {first_line(error)}") from None
 
 
+def _logged_bins(model: str, revision: str | None) -> list[str]:
+    """Return, and log, the components with `.bin` files alone. diffusers would log an error for each of them."""
+    folder = local_folder(model, revision)
+    bins = pickled(folder) if folder.is_dir() else []
+    if bins:
+        log_info(f"MODEL {model}: {', '.join(bins)}: .bin files are read, as tensors only; there is no .safetensors")
+    return bins
+
+
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     """Replace the pipeline's scheduler, keeping its noise schedule; "default" keeps it as it is."""
     if SCHEDULERS[name]:
@@ -180,20 +242,40 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
 
 
 def local_folder(model: str, revision: str | None) -> Path:
-    """Return the folder of a pipeline's files: MODEL, or for a hub name its folder in the cache, once loaded."""
-    cached = None if Path(model).is_dir() else try_to_load_from_cache(model, "model_index.json", revision=revision)
+    """Return the place of a pipeline's files: MODEL, or for a hub name its folder in the cache, once loaded."""
+    cached = None if Path(model).exists() else try_to_load_from_cache(model, "model_index.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else Path(model)
 
 
 def weight_files(model: str, variant: str | None, component: str = "*", revision: str | None = None) -> list[Path]:
-    """Return the weight files of one variant of a loaded pipeline, sorted; `.bin` where there is no safetensors."""
-    folder = local_folder(model, revision)
-    files = sorted(folder.glob(f"{component}/*.safetensors"))
-    safe = {file.parent for file in files}
-    files += [file for file in sorted(folder.glob(f"{component}/*_model*.bin")) if file.parent not in safe]
-    if variant:
-        return [file for file in files if file.name.partition(".")[2].startswith((f"{variant}.", f"{variant}-"))]
-    return [file for file in files if file.name.count(".") == 1]
+    """Return the weight files that diffusers reads of a loaded pipeline folder, sorted.
+
+    Those of the variant, where a component has it, else plain ones; `.bin` where there is no safetensors.
+    """
+    folder, chosen = local_folder(model, revision), []
+    variant = found_variant(folder, variant)
+    for part in sorted(folder.glob(component)):
+        files = sorted([*part.glob("*.safetensors"), *part.glob("*_model*.bin")])
+        own = [file for file in files if file.name.partition(".")[2].startswith((f"{variant}.", f"{variant}-"))]
+        own = own or [file for file in files if file.name.count(".") == 1]
+        chosen += [file for file in own if file.suffix == ".safetensors"] or own
+    return chosen
+
+
+def stored_bytes(model: str, variant: str | None, component: str, revision: str | None = None) -> int | None:
+    """Return the bytes of a component in the files of a loaded pipeline; None where there are none."""
+    if Path(model).is_file():
+        return bytes_of(parts_of(model).get(component, {})) or None
+    return sum(file.stat().st_size for file in weight_files(model, variant, component, revision)) or None
+
+
+def local_fingerprint(config: RunConfig) -> str | None:
+    """Return the fingerprint of MODEL's files, or of its file and configuration; None for a name on the hub."""
+    path = Path(config.model)
+    if not path.is_file():
+        return pipeline_fingerprint(path) if path.is_dir() else None
+    where = (config.single_file_config, config.revision, config.local_files_only)
+    return single_file_fingerprint(path, configuration_folder(config.model, *where))
 
 
 def stored_dtypes(
@@ -203,12 +285,16 @@ def stored_dtypes(
 
     Codebooks and scales of quantized layers do not count.
     """
+    if Path(model).is_file():
+        parts = parts_of(model).items()
+        held = [(part, {name: TYPES.get(kind) for name, (_, kind) in tensors.items()}) for part, tensors in parts]
+    else:
+        held = [(file.parent.name, dtypes_in(file)) for file in weight_files(model, variant, component, revision)]
     found: dict[str, torch.dtype] = {}
-    for file in weight_files(model, variant, component, revision):
-        kinds = {dtype for name, dtype in dtypes_in(file).items() if name.endswith(("weight", "bias"))}
-        for dtype in kinds:
-            widest = found.setdefault(file.parent.name, dtype)
-            found[file.parent.name] = dtype if dtype.itemsize > widest.itemsize else widest
+    for part, dtypes in held:
+        for dtype in {dtype for name, dtype in dtypes.items() if dtype and name.endswith(("weight", "bias"))}:
+            widest = found.setdefault(part, dtype)
+            found[part] = dtype if dtype.itemsize > widest.itemsize else widest
     return found
 
 
@@ -226,7 +312,7 @@ def stored_values(model: str, variant: str | None, revision: str | None = None) 
 def dtypes_in(file: Path) -> dict[str, torch.dtype]:
     """Return the type of every tensor in 16 or 32-bit floating point in a weight file; no tensor is read."""
     if file.suffix == ".bin":
-        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
         kinds = {name: tensor.dtype for name, tensor in tensors.items()}
     else:
         with safe_open(file, "pt") as tensors:

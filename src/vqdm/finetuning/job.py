@@ -26,13 +26,13 @@ from vqdm.diffusion.model_folders import (
     load_quantized_unet,
 )
 from vqdm.diffusion.pipelines import (
-    check_model,
+    check_configured,
     configured_pipeline,
     log_truncated,
     resting_on_cpu,
     saved_types,
+    stored_bytes,
     stored_dtypes,
-    weight_files,
 )
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compare_images, generate_images, predicted_bytes
 from vqdm.errors import RunError, UserError
@@ -113,8 +113,9 @@ def finetune(config: FinetuneConfig) -> dict | None:
             the best parameters become the result all the same.
     """
     datasets = load_datasets(config)
-    check_model(config.model, config.variant)
-    check_supported(config.model, config.revision, config.local_files_only, role=ROLE)
+    check_configured(config)
+    where = (config.revision, config.local_files_only)
+    check_supported(config.model, *where, role=ROLE, single_file_config=config.single_file_config)
     source = find_quantized_unet(config.quantized)
     with launched(config.device) as ranks, ExitStack() as held:
         check_float64(ranks.device)
@@ -369,14 +370,13 @@ def stage_pipeline(job: FinetuneJob, staged: Path) -> None:
 def summary_of(job: FinetuneJob, loop: Loop, step_kept: int, before: Errors, after: Errors) -> dict:
     """Return settings, errors and cost of the run. `unet_output_error_db` is the error after, as in a quantization."""
     config, updates = job.config, loop.trainer.updates
-    files = weight_files(config.model, config.variant, "unet", config.revision)
     groups, changed = updates.changed_groups() if updates else (0, 0)
     return {
         "model": config.model,
         "quantized": config.quantized,
         "layers_quantized": len(quantized_layers(job.student)),
         "layers_in_8_bit": len(int8_layers(job.student)),
-        "bytes_of_original_unet": sum(file.stat().st_size for file in files) or None,
+        "bytes_of_original_unet": stored_bytes(config.model, config.variant, "unet", config.revision),
         "unet_output_error_db_before": before.db,
         "unet_output_error_db_after": after.db,
         "unet_output_error_median_db_before": before.median_db,

@@ -30,7 +30,7 @@ from vqdm.diffusion.model_folders import (
     find_quantized_unet,
     load_quantized_unet,
 )
-from vqdm.diffusion.pipelines import check_model, configured_pipeline, log_truncated
+from vqdm.diffusion.pipelines import check_configured, configured_pipeline, local_fingerprint, log_truncated
 from vqdm.errors import RunError, UserError
 from vqdm.generation.config import GenerateConfig
 from vqdm.generation.requests import (
@@ -48,7 +48,7 @@ from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows, log_notes
 from vqdm.redaction import own_command
-from vqdm.storage.files import folder_fingerprint, pipeline_fingerprint
+from vqdm.storage.files import folder_fingerprint
 from vqdm.storage.run_folder import check_claim
 from vqdm.tracking import JsonLines, Tracker, log_info, progress_bar
 from vqdm.versions import versions
@@ -98,7 +98,7 @@ def generate_images(config: GenerateConfig) -> GenerationResult | None:
     requests = requests_of_shard(config, rows)
     log_notes(unused_columns(rows), config.prompts, "PROMPTS")
     check_layout(config.layout, [request.id for request in requests], config.num_samples_per_prompt)
-    check_model(config.model, config.variant)
+    check_configured(config)
     if config.teacher:
         check_full_precision(config.model, config.revision, config.local_files_only, "--teacher: MODEL")
     unet_folder = find_quantized_unet(config.quantized) if config.quantized else None
@@ -173,10 +173,9 @@ def check_offload(offload: str, device: torch.device) -> None:
 def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], unet_folder: Path | None) -> dict:
     """Return everything the images depend on, which a resumption must share."""
     own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
-    model = Path(config.model)
     return own | {
         "dtype": str(pick_dtype(config.dtype, ranks.device)).removeprefix("torch."),
-        "model_sha256": pipeline_fingerprint(model) if model.is_dir() else None,
+        "model_sha256": local_fingerprint(config),
         "quantized_sha256": folder_fingerprint(unet_folder) if unet_folder else None,
         "prompts_sha256": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
     }
@@ -261,8 +260,8 @@ def record(config: GenerateConfig, settings: dict, ranks: Ranks, pipeline: Diffu
 
 
 def model_commit(model: str, revision: str | None) -> str | None:
-    """Return the commit of a name on the hub; None for a folder."""
-    if Path(model).is_dir():
+    """Return the commit of a name on the hub; None for a folder or file."""
+    if Path(model).exists():
         return None
     index = try_to_load_from_cache(model, "model_index.json", revision=revision)
     return Path(index).parent.name if isinstance(index, str) else None

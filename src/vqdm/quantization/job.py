@@ -28,16 +28,16 @@ from vqdm.devices import BatchSize, check_float64, free_memory, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.model_folders import check_loaded, check_supported, load_quantized_unet
 from vqdm.diffusion.pipelines import (
-    check_model,
+    check_configured,
     configured_pipeline,
     image_size,
     load_pipeline,
     log_truncated,
     resting_on_cpu,
     saved_types,
+    stored_bytes,
     stored_dtypes,
     stored_values,
-    weight_files,
     weights_fingerprint,
 )
 from vqdm.diffusion.sampling import (
@@ -184,8 +184,9 @@ def quantize(
     calibration, evaluation = choose_prompts(config, *(prompts or read_prompts(config)))
     given = pipeline is not None
     if not given:
-        check_model(config.model, config.variant)
-        check_supported(config.model, config.revision, config.local_files_only)
+        check_configured(config)
+        where = (config.revision, config.local_files_only)
+        check_supported(config.model, *where, single_file_config=config.single_file_config)
     with launched(config.device) as ranks:
         check_float64(ranks.device)
         if not given:
@@ -242,9 +243,8 @@ def model_files(
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         stored = {name: part.dtype for name, part in parts.items()}
         return stored, sum(tensor.element_size() * tensor.numel() for tensor in pipeline.unet.parameters())
-    files = weight_files(config.model, config.variant, "unet", config.revision)
     stored = stored_dtypes(config.model, config.variant, config.revision)
-    return stored, sum(file.stat().st_size for file in files) or None
+    return stored, stored_bytes(config.model, config.variant, "unet", config.revision)
 
 
 def skeleton(config: QuantizeConfig, dtype: torch.dtype) -> DiffusionPipeline | None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import UnetCall, passes, record_hessians, shared_inputs
+from vqdm.diffusion.pipelines import local_fingerprint
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
     generate_images,
@@ -29,7 +30,7 @@ from vqdm.diffusion.sampling import (
 from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, spread_points
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
-from vqdm.storage.files import locked, pipeline_fingerprint, sweep
+from vqdm.storage.files import locked, sweep
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.run_folder import Tensors, shards, span_name, spans
 from vqdm.tracking import log_info, progress_bar
@@ -203,10 +204,9 @@ def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[UnetC
 
 def hessian_settings(job: Job) -> dict:
     """Return the settings that Hessians depend on."""
-    config, folder = job.config, Path(job.config.model)
-    model = pipeline_fingerprint(folder) if folder.is_dir() else f"{config.model}@{config.revision}"
+    config = job.config
     return {
-        "model": job.fingerprint or model,
+        "model": job.fingerprint or local_fingerprint(config) or f"{config.model}@{config.revision}",
         "variant": config.variant,
         "dtype": str(unet_dtype(job.unet)),
         "unquantized_nbits": config.unquantized_nbits,

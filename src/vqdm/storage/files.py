@@ -256,6 +256,19 @@ def pipeline_fingerprint(folder: Path) -> str:
     return hashlib.sha256(b"\0".join([index, *(digest.encode() for digest in digests)])).hexdigest()
 
 
+def single_file_fingerprint(file: Path, configuration: Path) -> str:
+    """Return the SHA-256 over size and samples of a pipeline in one file, and the `.json` and `.txt` files beside it.
+
+    Args:
+        configuration: pipeline folder of these files, whose weights do not count.
+    """
+    digest = hashlib.sha256(_samples(file))
+    for path in sorted(path for kind in ("json", "txt") for path in configuration.glob(f"**/*.{kind}")):
+        if not path.name.endswith(".index.json"):
+            digest.update(f"{path.relative_to(configuration)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def folder_fingerprint(folder: Path) -> str:
     """Return the SHA-256 over a component's `.json` and `.txt` files, and over size and 16 samples of weight files.
 

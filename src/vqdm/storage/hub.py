@@ -61,9 +61,10 @@ def _first_process() -> bool:
 
 
 def model_card(model: str, summary: dict) -> str:
-    """Markdown with the hub's YAML header; it names no base model for a folder, which the hub cannot know."""
+    """Markdown with the hub's YAML header; it names no base model for a folder or file, which the hub cannot know."""
     hub_name = "" if Path(model).exists() else f"base_model: {model}\nbase_model_relation: quantized\n"
-    base = Path(model).absolute().name if Path(model).exists() else model
+    path = Path(model).absolute()
+    base = path.stem if path.is_file() else path.name if path.exists() else model
     images = summary["images"]
     quality = "none: all images have problems" if images["psnr_db"] is None else f"{images['psnr_db']:.2f} dB"
     others = f"; {summary['layers_in_8_bit']} others are int8" if summary["layers_in_8_bit"] else ""
