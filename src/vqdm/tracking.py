@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vqdm.documents import first_line
-from vqdm.redaction import redacted
+from vqdm.provenance import redacted
 
 log = logging.getLogger("vqdm")
 CLOSING_SECONDS = 120  # that a tracker has to send what is left

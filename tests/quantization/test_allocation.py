@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(planned, pipelines, prompt_file,
 
     out = tmp_path / "out"
     words = target(pipelines, prompt_file, out, "--target_bits", "3", "--hessian_cache", str(planned / "cache"))
-    for place in ("make_banks", "quantize_block"):
+    for place in ("make_shared_codebooks", "quantize_block"):
         with monkeypatch.context() as patch:
             patch.setattr(quantize, place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             assert run_script(main, [*words, "--resume"]) == 130

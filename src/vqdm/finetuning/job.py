@@ -50,13 +50,12 @@ from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import float_scales, quantized_layers
 from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 from vqdm.parallel import Ranks, launched
-from vqdm.redaction import own_command
+from vqdm.provenance import own_command, versions
 from vqdm.storage.files import folder_fingerprint, save_json, save_text
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card
 from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info
-from vqdm.versions import versions
 
 ROLE = ", which is the teacher"
 SMALL_LEARNING_RATE = 1e-5  # such as the published 1e-6, which was absolute

@@ -47,10 +47,9 @@ from vqdm.metrics.results import (
 )
 from vqdm.metrics.selection import SET_METRICS, ScorePlan, make_plan
 from vqdm.parallel import Ranks, launched
-from vqdm.redaction import own_command
+from vqdm.provenance import own_command, versions
 from vqdm.storage.files import locked, probe, save_json, save_text, sweep
 from vqdm.tracking import Tracker, log_info
-from vqdm.versions import versions
 
 LIBRARIES = {"torchmetrics": "torchmetrics", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
 LIBRARIES |= {"torch_fidelity": "torch-fidelity"}  # module → distribution

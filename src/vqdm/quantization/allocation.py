@@ -27,8 +27,8 @@ from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.quantization.block import quantize_shard
-from vqdm.quantization.codebook_training import trellis_bank, trellis_codebooks
-from vqdm.quantization.plan import bank_bits, layer_bits
+from vqdm.quantization.codebook_training import trellis_codebooks, trellis_table_name
+from vqdm.quantization.plan import layer_bits, shared_codebook_bits
 from vqdm.quantization.recording import teacher_trajectories, unet_calls
 from vqdm.storage.files import CorruptFileError, load_checked_json, save_checked, save_checked_json, save_json
 from vqdm.storage.hessian_store import HessianStore
@@ -67,7 +67,7 @@ def trellis_layer(layer: Layer, state_bits: int, bits: float, exponent: int = 0)
         in_group_size=1,
         group_channels=layer.spec.group_channels,
         input_channel_scales=True,
-        shared_codebooks=trellis_bank(state_bits),
+        shared_codebooks=trellis_table_name(state_bits),
         segment_rows=T,
         log_scales=True,
         scale_exponent=exponent,
@@ -197,25 +197,25 @@ def coding_errors(
 
     Ranks share the layers, and find each other's codes in the run's folder under `name`.
     """
-    bank = SharedCodebooks(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
-    banks, folder = {trellis_bank(FAST_STATE_BITS): bank}, job.folder.work / f"coded_{name}"
+    books = SharedCodebooks(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
+    shared_codebooks, folder = {trellis_table_name(FAST_STATE_BITS): books}, job.folder.work / f"coded_{name}"
     missing = job.ranks.broadcast([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
     for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
         some = [layer for group in groups for layer in group]
-        for layer, code, report in quantize_shard(job, store, some, job.config.solver, banks):
+        for layer, code, report in quantize_shard(job, store, some, job.config.solver, shared_codebooks):
             error = torch.tensor(report.error, dtype=torch.float64)
             save_checked(code.pack() | {"error": error}, folder / f"{layer.name}.safetensors")
     job.ranks.barrier()
     parts = {layer.name: read_shard(folder / f"{layer.name}.safetensors") for layer in layers}
     errors = {name: part.pop("error").item() for name, part in parts.items()}
-    return {layer.name: coding_error(job, layer, parts[layer.name], banks) for layer in layers}, errors
+    return {layer.name: coding_error(job, layer, parts[layer.name], shared_codebooks) for layer in layers}, errors
 
 
-def coding_error(job: Job, layer: Layer, packed: Tensors, banks: dict[str, SharedCodebooks]) -> Tensor:
+def coding_error(job: Job, layer: Layer, packed: Tensors, shared_codebooks: dict[str, SharedCodebooks]) -> Tensor:
     """Coded minus original weight of one layer, from its packed code; on the CPU, where those of all layers are."""
-    weight, bank = job.unet.get_submodule(layer.name).weight, banks[layer.spec.shared_codebooks]
+    weight, books = job.unet.get_submodule(layer.name).weight, shared_codebooks[layer.spec.shared_codebooks]
     packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}
-    code = AdditiveCode.unpack(layer.spec, (layer.rows, layer.columns), packed, bank.codebooks)
+    code = AdditiveCode.unpack(layer.spec, (layer.rows, layer.columns), packed, books.codebooks)
     coded = weight_of(code.dequantize(), weight.shape, layer.spec.group_channels)
     return (coded - weight.float()).to("cpu", weight.dtype)
 
@@ -240,11 +240,11 @@ def divide(
     free = {layer.name for layer in layers}
     fixed = [layer for layer in job.layers if layer.name not in free]
     weights = sum(layer.rows * layer.columns for layer in job.layers)
-    aside = sum(map(layer_bits, fixed)) + bank_bits(fixed + layers)
+    aside = sum(map(layer_bits, fixed)) + shared_codebook_bits(fixed + layers)
     try:
         chosen = allocate(bits, expected, int(job.config.target_bits * weights) - aside)
     except ValueError:
-        table, coded = bank_bits(fixed + layers) / weights, sum(min(one) for one in bits) / weights
+        table, coded = shared_codebook_bits(fixed + layers) / weights, sum(min(one) for one in bits) / weights
         others = "" if not fixed else f", and overridden layers {sum(map(layer_bits, fixed)) / weights:.3f}"
         raise UserError(
             f"--target_bits {job.config.target_bits} is too low: codes of {LEAST_BITS:g} bit with scales take "

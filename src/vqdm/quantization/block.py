@@ -79,7 +79,7 @@ def quantize_groups(
 ) -> dict[str, SolvedLayer]:
     """Quantize layers together with the other ranks, and load the results of all of them."""
     layers, rows = [layer for group in groups for layer in group], []
-    for layer, code, report in quantize_shard(job, store, layers, job.config.solver, job.banks):
+    for layer, code, report in quantize_shard(job, store, layers, job.config.solver, job.shared_codebooks):
         rows.append(save_layer(job, layer, code, report))
         tick()
     logged = {row["name"] for row in rows}
@@ -97,7 +97,11 @@ def load_quantized(job: Job, layer: Layer) -> SolvedLayer:
 
 
 def quantize_shard(
-    job: Job, store: HessianStore, layers: list[Layer], solver: SolverConfig, banks: dict[str, SharedCodebooks]
+    job: Job,
+    store: HessianStore,
+    layers: list[Layer],
+    solver: SolverConfig,
+    shared_codebooks: dict[str, SharedCodebooks],
 ) -> Iterator[tuple[Layer, AdditiveCode, LayerReport]]:
     """Yield this rank's shard of the layers, quantized, the costliest first; other ranks have the others.
 
@@ -112,7 +116,7 @@ def quantize_shard(
     together = batches(own, batch_memory(job.unet.device) if solver.encoder == "ldl" else 0)
 
     def quantize_batch(some: list[Layer]) -> list[tuple[AdditiveCode, LayerReport]]:
-        return solve_layers([layer_task(job, solver, banks, layer, *hessians[layer.name]) for layer in some])
+        return solve_layers([layer_task(job, solver, shared_codebooks, layer, *hessians[layer.name]) for layer in some])
 
     with one_thread_per_layer(job, max(layer.columns for layer in own)) as workers, threads(workers) as mapped:
         for some, results in zip(together, mapped(quantize_batch, together), strict=True):
@@ -184,16 +188,16 @@ def threads(workers: int) -> Iterator[Callable]:
 def layer_task(
     job: Job,
     solver: SolverConfig,
-    banks: dict[str, SharedCodebooks],
+    shared_codebooks: dict[str, SharedCodebooks],
     layer: Layer,
     hessian: Tensor,
     held_out: Tensor | None,
 ) -> Task:
     """Return a layer as the solver takes it. Raises RunError that names it."""
     weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
-    generator, bank = layer_generator(job.config.seed, layer.name), banks.get(layer.spec.shared_codebooks)
+    generator, books = layer_generator(job.config.seed, layer.name), shared_codebooks.get(layer.spec.shared_codebooks)
     try:
-        return Task(weight, hessian, solver.with_spec(layer.spec), generator, held_out, bank)
+        return Task(weight, hessian, solver.with_spec(layer.spec), generator, held_out, books)
     except ValueError as error:
         raise RunError(f"layer {layer.name}: {error}") from None
 

@@ -13,7 +13,7 @@ from vqdm.additive.codebooks import Sample, sample_layer, train_shared_codebooks
 from vqdm.additive.config import SolverConfig
 from vqdm.additive.trellis import table
 from vqdm.diffusion.blocks import Layer, matrix_of
-from vqdm.quantization.plan import bank_users
+from vqdm.quantization.plan import shared_codebook_users
 from vqdm.storage.files import save_checked
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.run_folder import layer_generator, read_shard
@@ -30,10 +30,10 @@ def shared(layer: Layer, how: str) -> Layer:
     """Return the layer with the shared codebooks of its format, of the whole UNet or ("kind") of its kind of layer."""
     if how == "none" or layer.spec.shared_codebooks or not layer.spec.can_share:
         return layer
-    return replace(layer, spec=layer.spec.changed(shared_codebooks=bank_name(layer.spec, how, layer.kind)))
+    return replace(layer, spec=layer.spec.changed(shared_codebooks=shared_codebook_name(layer.spec, how, layer.kind)))
 
 
-def trellis_bank(state_bits: int) -> str:
+def trellis_table_name(state_bits: int) -> str:
     """Return the name of the table of a trellis."""
     return f"trellis_{state_bits}"
 
@@ -43,20 +43,20 @@ def trellis_codebooks(state_bits: int) -> Tensor:
     return table(state_bits).view(1, -1, 1, 1)
 
 
-def bank_name(spec: CodeSpec, how: str, kind: str) -> str:
+def shared_codebook_name(spec: CodeSpec, how: str, kind: str) -> str:
     """Return a name like `unet_2x8_1x4`: owner, codebooks x bits, out x in group size."""
     books, group = (spec.num_codebooks, spec.nbits_per_codebook), (spec.out_group_size, spec.in_group_size)
     return "{}_{}x{}_{}x{}".format(kind if how == "kind" else "unet", *books, *group)
 
 
-def make_banks(job: Job, store: HessianStore) -> dict[str, SharedCodebooks]:
+def make_shared_codebooks(job: Job, store: HessianStore) -> dict[str, SharedCodebooks]:
     """Return the shared codebooks that the layers name, from the run's folder or trained."""
-    banks = {}
-    for name, layers in bank_users(job.layers).items():
+    shared_codebooks = {}
+    for name, layers in shared_codebook_users(job.layers).items():
         weights = sum(layer.rows * layer.columns for layer in layers)
         if layers[0].spec.is_trellis:  # nothing is trained
             codebooks = trellis_codebooks(layers[0].spec.nbits_per_codebook).to(job.unet.device)
-            banks[name] = SharedCodebooks(codebooks, weights)
+            shared_codebooks[name] = SharedCodebooks(codebooks, weights)
             continue
         config = job.config.solver.with_spec(layers[0].spec)
         path = job.folder.work / "shared_codebooks" / f"{name}.safetensors"
@@ -66,8 +66,8 @@ def make_banks(job: Job, store: HessianStore) -> dict[str, SharedCodebooks]:
             codebooks = train_shared_codebooks(samples, config, layer_generator(job.config.seed, name))
             save_checked({"codebooks": codebooks}, path)
         job.ranks.barrier()
-        banks[name] = SharedCodebooks(read_shard(path)["codebooks"].to(job.unet.device), weights)
-    return banks
+        shared_codebooks[name] = SharedCodebooks(read_shard(path)["codebooks"].to(job.unet.device), weights)
+    return shared_codebooks
 
 
 def trained_on(layers: list[Layer], name: str, spec: CodeSpec) -> list[Layer]:
@@ -79,7 +79,7 @@ def trained_on(layers: list[Layer], name: str, spec: CodeSpec) -> list[Layer]:
 
 def sample_layers(job: Job, store: HessianStore, layers: list[Layer], config: SolverConfig) -> list[Sample]:
     """Return rows of some layers, chosen with a seed: as many layers as memory holds the Hessians of."""
-    chosen = choose_layers(layers, job.bank_memory_gb, job.config.seed)
+    chosen = choose_layers(layers, job.codebook_memory_gb, job.config.seed)
     rows = max(8, GROUPS * config.spec.in_group_size // sum(layer.columns for layer in chosen))
     samples = []
     for layer in progress_bar(chosen, description="layers of shared codebooks"):

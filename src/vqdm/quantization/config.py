@@ -13,7 +13,7 @@ from vqdm.additive.config import SolverConfig
 from vqdm.config import PROMPT_FILE, RunConfig, check_flags, check_image_pairs, flag, flags_in, output_dir
 from vqdm.documents import first_line, read_yaml
 from vqdm.errors import UserError
-from vqdm.redaction import redacted
+from vqdm.provenance import redacted
 
 # Fields of the format of additive codes, which --target_bits does not use.
 ADDITIVE_FIELDS = (

@@ -59,19 +59,20 @@ from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
+from vqdm.provenance import own_command, redacted, versions
 from vqdm.quantization.allocation import allocated
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.budget import MemoryClock, Need, lacking, on, plan, shapes_of, smaller, table
-from vqdm.quantization.codebook_training import make_banks, shared
+from vqdm.quantization.codebook_training import make_shared_codebooks, shared
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
     Rest,
-    bank_bits,
-    bank_users,
     blocks_before_finetuning,
     hessian_bytes,
     layer_table,
     plain_bits,
+    shared_codebook_bits,
+    shared_codebook_users,
     totals,
 )
 from vqdm.quantization.recording import (
@@ -83,14 +84,12 @@ from vqdm.quantization.recording import (
     teacher_hessians,
     teacher_trajectories,
 )
-from vqdm.redaction import own_command, redacted
 from vqdm.storage.files import save_json, save_text
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card
 from vqdm.storage.run_folder import RunFolder, SolvedLayer, check_disk
 from vqdm.tracking import Tracker, log_info, progress_bar
-from vqdm.versions import versions
 
 OUT_OF_MEMORY = "try smaller --height and --width, or --hessian_memory_gb"
 
@@ -106,8 +105,8 @@ class Job:
         original_bytes: of the UNet's files, or of its tensors where it was given in memory; None if unknown.
         fingerprint: of the weights of a pipeline that was given in memory, else None.
         store: Hessians of the full-precision model, where the run keeps them.
-        banks: shared codebooks by name.
-        bank_memory_gb: for Hessians of the layers that shared codebooks are trained on, as the run was started with.
+        shared_codebooks: by name.
+        codebook_memory_gb: for Hessians that shared codebooks are trained on, as the run was started with.
         ranks: the processes that work on it, each of which has this same job.
         finetune_blocks: as `quantize` takes it.
         needs: what was planned, by phase.
@@ -128,8 +127,8 @@ class Job:
     original_bytes: int | None = None
     fingerprint: str | None = None
     store: HessianStore | None = None
-    banks: dict[str, SharedCodebooks] = field(default_factory=dict)
-    bank_memory_gb: float = 8.0
+    shared_codebooks: dict[str, SharedCodebooks] = field(default_factory=dict)
+    codebook_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
     finetune_blocks: Callable | None = None
     needs: list[Need] = field(default_factory=list)
@@ -227,7 +226,7 @@ def quantize(
             job.needs = needs
             job.stored, job.original_bytes, job.fingerprint = stored, original_bytes, fingerprint
             job.ranks, job.finetune_blocks = ranks, finetune_blocks
-            job.bank_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
+            job.codebook_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
             try:
                 with resting_on_cpu(pipeline):
                     return pipeline, run(job)
@@ -316,7 +315,7 @@ def hessians_to_come(
 
 def keeps_hessians(config: QuantizeConfig, layers: list[Layer]) -> bool:
     """Return whether the full-precision model's Hessians of all layers are kept, and not those of a block."""
-    return bool(config.hessian_cache or config.target_bits or bank_users(layers))
+    return bool(config.hessian_cache or config.target_bits or shared_codebook_users(layers))
 
 
 def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
@@ -391,7 +390,7 @@ def run(job: Job) -> dict | None:
             job.layers = allocated(job, job.store)
             log_info(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
     with job.clock("shared_codebooks"):
-        job.banks = make_banks(job, job.store) if bank_users(job.layers) else {}
+        job.shared_codebooks = make_shared_codebooks(job, job.store) if shared_codebook_users(job.layers) else {}
     quantized = load_codes(job) | finished_layers(job)
     if job.ranks.main:
         job.folder.rewrite_table([done.report for done in quantized.values()])
@@ -437,28 +436,28 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     earlier = load_pipeline(job.config.load, torch.device("cpu"), torch.float32)
     held, found = quantized_layers(earlier.unet), {}
     for layer in job.layers:
-        if layer.name in held and held[layer.name].spec == layer.spec and same_bank(job, held[layer.name]):
+        if layer.name in held and held[layer.name].spec == layer.spec and same_shared_codebooks(job, held[layer.name]):
             tensors = held[layer.name].code().pack()
             found[layer.name] = SolvedLayer(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
     log_info(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from it")
     return found
 
 
-def same_bank(job: Job, layer: QuantizedLayer) -> bool:
-    """Whether a quantized layer's codes mean the same with the job's bank of that name; True for own codebooks."""
-    bank = job.banks.get(layer.spec.shared_codebooks)
-    return bank is None or torch.equal(layer.code().codebooks.float().cpu(), bank.codebooks.cpu())
+def same_shared_codebooks(job: Job, layer: QuantizedLayer) -> bool:
+    """Return whether a layer's shared codebooks equal the job's of that name; True if it has its own."""
+    books = job.shared_codebooks.get(layer.spec.shared_codebooks)
+    return books is None or torch.equal(layer.code().codebooks.float().cpu(), books.codebooks.cpu())
 
 
 def swap_block(job: Job, layers: list[Layer], quantized: dict[str, SolvedLayer]) -> None:
     """Replace the weights of a block by their codes."""
     for layer in layers:
         done = quantized[layer.name]
-        name, bank = layer.spec.shared_codebooks, job.banks.get(layer.spec.shared_codebooks)
-        code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors, bank and bank.codebooks)
+        name, books = layer.spec.shared_codebooks, job.shared_codebooks.get(layer.spec.shared_codebooks)
+        code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors, books and books.codebooks)
         module = swap(job.unet, layer.name, layer.spec)
-        if bank:
-            module.shared[0].fill(name, bank.codebooks)
+        if books:
+            module.shared[0].fill(name, books.codebooks)
         module.set_code(code)
 
 
@@ -554,7 +553,7 @@ def stored_sizes(job: Job, staged: Path) -> dict[str, float]:
     """Return effective bits of the tensors as saved, and bytes of the UNet's files."""
     layers = quantized_layers(job.unet)
     weights = sum(layer.rows * layer.columns for layer in job.layers)
-    code_bits = sum(layer.stored_bits for layer in layers.values()) + bank_bits(job.layers)
+    code_bits = sum(layer.stored_bits for layer in layers.values()) + shared_codebook_bits(job.layers)
     every_bit = sum(8 * tensor.element_size() * tensor.numel() for tensor in job.unet.parameters())
     return {
         "weights_quantized": weights,

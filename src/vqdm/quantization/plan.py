@@ -14,7 +14,7 @@ from vqdm.diffusion.sampling import unet_dtype
 from vqdm.errors import UserError
 
 
-def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
+def shared_codebook_users(layers: list[Layer]) -> dict[str, list[Layer]]:
     """Return by name of shared codebooks the layers that use them, in their order."""
     found: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -23,9 +23,9 @@ def bank_users(layers: list[Layer]) -> dict[str, list[Layer]]:
     return found
 
 
-def bank_bits(layers: list[Layer]) -> int:
+def shared_codebook_bits(layers: list[Layer]) -> int:
     """Return the bits of all shared codebooks of the layers."""
-    return sum(16 * torch.Size(of[0].spec.codebooks_shape).numel() for of in bank_users(layers).values())
+    return sum(16 * torch.Size(of[0].spec.codebooks_shape).numel() for of in shared_codebook_users(layers).values())
 
 
 def layer_bits(layer: Layer) -> int:
@@ -75,7 +75,7 @@ def layer_table(layers: list[Layer], parameters: int, rest: Rest, plain: int) ->
     if rest.layers:
         each = rest.bits / rest.weights
         lines.append(f"{rest.layers} other layers, {rest.weights / 1e6:.2f} M weights: {each:.3f} bits each")
-    lines.append(totals(layers, parameters, rest, plain, sum(map(layer_bits, layers)) + bank_bits(layers)))
+    lines.append(totals(layers, parameters, rest, plain, sum(map(layer_bits, layers)) + shared_codebook_bits(layers)))
     return "\n".join(lines)
 
 

@@ -1,12 +1,19 @@
-"""Access tokens stay out of files, logs and messages, whether the command line or the environment held them."""
+"""Record what a result was made with: versions and the command line, without the access tokens in it."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import sys
 from collections.abc import Mapping
+
+import diffusers
+import torch
+import transformers
+
+import vqdm
 
 MASK = "[hidden]"
 SECRET_NAME = re.compile(r"(?:TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD)(?:_ACCESS)?(?:_KEY)?$", re.IGNORECASE)
@@ -23,7 +30,7 @@ _PATTERNS = (
 
 
 def redacted(text: str) -> str:
-    """`text` with `[hidden]` in place of what looks like an access token, or is one of the environment's."""
+    """Return `text` with `[hidden]` in place of what looks like an access token, or is one of the environment's."""
     for secret in secrets(os.environ):
         text = text.replace(secret, MASK)
     for pattern, replacement in _PATTERNS:
@@ -32,16 +39,17 @@ def redacted(text: str) -> str:
 
 
 def secrets(environment: Mapping[str, str]) -> list[str]:
-    """Values of variables whose names say that they are secret, the longest first."""
+    """Return the values of variables with names of secrets, the longest first."""
     found = {value for name, value in environment.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST}
     return sorted(found, key=lambda value: (-len(value), value))
 
 
 def own_command() -> str:
-    """The command line of this process, as it may be recorded."""
+    """Return the command line of this process, as it may be recorded."""
     return redacted(shlex.join(sys.argv))
 
 
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for a process that has no business with tokens."""
-    return {name: value for name, value in environment.items() if not SECRET_NAME.search(name)}
+def versions() -> dict[str, str]:
+    """Return library → version, for summaries and run records."""
+    modules = {"vqdm": vqdm, "torch": torch, "diffusers": diffusers, "transformers": transformers}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
