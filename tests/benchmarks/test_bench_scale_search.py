@@ -1,5 +1,5 @@
 import torch
-from bench_reach import compared, overall
+from bench_scale_search import compared, overall
 from test_encode import randn, second_moment
 
 from vqdm.additive import scale_search as reach

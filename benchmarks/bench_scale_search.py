@@ -1,6 +1,6 @@
 """What the scale search is worth: the layers of a run with shared codebooks solved again without and with it.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_reach.py assets/shapes-xl out/shared --hessian_cache FOLDER
+    OMP_NUM_THREADS=1 python benchmarks/bench_scale_search.py assets/shapes-xl out/shared --hessian_cache FOLDER
 
 RUN is of `main_text2image.py --share_codebooks unet`, and gives formats and shared codebooks. Errors are on Hessians of
 other prompts than those that the codes were found on. A line of JSON a layer, the last one over all.
