@@ -62,7 +62,8 @@ def test_last_bits_follow_addresses_and_repeat(product, weight):
         found, again, other = product(weight), product(weight.clone()), product(odd_copy(weight))
         with ThreadPoolExecutor(1) as threads:
             assert torch.equal(threads.submit(product, weight).result(), found)
-    assert torch.equal(found, again) and not torch.equal(found, other) and not torch.equal(found, plain)
+    assert torch.equal(found, again) and not torch.equal(found, other)
+    assert torch.equal(found, plain) == bool(os.environ.get("VQDM_TEST_PERTURB"))  # which perturbs `plain` as well
     for one in (found, other):
         assert_close_outputs(one, plain)
     assert torch.equal(product(weight), plain)

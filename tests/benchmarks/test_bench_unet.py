@@ -41,7 +41,7 @@ def test_every_variant_has_its_row_or_its_reason(quantized, tmp_path, capsys, mo
     assert list(rows) == ["full precision", "ours torch", "ours native", "half"]
     assert rows["full precision"]["ratio"] == 1 and all(row["least_ms"] > 0 for row in rows.values())
     plain, ours = (rows[name]["weights_mb"] for name in ("full precision", "ours native"))
-    assert abs(plain - 4e-6 * sum(tensor.numel() for tensor in tiny_unet("sdxl").parameters())) < 0.01 and ours < plain
+    assert abs(plain - 4e-6 * sum(tensor.numel() for tensor in tiny_unet("sdxl").parameters())) < 0.03 and ours < plain
     assert rows["half"]["peak_mb"] > plain and 2 < rows["ours torch"]["stored_bits"] < 4
     assert (tmp_path / "p.png").exists() == quantized
 
