@@ -97,7 +97,7 @@ class QuantizeConfig(RunConfig):
         None,
         "stored bits per weight of the quantized layers, such as 2.5, allocated to layers and columns by their effect "
         "on the output, as trellis codes; the allocation is written to plan.json",
-        ge=0,
+        gt=0,
         le=16,
         metavar="BITS",
         common=True,

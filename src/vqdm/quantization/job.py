@@ -60,7 +60,7 @@ from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
 from vqdm.provenance import own_command, redacted, versions
-from vqdm.quantization.allocation import allocated
+from vqdm.quantization.allocation import allocated, check_target
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.budget import MemoryClock, Need, lacking, on, plan, shapes_of, smaller, table
 from vqdm.quantization.codebook_training import make_shared_codebooks, shared
@@ -315,21 +315,27 @@ def hessians_to_come(
 
 def keeps_hessians(config: QuantizeConfig, layers: list[Layer]) -> bool:
     """Return whether the full-precision model's Hessians of all layers are kept, and not those of a block."""
-    return bool(config.hessian_cache or config.target_bits or shared_codebook_users(layers))
+    return bool(config.hessian_cache or config.target_bits is not None or shared_codebook_users(layers))
 
 
 def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
     """Return the table of layers, or its totals where `target_bits` are still to be allocated."""
-    if not config.target_bits:
+    if config.target_bits is None:
         return layer_table(layers, parameters, rest, plain)
     bits = config.target_bits * sum(layer.rows * layer.columns for layer in layers)
     return totals(layers, parameters, rest, plain, bits) + "; allocated after calibration"
 
 
 def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
-    """Return the layers to quantize; with `target_bits` in single columns, into which any layer divides."""
-    spec = config.spec.changed(in_group_size=1) if config.target_bits else config.spec
+    """Return the layers to quantize; with `target_bits` in single columns, into which any layer divides.
+
+    Raises:
+        UserError: there is none, or they cannot take `target_bits`.
+    """
+    spec = config.spec if config.target_bits is None else config.spec.changed(in_group_size=1)
     layers = select_layers(unet, config.layer_filter, config.min_channels, spec, config.overrides, config.spec)
+    if config.target_bits is not None:
+        check_target(config, layers)
     return [shared(layer, config.share_codebooks) for layer in layers]
 
 
@@ -385,7 +391,7 @@ def run(job: Job) -> dict | None:
     if keeps_hessians(config, job.layers):
         with job.clock("hessians"):
             job.store = teacher_hessians(job)
-    if config.target_bits:
+    if config.target_bits is not None:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
             log_info(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
