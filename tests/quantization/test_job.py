@@ -353,7 +353,8 @@ def nan_pipeline(folder, target, name):
     [
         ("no/such/folder", [], 2, "MODEL no/such/folder is not found"),
         ("tests", [], 2, "folder without model_index.json"),
-        ("sdxl", ["--calibration_nsamples", "99"], 2, "--calibration_nsamples is 99, but"),
+        ("sdxl", ["--calibration_nsamples", "99"], 2, "but CALIBRATION_PROMPTS holds 8 prompts; give 8, or 0 for all"),
+        ("sdxl", ["--evaluation_nsamples", "99"], 2, "but EVALUATION_PROMPTS holds 8 prompts; give 8 or fewer"),
         ("sdxl", ["--layer_filter", "nope"], 2, "--layer_filter nope matches no layer"),
         ("sdxl", ["--in_group_size", "5"], 2, "layer down_blocks.0.resnets.0.conv1: in_group_size 5"),
         ("sdxl", ["--device", "cuda:99"], 2, "--device cuda:99 cannot be used"),

@@ -370,8 +370,9 @@ def choose_prompts(
     config: QuantizeConfig, calibration: list[str], evaluation: list[str]
 ) -> tuple[list[str], list[str]]:
     """Return as many calibration and evaluation prompts as the settings ask for, chosen with the seed."""
+    about = ("CALIBRATION_PROMPTS", "--calibration_nsamples")
     return (
-        choose(calibration, config.calibration_nsamples, config.seed, "CALIBRATION_PROMPTS", "--calibration_nsamples"),
+        choose(calibration, config.calibration_nsamples, config.seed, *about, zero_is_offered=True),
         choose(evaluation, config.evaluation_nsamples, config.seed, "EVALUATION_PROMPTS", "--evaluation_nsamples"),
     )
 
