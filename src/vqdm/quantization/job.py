@@ -26,12 +26,11 @@ from safetensors import SafetensorError
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
 from vqdm.devices import BatchSize, check_float64, free_memory, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
-from vqdm.diffusion.model_folders import check_loaded, check_supported, load_quantized_unet
+from vqdm.diffusion.model_folders import check_loaded, check_supported, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import (
     check_configured,
     configured_pipeline,
     image_size,
-    load_pipeline,
     log_truncated,
     resting_on_cpu,
     saved_types,
@@ -181,6 +180,8 @@ def quantize(
     if config.intermediate.num_intermediate_finetunes and finetune_blocks is None:
         raise UserError("--num_intermediate_finetunes is above 0, but quantize() was called without finetune_blocks")
     calibration, evaluation = choose_prompts(config, *(prompts or read_prompts(config)))
+    if config.load is not None:
+        find_quantized_unet(config.load, "--load", "give the folder of an earlier result")
     given = pipeline is not None
     if not given:
         check_configured(config)
@@ -204,14 +205,15 @@ def quantize(
         if ranks.main:
             log_truncated(pipeline, calibration + evaluation)
         needs = planned_needs(config, pipeline, layers, ranks.device, (len(calibration), len(evaluation)))
-        if config.dry_run:
-            return pipeline, None
+        fingerprint = weights_fingerprint(pipeline) if given else None
+        settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+        settings["full_precision_hessians"] = keeps_hessians(config, layers)
+        settings |= {"weights_sha256": fingerprint} if given else {}
         folder = RunFolder(config.output_dir)
+        if config.dry_run:
+            folder.check(settings, config.resume, ranks)
+            return pipeline, None
         with folder.lock(ranks):
-            fingerprint = weights_fingerprint(pipeline) if given else None
-            settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-            settings["full_precision_hessians"] = keeps_hessians(config, layers)
-            settings |= {"weights_sha256": fingerprint} if given else {}
             if ranks.main:
                 need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
                 need += hessians_to_come(config, pipeline, layers, folder)
@@ -440,8 +442,8 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     """Return the layers of an earlier result that `--load` names, where name, format and shared codebooks agree."""
     if job.config.load is None:
         return {}
-    earlier = load_pipeline(job.config.load, torch.device("cpu"), torch.float32)
-    held, found = quantized_layers(earlier.unet), {}
+    earlier = load_quantized_unet(find_quantized_unet(job.config.load, "--load"), torch.float32, "--load")
+    held, found = quantized_layers(earlier), {}
     for layer in job.layers:
         if layer.name in held and held[layer.name].spec == layer.spec and same_shared_codebooks(job, held[layer.name]):
             tensors = held[layer.name].code().pack()
