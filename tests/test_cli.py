@@ -52,10 +52,10 @@ COMPANIONS = {
 COMPANIONS |= {("finetune", one.name): {"update_codes": True} for one in SETTINGS["finetune"] if "code_" in one.name}
 for with_pairs in ("main_text2image", "finetune"):
     COMPANIONS[with_pairs, "visualize_nsamples"] = {"evaluation_nsamples": 99}
-    COMPANIONS[with_pairs, "evaluation_nsamples"] = {"visualize_nsamples": 1}
     COMPANIONS |= {(with_pairs, "height"): {"width": 64}, (with_pairs, "width"): {"height": 64}}
 TEXTS = {
     "code": "trellis",
+    "on_save": "ls {path}",
     "finetune_method": "real",
     "shard": "2/3",
     "metrics": ["fid", "clip"],
@@ -167,6 +167,51 @@ def test_a_value_that_is_no_choice_is_one_line_that_names_the_flag_and_the_choic
         assert all(str(choice) in error for choice in one.flag.choices)
 
 
+WORDS = [(name, one) for name, one in FLAGS if one.kind is not bool and one.name != "negative_prompt"]
+
+
+@pytest.mark.parametrize(("program", "one"), WORDS, ids=[f"{name}-{one.name}" for name, one in WORDS])
+def test_an_empty_text_is_one_line_that_names_the_flag(program, one, tmp_path, capsys):
+    """As from a variable of the shell that is unset."""
+    parser, words = PROGRAMS[program]
+    (tmp_path / "flags.yaml").write_text(f"{one.name}: ''\n")
+    empty = [[f"--{one.name}="], [f"--{one.name}", ""], ["--config", str(tmp_path / "flags.yaml")]]
+    for flags in [*empty, [f"--{one.name}", "a", ""]] if one.kind is tuple else empty:
+        assert run_script(parser.parse, [*words, *flags]) == 2
+        error = capsys.readouterr().err
+        assert f"--{one.name}" in error and "the value is empty" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_empty_positional_argument_is_one_line(program, capsys):
+    parser, words = PROGRAMS[program]
+    for k in range(len(words)):
+        assert run_script(parser.parse, [*words[:k], "", *words[k + 1 :]]) == 2
+        error = capsys.readouterr().err
+        assert "the value is empty" in error and error.count("\n") == 1
+    assert run_script(parser.parse, [*words, "--config", ""]) == 2
+    assert "--config: the value is empty" in capsys.readouterr().err
+
+
+def test_a_prompt_may_be_empty():
+    parser, words = PROGRAMS["generate"]
+    assert parser.parse([*words, "--negative_prompt", ""]).negative_prompt == ""
+
+
+@pytest.mark.parametrize(("program", "one"), FLAGS, ids=[f"{name}-{one.name}" for name, one in FLAGS])
+def test_a_misspelt_flag_is_asked_about(program, one, tmp_path):
+    """On the command line, with its value behind it or joined to it, and in a --config file."""
+    parser, words = PROGRAMS[program]
+    names = {*(one.name for name, one in FLAGS if name == program), "loglevel", "config", "help", "help_all"}
+    wrong = one.name.replace("_", "") if "_" in one.name else one.name + one.name[-1]
+    assert wrong not in names
+    (tmp_path / "flags.yaml").write_text(f"{wrong}: 1\n")
+    for flags in ([f"--{wrong}"], [f"--{wrong}=1"], [f"--{wrong}", "1"], ["--config", str(tmp_path / "flags.yaml")]):
+        with pytest.raises(UserError, match=rf"; did you mean --{one.name}\?") as caught:
+            parser.parse([*words, *flags])
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("program", "one"), [*NUMBERS, *CHOICES])
 def test_settings_from_python_are_checked_as_flags_are(program, one):
     kind = PROGRAMS[program][0].kind
@@ -236,6 +281,16 @@ def test_every_flag_reaches_the_settings():
     assert (config.report_to, config.dry_run, config.resume) == ("wandb", True, False)
 
 
+@pytest.mark.parametrize("program", ["main_text2image", "finetune"])
+def test_no_more_image_pairs_are_shown_than_are_evaluated(program):
+    parser, words = PROGRAMS[program]
+    for flags, shown in (("", 16), ("--evaluation_nsamples 2", 2), ("--evaluation_nsamples 99", 16)):
+        assert parser.parse([*words, *flags.split()]).visualize_nsamples == shown
+    assert parser.parse([*words, "--visualize_nsamples", "0"]).visualize_nsamples == 0
+    with pytest.raises(UserError, match="--visualize_nsamples 3 is more than --evaluation_nsamples 2"):
+        parser.parse([*words, "--visualize_nsamples", "3", "--evaluation_nsamples", "2"])
+
+
 def test_spellings_of_the_original_work():
     config = config_of("--scheduler", "DDPM", "--loglevel", "warn", "--save", "x", "--rest_nbits", "8")
     assert (config.sampling.scheduler, config.output_dir, config.unquantized_nbits) == ("ddpm", "x", 8)
@@ -299,7 +354,8 @@ def test_bad_config_files(tmp_path, text, words):
         ("--lr 1", "--lr: 1 is out of range; allowed are numbers from 0 to below 1"),
         ("--lr nan", "out of range"),
         ("--encoder fast", "invalid choice: 'fast'"),
-        ("--num_codebook 2", "unrecognized arguments"),
+        ("--num_codebook 2", r"unrecognized arguments: --num_codebook 2; did you mean --num_codebooks\? \(see"),
+        ("--zzzzzzz", r"unrecognized arguments: --zzzzzzz \(see"),
         ("--min_timestep 600 --max_timestep 500", "--min_timestep 600.0 is above --max_timestep 500.0"),
         ("--visualize_nsamples 50", "--visualize_nsamples 50 is more than"),
         ("--overrides nowhere.json", "--overrides nowhere.json cannot be read"),
@@ -310,7 +366,7 @@ def test_bad_config_files(tmp_path, text, words):
     ],
 )
 def test_bad_flags_say_which_and_what_is_allowed(flags, words):
-    with pytest.raises(UserError, match=words.replace("(", r"\(")) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         config_of(*flags.split())
     assert "\n" not in str(caught.value)
 
@@ -372,6 +428,16 @@ def test_the_next_command_is_one_that_generate_takes(flags):
 def test_on_save_must_be_a_command():
     with pytest.raises(UserError, match="--on_save"):
         config_of("--on_save", "echo 'unclosed")
+
+
+@pytest.mark.parametrize("program", ["nosuchcmd", "./nosuchcmd", "plain.txt"])
+def test_on_save_must_be_a_program_that_is_there(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.txt").write_text("no program")
+    with pytest.raises(UserError, match=f"^--on_save {program} is not found") as caught:
+        config_of("--on_save", f"{program} {{path}}")
+    assert "\n" not in str(caught.value)
+    assert config_of("--on_save", "{path}/run.sh").on_save and config_of("--on_save", "ls {path}").on_save
 
 
 @pytest.mark.parametrize(

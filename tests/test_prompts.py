@@ -71,7 +71,9 @@ def test_choice_is_seeded_and_without_replacement():
     assert first == choose(prompts, 20, 0, "file", "--n") != choose(prompts, 20, 1, "file", "--n")
     assert len(set(first)) == 20
     assert choose(prompts, 0, 0, "file", "--n") == prompts
-    with pytest.raises(UserError, match="--n is 51, but file holds 50 prompts"):
+    with pytest.raises(UserError, match=r"--n is 51, but file holds 50 prompts; give 50, or 0 for all$"):
+        choose(prompts, 51, 0, "file", "--n", zero_is_offered=True)
+    with pytest.raises(UserError, match=r"--n is 51, but file holds 50 prompts; give 50 or fewer$"):
         choose(prompts, 51, 0, "file", "--n")
 
 

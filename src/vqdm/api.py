@@ -114,7 +114,7 @@ def quantize(
     evaluation = _prompts(evaluation_prompts, "evaluation", "evaluation_prompts")
     with ExitStack() as cleaning:
         folder = output_dir or cleaning.enter_context(tempfile.TemporaryDirectory(prefix="vqdm-"))
-        values = _counts(settings, len(calibration), len(evaluation)) | settings | {"target_bits": target_bits}
+        values = _counts(len(calibration), len(evaluation)) | settings | {"target_bits": target_bits}
         values |= {"output_dir": str(folder), "calibration_prompts": _source(prompts)}
         values |= {"evaluation_prompts": _source(evaluation_prompts)}
         values["model"] = str((pipeline.name_or_path or type(pipeline).__name__) if loaded else pipeline)
@@ -155,15 +155,12 @@ def _source(given: Sequence[str] | str | Path | None) -> str | None:
     return str(given) if isinstance(given, str | Path) else None if given is None else f"a list of {len(given)}"
 
 
-def _counts(settings: dict, calibration: int, evaluation: int) -> dict:
-    """Return numbers of prompts and images, where the defaults are more than there are."""
+def _counts(calibration: int, evaluation: int) -> dict:
+    """Return numbers of prompts, where the defaults are more than there are."""
     usual = {one.name: one.default for one in fields(QuantizeConfig)}
-    wanted = min(usual["evaluation_nsamples"], evaluation)
-    shown = min(usual["visualize_nsamples"], settings.get("evaluation_nsamples", wanted))
     return {
         "calibration_nsamples": min(usual["calibration_nsamples"], calibration),
-        "evaluation_nsamples": wanted,
-        "visualize_nsamples": shown,
+        "evaluation_nsamples": min(usual["evaluation_nsamples"], evaluation),
     }
 
 

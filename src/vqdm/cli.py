@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -119,7 +120,21 @@ class Parser(argparse.ArgumentParser):
             self.common.add(one.name)
 
     def error(self, message: str):
-        raise UserError(f"{message} (see --help_all)")
+        unknown = re.match(r"unrecognized arguments: (?:.* )?--([^\s=]+)", message)
+        raise UserError(f"{message}{self._nearest(unknown[1]) if unknown else ''} (see --help_all)")
+
+    def _nearest(self, name: str) -> str:
+        """Return the question whether the flag most like an unknown one was meant; empty if none is like it."""
+        shown = [one for one in self._actions if one.help != argparse.SUPPRESS]
+        known = [word.removeprefix("--") for one in shown for word in one.option_strings if word.startswith("--")]
+        near = difflib.get_close_matches(name, known, 1)
+        return f"; did you mean --{near[0]}?" if near else ""
+
+    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
+        # An unset variable of a shell makes an empty text. Only prompts may be empty.
+        if "" in words and action.dest != "negative_prompt":
+            raise argparse.ArgumentError(action, "the value is empty; is a variable of the shell unset?")
+        return super()._get_values(action, words)
 
     def parse(self, argv: list[str] | None = None) -> Any:
         """Return the dataclass of a command line, and set the log level.
@@ -130,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--config", nargs="?")  # without a value it is the whole parser that complains
         known, _ = early.parse_known_args(argv)
-        changed = self._from_file(Path(known.config)) if known.config else {}
+        changed = self._from_file(Path(known.config)) if known.config else {}  # the whole parser refuses an empty one
         kept = {action.dest: action.default for action in self._actions}
         self.set_defaults(**changed)
         try:
@@ -154,7 +169,8 @@ class Parser(argparse.ArgumentParser):
         actions |= {name.removeprefix("--"): one for one in flags if one.nargs != 0 for name in one.option_strings}
         unknown = [name for name in values if name not in actions]
         if unknown:
-            raise UserError(f"--config: {path}: no such flag: {', '.join(map(shortened, unknown))}")
+            hint = self._nearest(str(unknown[0]))
+            raise UserError(f"--config: {path}: no such flag: {', '.join(map(shortened, unknown))}{hint}")
         found = [(actions[name].dest, self._typed(actions[name], name, value, path)) for name, value in values.items()]
         twice = [name for k, (name, _) in enumerate(found) if name in dict(found[:k])]
         if twice:

@@ -304,14 +304,20 @@ def generate_command(config: RunConfig, prompts: str) -> str:
     return shlex.join(["python", "generate.py", *words, "--output_dir", f"{config.output_dir.rstrip('/')}-images"])
 
 
-def check_image_pairs(evaluated: int, shown: int, sampling: SamplingConfig) -> None:
-    """Raise UserError, naming the flags, where the image pairs of an evaluation contradict its other settings."""
+def image_pairs(evaluated: int, shown: int | None, sampling: SamplingConfig) -> int:
+    """Return how many image pairs an evaluation shows; by default 16, or as many as are evaluated.
+
+    Raises:
+        UserError: they contradict other settings of the evaluation; names the flags.
+    """
+    shown = min(16, evaluated) if shown is None else shown
     if shown > evaluated:
         raise UserError(
             f"--visualize_nsamples {shown} is more than --evaluation_nsamples {evaluated}, of which they are the first"
         )
     if (sampling.height is None) != (sampling.width is None):
         raise UserError("--height and --width are given together, or neither")
+    return shown
 
 
 # ------------------------------------------------------------------------------------------- saved settings

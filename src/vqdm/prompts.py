@@ -128,14 +128,20 @@ def _load(source: str, flag: str) -> tuple[list[Row], list[str]]:
         raise UserError(f"{flag}: {source} cannot be read: {first_line(error)}") from None
 
 
-def choose(prompts: list[str], count: int, seed: int, source: str, flag: str) -> list[str]:
+def choose(
+    prompts: list[str], count: int, seed: int, source: str, flag: str, zero_is_offered: bool = False
+) -> list[str]:
     """Choose `count` prompts without replacement, by a seed; 0 means all, in order.
+
+    Args:
+        zero_is_offered: whether the flag takes 0, so that a complaint can say so.
 
     Raises:
         UserError: there are fewer than `count` prompts.
     """
     if count > len(prompts):
-        raise UserError(f"{flag} is {count}, but {source} holds {len(prompts)} prompts")
+        advice = f"give {len(prompts)}{', or 0 for all' if zero_is_offered else ' or fewer'}"
+        raise UserError(f"{flag} is {count}, but {source} holds {len(prompts)} prompts; {advice}")
     return random.Random(seed).sample(prompts, count) if count else list(prompts)
 
 

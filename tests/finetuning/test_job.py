@@ -325,6 +325,23 @@ def test_a_quantized_teacher_is_refused(quantized, prompt_file, tmp_path, capsys
     assert "which is the teacher" in capsys.readouterr().err
 
 
+def test_a_dry_run_checks_the_output_folder_as_a_run_does(run, tmp_path, capsys):
+    file, foreign = tmp_path / "file", tmp_path / "foreign"
+    file.write_text("text")
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("text")
+    for out, words in ((file, "is not a run"), (foreign, "is not a run"), (file / "below", "cannot be written")):
+        assert run(out, "--dry_run") == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: --output_dir ") and words in line
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "run.json").write_text('{"settings": {}, "versions": {}}')
+    assert run(run_folder, "--dry_run") == 2 and "holds a run already; add --resume" in capsys.readouterr().err
+    assert run(run_folder, "--dry_run", "--resume") == 2 and "other settings" in capsys.readouterr().err
+    assert run(tmp_path / "new", "--dry_run") == 0 and not (tmp_path / "new").exists()
+
+
 def test_every_flag_reaches_the_settings():
     flags = "--finetune_lr 0.1 --ema_decay 0.9 --codebook_lr 2 --decode call --guidance_scale 0 --use_checkpointing"
     config = finetune.PARSER.parse(["a", "b", "c", "d", *shlex.split(flags)])

@@ -179,13 +179,59 @@ def test_layers_are_coded_as_well_as_predicted(pipelines, prompt_file, tmp_path,
             "--hessian_cache is of the full-precision model",
         ),
         (["--share_codebooks", "unet", "--groupwise_codebooks"], "--share_codebooks goes neither with"),
-        (["--target_bits", "0.5"], "--target_bits 0.5 is too low: codes of 1 bit with scales take"),
+        (["--target_bits", "0"], "--target_bits: 0 is out of range; allowed are numbers above 0 up to 16"),
     ],
 )
 def test_contradictions_are_one_line(flags, words, pipelines, prompt_file, tmp_path, capsys):
     assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", *flags)) == 2
     err = capsys.readouterr().err
     assert words in err and len(err.strip().splitlines()) == 1
+
+
+def reach(line):
+    """The number of bits that a complaint advises to choose."""
+    return re.search(r"choose (\d+\.\d+) or (more|less)", line)[1]
+
+
+@pytest.mark.parametrize("more", [[], ["--overrides", "PLAN"]])
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        ("0.5", "--target_bits 0.5 is too low: codes of 1 bit with scales take"),
+        ("1e-9", "--target_bits 1e-09 is too low: codes of 1 bit"),
+        ("15", "--target_bits 15.0 is too high: codes of --state_bits 8 with scales take at most 8."),
+    ],
+)
+def test_a_target_out_of_reach_is_refused_before_anything_is_recorded(
+    bits, words, more, pipelines, prompt_file, tmp_path, capsys
+):
+    """With and without --dry_run; and the bound that the message names is in reach."""
+    plan = tmp_path / "plan.json"
+    plan.write_text('{".*to_q": {"num_codebooks": 3, "nbits_per_codebook": 2, "in_group_size": 2}}')
+    out, more = tmp_path / "out", [str(plan) if word == "PLAN" else word for word in more]
+    for dry in (["--dry_run"], []):
+        assert run_script(main, target(pipelines, prompt_file, out, "--target_bits", bits, *more, *dry)) == 2
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith(f"error: {words}") and not out.exists()
+        assert ("overridden layers" in err) == bool(more) and ("larger --state_bits" in err) == (bits == "15")
+    fits = ["--target_bits", reach(err), "--dry_run"]
+    assert run_script(main, target(pipelines, prompt_file, out, *more, *fits)) == 0
+
+
+def test_a_target_without_a_layer_to_allocate_bits_to_is_refused(pipelines, prompt_file, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text('{".*": {"num_codebooks": 1}}')
+    flags = ["--target_bits", "3", "--overrides", str(tmp_path / "plan.json"), "--dry_run"]
+    assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", *flags)) == 2
+    assert "--target_bits has no layer to allocate bits to" in capsys.readouterr().err
+
+
+def test_the_most_that_a_target_can_be_is_allocated(pipelines, prompt_file, tmp_path, capsys):
+    """Every layer gets all state bits."""
+    assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", "--target_bits", "16")) == 2
+    most = ["--target_bits", reach(capsys.readouterr().err), "--sensitivity_points", "2"]
+    assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", *most)) == 0
+    layers = quantized_layers(DiffusionPipeline.from_pretrained(tmp_path / "out").unet).values()
+    assert min(layer.spec.code_bits_per_weight(layer._columns) for layer in layers) > 7.9
 
 
 def test_state_bits_are_those_of_the_codes_and_all_layers_are_coded(pipelines, prompt_file, tmp_path):

@@ -77,7 +77,7 @@ def test_a_dry_run_of_a_folder_reads_no_weights(pipelines, prompt_file, tmp_path
     monkeypatch.setattr("diffusers.models.modeling_utils.load_state_dict", unread)
     monkeypatch.setattr("safetensors.torch.load_file", unread)
     monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", unread)
-    assert run_script(main, [*words, "--dry_run"]) == 0
+    assert run_script(main, [*words, "--resume", "--dry_run"]) == 0
     dry = capsys.readouterr().out
     lines = [line for line in dry.splitlines() if line.startswith(("teacher", "hessians", "layers ", "saving"))]
     assert len(lines) == 4 and all(line in whole for line in lines)

@@ -301,6 +301,42 @@ def test_dry_run_writes_nothing(pipelines, prompt_file, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_checks_the_output_folder_as_a_run_does(finished, pipelines, prompt_file, tmp_path, capsys):
+    file, foreign, before = tmp_path / "file", tmp_path / "foreign", file_hashes(finished)
+    file.write_text("text")
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("text")
+    for out, more, words in (
+        (file, [], "exists and is not a run of vqdm"),
+        (foreign, [], "exists and is not a run of vqdm"),
+        (foreign, ["--resume"], "exists and is not a run of vqdm"),
+        (file / "below", [], "cannot be written"),
+        (finished, [], "holds a run already; add --resume"),
+        (finished, ["--resume", "--seed", "9"], "was started with other settings: seed was 0, now 9"),
+    ):
+        for dry in (["--dry_run"], []):
+            assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *more, *dry)) == 2
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert line.startswith(f"error: --{'resume' if '--seed' in more else 'output_dir'}") and words in line
+    for out in (finished, tmp_path / "new", tmp_path / "new" / "below"):
+        assert run_script(main, command(pipelines["sdxl"], prompt_file, out, "--resume", "--dry_run")) == 0
+    assert file_hashes(finished) == before and {path.name for path in tmp_path.iterdir()} == {"file", "foreign"}
+
+
+def test_load_is_checked_at_the_start(pipelines, prompt_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vqdm.quantization.job.configured_pipeline", None)  # nothing is loaded
+    for load, words in (
+        ("nosuch", "--load nosuch holds neither unet/config.json nor config.json, since it is not a folder"),
+        (str(tmp_path), f"--load {tmp_path} holds neither"),
+        (str(pipelines["sdxl"]), "is not quantized: its config.json has no quantization_config of vqdm; give the"),
+    ):
+        for dry in (["--dry_run"], []):
+            words_given = command(pipelines["sdxl"], prompt_file, tmp_path / "out", "--load", load, *dry)
+            assert run_script(main, words_given) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("error: --load ") and words in error and error.count("\n") == 1
+
+
 def test_offline_wandb_runs(pipelines, prompt_file, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -353,7 +389,13 @@ def nan_pipeline(folder, target, name):
     [
         ("no/such/folder", [], 2, "MODEL no/such/folder is not found"),
         ("tests", [], 2, "folder without model_index.json"),
-        ("sdxl", ["--calibration_nsamples", "99"], 2, "--calibration_nsamples is 99, but"),
+        (
+            "sdxl",
+            ["--calibration_nsamples", "99"],
+            2,
+            "but CALIBRATION_PROMPTS holds 12 prompts; give 12, or 0 for all",
+        ),
+        ("sdxl", ["--evaluation_nsamples", "99"], 2, "but EVALUATION_PROMPTS holds 12 prompts; give 12 or fewer"),
         ("sdxl", ["--layer_filter", "nope"], 2, "--layer_filter nope matches no layer"),
         ("sdxl", ["--in_group_size", "5"], 2, "layer down_blocks.0.resnets.0.conv1: in_group_size 5"),
         ("sdxl", ["--device", "cuda:99"], 2, "--device cuda:99 cannot be used"),

@@ -46,6 +46,7 @@ RECORDED = {
     "addition_embed_type": (None, "text", "text_time"),
 }
 FULL_PRECISION = {"F16", "BF16", "F32", "F64"}  # as safetensors spells them
+FULL_PRECISION = "for full precision leave QUANTIZED out"
 QUANTIZED_FILES = ("quantization_config.json", "quantize_config.json", "quanto_qmap.json")
 # Settings that a UNet must share with the pipeline it is put into.
 SHARED_SETTINGS = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
@@ -323,8 +324,12 @@ def check_declared(config: dict) -> None:
             raise ValueError(f"its {name} is {shortened(value, 40)}, which no model has")
 
 
-def find_quantized_unet(path: str) -> Path:
+def find_quantized_unet(path: str, name: str = "QUANTIZED", otherwise: str = FULL_PRECISION) -> Path:
     """Return the UNet's folder, given it or the pipeline folder around it.
+
+    Args:
+        name: of the flag or argument that gives it, for errors.
+        otherwise: what to do where it is not quantized.
 
     Raises:
         UserError: no UNet is there, or it is not quantized.
@@ -333,23 +338,22 @@ def find_quantized_unet(path: str) -> Path:
     if not candidates:
         what = "" if Path(path).is_dir() else f", since it is not a folder{not_found(path)}"
         files = "neither unet/config.json nor config.json"
-        raise UserError(f"QUANTIZED {path} holds {files}{what}; give the folder that quantizing wrote")
+        raise UserError(f"{name} {path} holds {files}{what}; give the folder that quantizing wrote")
     try:
         config = read_json(candidates[0] / "config.json")
         check_declared(config)
         method = (config.get("quantization_config") or {}).get("quant_method")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"QUANTIZED {path}: config.json cannot be read: {first_line(error)}") from None
+        raise UserError(f"{name} {path}: config.json cannot be read: {first_line(error)}") from None
     if method != Method.VQDM.value:
         raise UserError(
-            f"QUANTIZED {path} is not quantized: its config.json has no quantization_config of vqdm; "
-            "for full precision leave QUANTIZED out"
+            f"{name} {path} is not quantized: its config.json has no quantization_config of vqdm; {otherwise}"
         )
     return candidates[0]
 
 
-def load_quantized_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Load a frozen UNet on the CPU with at least one quantized layer.
+def load_quantized_unet(folder: Path, dtype: torch.dtype, name: str = "QUANTIZED") -> UNet2DConditionModel:
+    """Load a frozen UNet on the CPU with at least one quantized layer; errors name the flag or argument `name`.
 
     Raises:
         UserError: the folder cannot be loaded, or nothing in it is quantized.
@@ -360,9 +364,9 @@ def load_quantized_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionMode
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever diffusers answers to a config.json of wrong types or weights of wrong shapes
-        raise UserError(f"QUANTIZED {folder} cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"{name} {folder} cannot be loaded: {first_line(error)}") from None
     if not quantized_layers(unet):
-        raise UserError(f"QUANTIZED {folder} holds no quantized layer; for full precision leave QUANTIZED out")
+        raise UserError(f"{name} {folder} holds no quantized layer; give the folder that quantizing wrote")
     return unet.requires_grad_(False).eval()
 
 

@@ -10,9 +10,9 @@ from vqdm.config import (
     RunConfig,
     argument,
     check_flags,
-    check_image_pairs,
     flag,
     flags_in,
+    image_pairs,
     optional_flags,
     output_dir,
 )
@@ -157,7 +157,9 @@ class FinetuneConfig(RunConfig):
         32.0, "disk for the teacher's outputs of an epoch; if they do not fit, the teacher stays in memory", ge=0
     )
     evaluation_nsamples: int = _evaluation(32, "evaluation prompts", ge=1)
-    visualize_nsamples: int = _evaluation(16, "image pairs in image_pairs.png", ge=0)
+    visualize_nsamples: int | None = _evaluation(
+        None, "image pairs in image_pairs.png; default: 16, or all evaluation prompts if they are fewer", ge=0
+    )
     eval_step: int = _evaluation(25, "evaluation interval (steps), on held-out points", ge=0)
     visualize_step: int = _evaluation(0, "interval of image pairs (steps); 0 = never", ge=0)
     finetune_relative_mse_tolerance: float = _evaluation(
@@ -179,7 +181,8 @@ class FinetuneConfig(RunConfig):
                 "nothing would be trained: --codebook_lr, --scale_lr, --weight_lr and --bias_lr are all 0; "
                 "set one of them above 0, or add --update_codes"
             )
-        check_image_pairs(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
+        shown = image_pairs(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
+        object.__setattr__(self, "visualize_nsamples", shown)
 
 
 def sources(method: str) -> tuple[str, ...]:

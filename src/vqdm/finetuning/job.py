@@ -127,13 +127,15 @@ def finetune(config: FinetuneConfig) -> dict | None:
             log_info(f"--finetune_lr {config.optimizer.finetune_lr} is relative, and will hardly change anything")
         if ranks.main:
             log_truncated(pipeline, [*datasets.training, *datasets.held_out, *datasets.evaluation])
-        if config.dry_run:
-            return None
+        settings = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+        if ranks.main:
+            settings |= {"datasets_sha256": datasets.digest, "quantized_sha256": folder_fingerprint(source)}
         folder = RunFolder(config.output_dir)
+        if config.dry_run:
+            folder.check(settings, config.resume, ranks)
+            return None
         held.enter_context(folder.lock(ranks))
         if ranks.main:
-            settings = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
-            settings |= {"datasets_sha256": datasets.digest, "quantized_sha256": folder_fingerprint(source)}
             evaluated = config.evaluation_nsamples + config.held_out_nsamples
             need = predicted_bytes(pipeline, config.sampling, 2 * config.finetune_nsamples, evaluated)
             folder.open(settings, versions(), config.resume, need)

@@ -36,6 +36,7 @@ from vqdm.storage.run_folder import Tensors, layer_generator, read_shard
 from vqdm.tracking import log_info, progress_bar
 
 if TYPE_CHECKING:
+    from vqdm.quantization.config import QuantizeConfig
     from vqdm.quantization.job import Job
 
 PLAN = "plan.json"
@@ -53,6 +54,7 @@ PLANNED = (
 FIRST_BITS = 2.0  # per weight, at which effects are first measured
 LEAST_BITS = 1.0  # of code per weight in every layer: what a layer that vanishes does is not to be predicted
 RATE_STEP = 1 / 16  # bits per weight between the rates that are offered
+MOST_STATE_BITS = 12
 FAST_STATE_BITS = 8  # of the codes that effects are measured with: within half a decibel, at a tenth of the time
 
 COMPARABLE_BITS = 6.0  # per weight, up to which codes of `FAST_STATE_BITS` say what others will leave
@@ -80,7 +82,6 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
     """The job's layers, those without an override with bits that together take `target_bits` per weight.
 
     The plan is written into the output folder, in the form that `--overrides` reads, and read again on resumption.
-    Raises UserError when the target is below what the least bits of every layer take.
     """
     path = job.folder.work / PLAN
     if not job.ranks.broadcast(path.is_file()):
@@ -115,7 +116,7 @@ def planned(layers: list[Layer], plan: dict[str, dict], path: Path) -> list[Laye
 
 def planned_layers(job: Job, store: HessianStore) -> list[Layer]:
     """All layers with the bits that are best by effects measured twice; overridden ones as they are."""
-    free = [layer for layer in job.layers if not overridden(job, layer)]
+    free = [layer for layer in job.layers if not overridden(job.config, layer)]
     curves, fast_curves = expected_curves(job, store, free)
     exponents = {layer.name: scale_exponent(job, layer) for layer in free}
     bits = {layer.name: min(FIRST_BITS, job.config.target_bits) for layer in free}
@@ -133,9 +134,9 @@ def planned_layers(job: Job, store: HessianStore) -> list[Layer]:
     return [found.get(layer.name, layer) for layer in job.layers]
 
 
-def overridden(job: Job, layer: Layer) -> bool:
+def overridden(config: QuantizeConfig, layer: Layer) -> bool:
     """Whether an override says what the layer becomes."""
-    return any(re.fullmatch(pattern, layer.name) for pattern in job.config.overrides)
+    return any(re.fullmatch(pattern, layer.name) for pattern in config.overrides)
 
 
 def scale_exponent(job: Job, layer: Layer) -> int:
@@ -228,10 +229,7 @@ def divide(
 ) -> tuple[list[Layer], float]:
     """The layers with the bits that cost the least at the output, and that cost, for the job's target.
 
-    `costs`: what a unit of a layer's relative error costs at the output.
-
-    Raises:
-        UserError: the least bits of every layer take more than the target.
+    `costs`: what a unit of a layer's relative error costs at the output. `check_target` has found the target in reach.
     """
     choices = [offered(layer) for layer in layers]
     bits = [[layer_bits(layer) for layer in options] for options in choices]
@@ -241,18 +239,45 @@ def divide(
     fixed = [layer for layer in job.layers if layer.name not in free]
     weights = sum(layer.rows * layer.columns for layer in job.layers)
     aside = sum(map(layer_bits, fixed)) + shared_codebook_bits(fixed + layers)
-    try:
-        chosen = allocate(bits, expected, int(job.config.target_bits * weights) - aside)
-    except ValueError:
-        table, coded = shared_codebook_bits(fixed + layers) / weights, sum(min(one) for one in bits) / weights
-        others = "" if not fixed else f", and overridden layers {sum(map(layer_bits, fixed)) / weights:.3f}"
-        raise UserError(
-            f"--target_bits {job.config.target_bits} is too low: codes of {LEAST_BITS:g} bit with scales take "
-            f"{coded:.3f} bits per weight, and the shared table {table:.3f} of so few weights{others}; choose "
-            f"{coded + aside / weights:.3f} or more, smaller --state_bits, or more layers (--layer_filter)"
-        ) from None
+    chosen = allocate(bits, expected, int(job.config.target_bits * weights) - aside)
     found = [options[k] for options, k in zip(choices, chosen, strict=True)]
     return found, sum(one[k] for one, k in zip(expected, chosen, strict=True))
+
+
+def check_target(config: QuantizeConfig, layers: list[Layer]) -> None:
+    """Check that the layers can take `target_bits` per weight, from their shapes alone.
+
+    Raises:
+        UserError: the target is below the least bits of all layers, or above their most, or every layer is overridden.
+    """
+    fixed = [layer for layer in layers if overridden(config, layer)]
+    low, high = (
+        [trellis_layer(layer, config.state_bits, rate) for layer in layers if not overridden(config, layer)]
+        for rate in (LEAST_BITS, config.state_bits)
+    )
+    if not low:
+        raise UserError(
+            "--target_bits has no layer to allocate bits to; leave it out, since --overrides names them all"
+        )
+    weights = sum(layer.rows * layer.columns for layer in layers)
+    aside = sum(map(layer_bits, fixed)) + shared_codebook_bits(fixed + low)
+    least, most = (sum(map(layer_bits, some)) + aside for some in (low, high))
+    given, table, state_bits = config.target_bits, shared_codebook_bits(fixed + low) / weights, config.state_bits
+    others = f", and overridden layers {sum(map(layer_bits, fixed)) / weights:.3f}" if fixed else ""
+    if int(given * weights) < least:
+        raise UserError(
+            f"--target_bits {given} is too low: codes of {LEAST_BITS:g} bit with scales take "
+            f"{(least - aside) / weights:.3f} bits per weight, and the shared table {table:.3f} of so few "
+            f"weights{others}; choose {math.ceil(1000 * least / weights) / 1000:.3f} or more, smaller --state_bits, or "
+            "more layers (--layer_filter)"
+        )
+    if given * weights > most:
+        larger = ", or larger --state_bits" if state_bits < MOST_STATE_BITS else ""
+        raise UserError(
+            f"--target_bits {given} is too high: codes of --state_bits {state_bits} with scales take at most "
+            f"{(most - aside) / weights:.3f} bits per weight, and the shared table {table:.3f}{others}; choose "
+            f"{math.floor(1000 * most / weights) / 1000:.3f} or less{larger}"
+        )
 
 
 def offered(layer: Layer) -> list[Layer]:

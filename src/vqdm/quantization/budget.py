@@ -95,7 +95,7 @@ def plan(config: QuantizeConfig, shapes: Shapes, groups: list[list[Layer]], all_
         Need("evaluation", shapes.unet + sampling, rest + shapes.points, shapes.points + kept),
         Need("saving", shapes.unet, rest + shapes.unet, 2 * shapes.pipeline + shapes.points + kept),
     ]
-    if config.target_bits:
+    if config.target_bits is not None:
         # Backward with checkpointing: about one call's activations again, and a gradient.
         widest = max(layer.rows * layer.columns for layer in layers)
         effects = max(2 * (shapes.step + shapes.itemsize * widest), solving)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.config import SolverConfig
-from vqdm.config import PROMPT_FILE, RunConfig, check_flags, check_image_pairs, flag, flags_in, output_dir
+from vqdm.config import PROMPT_FILE, RunConfig, check_flags, flag, flags_in, image_pairs, output_dir
 from vqdm.documents import first_line, read_yaml
 from vqdm.errors import UserError
 from vqdm.provenance import redacted
@@ -97,7 +98,7 @@ class QuantizeConfig(RunConfig):
         None,
         "stored bits per weight of the quantized layers, such as 2.5, allocated to layers and columns by their effect "
         "on the output, as trellis codes; the allocation is written to plan.json",
-        ge=0,
+        gt=0,
         le=16,
         metavar="BITS",
         common=True,
@@ -141,7 +142,9 @@ class QuantizeConfig(RunConfig):
     calibration_nsamples: int = _calibration(256, "calibration prompts, chosen at random; 0 = all", ge=0, common=True)
     calibration_nsteps: int = _calibration(0, "denoising steps per prompt to calibrate on; 0 = all", ge=0)
     evaluation_nsamples: int = _calibration(32, "evaluation prompts", ge=1, common=True)
-    visualize_nsamples: int = _calibration(16, "image pairs in image_pairs.png", ge=0)
+    visualize_nsamples: int | None = _calibration(
+        None, "image pairs in image_pairs.png; default: 16, or all evaluation prompts if they are fewer", ge=0
+    )
     xtx_batch_size: int = _calibration(16, "batch size of the UNet, in prompts or points", ge=1, common=True)
     calibration_latents: str = _calibration(
         "teacher",
@@ -180,12 +183,13 @@ class QuantizeConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Fields are frozen for everyone else; these two are resolved here, once.
+        # Fields are frozen for everyone else; these are resolved here, once.
         object.__setattr__(self, "overrides", read_overrides(self.overrides))
         object.__setattr__(self, "code", self.code or ("additive" if self.target_bits is None else "trellis"))
         if self.min_timestep > self.max_timestep:
             raise UserError(f"--min_timestep {self.min_timestep} is above --max_timestep {self.max_timestep}")
-        check_image_pairs(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
+        shown = image_pairs(self.evaluation_nsamples, self.visualize_nsamples, self.sampling)
+        object.__setattr__(self, "visualize_nsamples", shown)
         if self.on_save is not None:
             _check_command(self.on_save)
         for pattern, settings in self.overrides.items():
@@ -232,6 +236,8 @@ def _check_command(command: str) -> None:
         raise UserError(f"--on_save {command!r} is not a command: {error}") from None
     if not words:
         raise UserError("--on_save is empty; give a program and its arguments")
+    if "{path}" not in words[0] and shutil.which(words[0]) is None:
+        raise UserError(f"--on_save {words[0]} is not found, or is no program; give one on PATH, or its path")
 
 
 def read_overrides(given: dict[str, dict | None] | str | None) -> dict[str, dict | None]:

@@ -26,12 +26,11 @@ from safetensors import SafetensorError
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
 from vqdm.devices import BatchSize, check_float64, free_memory, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
-from vqdm.diffusion.model_folders import check_loaded, check_supported, load_quantized_unet
+from vqdm.diffusion.model_folders import check_loaded, check_supported, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import (
     check_configured,
     configured_pipeline,
     image_size,
-    load_pipeline,
     log_truncated,
     resting_on_cpu,
     saved_types,
@@ -60,7 +59,7 @@ from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
 from vqdm.provenance import own_command, redacted, versions
-from vqdm.quantization.allocation import allocated
+from vqdm.quantization.allocation import allocated, check_target
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.budget import MemoryClock, Need, lacking, on, plan, shapes_of, smaller, table
 from vqdm.quantization.codebook_training import make_shared_codebooks, shared
@@ -181,6 +180,8 @@ def quantize(
     if config.intermediate.num_intermediate_finetunes and finetune_blocks is None:
         raise UserError("--num_intermediate_finetunes is above 0, but quantize() was called without finetune_blocks")
     calibration, evaluation = choose_prompts(config, *(prompts or read_prompts(config)))
+    if config.load is not None:
+        find_quantized_unet(config.load, "--load", "give the folder of an earlier result")
     given = pipeline is not None
     if not given:
         check_configured(config)
@@ -204,14 +205,15 @@ def quantize(
         if ranks.main:
             log_truncated(pipeline, calibration + evaluation)
         needs = planned_needs(config, pipeline, layers, ranks.device, (len(calibration), len(evaluation)))
-        if config.dry_run:
-            return pipeline, None
+        fingerprint = weights_fingerprint(pipeline) if given else None
+        settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+        settings["full_precision_hessians"] = keeps_hessians(config, layers)
+        settings |= {"weights_sha256": fingerprint} if given else {}
         folder = RunFolder(config.output_dir)
+        if config.dry_run:
+            folder.check(settings, config.resume, ranks)
+            return pipeline, None
         with folder.lock(ranks):
-            fingerprint = weights_fingerprint(pipeline) if given else None
-            settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-            settings["full_precision_hessians"] = keeps_hessians(config, layers)
-            settings |= {"weights_sha256": fingerprint} if given else {}
             if ranks.main:
                 need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
                 need += hessians_to_come(config, pipeline, layers, folder)
@@ -315,21 +317,27 @@ def hessians_to_come(
 
 def keeps_hessians(config: QuantizeConfig, layers: list[Layer]) -> bool:
     """Return whether the full-precision model's Hessians of all layers are kept, and not those of a block."""
-    return bool(config.hessian_cache or config.target_bits or shared_codebook_users(layers))
+    return bool(config.hessian_cache or config.target_bits is not None or shared_codebook_users(layers))
 
 
 def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
     """Return the table of layers, or its totals where `target_bits` are still to be allocated."""
-    if not config.target_bits:
+    if config.target_bits is None:
         return layer_table(layers, parameters, rest, plain)
     bits = config.target_bits * sum(layer.rows * layer.columns for layer in layers)
     return totals(layers, parameters, rest, plain, bits) + "; allocated after calibration"
 
 
 def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
-    """Return the layers to quantize; with `target_bits` in single columns, into which any layer divides."""
-    spec = config.spec.changed(in_group_size=1) if config.target_bits else config.spec
+    """Return the layers to quantize; with `target_bits` in single columns, into which any layer divides.
+
+    Raises:
+        UserError: there is none, or they cannot take `target_bits`.
+    """
+    spec = config.spec if config.target_bits is None else config.spec.changed(in_group_size=1)
     layers = select_layers(unet, config.layer_filter, config.min_channels, spec, config.overrides, config.spec)
+    if config.target_bits is not None:
+        check_target(config, layers)
     return [shared(layer, config.share_codebooks) for layer in layers]
 
 
@@ -364,8 +372,9 @@ def choose_prompts(
     config: QuantizeConfig, calibration: list[str], evaluation: list[str]
 ) -> tuple[list[str], list[str]]:
     """Return as many calibration and evaluation prompts as the settings ask for, chosen with the seed."""
+    about = ("CALIBRATION_PROMPTS", "--calibration_nsamples")
     return (
-        choose(calibration, config.calibration_nsamples, config.seed, "CALIBRATION_PROMPTS", "--calibration_nsamples"),
+        choose(calibration, config.calibration_nsamples, config.seed, *about, zero_is_offered=True),
         choose(evaluation, config.evaluation_nsamples, config.seed, "EVALUATION_PROMPTS", "--evaluation_nsamples"),
     )
 
@@ -385,7 +394,7 @@ def run(job: Job) -> dict | None:
     if keeps_hessians(config, job.layers):
         with job.clock("hessians"):
             job.store = teacher_hessians(job)
-    if config.target_bits:
+    if config.target_bits is not None:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
             log_info(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
@@ -433,8 +442,8 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     """Return the layers of an earlier result that `--load` names, where name, format and shared codebooks agree."""
     if job.config.load is None:
         return {}
-    earlier = load_pipeline(job.config.load, torch.device("cpu"), torch.float32)
-    held, found = quantized_layers(earlier.unet), {}
+    earlier = load_quantized_unet(find_quantized_unet(job.config.load, "--load"), torch.float32, "--load")
+    held, found = quantized_layers(earlier), {}
     for layer in job.layers:
         if layer.name in held and held[layer.name].spec == layer.spec and same_shared_codebooks(job, held[layer.name]):
             tensors = held[layer.name].code().pack()

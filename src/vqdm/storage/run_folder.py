@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -76,6 +77,20 @@ class RunFolder:
             return nullcontext()
         check_free(self.path)
         return locked(self.path)
+
+    def check(self, settings: dict, resume: bool, ranks: Ranks) -> None:
+        """Check that a run could open the folder, as `open` but for free disk, without writing.
+
+        Raises:
+            UserError: as `open`.
+        """
+        if not ranks.main:
+            return
+        check_claim(self.path, settings, resume)
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = "no permission to write" if there.is_dir() else "not a folder"
+            raise UserError(f"--output_dir {self.path} cannot be written: {reason}: {there}")
 
     def open(self, settings: dict, versions: dict, resume: bool, need_bytes: int) -> None:
         """Claim the folder for a run.
