@@ -67,7 +67,7 @@ def test_a_loaded_pipeline_gives_the_programs_bytes_and_stays_as_it_is(written, 
     again, same = quantize(pipeline, PROMPTS, None, PROMPTS, tmp_path / "out", resume=True, **SETTINGS, **COUNTS)
     assert same == report and len(quantized_layers(again.unet)) == len(report.layers)
     pipeline.unet.conv_in.bias.data += 1
-    with pytest.raises(UserError, match="weights_sha256"):
+    with pytest.raises(UserError, match="WEIGHTS differ from those of the run"):
         quantize(pipeline, PROMPTS, None, PROMPTS, tmp_path / "out", resume=True, **SETTINGS, **COUNTS)
 
 

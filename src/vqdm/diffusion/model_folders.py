@@ -323,17 +323,26 @@ def check_declared(config: dict) -> None:
             raise ValueError(f"its {name} is {shortened(value, 40)}, which no model has")
 
 
-def find_quantized_unet(path: str) -> Path:
+LEAVE_OUT = "for full precision leave QUANTIZED out"
+GIVE = "give the folder that quantizing wrote"
+
+
+def find_quantized_unet(path: str, optional: bool = False) -> Path:
     """Return the UNet's folder, given it or the pipeline folder around it.
+
+    Args:
+        optional: whether the program does without one, for messages.
 
     Raises:
         UserError: no UNet is there, or it is not quantized.
     """
+    if Path(path).is_file():
+        raise UserError(f"QUANTIZED {path} is a file; {GIVE}")
     candidates = [folder for folder in (Path(path) / "unet", Path(path)) if (folder / "config.json").is_file()]
     if not candidates:
         what = "" if Path(path).is_dir() else f", since it is not a folder{not_found(path)}"
         files = "neither unet/config.json nor config.json"
-        raise UserError(f"QUANTIZED {path} holds {files}{what}; give the folder that quantizing wrote")
+        raise UserError(f"QUANTIZED {path} holds {files}{what}; {GIVE}")
     try:
         config = read_json(candidates[0] / "config.json")
         check_declared(config)
@@ -343,13 +352,13 @@ def find_quantized_unet(path: str) -> Path:
     if method != Method.VQDM.value:
         raise UserError(
             f"QUANTIZED {path} is not quantized: its config.json has no quantization_config of vqdm; "
-            "for full precision leave QUANTIZED out"
+            f"{LEAVE_OUT if optional else GIVE}"
         )
     return candidates[0]
 
 
-def load_quantized_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """Load a frozen UNet on the CPU with at least one quantized layer.
+def load_quantized_unet(folder: Path, dtype: torch.dtype, optional: bool = False) -> UNet2DConditionModel:
+    """Load a frozen UNet on the CPU with at least one quantized layer; `optional` as for `find_quantized_unet`.
 
     Raises:
         UserError: the folder cannot be loaded, or nothing in it is quantized.
@@ -362,7 +371,7 @@ def load_quantized_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionMode
     except Exception as error:  # whatever diffusers answers to a config.json of wrong types or weights of wrong shapes
         raise UserError(f"QUANTIZED {folder} cannot be loaded: {first_line(error)}") from None
     if not quantized_layers(unet):
-        raise UserError(f"QUANTIZED {folder} holds no quantized layer; for full precision leave QUANTIZED out")
+        raise UserError(f"QUANTIZED {folder} holds no quantized layer; {LEAVE_OUT if optional else GIVE}")
     return unet.requires_grad_(False).eval()
 
 
