@@ -160,10 +160,11 @@ FILES = {
     "names": ("json", '[{"prompt": "a", "x\\u0000": 1}]', "holds a NUL", []),
     "whole pairs and backslashes": ("json", r'["\ud83d\ude00 \\u0000"]', ["\U0001f600 \\u0000"], []),
     # --- yaml
-    "yaml booleans": ("yaml", "- a red circle\n- no\n", "row 2 is true or false", ["expected strings"]),
+    "yaml booleans": ("yaml", "- a red circle\n- no\n", "row 2 is true or false", ["expected strings", "in quotes"]),
     "yaml numbers": ("yaml", "- prompt: 1999\n", "row 1: its prompt is 1999, a number", ["quotes"]),
     "yaml dates": ("yaml", "- prompt: 2024-05-01\n", "row 1: its prompt is 2024-05-01, a date", ["quotes"]),
     "yaml colon": ("yaml", "- a\n- a sign: hello\n", "row 2 has only the key 'a sign'; put the prompt in quotes", []),
+    "yaml colon in a prompt": ("yaml", "- prompt: a sign: hello\n", "line 1: mapping values", ["colon in quotes"]),
     "yaml colons": ("yaml", "- prompt: a\n- {sign: 1, b: 2}\n", "row 2 has only the keys 'sign', 'b'; put the", []),
     "yaml colon, named": ("yaml", "x:\n  sign: open\n", "row 1 has only the key 'sign'", ["quotes"]),
     "yaml colon in a list": ("yaml", "prompts:\n- a\n- sign: open\n", "row 2 has only the key 'sign'", ["quotes"]),

@@ -134,7 +134,9 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{where}{error.problem or error.context}") from None
+        problem = error.problem or error.context
+        advice = "; put a text that holds a colon in quotes" if problem == "mapping values are not allowed here" else ""
+        raise ValueError(f"{where}{problem}{advice}") from None
     except yaml.reader.ReaderError as error:
         line = _lines_before(text[: error.position]) + 1
         raise ValueError(f"line {line} holds the character U+{error.character:04X}, unlike YAML") from None

@@ -355,7 +355,8 @@ def _entry(entry, place: str, yaml: bool = False) -> Row:
     if isinstance(entry, str | None):
         return Row({"prompt": entry}, place)
     if not isinstance(entry, dict):
-        raise UserError(f"{place} is {described(entry)}; expected strings or objects")
+        advice = "" if isinstance(entry, list) else "; put it in quotes if it is text"
+        raise UserError(f"{place} is {described(entry)}; expected strings or objects{advice}")
     if entry and not any(plain_name(name) in ACTING for name in entry):
         if not yaml:
             raise UserError(f"{place}: {_no_column(list(entry))}")
