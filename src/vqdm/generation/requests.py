@@ -179,7 +179,7 @@ def _whole(value) -> int:
 
 def _text(value, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where} is {shortened(value)}; expected text in quotes")
+        raise UserError(f"{where} is {described(value)}; expected text in quotes")
     return value
 
 
