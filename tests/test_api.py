@@ -69,7 +69,7 @@ def test_a_loaded_pipeline_gives_the_programs_bytes_and_stays_as_it_is(written, 
     again, same = quantize(pipeline, PROMPTS, None, PROMPTS, tmp_path / "out", resume=True, **SETTINGS, **COUNTS)
     assert same == report and len(quantized_layers(again.unet)) == len(report.layers)
     pipeline.unet.conv_in.bias.data += 1
-    with pytest.raises(UserError, match="weights_sha256"):
+    with pytest.raises(UserError, match="WEIGHTS differ from those of the run"):
         quantize(pipeline, PROMPTS, None, PROMPTS, tmp_path / "out", resume=True, **SETTINGS, **COUNTS)
 
 
@@ -123,16 +123,16 @@ def test_the_program_uses_the_default_prompts(pipelines, tmp_path, capsys):
             "num_inference_step is not a setting of quantize; did you mean num_inf",
         ),
         ({"dtype": "float16"}, "dtype belongs to a path"),
-        ({"prompts": ["a", 3]}, "prompts: entry 2 is 3, a int"),
+        ({"prompts": ["a", 3]}, "prompts: entry 2 is 3, a number"),
         ({"prompts": []}, "prompts: it holds no prompt"),
         ({"prompts": "nowhere.txt"}, "prompts: nowhere.txt is not found"),
-        ({"evaluation_prompts": 7}, "evaluation_prompts is a int"),
+        ({"evaluation_prompts": 7}, "evaluation_prompts is a number"),
         ({"nbits_per_codebook": 4}, "--target_bits chooses the format; leave out --nbits_per_codebook"),
         ({"layer_filter": "nope"}, "--layer_filter nope matches no layer"),
         ({"scheduler": "nope"}, "--scheduler is 'nope'; allowed are default"),
         ({"xtx_batch_size": "4"}, "--xtx_batch_size is '4'; allowed are whole numbers from 1"),
         ({"push_to_hub": True}, "push_to_hub is not a setting of quantize"),
-        ({"pipeline": 3}, "pipeline is a int; give a loaded pipeline"),
+        ({"pipeline": 3}, "pipeline is a number; give a loaded pipeline"),
         ({"pipeline": "no/such/folder"}, "MODEL no/such/folder is not found"),
     ],
 )

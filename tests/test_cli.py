@@ -321,7 +321,7 @@ def test_flags_that_share_a_name_take_a_value_from_the_config_file(tmp_path):
         ("a: [", "cannot be read"),
         ("variant:", "variant is None; expected a value"),
         ("seed: [1]", r"seed is \[1\]; expected a value"),
-        ("seed: 0x" + "f" * 6000, "seed is a int too long to print"),
+        ("seed: 0x" + "f" * 6000, "seed is a number too long to print"),
         ("encoder: --", "encoder is '--'"),
         ("seed: !!bool perhaps", "cannot be read"),
         ("[" * 9999, "nested too deeply"),

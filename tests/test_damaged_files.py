@@ -71,8 +71,8 @@ def test_a_device_without_end_is_not_read_to_it():
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("p.json", '["\\ud800"]', "row 1 cannot be written as JSON"),
-        ("p.json", '[{"prompt": "a", "id": "\\udfff"}]', "row 1 cannot be written as JSON"),
+        ("p.json", '["\\ud800"]', "row 1: its prompt holds half a surrogate pair"),
+        ("p.json", '[{"prompt": "a", "id": "\\udfff"}]', "row 1: its id holds half a surrogate pair"),
         ("p.json", DEEP, "nested too deeply"),
         ("p.jsonl", DEEP, "nested too deeply"),
         ("p.json", '[{"prompt": ["a"]}]', "its prompt is a list"),

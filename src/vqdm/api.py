@@ -16,6 +16,7 @@ from torch import nn
 from vqdm.config import all_settings, build
 from vqdm.diffusion.model_folders import check_supported_pipeline
 from vqdm.diffusion.pipelines import set_scheduler
+from vqdm.documents import kind_of
 from vqdm.errors import UserError
 from vqdm.finetuning.intermediate import block_finetuner
 from vqdm.prompts import check_prompts, default_prompts, load_prompts
@@ -109,7 +110,7 @@ def quantize(
     if loaded:
         _check_loaded_pipeline(pipeline, settings)
     elif not isinstance(pipeline, str | Path):
-        raise UserError(f"pipeline is a {type(pipeline).__name__}; give a loaded pipeline, a folder or a hub name")
+        raise UserError(f"pipeline is {kind_of(pipeline)}; give a loaded pipeline, a folder or a hub name")
     calibration = _prompts(prompts, "calibration", "prompts")
     evaluation = _prompts(evaluation_prompts, "evaluation", "evaluation_prompts")
     with ExitStack() as cleaning:

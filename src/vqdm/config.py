@@ -332,13 +332,23 @@ def flatten(settings: dict, prefix: str = "") -> dict:
     return out
 
 
+DIGEST = "_sha256"  # ends the names of settings that are digests of files, named as their arguments
+
+
 def differences(saved: dict, now: dict) -> list[str]:
     """Return a line for each setting that differs, without those that the result does not depend on."""
     before, after = flatten(saved), flatten(json.loads(json.dumps(now)))
     free = lambda name: name in FREE_FIELDS or name.split(".")[0] in FREE_FIELDS  # noqa: E731
     names = [name for name in dict.fromkeys([*before, *after]) if not free(name)]
     return [
-        f"{name.split('.')[-1]} was {before.get(name)!r}, now {after.get(name)!r}"
-        for name in names
-        if before.get(name) != after.get(name)
+        _difference(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
     ]
+
+
+def _difference(name: str, before, now) -> str:
+    """Describe how a setting differs; of a digest, whose digits say nothing, only what it is of."""
+    name = name.split(".")[-1]
+    if not name.endswith(DIGEST):
+        return f"{name} was {before!r}, now {now!r}"
+    what = name.removesuffix(DIGEST).upper()
+    return f"{what} differ from those of the run" if what.endswith("S") else f"{what} differs from that of the run"

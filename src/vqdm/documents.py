@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import datetime
 import json
 import re
 from collections import Counter
@@ -133,7 +134,9 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{where}{error.problem or error.context}") from None
+        problem = error.problem or error.context
+        advice = "; put a text that holds a colon in quotes" if problem == "mapping values are not allowed here" else ""
+        raise ValueError(f"{where}{problem}{advice}") from None
     except yaml.reader.ReaderError as error:
         line = _lines_before(text[: error.position]) + 1
         raise ValueError(f"line {line} holds the character U+{error.character:04X}, unlike YAML") from None
@@ -151,8 +154,32 @@ def shortened(value: Any, most: int = 80) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):
-        return f"a {type(value).__name__} too long to print"
+        return f"{kind_of(value)} too long to print"
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+KINDS = (
+    (bool, "true or false"),
+    (int | float, "a number"),
+    (str, "text"),
+    (dict, "an object"),
+    (list | tuple | set, "a list"),
+    (bytes, "binary data"),
+    (datetime.date, "a date"),
+)
+
+
+def kind_of(value: Any) -> str:
+    """Return the kind of a value in words, as a message to someone who writes JSON or YAML may name it."""
+    if value is None:
+        return "nothing"
+    return next((words for kind, words in KINDS if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
+def described(value: Any, most: int = 40) -> str:
+    """Return how a value looks, with its kind: "5, a number"; the kind alone of what YAML writes in several ways."""
+    kind = kind_of(value)
+    return kind if value is None or isinstance(value, bool) else f"{shortened(value, most)}, {kind}"
 
 
 def printable(line: str, most: int = 2000) -> str:

@@ -13,7 +13,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -77,7 +77,12 @@ def _opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise a dozen types, some of them only Exception
-        raise ValueError(first_line(error)) from None
+        raise ValueError(_fault(error)) from None
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with an image; Pillow names the object that it read from, not the file."""
+    return "it is damaged, or not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -18,7 +18,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vqdm.documents import LINE_END, first_line, parse_json, printable, read_text, read_yaml, shortened
+from vqdm.documents import (
+    LINE_END,
+    described,
+    first_line,
+    kind_of,
+    parse_json,
+    parse_yaml,
+    printable,
+    read_text,
+    shortened,
+)
 from vqdm.errors import UserError
 from vqdm.tables import check_names, read_table
 
@@ -29,6 +39,13 @@ ID_COLUMNS = ("id", "item_id")
 # Around prompts; a byte order mark stands where two files were joined.
 BLANKS = " \t\r\n\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2028\u2029\u3000\ufeff"
 ACTING = {*COLUMNS, *SETTING_COLUMNS, *ID_COLUMNS}
+EXPECTED = {
+    False: 'a list, ["a prompt", "another"]',
+    True: 'a list, each prompt on a line of its own behind "- "',
+}  # YAML?
+LIST = re.compile(r"""\[\s*(['"]).*\1\s*,?\s*\]""", re.DOTALL)  # a list of texts that a program wrote into a cell
+# In JSON: an escaped NUL, and half of a surrogate pair. Tokenizers, PNG and UTF-8 take neither.
+NO_CHARACTER = re.compile(r"(?<!\\)(?:\\\\)*(\\u0000)|([\ud800-\udfff])")
 NOT_A_PROMPT = ("nan", "none", "null", "<na>", "n/a")  # how programs write a missing text
 MOST_CHARACTERS = 2**30  # of all cells of a Parquet file, which may say one long text a billion times in a few bytes
 ROWS_AT_ONCE = 256
@@ -78,12 +95,12 @@ def check_prompts(prompts: Sequence[str], flag: str) -> list[str]:
         UserError: it is no list, an entry is no text, or no prompt is left; names `flag`.
     """
     if not isinstance(prompts, Sequence):
-        raise UserError(f"{flag} is a {type(prompts).__name__}; expected a list of prompts, or a prompt file")
+        raise UserError(f"{flag} is {kind_of(prompts)}; expected a list of prompts, or a prompt file")
     notes: list[str] = []
     try:
         for number, prompt in enumerate(prompts, start=1):
             if not isinstance(prompt, str):
-                raise UserError(f"entry {number} is {shortened(prompt, 40)}, a {type(prompt).__name__}; expected text")
+                raise UserError(f"entry {number} is {described(prompt)}; expected text")
         rows = _checked([Row({"prompt": one}, f"entry {number}") for number, one in enumerate(prompts, 1)], notes)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
@@ -168,7 +185,13 @@ def _checked(rows: list[Row], notes: list[str]) -> list[Row]:
     _note_columns(rows, [column for _, column in found], notes)
     missing = [row for row in filled if row["prompt"].lower() in NOT_A_PROMPT]
     if missing:
-        notes.append(f"{_count(missing, len(filled))} read as the prompt {missing[0]['prompt']!r}: {missing[0].place}")
+        values = " or ".join(repr(value) for value in dict.fromkeys(row["prompt"] for row in missing))
+        first = f"which looks like missing data, the first is {missing[0].place}"
+        notes.append(f"{_count(missing, len(filled))} read as the prompt {values}, {first}")
+    lists = [row for row in filled if LIST.fullmatch(row["prompt"])]
+    if lists:
+        first = f"the first is {lists[0].place}; give each prompt a row"
+        notes.append(f"{_count(lists, len(filled))} have a prompt that looks like a list, {first}")
     return filled
 
 
@@ -191,16 +214,30 @@ def _renamed(row: Row) -> tuple[Row, str | None]:
 def _check_row(row: Row) -> None:
     prompt = row["prompt"]
     if isinstance(prompt, dict | list | set | tuple | bytes):
-        raise UserError(f"{row.place}: its prompt is a {type(prompt).__name__}; expected text")
+        raise UserError(f"{row.place}: its prompt is {kind_of(prompt)}; expected text")
     try:
-        json.dumps(row, default=str, ensure_ascii=False).encode()
+        _check_characters(row)
+    except UserError:
+        raise
     except (ValueError, TypeError, RecursionError) as error:
-        # Half a surrogate pair, a number of thousands of digits, a list within itself, a key that is no text.
+        # A number of thousands of digits, a list within itself, a key that is no text.
         raise UserError(f"{row.place} cannot be written as JSON: {first_line(error)}") from None
     if not isinstance(prompt, str | None):
-        raise UserError(
-            f"{row.place}: its prompt is {prompt}, a {type(prompt).__name__}; put it in quotes if it is text"
-        )
+        shown = kind_of(prompt) if isinstance(prompt, bool) else f"{prompt}, {kind_of(prompt)}"
+        raise UserError(f"{row.place}: its prompt is {shown}; put it in quotes if it is text")
+
+
+def _check_characters(row: Row) -> None:
+    """Raise UserError where a text of the row holds what is no character, also deep inside a list or object."""
+    if not NO_CHARACTER.search(json.dumps(row, default=str, ensure_ascii=False)):
+        return
+    for name, value in row.items():
+        found = NO_CHARACTER.search(json.dumps({name: value}, default=str, ensure_ascii=False))
+        if found:
+            what = "a NUL character (\\u0000); take it out"
+            if found[2]:
+                what = f"half a surrogate pair (\\u{ord(found[2]):04x}); write the whole character, or take it out"
+            raise UserError(f"{row.place}: its {printable(str(name), 40)} holds {what}")
 
 
 def _note_columns(rows: list[Row], columns: list[str | None], notes: list[str]) -> None:
@@ -233,8 +270,16 @@ def plain_name(name) -> str:
 # ------------------------------------------------------------------------------------------- kinds of files
 
 
+def _text(path: Path) -> str:
+    """The text of a file. Raises UserError where there is none."""
+    text = read_text(path)
+    if not text.strip(BLANKS):
+        raise UserError("the file is empty; it holds no prompt")
+    return text
+
+
 def _read_lines(path: Path, notes: list[str]) -> list[Row]:
-    lines = LINE_END.split(read_text(path))
+    lines = LINE_END.split(_text(path))
     while lines and not lines[-1].strip(BLANKS):
         lines.pop()
     rows = [Row({"prompt": line}, f"line {number}") for number, line in enumerate(lines, start=1)]
@@ -249,7 +294,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
 
 def _read_table(usual: str) -> Callable[[Path, list[str]], list[Row]]:
     def read(path: Path, notes: list[str]) -> list[Row]:
-        table = read_table(read_text(path), usual, lambda names: _pick_column(names) is not None)
+        table = read_table(_text(path), usual, lambda names: _pick_column(names) is not None)
         column = _pick_column(table.names)
         if column is None:
             raise UserError(f"{_no_column(table.names)}; the first line must name the columns")
@@ -270,7 +315,7 @@ def _read_table(usual: str) -> Callable[[Path, list[str]], list[Row]]:
 
 
 def _read_json(path: Path, notes: list[str]) -> list[Row]:
-    text = read_text(path)
+    text = _text(path)
     try:
         return _from_value(parse_json(text, unique=True), notes)
     except ValueError as error:
@@ -282,7 +327,7 @@ def _read_json(path: Path, notes: list[str]) -> list[Row]:
 
 
 def _read_json_lines(path: Path, notes: list[str]) -> list[Row]:
-    text = read_text(path)
+    text = _text(path)
     try:
         return _from_lines(text)
     except ValueError as error:
@@ -304,39 +349,49 @@ def _from_lines(text: str) -> list[Row]:
 
 
 def _read_yaml(path: Path, notes: list[str]) -> list[Row]:
-    return _from_value(read_yaml(path), notes)
+    return _from_value(parse_yaml(_text(path)), notes, yaml=True)
 
 
-def _entry(entry, place: str) -> Row:
-    """The row of a text or an object; of null a row without a prompt."""
+def _entry(entry, place: str, yaml: bool = False) -> Row:
+    """The row of a text or an object; of null a row without a prompt.
+
+    Raises:
+        UserError: it is neither, or an object of columns that nobody knows: YAML makes one of `a sign: hello`.
+    """
     if isinstance(entry, str | None):
         return Row({"prompt": entry}, place)
     if not isinstance(entry, dict):
-        raise UserError(f"{place} is {shortened(entry, 40)}, a {type(entry).__name__}; expected strings or objects")
+        advice = "" if isinstance(entry, list) else "; put it in quotes if it is text"
+        raise UserError(f"{place} is {described(entry)}; expected strings or objects{advice}")
+    if entry and not any(plain_name(name) in ACTING for name in entry):
+        if not yaml:
+            raise UserError(f"{place}: {_no_column(list(entry))}")
+        keys = ", ".join(shortened(str(name), 40) for name in list(entry)[:8])
+        raise UserError(f"{place} has only the key{'s' * (len(entry) > 1)} {keys}; put the prompt in quotes")
     return Row(entry, place)
 
 
-def _from_value(value, notes: list[str]) -> list[Row]:
+def _from_value(value, notes: list[str], yaml: bool = False) -> list[Row]:
     """Rows of a list, of an object of columns, or of an object of named prompts."""
     if isinstance(value, list):
-        return [_entry(entry, f"row {number}") for number, entry in enumerate(value, start=1)]
+        return [_entry(entry, f"row {number}", yaml) for number, entry in enumerate(value, start=1)]
     if not isinstance(value, dict):
-        raise UserError(f"it holds a {type(value).__name__}; expected a list")
+        raise UserError(f"it holds {described(value)}; expected {EXPECTED[yaml]}")
     check_names(list(value), "its object")
     column = _pick_column([name for name, cells in value.items() if isinstance(cells, list)])
     if column is not None:
-        return _from_columns(value, column, notes)
+        return _from_columns(value, column, notes, yaml)
     single = _pick_column(list(value))
     if single is not None and len(value) > 1 and isinstance(value[single], str):
         raise UserError(f"it is a single object with a {single}; put objects into a list, [{{...}}, ...]")
     rows = []
     for number, (name, entry) in enumerate(value.items(), start=1):
-        row = _entry(entry, f"row {number}")
+        row = _entry(entry, f"row {number}", yaml)
         rows.append(Row({"id": name} | row, row.place))
     return rows
 
 
-def _from_columns(value: dict, column: str, notes: list[str]) -> list[Row]:
+def _from_columns(value: dict, column: str, notes: list[str], yaml: bool) -> list[Row]:
     """Rows of an object of columns, or of the list of objects that one of them is.
 
     Raises:
@@ -354,7 +409,7 @@ def _from_columns(value: dict, column: str, notes: list[str]) -> list[Row]:
             raise UserError(f"its list {name} has {len(cells)} entries, and {column} has {len(prompts)}")
     places = [f"row {number}" for number in range(1, len(prompts) + 1)]
     if len(columns) == 1:
-        return [_entry(entry, place) for entry, place in zip(prompts, places, strict=True)]
+        return [_entry(entry, place, yaml) for entry, place in zip(prompts, places, strict=True)]
     return [Row({name: cells[i] for name, cells in columns.items()}, place) for i, place in enumerate(places)]
 
 

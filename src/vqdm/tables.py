@@ -147,6 +147,10 @@ def _checked(table: Table, separator: str) -> Table:
     table.names = [name.strip() or f"column {k}" for k, name in enumerate(names, start=1)]
     while table.rows and not any(cell.strip() for cell in table.rows[-1][1]):
         table.rows.pop()
+    short = [number for number, cells in table.rows if any(map(str.strip, cells)) and len(cells) < len(names)]
+    if short:
+        count = f"{len(short)} of {len(table.rows)} rows"
+        table.notes.append(f"{count} have fewer cells than the header, the first is line {short[0]}")
     return table
 
 

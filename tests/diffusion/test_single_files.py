@@ -243,7 +243,7 @@ def test_other_and_damaged_files(models, tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     assert "is a file; give a diffusers pipeline folder" in refusal(tmp_path / "model_index.json")
     (tmp_path / "m.safetensors").write_bytes(models["sd15"][1].read_bytes()[:-9])
-    assert "m.safetensors cannot be read: " in refusal(tmp_path / "m.safetensors")
+    assert "m.safetensors is damaged or not a safetensors file" in refusal(tmp_path / "m.safetensors")
 
 
 def test_what_cannot_be_calibrated_is_refused_before_loading(models, tmp_path):

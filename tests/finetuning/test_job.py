@@ -342,6 +342,16 @@ def test_a_dry_run_checks_the_output_folder_as_a_run_does(run, tmp_path, capsys)
     assert run(tmp_path / "new", "--dry_run") == 0 and not (tmp_path / "new").exists()
 
 
+def test_a_student_that_is_not_quantized_is_refused_without_advice_to_leave_it_out(
+    pipelines, prompt_file, tmp_path, capsys
+):
+    model = str(pipelines["sdxl"])
+    words = [model, model, str(prompt_file), str(prompt_file), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert run_script(finetune.main, [*words, *FAST]) == 2
+    error = capsys.readouterr().err
+    assert "is not quantized" in error and error.endswith("; give the folder that quantizing wrote\n")
+
+
 def test_every_flag_reaches_the_settings():
     flags = "--finetune_lr 0.1 --ema_decay 0.9 --codebook_lr 2 --decode call --guidance_scale 0 --use_checkpointing"
     config = finetune.PARSER.parse(["a", "b", "c", "d", *shlex.split(flags)])

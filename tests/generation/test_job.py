@@ -182,6 +182,12 @@ def test_resume_names_what_changed(finished, pipelines, prompts, tmp_path, capsy
     assert "add --resume" in capsys.readouterr().err
     assert run(pipelines["sdxl"], prompts, "--resume", "--seed", 3, "--guidance_scale", 2, out=out) == 2
     assert "other settings: seed was 0, now 3; guidance_scale was None, now 2.0" in capsys.readouterr().err
+    other = tmp_path / "other.txt"
+    other.write_text("a star")
+    assert run(pipelines["sdxl"], other, "--resume", out=out) == 2
+    assert "with other settings: PROMPTS differ from those of the run\n" in capsys.readouterr().err
+    assert run(pipelines["sd15"], prompts, "--resume", out=out) == 2
+    assert "MODEL differs from that of the run" in capsys.readouterr().err
 
 
 def test_quantized_unet_is_used_and_is_recorded(finished, quantized, pipelines, prompts, tmp_path):
@@ -317,7 +323,8 @@ def test_compile_and_offload_are_handed_to_diffusers():
         ("sdxl nowhere.txt", "PROMPTS: nowhere.txt is not found"),
         ("nowhere PROMPTS", "MODEL nowhere is not found"),
         ("sdxl nowhere PROMPTS", "QUANTIZED nowhere holds neither"),
-        ("sdxl sdxl PROMPTS", "is not quantized"),
+        ("sdxl sdxl PROMPTS", "no quantization_config of vqdm; for full precision leave QUANTIZED out"),
+        ("sdxl PROMPTS PROMPTS", "prompts.txt is a file; give the folder that quantizing wrote"),
         ("sdxl QUANTIZED PROMPTS --teacher", "--teacher is full precision, but QUANTIZED"),
         ("sd15 QUANTIZED PROMPTS", "does not fit MODEL"),
         ("sdxl PROMPTS --save tests", "is not a run of vqdm"),

@@ -112,15 +112,21 @@ def test_large_seeds_keep_every_bit():
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ({"seed": "many"}, "row 3: seed is 'many'; allowed are numbers"),
-        ({"seed": -1}, "seed is -1"),
-        ({"negative_prompt": ["a"]}, r"negative_prompt is \['a'\]; expected text"),
+        ({"seed": "many"}, "row 3: seed is 'many'; allowed are whole numbers from 0$"),
+        ({"seed": -1}, "seed is -1; allowed are whole numbers from 0$"),
+        ({"seed": 1.5}, "seed is 1.5; allowed are whole numbers from 0$"),
+        ({"seed": float("nan")}, "seed is nan; allowed are whole numbers from 0$"),
+        ({"seed": "NaN"}, "seed is 'NaN'; allowed are whole numbers from 0$"),
+        ({"seed": 2**63}, f"allowed are whole numbers from 0 to {2**63 - 1}$"),
+        ({"seed": True}, "seed is true or false; allowed"),
+        ({"negative_prompt": ["a"]}, r"negative_prompt is \['a'\], a list; expected text"),
+        ({"negative_prompt": False}, "negative_prompt is true or false; expected text"),
         ({"seed": 1, "Seed": 2}, "has two columns seed"),
         ({"guidance_scale": "7,5"}, "guidance_scale is '7,5'; allowed are numbers"),
         ({"seed": 0.5}, "seed is 0.5"),
         ({"height": 20}, "height is 20; allowed are multiples of 8"),
         ({"guidance_scale": "nan"}, "guidance_scale is nan"),
-        ({"num_inference_steps": 0}, "num_inference_steps is 0; allowed are numbers from 1 to 1000"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; allowed are whole numbers from 1 to 1000"),
     ],
 )
 def test_bad_cells_are_named(cell, words):

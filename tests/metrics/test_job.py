@@ -307,6 +307,39 @@ def test_dry_run_writes_nothing(folders, tmp_path, capsys):
     assert "8 images of 4 prompts, clip, on 1" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["IMAGES", "--reference", "--fid_reference"])
+def test_dry_run_finds_an_image_that_cannot_be_read(folders, tmp_path, capsys, flag):
+    folder = shutil.copytree(folders["FULL"], tmp_path / "images")
+    (folder / "000001_00.png").write_bytes(b"damaged")
+    words = [folder] if flag == "IMAGES" else [folders["FULL"], flag, folder]
+    assert score(*words, *SHAPES, "--dry_run", out=tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {flag}: ") and error.endswith(
+        "cannot be read as an image: it is damaged, or not an image\n"
+    )
+    shutil.make_archive(str(tmp_path / "images"), "zip", folder)
+    words = [tmp_path / "images.zip"] if flag == "IMAGES" else [folders["FULL"], flag, tmp_path / "images.zip"]
+    assert score(*words, *SHAPES, "--dry_run", out=tmp_path / "out") == 2
+    assert "000001_00.png cannot be read as an image" in capsys.readouterr().err
+
+
+def test_a_file_as_the_output_folder_is_refused_early(folders, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert score(folders["FULL"], *SHAPES, "--dry_run", out=out) == 2
+        assert f"--output_dir {tmp_path / 'file'} is a file; give a folder" in capsys.readouterr().err
+
+
+def test_another_model_is_named_without_digests(folders, tmp_path, capsys):
+    folder = shutil.copytree(folders["FULL"], tmp_path / "images")
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"]["model_sha256"] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(run))
+    assert score(folder, "--reference", folders["FULL"], *SHAPES, out=tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "MODEL differs from the reference's" in error and "0000" not in error
+
+
 def test_the_size_of_the_model_comes_from_its_summary(folders, tmp_path):
     folder = shutil.copytree(folders["FULL"], tmp_path / "images")
     (tmp_path / "model" / "unet").mkdir(parents=True)
@@ -333,6 +366,7 @@ def test_the_size_of_the_model_comes_from_its_summary(folders, tmp_path):
             "yuvalkirstain/PickScore_v1 is not on this machine; --pickscore_model names another",
         ),
         ("FULL --metrics image_reward --image_reward_model src", "src holds no ImageReward.pt"),
+        ("FULL --fid_reference README.md", "README.md is neither a folder, a zip file nor .npz"),
         ("FULL --fid_reference no.npz", "--fid_reference: no.npz is not found"),
         ("FULL --fid_reference FULL --metrics kid SHAPES", "needs Inception's features"),
         ("FULL --fid_mode legacy SHAPES", "--fid_mode legacy is for Inception"),

@@ -46,7 +46,6 @@ RECORDED = {
     "addition_embed_type": (None, "text", "text_time"),
 }
 FULL_PRECISION = {"F16", "BF16", "F32", "F64"}  # as safetensors spells them
-FULL_PRECISION = "for full precision leave QUANTIZED out"
 QUANTIZED_FILES = ("quantization_config.json", "quantize_config.json", "quanto_qmap.json")
 # Settings that a UNet must share with the pipeline it is put into.
 SHARED_SETTINGS = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
@@ -324,21 +323,27 @@ def check_declared(config: dict) -> None:
             raise ValueError(f"its {name} is {shortened(value, 40)}, which no model has")
 
 
-def find_quantized_unet(path: str, name: str = "QUANTIZED", otherwise: str = FULL_PRECISION) -> Path:
+LEAVE_OUT = "for full precision leave QUANTIZED out"
+GIVE = "give the folder that quantizing wrote"
+
+
+def find_quantized_unet(path: str, optional: bool = False, name: str = "QUANTIZED") -> Path:
     """Return the UNet's folder, given it or the pipeline folder around it.
 
     Args:
-        name: of the flag or argument that gives it, for errors.
-        otherwise: what to do where it is not quantized.
+        optional: whether the program does without one, for messages.
+        name: of the flag or argument that gives it, for messages.
 
     Raises:
         UserError: no UNet is there, or it is not quantized.
     """
+    if Path(path).is_file():
+        raise UserError(f"{name} {path} is a file; {GIVE}")
     candidates = [folder for folder in (Path(path) / "unet", Path(path)) if (folder / "config.json").is_file()]
     if not candidates:
         what = "" if Path(path).is_dir() else f", since it is not a folder{not_found(path)}"
         files = "neither unet/config.json nor config.json"
-        raise UserError(f"{name} {path} holds {files}{what}; give the folder that quantizing wrote")
+        raise UserError(f"{name} {path} holds {files}{what}; {GIVE}")
     try:
         config = read_json(candidates[0] / "config.json")
         check_declared(config)
@@ -347,13 +352,16 @@ def find_quantized_unet(path: str, name: str = "QUANTIZED", otherwise: str = FUL
         raise UserError(f"{name} {path}: config.json cannot be read: {first_line(error)}") from None
     if method != Method.VQDM.value:
         raise UserError(
-            f"{name} {path} is not quantized: its config.json has no quantization_config of vqdm; {otherwise}"
+            f"{name} {path} is not quantized: its config.json has no quantization_config of vqdm; "
+            f"{LEAVE_OUT if optional else GIVE}"
         )
     return candidates[0]
 
 
-def load_quantized_unet(folder: Path, dtype: torch.dtype, name: str = "QUANTIZED") -> UNet2DConditionModel:
-    """Load a frozen UNet on the CPU with at least one quantized layer; errors name the flag or argument `name`.
+def load_quantized_unet(
+    folder: Path, dtype: torch.dtype, optional: bool = False, name: str = "QUANTIZED"
+) -> UNet2DConditionModel:
+    """Load a frozen UNet on the CPU with at least one quantized layer; `optional`, `name` as for `find_quantized_unet`.
 
     Raises:
         UserError: the folder cannot be loaded, or nothing in it is quantized.
@@ -366,7 +374,7 @@ def load_quantized_unet(folder: Path, dtype: torch.dtype, name: str = "QUANTIZED
     except Exception as error:  # whatever diffusers answers to a config.json of wrong types or weights of wrong shapes
         raise UserError(f"{name} {folder} cannot be loaded: {first_line(error)}") from None
     if not quantized_layers(unet):
-        raise UserError(f"{name} {folder} holds no quantized layer; give the folder that quantizing wrote")
+        raise UserError(f"{name} {folder} holds no quantized layer; {LEAVE_OUT if optional else GIVE}")
     return unet.requires_grad_(False).eval()
 
 
@@ -375,4 +383,4 @@ def check_fits(unet: UNet2DConditionModel, original: UNet2DConditionModel, path:
     for name in SHARED_SETTINGS:
         ours, theirs = unet.config.get(name), original.config.get(name)
         if ours != theirs:
-            raise UserError(f"QUANTIZED {path} does not fit MODEL {model}: its {name} is {ours}, MODEL's is {theirs}")
+            raise UserError(f"{name} {path} does not fit MODEL {model}: its {name} is {ours}, MODEL's is {theirs}")

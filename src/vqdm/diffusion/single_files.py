@@ -74,8 +74,10 @@ def header(path: str | Path, flag: str = "MODEL") -> Header:
     """Return name → (shape, dtype) of a file's tensors; none is read. Raises UserError for a damaged file."""
     try:
         return dict(tensors_in([path]))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {first_line(error)}") from None
+    except SafetensorError as error:
+        raise UserError(f"{flag} {path} is damaged or not a safetensors file: {first_line(error)}") from None
 
 
 def check_single_file(path: Path, flag: str = "MODEL") -> None:

@@ -100,7 +100,7 @@ def generate_images(config: GenerateConfig) -> GenerationResult | None:
     check_configured(config)
     if config.teacher:
         check_full_precision(config.model, config.revision, config.local_files_only, "--teacher: MODEL")
-    unet_folder = find_quantized_unet(config.quantized) if config.quantized else None
+    unet_folder = find_quantized_unet(config.quantized, optional=True) if config.quantized else None
     with launched(config.device) as ranks:
         check_offload(config.offload, ranks.device)
         settings = settings_of(config, ranks, rows, unet_folder)
@@ -214,7 +214,7 @@ def load(config: GenerateConfig, ranks: Ranks, unet_folder: Path | None) -> Diff
         UserError: either cannot be loaded, they do not fit, or `--teacher` names a quantized MODEL.
     """
     dtype = pick_dtype(config.dtype, ranks.device)
-    unet = load_quantized_unet(unet_folder, dtype) if unet_folder else None
+    unet = load_quantized_unet(unet_folder, dtype, optional=True) if unet_folder else None
     pipeline = configured_pipeline(config, torch.device("cpu"), dtype)
     if unet is not None:
         check_fits(unet, pipeline.unet, config.quantized, config.model)

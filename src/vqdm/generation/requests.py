@@ -19,7 +19,7 @@ from PIL import Image
 
 from vqdm.devices import BatchSize
 from vqdm.diffusion.pipelines import generators, image_size, parts_in_use
-from vqdm.documents import shortened
+from vqdm.documents import described, shortened
 from vqdm.errors import UserError
 from vqdm.images import GeneratedImage, generated_images
 from vqdm.prompts import ID_COLUMNS, SETTING_COLUMNS, plain_name
@@ -148,16 +148,23 @@ def _own_seed(seed: int, sample: int) -> int:
 
 
 def _number(kind: type, low: float, high: float):
+    allowed = f"{'whole ' * (kind is int)}numbers from {low}" + ("" if high == LARGEST_SEED else f" to {high}")
+
     def parse(value, where: str):
         try:
             number = kind(str(value)) if kind is float else _whole(value)
         except ValueError:
-            raise UserError(f"{where} is {value!r}; allowed are numbers from {low} to {high}") from None
+            raise UserError(f"{where} is {_shown(value)}; allowed are {allowed}") from None
         if not low <= number <= high:
-            raise UserError(f"{where} is {value}; allowed are numbers from {low} to {high}")
+            most = f" to {high}" if high == LARGEST_SEED and number > high else ""
+            raise UserError(f"{where} is {shortened(number)}; allowed are {allowed}{most}")
         return number
 
     return parse
+
+
+def _shown(value) -> str:
+    return described(value) if isinstance(value, bool | list | dict) else shortened(value)
 
 
 def _whole(value) -> int:
@@ -172,7 +179,7 @@ def _whole(value) -> int:
 
 def _text(value, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where} is {shortened(value)}; expected text in quotes")
+        raise UserError(f"{where} is {described(value)}; expected text in quotes")
     return value
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from vqdm.documents import decoded, first_line, parse_json, read_text, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.image_folder import is_encodable, parse_rows
-from vqdm.images import BESIDE, FORMATS, SUFFIXES, is_hidden, is_sheet, listed, read_image
+from vqdm.images import BESIDE, FORMATS, SUFFIXES, check_image, is_hidden, is_sheet, listed, read_image
 from vqdm.parallel import Ranks
 from vqdm.tracking import progress_bar
 
@@ -89,6 +89,18 @@ class ImageSet:
             raise
         except Exception as error:  # archives know a dozen kinds, some of them only Exception
             raise RunError(f"{self.path / entry.file} cannot be read as an image: {first_line(error)}") from None
+
+    def check(self, flag: str) -> None:
+        """Read the header of every image. Raises UserError for a file that is no image; names `flag`."""
+        for entry in self.entries.values():
+            try:
+                with self._files.open(entry.file) as source:
+                    check_image(source)
+            except MemoryError:
+                raise
+            except Exception as error:  # as in `load`
+                file = self.path / entry.file
+                raise UserError(f"{flag}: {file} cannot be read as an image: {first_line(error)}") from None
 
     @property
     def has_prompts(self) -> bool:
@@ -195,7 +207,8 @@ def open_images(path: str, flag: str) -> ImageSet:
             f"{flag}: {path} holds arrays, not images; give a folder or zip file (--fid_reference takes statistics)"
         )
     if place.is_file() and not zipfile.is_zipfile(place):
-        raise UserError(f"{flag}: {path} is neither a folder nor a zip file")
+        kinds = "a folder, a zip file nor .npz" if flag == "--fid_reference" else "a folder nor a zip file"
+        raise UserError(f"{flag}: {path} is neither {kinds}")
     files = ImageFiles(place)
     try:
         images = _of_manifest(files, flag)
@@ -362,7 +375,11 @@ def _differing_runs(ours: dict, theirs: dict) -> list[str]:
     pairs = {name: [(run.get("settings") or {}).get(name) for run in (ours, theirs)] for name in SHARED_BY_RUNS}
     pairs["scheduler"] = [run.get("scheduler") for run in (ours, theirs)]
     known = {name: pair for name, pair in pairs.items() if None not in pair}
-    return [_words(name, *pair) for name, pair in known.items() if pair[0] != pair[1]]
+    differing = {name: pair for name, pair in known.items() if pair[0] != pair[1]}
+    return [
+        "MODEL differs from the reference's" if name == "model_sha256" else _words(name, *pair)
+        for name, pair in differing.items()
+    ]
 
 
 # --------------------------------------------------------------------------------------------- loading in batches

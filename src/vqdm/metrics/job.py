@@ -101,6 +101,7 @@ def score_images(config: MetricsConfig) -> ScoreResult | None:
     images = open_images(config.images, "IMAGES")
     if images.path.is_file() and not config.output_dir:
         raise UserError(f"IMAGES {config.images} is a zip file, which takes no result; give --output_dir")
+    check_folder(config.folder)
     reference = open_images(config.reference, "--reference") if config.reference else None
     target = open_target(config.fid_reference) if config.fid_reference else None
     differing = check_pairs(images, reference, config.force) if reference else []
@@ -111,6 +112,8 @@ def score_images(config: MetricsConfig) -> ScoreResult | None:
         plan = ranks.broadcast(make_plan(config, images, reference, target) if ranks.main else None)
         log_info(describe(config, images, ranks, plan))
         if config.dry_run:
+            for flag, one in sets.items():
+                one.check(flag)
             for note in notes:
                 log_info(f"warning: {note}")
             return None
@@ -128,6 +131,13 @@ def score_images(config: MetricsConfig) -> ScoreResult | None:
 
 
 # --------------------------------------------------------------------------------------------- inputs
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where the folder of the result, or one above it, is a file."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {nearest} is a file; give a folder")
 
 
 def open_target(path: str) -> ImageSet | FeatureStatistics:

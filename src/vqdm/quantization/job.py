@@ -181,7 +181,7 @@ def quantize(
         raise UserError("--num_intermediate_finetunes is above 0, but quantize() was called without finetune_blocks")
     calibration, evaluation = choose_prompts(config, *(prompts or read_prompts(config)))
     if config.load is not None:
-        find_quantized_unet(config.load, "--load", "give the folder of an earlier result")
+        find_quantized_unet(config.load, name="--load")
     given = pipeline is not None
     if not given:
         check_configured(config)
@@ -442,7 +442,7 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     """Return the layers of an earlier result that `--load` names, where name, format and shared codebooks agree."""
     if job.config.load is None:
         return {}
-    earlier = load_quantized_unet(find_quantized_unet(job.config.load, "--load"), torch.float32, "--load")
+    earlier = load_quantized_unet(find_quantized_unet(job.config.load, name="--load"), torch.float32, name="--load")
     held, found = quantized_layers(earlier), {}
     for layer in job.layers:
         if layer.name in held and held[layer.name].spec == layer.spec and same_shared_codebooks(job, held[layer.name]):
