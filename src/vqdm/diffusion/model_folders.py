@@ -383,4 +383,4 @@ def check_fits(unet: UNet2DConditionModel, original: UNet2DConditionModel, path:
     for name in SHARED_SETTINGS:
         ours, theirs = unet.config.get(name), original.config.get(name)
         if ours != theirs:
-            raise UserError(f"{name} {path} does not fit MODEL {model}: its {name} is {ours}, MODEL's is {theirs}")
+            raise UserError(f"QUANTIZED {path} does not fit MODEL {model}: its {name} is {ours}, MODEL's is {theirs}")
