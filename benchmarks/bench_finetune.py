@@ -100,8 +100,10 @@ def keep(unet: nn.Module, quantized: str, folder: Path) -> None:
     """The UNet in the types it is stored in, as `generate.py MODEL FOLDER` takes it, and its size as it was."""
     write_back(unet, types_on_disk(find_quantized_unet(quantized)))
     unet.save_pretrained(folder)
-    if (told := Path(quantized) / "summary.json").is_file():
-        sizes = {name: value for name, value in read_json(told).items() if name.startswith(("effective_bits", "bytes"))}
+    if (summary := Path(quantized) / "summary.json").is_file():
+        sizes = {
+            name: value for name, value in read_json(summary).items() if name.startswith(("effective_bits", "bytes"))
+        }
         save_json(sizes, folder / "summary.json")
 
 

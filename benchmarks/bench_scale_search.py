@@ -38,8 +38,8 @@ def compared(task: Task, trials: int) -> dict:
 def overall(rows: list[dict]) -> dict:
     """Over all layers."""
     gains = sorted(row["gain_db"] for row in rows)
-    told = {"layers": len(rows), "least_db": gains[0], "median_db": gains[len(rows) // 2], "most_db": gains[-1]}
-    return told | {f"{name}_seconds": sum(row[f"{name}_seconds"] for row in rows) for name in ("first", "reaching")}
+    summary = {"layers": len(rows), "least_db": gains[0], "median_db": gains[len(rows) // 2], "most_db": gains[-1]}
+    return summary | {f"{name}_seconds": sum(row[f"{name}_seconds"] for row in rows) for name in ("first", "reaching")}
 
 
 def main() -> None:

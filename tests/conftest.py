@@ -112,6 +112,15 @@ def triton_device() -> str:
     return "cpu"
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torchrun gives every process one thread; sums over two differ in their last bits, and so may a pixel."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory) -> dict[str, Path]:
     """Family → pipeline folder, float32."""

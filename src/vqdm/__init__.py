@@ -15,10 +15,8 @@ from vqdm.storage.hf_methods import register_methods
 
 if TYPE_CHECKING:
     from vqdm.additive.config import SolverConfig
-    from vqdm.quantization.text_encoder import quantize_text_encoder
-
-if TYPE_CHECKING:
     from vqdm.api import QuantizationReport, quantize
+    from vqdm.quantization.text_encoder import quantize_text_encoder
 
 __version__ = "0.1.0"
 __all__ = [

@@ -32,7 +32,7 @@ EXPECTED = (
     "cannot run with `cpu` device",  # a 16-bit pipeline is moved to the CPU to be saved
     "Token indices sequence length is longer",  # `pipelines.log_truncated` counts these and the next
     "The following part of your input was truncated",
-    "invalid value encountered in cast",  # NaN in an image, which `drawing` counts
+    "invalid value encountered in cast",  # NaN in an image, which `images.problems_of` counts
     "should be kept in float32: []",
     "Defaulting to unsafe serialization",  # a folder of .bin files alone, which are read as tensors only
 )

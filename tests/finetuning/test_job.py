@@ -40,13 +40,7 @@ EXTRA = shlex.split(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Processes of a launch have one thread each; sums over two differ in their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

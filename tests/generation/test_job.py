@@ -28,13 +28,7 @@ FAST = ["--num_inference_steps", "2"]
 PROMPTS = [f"a big red circle number {i}" for i in range(5)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """torchrun gives every process one thread; sums over two differ in their last bits, and so may a pixel."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ others. Both are found in config.json files, before weights are loaded, and agai
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from vqdm.diffusion.single_files import (
     QUANTIZED_KEYS,
     check_single_file,
     configuration_folder,
+    is_offline,
     parts_of,
 )
 from vqdm.documents import first_line, read_json, shortened
@@ -300,7 +300,7 @@ def _config(
         if Path(model).is_dir():
             found = read_json(Path(model) / file)
         else:
-            offline = local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
+            offline = is_offline(local_files_only)
             found = kind.load_config(model, subfolder=part, revision=revision, local_files_only=offline)
     except Exception:
         return None

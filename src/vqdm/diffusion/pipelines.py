@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,14 @@ from vqdm.diffusion.model_folders import (
     not_found,
     pickled,
 )
-from vqdm.diffusion.single_files import bytes_of, configuration_folder, load_single_file, parts_of, quiet_diffusers
+from vqdm.diffusion.single_files import (
+    bytes_of,
+    configuration_folder,
+    is_offline,
+    load_single_file,
+    parts_of,
+    quiet_diffusers,
+)
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import generated_images
@@ -60,7 +66,7 @@ def load_pipeline(
     check_model(model, variant, revision, local_files_only, single_file_config)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    offline = _offline(local_files_only)
+    offline = is_offline(local_files_only)
     try:
         if Path(model).is_file():
             configuration = configuration_folder(model, single_file_config, revision, local_files_only)
@@ -144,10 +150,14 @@ def resting_on_cpu(pipeline: DiffusionPipeline) -> Iterator[None]:
             part.to(place)
 
 
+def networks(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return the networks of a pipeline, such as text encoders, UNet and VAE, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
 def other_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """Return the networks of a pipeline other than its UNet, such as text encoders and VAE, by name."""
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    return {name: part for name, part in parts.items() if name != "unet"}
+    """Return the networks of a pipeline other than its UNet, by name."""
+    return {name: part for name, part in networks(pipeline).items() if name != "unet"}
 
 
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
@@ -190,12 +200,8 @@ def check_model(
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         advice = "give a diffusers pipeline folder, a .safetensors file, or a hub name like owner/name"
         raise UserError(f"MODEL {model} is not found{not_found(model)}; {advice}")
-    elif _offline(local_files_only):
+    elif is_offline(local_files_only):
         check_variant(local_folder(model, revision), variant, f"MODEL {model}")
-
-
-def _offline(local_files_only: bool) -> bool:
-    return local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
 def _logged_variant(model: str, variant: str | None, revision: str | None, offline: bool) -> str | None:

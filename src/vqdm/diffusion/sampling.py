@@ -13,7 +13,7 @@ from PIL import Image
 
 from vqdm.config import SamplingConfig
 from vqdm.devices import BatchSize, as_batch_size
-from vqdm.diffusion.pipelines import image_size, sample
+from vqdm.diffusion.pipelines import image_size, networks, sample
 from vqdm.diffusion.trajectories import CallRecorder, Trajectories, batches, join
 from vqdm.errors import RunError, UserError
 from vqdm.fidelity import PAIR_SCORES, decibels, pair_scores, to_tensor
@@ -210,7 +210,7 @@ def predicted_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calib
     Raises:
         UserError: neither settings nor model give the image size.
     """
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    parts = networks(pipeline).values()
     pipeline_bytes = sum(tensor.element_size() * tensor.numel() for part in parts for tensor in part.parameters())
     return 2 * pipeline_bytes + point_bytes(pipeline, sampling, calibration, evaluation)
 

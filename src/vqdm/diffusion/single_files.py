@@ -181,9 +181,14 @@ def configuration_folder(
     return folder
 
 
+def is_offline(local_files_only: bool) -> bool:
+    """Return whether the hub is not to be asked, by a flag or by the user's environment."""
+    return local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
 def _downloaded(model: str, name: str, given: bool, revision: str | None, local_files_only: bool) -> Path:
     """Return the folder in the hub cache with the small files of a pipeline."""
-    offline = local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
+    offline = is_offline(local_files_only)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"--single_file_config {name} is no folder; give a diffusers pipeline folder or a hub name")
     try:

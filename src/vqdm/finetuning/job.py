@@ -48,12 +48,11 @@ from vqdm.finetuning.trainer import DistillationLoss, Diverged, Trainer
 from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import float_scales, quantized_layers
-from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 from vqdm.parallel import Ranks, launched
 from vqdm.provenance import own_command, versions
 from vqdm.storage.files import folder_fingerprint, save_json, save_text
 from vqdm.storage.hf import mark_quantized
-from vqdm.storage.hub import model_card
+from vqdm.storage.hub import model_card, stored_sizes
 from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info
 
@@ -398,26 +397,4 @@ def summary_of(job: FinetuneJob, loop: Loop, step_kept: int, before: Errors, aft
         "peak_memory_bytes": peak_memory(job.ranks.device),
         "versions": versions(),
         "command": own_command(),
-    }
-
-
-def stored_sizes(student: nn.Module, parameters: int, staged: Path) -> dict[str, float]:
-    """Return bits per weight of the saved tensors, and bytes of the UNet's files.
-
-    Args:
-        parameters: number of the full-precision UNet's parameters.
-    """
-
-    def bits(module: nn.Module) -> int:
-        return sum(8 * tensor.element_size() * tensor.numel() for tensor in module.parameters())
-
-    layers = quantized_layers(student).values()
-    weights = sum(layer._rows * layer._columns for layer in layers)
-    shared = getattr(student, SHARED_CODEBOOKS, None)
-    code_bits = sum(layer.stored_bits for layer in layers) + (bits(shared) if shared else 0)
-    return {
-        "weights_quantized": weights,
-        "effective_bits_layers": code_bits / weights,
-        "effective_bits_unet": bits(student) / parameters,
-        "bytes_of_unet": sum(file.stat().st_size for file in staged.glob("unet/*.safetensors")),
     }

@@ -170,7 +170,7 @@ def record_points(
     A chunk that is out of memory is recorded in halves.
 
     Raises:
-        RunError: recorded latents hold NaN, or a file of another process does not wait_for_file or is damaged.
+        RunError: recorded latents hold NaN, or a file of another process does not appear or is damaged.
     """
     places = [(part.source, spans(ranks, folder, part.first, part.count, size.value)) for part in parts]
     chunks = [Chunk(source, *span) for source, found in places for span in found]

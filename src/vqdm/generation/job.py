@@ -59,11 +59,11 @@ FREE_FIELDS += ("report_to", "resume", "dry_run", "prompts", "teacher", "local_f
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What a finished run has to say.
+    """What a finished run reports.
 
     Attributes:
         total: images of the requests, all of which exist.
-        new: those of them that this run drew, with all ranks.
+        new: those of them that this run generated, with all ranks.
         seconds: to generate these.
         problems: problem of an image → number of images with it.
     """

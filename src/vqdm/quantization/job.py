@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from vqdm.diffusion.pipelines import (
     configured_pipeline,
     image_size,
     log_truncated,
+    networks,
     resting_on_cpu,
     saved_types,
     stored_bytes,
@@ -70,7 +71,6 @@ from vqdm.quantization.plan import (
     hessian_bytes,
     layer_table,
     plain_bits,
-    shared_codebook_bits,
     shared_codebook_users,
     totals,
 )
@@ -86,7 +86,7 @@ from vqdm.quantization.recording import (
 from vqdm.storage.files import save_json, save_text
 from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import mark_quantized
-from vqdm.storage.hub import model_card
+from vqdm.storage.hub import model_card, stored_sizes
 from vqdm.storage.run_folder import RunFolder, SolvedLayer, check_disk
 from vqdm.tracking import Tracker, log_info, progress_bar
 
@@ -204,7 +204,8 @@ def quantize(
         blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
         if ranks.main:
             log_truncated(pipeline, calibration + evaluation)
-        needs = planned_needs(config, pipeline, layers, ranks.device, (len(calibration), len(evaluation)))
+        groups = groups_by_input(config, pipeline, layers)
+        needs = planned_needs(config, pipeline, groups, ranks.device, (len(calibration), len(evaluation)))
         fingerprint = weights_fingerprint(pipeline) if given else None
         settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
         settings["full_precision_hessians"] = keeps_hessians(config, layers)
@@ -216,7 +217,7 @@ def quantize(
         with folder.lock(ranks):
             if ranks.main:
                 need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-                need += hessians_to_come(config, pipeline, layers, folder)
+                need += hessians_to_come(config, groups, folder)
                 need = 0 if config.ignore_budget else need
                 folder.open(settings, versions(), config.resume, need)
             if ranks.broadcast(folder.finished):
@@ -241,8 +242,7 @@ def model_files(
 ) -> tuple[dict[str, torch.dtype], int | None]:
     """Return the types of the components as stored, and the bytes of the UNet; of a loaded pipeline those in memory."""
     if given:
-        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-        stored = {name: part.dtype for name, part in parts.items()}
+        stored = {name: part.dtype for name, part in networks(pipeline).items()}
         return stored, sum(tensor.element_size() * tensor.numel() for tensor in pipeline.unet.parameters())
     stored = stored_dtypes(config.model, config.variant, config.revision)
     return stored, stored_bytes(config.model, config.variant, "unet", config.revision)
@@ -255,28 +255,37 @@ def skeleton(config: QuantizeConfig, dtype: torch.dtype) -> DiffusionPipeline | 
     return skeleton_pipeline(folder, dtype, config.sampling.scheduler) if {"unet", "vae"} <= known.keys() else None
 
 
+def groups_by_input(config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer]) -> list[list[Layer]]:
+    """Return the layers grouped by the input that they share, found without the weights."""
+    height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
+    scale = pipeline.vae_scale_factor
+    return input_groups(meta_unet(pipeline.unet.config), layers, height // scale, width // scale)
+
+
 def planned_needs(
-    config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer], device: torch.device, prompts: tuple
+    config: QuantizeConfig,
+    pipeline: DiffusionPipeline,
+    groups: list[list[Layer]],
+    device: torch.device,
+    prompts: tuple[int, int],
 ) -> list[Need]:
     """Log what every phase needs, and return it; nothing where the model is an unusual one.
 
     Args:
+        groups: the layers to quantize, as of `groups_by_input`.
         prompts: numbers of those for calibration and for evaluation.
 
     Raises:
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
     """
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    values = {name: sum(tensor.numel() for tensor in part.parameters()) for name, part in parts.items()}
+    values = {name: sum(one.numel() for one in part.parameters()) for name, part in networks(pipeline).items()}
     if pipeline.unet.device.type == "meta":
         values = stored_values(config.model, config.variant, config.revision)
     shapes = shapes_of(pipeline, config.sampling, values, point_bytes(pipeline, config.sampling, *prompts))
     if shapes is None:
         log_info("no plan of memory: the UNet or the VAE wants arguments that are not known")
         return []
-    height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
-    scale = pipeline.vae_scale_factor
-    groups = input_groups(meta_unet(pipeline.unet.config), layers, height // scale, width // scale)
+    layers = list(chain.from_iterable(groups))
 
     def needs_of(one: QuantizeConfig) -> list[Need]:
         return on(plan(one, shapes, groups, keeps_hessians(one, layers)), device.type)
@@ -298,17 +307,13 @@ def planned_needs(
     return needs
 
 
-def hessians_to_come(
-    config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer], folder: RunFolder
-) -> int:
+def hessians_to_come(config: QuantizeConfig, groups: list[list[Layer]], folder: RunFolder) -> int:
     """Return the bytes of Hessians that a run will write, beyond those that are there; 0 if on another disk.
 
     Raises:
         UserError: the disk of `hessian_cache` has less free.
     """
-    height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
-    scale = pipeline.vae_scale_factor
-    groups = input_groups(meta_unet(pipeline.unet.config), layers, height // scale, width // scale)
+    layers = list(chain.from_iterable(groups))
     need = hessian_bytes(groups, config.hessian_memory_gb, keeps_hessians(config, layers))
     place = Path(config.hessian_cache) if config.hessian_cache else folder.work / "hessians"
     need = max(0, need - sum(file.stat().st_size for file in place.glob("*.safetensors")))
@@ -505,7 +510,7 @@ def finish(job: Job, quantized: dict[str, SolvedLayer], errors: tuple[list, list
     staged = job.folder.work / "pipeline"
     with job.clock("saving"), saved_types(job.pipeline, job.stored):
         save_pipeline(job, staged)
-        sizes = stored_sizes(job, staged)
+        sizes = stored_sizes(job.unet, job.parameters, staged)
     summary = {
         "model": job.config.model,
         "layers_quantized": len(job.layers),
@@ -556,17 +561,3 @@ def forget_calls(pipeline: DiffusionPipeline) -> None:
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
-
-
-def stored_sizes(job: Job, staged: Path) -> dict[str, float]:
-    """Return effective bits of the tensors as saved, and bytes of the UNet's files."""
-    layers = quantized_layers(job.unet)
-    weights = sum(layer.rows * layer.columns for layer in job.layers)
-    code_bits = sum(layer.stored_bits for layer in layers.values()) + shared_codebook_bits(job.layers)
-    every_bit = sum(8 * tensor.element_size() * tensor.numel() for tensor in job.unet.parameters())
-    return {
-        "weights_quantized": weights,
-        "effective_bits_layers": code_bits / weights,
-        "effective_bits_unet": every_bit / job.parameters,
-        "bytes_of_unet": sum(file.stat().st_size for file in staged.glob("unet/*.safetensors")),
-    }

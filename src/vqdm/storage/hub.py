@@ -1,4 +1,4 @@
-"""Upload a finished pipeline folder to the Hugging Face hub, with a model card."""
+"""Measure a finished pipeline folder, and upload it to the Hugging Face hub with a model card."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
+from torch import nn
 
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
+from vqdm.layers.quantized import quantized_layers
+from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
 
 # Files with paths of this machine and data of the run; the card has the figures.
 KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
@@ -58,6 +61,28 @@ def push_folder(folder: Path, name: str) -> str:
 
 def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def stored_sizes(unet: nn.Module, parameters: int, staged: Path) -> dict[str, float]:
+    """Return bits per weight of the saved tensors, and bytes of the UNet's files.
+
+    Args:
+        parameters: number of the full-precision UNet's parameters.
+    """
+
+    def bits(module: nn.Module) -> int:
+        return sum(8 * tensor.element_size() * tensor.numel() for tensor in module.parameters())
+
+    layers = quantized_layers(unet).values()
+    weights = sum(layer._rows * layer._columns for layer in layers)
+    shared = getattr(unet, SHARED_CODEBOOKS, None)
+    code_bits = sum(layer.stored_bits for layer in layers) + (bits(shared) if shared else 0)
+    return {
+        "weights_quantized": weights,
+        "effective_bits_layers": code_bits / weights,
+        "effective_bits_unet": bits(unet) / parameters,
+        "bytes_of_unet": sum(file.stat().st_size for file in staged.glob("unet/*.safetensors")),
+    }
 
 
 def model_card(model: str, summary: dict) -> str:
