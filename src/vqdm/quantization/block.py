@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import TimeoutError as NotYet
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING
 
@@ -179,8 +180,19 @@ def threads(workers: int) -> Iterator[Callable]:
         yield map
         return
     pool = ThreadPool(workers)
+
+    def results(work: Callable, items: Iterable) -> Iterator:
+        remaining = pool.imap(work, items)
+        while True:
+            try:  # the main thread handles signals only between two waits: it must not wait for a layer to end
+                yield remaining.next(timeout=0.5)
+            except NotYet:
+                continue
+            except StopIteration:
+                return
+
     try:
-        yield pool.imap
+        yield results
     finally:
         pool.terminate()
 
