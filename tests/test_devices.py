@@ -1,9 +1,12 @@
 """Batches that are halved where memory ends; devices and types: diffusion/test_pipelines.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from vqdm.devices import BatchSize
+from vqdm import devices
+from vqdm.devices import BatchSize, matmul_rate
 from vqdm.errors import RunError
 
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")]
@@ -43,3 +46,12 @@ def test_out_of_memory_at_batch_size_1_is_an_error_with_advice():
 
     with pytest.raises(RunError, match="out of memory at batch size 1; try less"):
         list(BatchSize(4, "try less").batches(fail, [1, 2, 3]))
+
+
+def test_the_rate_of_matrix_products_is_their_operations_over_the_time(monkeypatch):
+    """By a clock that moves a hundredth of a second at each reading; the first product does not count."""
+    readings = iter(range(1000))
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: next(readings) / 100))
+    operations = 2 * 512**3
+    rate = matmul_rate(torch.device("cpu"), torch.float32)
+    assert rate == pytest.approx(operations / 0.01, rel=0.5) and rate <= 100 * operations

@@ -1,22 +1,28 @@
-"""Devices: the one to compute on, its dtype, the peak of its memory, and batches that are halved where it ends."""
+"""Devices: the one to compute on, its dtype, its memory, plans of what fits, and batches that are halved if it ends."""
 
 from __future__ import annotations
 
 import gc
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
-from vqdm.tracking import log_info
+from vqdm.tracking import Stopwatch, log_info
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+
+PROGRAM = 1_500_000_000  # bytes of RAM of a program and its libraries
+WORKSPACES = 1_500_000_000  # of a GPU: its context, workspaces of libraries, what an allocator wastes; an estimate
+MEASURING = 0.05  # seconds of measuring a rate
+SMALLER_IMAGES = "try smaller --height and --width"
 
 
 def pick_device(name: str) -> torch.device:
@@ -109,7 +115,7 @@ class BatchSize:
     """
 
     value: int
-    advice: str = "try smaller --height and --width"
+    advice: str = SMALLER_IMAGES
 
     def batches(
         self, work: Callable[[Sequence[Item]], Result], items: Sequence[Item]
@@ -160,3 +166,130 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether an error means out of memory, of a GPU or of the machine."""
     words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "not enough memory" in words
+
+
+# ------------------------------------------------------------------------------------------- plans of memory
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a phase needs: bytes on the device that computes, in RAM beside it, and on the disk at its end; seconds."""
+
+    phase: str
+    device: int
+    ram: int
+    disk: int
+    seconds: float = 0.0
+
+
+def on(needs: list[Need], device: str) -> list[Need]:
+    """Return the needs with those of the program itself; on a CPU, RAM is where all is computed."""
+    if device == "cpu":
+        return [replace(need, device=0, ram=need.ram + need.device + PROGRAM) for need in needs]
+    return [replace(need, device=need.device + WORKSPACES, ram=need.ram + PROGRAM) for need in needs]
+
+
+def table(needs: list[Need]) -> str:
+    """Format a line per phase: GB, and a guess of minutes."""
+    lines = [f"{'phase':12} {'GPU':>7} {'RAM':>7} {'disk':>7} {'minutes':>8}   GB and minutes: counted, not measured"]
+    for need in needs:
+        sizes = " ".join(f"{count / 1e9:7.2f}" for count in (need.device, need.ram, need.disk))
+        lines.append(f"{need.phase:12} {sizes} {need.seconds / 60:8.1f}")
+    return "\n".join([*lines, f"about {sum(need.seconds for need in needs) / 3600:.2g} hours in all"])
+
+
+def lacking(needs: list[Need], device: int | None, ram: int | None) -> list[str]:
+    """Return a line for GPU memory and for RAM, where a phase needs more than is free; None is unknown."""
+    found = []
+    for name, free, most in (
+        ("GPU memory", device, max(needs, key=lambda need: need.device)),
+        ("RAM", ram, max(needs, key=lambda need: need.ram)),
+    ):
+        wanted = most.device if name == "GPU memory" else most.ram
+        if free is not None and wanted > free:
+            found.append(f"{name}: phase {most.phase} needs {wanted / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
+    return found
+
+
+def budgeted(
+    config: Any,
+    needs_of: Callable[[Any], list[Need]],
+    alternatives: Iterable[Any],
+    flags: Callable[[Any], str],
+    device: torch.device,
+) -> list[Need]:
+    """Log what every phase of a run needs, and return it.
+
+    Args:
+        config: settings of the run, with `ignore_budget` and `dry_run`.
+        needs_of: gives the needs of settings.
+        alternatives: settings that need less; the closest come first.
+        flags: gives the flags of an alternative.
+
+    Raises:
+        UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`; names flags that would do.
+    """
+    needs, free = needs_of(config), free_memory(device)
+    log_info(table(needs))
+    short = lacking(needs, *free)
+    if short:
+        fits = next((one for one in alternatives if not lacking(needs_of(one), *free)), None)
+        advice = f"it fits with {flags(fits)}" if fits else f"no {flags(None)} is small enough; {SMALLER_IMAGES}"
+        message = f"{short[0]}; {advice}; --ignore_budget starts all the same"
+        if not (config.ignore_budget or config.dry_run):
+            raise UserError(message)
+        log_info(message)
+    return needs
+
+
+class MatmulRates(NamedTuple):
+    """Floating-point operations per second of matrix products: in the type that a model computes in, in float32."""
+
+    model: float
+    single: float
+
+    @classmethod
+    def measured(cls, device: torch.device, dtype: torch.dtype) -> MatmulRates:
+        """Measure both on a device, within a tenth of a second after its libraries are loaded."""
+        single = matmul_rate(device, torch.float32)
+        return cls(single if dtype == torch.float32 else matmul_rate(device, dtype), single)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the floating-point operations per second of a product of square matrices."""
+    size = 512 if device.type == "cpu" else 4096
+    A, calls, elapsed = torch.ones(size, size, device=device, dtype=dtype), 0, 0.0
+    began = None
+    while elapsed < MEASURING:
+        (A @ A)[0, 0].item()  # waits for the device
+        began = began or time.perf_counter()  # the first product is not counted: libraries start with it
+        calls, elapsed = calls + 1, time.perf_counter() - began
+    return 2 * size**3 * (calls - 1) / elapsed
+
+
+class MemoryClock(Stopwatch):
+    """Seconds by phase, and the peaks of memory that were reached in it: those of the host only ever grow."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.peaks = device, {}
+
+    def __enter__(self) -> None:
+        self._note("between")
+        super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self._note(self._phase)
+
+    def _note(self, phase: str) -> None:
+        before = self.peaks.get(phase, {})
+        now = peak_memory(self.device)
+        self.peaks[phase] = {kind: max(value, before.get(kind, 0)) for kind, value in now.items()}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def whole(self) -> dict[str, int]:
+        """Return the peaks of all phases together, as `devices.peak_memory`."""
+        self._note("between")
+        return {kind: max(one[kind] for one in self.peaks.values()) for kind in self.peaks["between"]}

@@ -10,10 +10,11 @@ from main_text2image import main
 from sdxl import CONFIG
 from tiny_runs import command
 
+from vqdm import devices
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import select_layers
-from vqdm.diffusion.shapes import forward_bytes, input_groups, meta_call, meta_unet
+from vqdm.diffusion.shapes import Shapes, forward_cost, input_groups, meta_call, meta_unet
 from vqdm.live_bytes import LiveBytes
 from vqdm.quantization import block, budget, job, recording
 from vqdm.quantization.config import QuantizeConfig
@@ -38,9 +39,10 @@ def test_planned_are_the_tensors_that_live(pipelines, prompt_file, tmp_path, mon
     """Within 15 %, for Hessians and the layers' codes."""
     found, hessians, layers, make = [], [], [], budget.plan
 
-    def planned(config, shapes, groups, all_kept):
-        found.append((shapes, {need.phase: need.device for need in make(config, shapes, groups, all_kept)}))
-        return make(config, shapes, groups, all_kept)
+    def planned(config, shapes, *args):
+        needs = make(config, shapes, *args)
+        found.append((shapes, {need.phase: need.device for need in needs}))
+        return needs
 
     monkeypatch.setattr(job, "plan", planned)
     monkeypatch.setattr(recording.HessianRecorder, "record", counted(recording.HessianRecorder.record, hessians))
@@ -50,15 +52,6 @@ def test_planned_are_the_tensors_that_live(pipelines, prompt_file, tmp_path, mon
     words = words if not code else [*words[:5], *words[11:], *code]
     assert run_script(main, words) == 0
     (shapes, needs), *_ = found
-    print(
-        "HESS",
-        max(hessians),
-        needs["hessians"] - shapes.unet,
-        "LAY",
-        max(layers),
-        needs["layers"] - shapes.unet,
-        shapes,
-    )
     assert shapes.unet + max(hessians) == pytest.approx(needs["hessians"], rel=0.15)
     assert shapes.unet + max(layers) == pytest.approx(needs["layers"], rel=0.15)
     phases = json.loads((tmp_path / "out" / "summary.json").read_text())["peak_memory_bytes_by_phase"]
@@ -85,7 +78,7 @@ def test_a_dry_run_of_a_folder_reads_no_weights(pipelines, prompt_file, tmp_path
 
 @pytest.mark.parametrize(("free", "advice"), [(1.51e9, "it fits with "), (1e9, "smaller --height")])
 def test_a_run_that_does_not_fit_is_refused(free, advice, pipelines, prompt_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(job, "free_memory", lambda device: (None, int(free)))
+    monkeypatch.setattr(devices, "free_memory", lambda device: (None, int(free)))
     few = ["--layer_filter", r"mid_block.*attn1\.to_q", "--hessian_samples_per_input", "0", "--xtx_batch_size", "256"]
     words = command(pipelines["sdxl"], prompt_file, tmp_path / "out", *few)
     assert run_script(main, words) == 2
@@ -102,18 +95,47 @@ def test_sdxl_fits_24_gb():
     unet = meta_unet(CONFIG, torch.bfloat16)
     layers = select_layers(unet, "default", 0, CodeSpec(1, 8, 1), {})
     groups = input_groups(unet, layers, 128, 128)
-    step, weights = forward_bytes(unet, 128, 128, 2), 2 * sum(one.numel() for one in unet.parameters())
+    step, weights = forward_cost(unet, 128, 128, 2), 2 * sum(one.numel() for one in unet.parameters())
     text, vae = int(1.64e9), int(0.17e9)
-    shapes = budget.Shapes(weights, text, vae, step, int(4e9), weights + text + vae, int(2e8), 2 * 128**2, 2)
+    shapes = Shapes(weights, text, vae, step.bytes, int(4e9), weights + text + vae, int(2e8), 2 * 128**2, 2, step.flops)
     config = QuantizeConfig(model="sdxl", target_bits=3.0, xtx_batch_size=4)
-    needs = budget.on(budget.plan(config, shapes, groups, all_kept=True), "cuda")
+    needs = devices.on(budget.plan(config, shapes, groups, True, (256, 32), devices.MatmulRates(1e14, 4e13)), "cuda")
     most = {name: max(getattr(need, name) for need in needs) / 1e9 for name in ("device", "ram", "disk")}
     assert 15 < most["device"] < 24 and most["ram"] < 32 and most["disk"] < 40
-    assert not budget.lacking(needs, int(24e9), int(32e9)) and budget.lacking(needs, int(12e9), None)
+    assert not devices.lacking(needs, int(24e9), int(32e9)) and devices.lacking(needs, int(12e9), None)
+
+
+def test_times_are_in_the_order_of_the_work():
+    """On a model of few layers: more points, prompts and state bits take longer, in their own phase alone."""
+    unet = meta_unet(tiny_unet("sdxl").config)
+    layers = select_layers(unet, "default", 0, CodeSpec(1, 8, 1), {})
+    groups, step = input_groups(unet, layers, 8, 8), forward_cost(unet, 8, 8, 2)
+    shapes = Shapes(0, 0, 0, step.bytes, 0, 0, 0, 128, 4, step.flops, 10 * step.flops)
+    slow = devices.MatmulRates(1e9, 1e9)
+
+    def times(prompts=(64, 16), rates=slow, **settings) -> dict[str, float]:
+        config = QuantizeConfig(model="tiny", target_bits=6.0, **settings)
+        return {need.phase: need.seconds for need in budget.plan(config, shapes, groups, True, prompts, rates)}
+
+    usual = times(calibration_nsteps=5)
+    assert usual["saving"] == 0 < usual["teacher"] < usual["evaluation"] and usual["layers"] > 0
+    for changed, phases in (
+        (times(), {"hessians"}),
+        (times((128, 16), calibration_nsteps=5), {"hessians"}),
+        (times((64, 32), calibration_nsteps=5), {"teacher", "evaluation"}),
+        (times(calibration_nsteps=5, sensitivity_points=128), {"allocation"}),
+    ):
+        assert {name for name, value in changed.items() if value > usual[name]} == phases
+        assert all(value >= usual[name] for name, value in changed.items())
+    fewer_states = times(calibration_nsteps=5, state_bits=10)
+    assert {name for name, value in fewer_states.items() if value != usual[name]} == {"layers"}
+    assert usual["layers"] / 4 < fewer_states["layers"] < usual["layers"]
+    twice = times(calibration_nsteps=5, rates=devices.MatmulRates(2e9, 2e9))
+    assert twice == pytest.approx({name: value / 2 for name, value in usual.items()})
 
 
 def test_attention_is_counted_as_fused_kernels_make_it():
     """The scores of all pairs of tokens never exist at once."""
-    peaks = [forward_bytes(meta_unet(tiny_unet("sdxl").config), side, side, 1) for side in (32, 64)]
+    peaks = [forward_cost(meta_unet(tiny_unet("sdxl").config), side, side, 1).bytes for side in (32, 64)]
     assert 3.5 < peaks[1] / peaks[0] < 4.5
     assert meta_call(meta_unet(tiny_unet("sd15").config), 8, 8, 3)["sample"].shape == (3, 4, 8, 8)

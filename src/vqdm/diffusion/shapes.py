@@ -5,24 +5,60 @@ Letters: A guidance branches, B points in a batch, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from vqdm.config import SamplingConfig
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import shared_inputs
-from vqdm.diffusion.pipelines import set_scheduler
+from vqdm.diffusion.pipelines import image_size, set_scheduler
+from vqdm.diffusion.sampling import unet_dtype
 from vqdm.documents import read_json
 from vqdm.errors import RunError
 from vqdm.live_bytes import LiveBytes
 
 # What a part raises that wants other arguments, or has no operators on the meta device.
 UNCALLABLE = (RunError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError)
+QKV = ("query", "key", "value")
 TOKENS = 77  # of a prompt; the length changes no weight
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the plan needs of a model, all in bytes.
+
+    Attributes:
+        unet, text, vae: weights in the type that is computed in.
+        step: activations of a UNet call on one point, all of its branches.
+        decode: activations, and weights in float32, while the VAE decodes one image.
+        pipeline: all weights.
+        points: recorded points of all prompts.
+        positions: of the latents of one point, of all branches: a number, not bytes.
+        itemsize: of a value in the type that is computed in.
+        step_flops, decode_flops: floating-point operations of that UNet call, and of decoding an image.
+    """
+
+    unet: int
+    text: int
+    vae: int
+    step: int
+    decode: int
+    pipeline: int
+    points: int
+    positions: int
+    itemsize: int
+    step_flops: int = 0
+    decode_flops: int = 0
 
 
 def meta_unet(config: Mapping, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -94,32 +130,85 @@ def input_groups(unet: UNet2DConditionModel, layers: list[Layer], height: int, w
         return [[layer] for layer in layers]
 
 
-def forward_bytes(unet: UNet2DConditionModel, height: int, width: int, batch: int) -> int:
-    """Return the most bytes of activations at once in a UNet call without gradients, on the meta device."""
+class Cost(NamedTuple):
+    """The most bytes of tensors that a call makes at once, and its floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+def forward_cost(unet: UNet2DConditionModel, height: int, width: int, batch: int) -> Cost:
+    """Return what a UNet call without gradients costs, on the meta device."""
     call = meta_call(unet, height, width, batch)
-    with torch.no_grad(), LiveBytes() as live, _FusedAttention():
-        unet(**call)
-    return live.peak
+    with torch.no_grad():
+        return _cost(lambda: unet(**call))
 
 
-def decode_bytes(vae: nn.Module, height: int, width: int) -> int:
-    """Return the most bytes of activations at once while a VAE on the meta device decodes one image.
+def decode_cost(vae: nn.Module, height: int, width: int) -> Cost:
+    """Return what a VAE on the meta device costs that decodes one image.
 
     Args:
         height, width: of the latents.
     """
     latents = torch.empty(1, vae.config.latent_channels, height, width, device="meta", dtype=vae.dtype)
-    with torch.no_grad(), LiveBytes() as live, _FusedAttention():
-        vae.decode(latents)
-    return live.peak
+    with torch.no_grad():
+        return _cost(lambda: vae.decode(latents))
+
+
+def _cost(call: Callable[[], object]) -> Cost:
+    with LiveBytes() as live, FlopCounterMode(display=False) as flops, _FusedAttention() as attention:
+        call()
+    return Cost(live.peak, flops.get_total_flops() + attention.flops)
 
 
 class _FusedAttention(TorchFunctionMode):
     """Inside, attention makes its output alone, as fused kernels do; on the meta device it would make all scores."""
 
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is not torch.nn.functional.scaled_dot_product_attention:
             return function(*args, **kwargs)
-        names = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        return names["query"].new_empty(*names["query"].shape[:-1], names["value"].shape[-1])
+        query, key, value = ((dict(zip(QKV, args, strict=False)) | kwargs)[name] for name in QKV)
+        self.flops += sdpa_flop_count(query.shape, key.shape, value.shape)
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def shapes_of(
+    pipeline: DiffusionPipeline, sampling: SamplingConfig, values: dict[str, int], points: int
+) -> Shapes | None:
+    """Return the shapes of a pipeline, whose weights may be missing; None where its parts cannot be called as usual.
+
+    Args:
+        values: number of those of every part, by name.
+        points: bytes of recorded points.
+    """
+    dtype, scale = unet_dtype(pipeline.unet), pipeline.vae_scale_factor
+    size = [side // scale for side in image_size(pipeline, sampling.height, sampling.width)]
+    bytes_of = {name: dtype.itemsize * count for name, count in values.items()}
+    guidance = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
+    given = sampling.guidance_scale if sampling.guidance_scale is not None else guidance and guidance.default
+    wide = dtype == torch.float16 and pipeline.vae.config.get("force_upcast")
+    branches = 2 if (given or 0) > 1 else 1
+    try:
+        step = forward_cost(meta_unet(pipeline.unet.config, dtype), *size, branches)
+        vae = meta_copy(pipeline.vae, torch.float32 if wide else dtype)
+        decode = decode_cost(vae, *size)
+    except UNCALLABLE:
+        return None
+    return Shapes(
+        unet=bytes_of["unet"],
+        text=sum(count for name, count in bytes_of.items() if name not in ("unet", "vae")),
+        vae=bytes_of["vae"],
+        step=step.bytes,
+        decode=sum(tensor.nbytes for tensor in vae.parameters()) + decode.bytes,
+        pipeline=sum(bytes_of.values()),
+        points=points,
+        positions=branches * math.prod(size),
+        itemsize=dtype.itemsize,
+        step_flops=step.flops,
+        decode_flops=decode.flops,
+    )

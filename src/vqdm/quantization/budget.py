@@ -7,74 +7,47 @@ Letters: O rows and I columns of a layer, A guidance branches.
 
 from __future__ import annotations
 
-import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
-import torch
-from diffusers import DiffusionPipeline
-
 from vqdm.additive.solve import GAP_COLUMNS
-from vqdm.config import SamplingConfig
-from vqdm.devices import peak_memory
+from vqdm.devices import MatmulRates, Need
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import ROWS_PER_PRODUCT, VALUES_PER_PRODUCT, passes
-from vqdm.diffusion.pipelines import image_size
-from vqdm.diffusion.sampling import unet_dtype
-from vqdm.diffusion.shapes import UNCALLABLE, decode_bytes, forward_bytes, meta_copy, meta_unet
+from vqdm.diffusion.shapes import Shapes
+from vqdm.quantization.allocation import FAST_STATE_BITS
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import hessian_bytes
-from vqdm.tracking import Stopwatch
 
 SUM, MEAN = 8, 4  # bytes of an entry of a Hessian: while it is accumulated, and as it is kept
 SQUARES = 4  # matrices [I, I] that the solver makes at once in float32, beside two Hessians
 GAP_SQUARES = 6  # that the gap to the bound takes instead, where a layer has one
 WEIGHTS = {False: 6, True: 20}  # matrices [O, I] that it makes in float32: of additive codes, of trellis codes
-PROGRAM = 1.5e9  # bytes of RAM of the program and its libraries
+
+# What takes as long as so many operations of matrix products, fitted to times on a CPU (benchmarks/RESULTS.md).
+UNET_SHARE = 0.5  # of the rate of matrix products that a UNet reaches
+ADDITIVE_SWEEPS = 200  # products with H that additive codes take
+STATE_OPERATIONS = 20  # per weight and state of a trellis
+TRELLIS_SWEEPS = 16  # products with H that trellis codes take
+CUBES = 3  # I³ operations of factorizations per layer
+PER_BACKWARD = 4  # calls' operations of a call with a backward pass and recomputed activations
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What the plan needs of a model, all in bytes.
-
-    Attributes:
-        unet, text, vae: weights in the type that is computed in.
-        step: activations of a UNet call on one point, all of its branches.
-        decode: activations, and weights in float32, while the VAE decodes one image.
-        pipeline: all weights.
-        points: recorded points of all prompts.
-        positions: of the latents of one point, of all branches: a number, not bytes.
-        itemsize: of a value in the type that is computed in.
-    """
-
-    unet: int
-    text: int
-    vae: int
-    step: int
-    decode: int
-    pipeline: int
-    points: int
-    positions: int
-    itemsize: int
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that a phase needs: on the device that computes, in RAM beside it, and what is on the disk at its end."""
-
-    phase: str
-    device: int
-    ram: int
-    disk: int
-
-
-def plan(config: QuantizeConfig, shapes: Shapes, groups: list[list[Layer]], all_kept: bool) -> list[Need]:
+def plan(
+    config: QuantizeConfig,
+    shapes: Shapes,
+    groups: list[list[Layer]],
+    all_kept: bool,
+    prompts: tuple[int, int],
+    rates: MatmulRates,
+) -> list[Need]:
     """Return what every phase needs.
 
     Args:
         groups: layers by the input that they share.
         all_kept: whether the Hessians of all layers are recorded first, and kept.
+        prompts: numbers of those for calibration and for evaluation.
     """
     layers = [layer for group in groups for layer in group]
     by_block = [list(some) for _, some in groupby(groups, key=lambda group: group[0].block)]
@@ -88,6 +61,7 @@ def plan(config: QuantizeConfig, shapes: Shapes, groups: list[list[Layer]], all_
     solving = max(map(squares, in_block)) * 2 * MEAN + hardest
     changes = shapes.itemsize * sum(layer.rows * layer.columns for layer in layers)
     rest, kept = shapes.text + shapes.vae, hessian_bytes(groups, config.hessian_memory_gb, all_kept)
+    times = seconds(config, shapes, groups, len(recorded), prompts, rates)
     needs = [
         Need("teacher", shapes.unet + sampling, rest + shapes.points, shapes.points),
         Need("hessians", shapes.unet + hessians, rest + shapes.points, shapes.points + kept),
@@ -100,7 +74,53 @@ def plan(config: QuantizeConfig, shapes: Shapes, groups: list[list[Layer]], all_
         widest = max(layer.rows * layer.columns for layer in layers)
         effects = max(2 * (shapes.step + shapes.itemsize * widest), solving)
         needs.insert(2, Need("allocation", shapes.unet + effects, rest + changes + shapes.points, shapes.points + kept))
-    return needs
+    return [replace(need, seconds=times.get(need.phase, 0.0)) for need in needs]
+
+
+def seconds(
+    config: QuantizeConfig,
+    shapes: Shapes,
+    groups: list[list[Layer]],
+    recordings: int,
+    prompts: tuple[int, int],
+    rates: MatmulRates,
+) -> dict[str, float]:
+    """Return a guess of the seconds of each phase, at measured rates; reading and writing are left out.
+
+    Args:
+        recordings: passes over the calibration points in which Hessians are recorded.
+    """
+    calibration, evaluation = prompts
+    steps = config.sampling.num_inference_steps or 50
+    points = calibration * min(config.calibration_nsteps or steps, steps)
+    call, decoding = shapes.step_flops / (UNET_SHARE * rates.model), shapes.decode_flops / (UNET_SHARE * rates.single)
+    sampled = evaluation * (steps * call + decoding)
+    products = sum(
+        min(config.hessian_samples_per_input or math.inf, points * shapes.positions / group[0].columns)
+        * group[0].columns ** 3
+        for group in groups
+    )
+    layers = [layer for group in groups for layer in group]
+    trellis = config.code == "trellis"
+    coding = sum(coding_operations(layer, config.state_bits if trellis else None) for layer in layers)
+    found = {
+        "teacher": sampled,
+        "hessians": (calibration * steps + recordings * points) * call + products / rates.single,
+        "layers": coding / rates.single,
+        "evaluation": sampled + evaluation * steps * call,
+    }
+    if trellis:  # effects are measured twice, with fast codes
+        fast = sum(coding_operations(layer, FAST_STATE_BITS) for layer in layers)
+        found["allocation"] = 2 * (config.sensitivity_points * PER_BACKWARD * call + fast / rates.single)
+    return found
+
+
+def coding_operations(layer: Layer, state_bits: int | None) -> float:
+    """Return the operations, of matrix products that take as long, to quantize a layer; None for additive codes."""
+    O, I = layer.rows, layer.columns  # noqa: E741
+    if state_bits is None:
+        return ADDITIVE_SWEEPS * O * I**2 + CUBES * I**3
+    return STATE_OPERATIONS * 2**state_bits * O * I + TRELLIS_SWEEPS * O * I**2 + CUBES * I**3
 
 
 def sample_bytes(config: QuantizeConfig, shapes: Shapes, columns: int) -> int:
@@ -127,69 +147,6 @@ def solver_bytes(layer: Layer, trellis: bool) -> int:
     return 4 * max(solver, gap)
 
 
-def shapes_of(
-    pipeline: DiffusionPipeline, sampling: SamplingConfig, values: dict[str, int], points: int
-) -> Shapes | None:
-    """Return the shapes of a pipeline, whose weights may be missing; None where its parts cannot be called as usual.
-
-    Args:
-        values: number of those of every part, by name.
-        points: bytes of recorded points.
-    """
-    dtype, scale = unet_dtype(pipeline.unet), pipeline.vae_scale_factor
-    size = [side // scale for side in image_size(pipeline, sampling.height, sampling.width)]
-    bytes_of = {name: dtype.itemsize * count for name, count in values.items()}
-    guidance = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
-    given = sampling.guidance_scale if sampling.guidance_scale is not None else guidance and guidance.default
-    wide = dtype == torch.float16 and pipeline.vae.config.get("force_upcast")
-    branches = 2 if (given or 0) > 1 else 1
-    try:
-        step = forward_bytes(meta_unet(pipeline.unet.config, dtype), *size, branches)
-        vae = meta_copy(pipeline.vae, torch.float32 if wide else dtype)
-        decode = decode_bytes(vae, *size)
-    except UNCALLABLE:
-        return None
-    return Shapes(
-        unet=bytes_of["unet"],
-        text=sum(count for name, count in bytes_of.items() if name not in ("unet", "vae")),
-        vae=bytes_of["vae"],
-        step=step,
-        decode=sum(tensor.nbytes for tensor in vae.parameters()) + decode,
-        pipeline=sum(bytes_of.values()),
-        points=points,
-        positions=branches * math.prod(size),
-        itemsize=dtype.itemsize,
-    )
-
-
-def on(needs: list[Need], device: str) -> list[Need]:
-    """Return the needs with the RAM of the program itself; on a CPU, RAM is where all is computed."""
-    own = int(PROGRAM)
-    if device == "cpu":
-        return [replace(need, device=0, ram=need.ram + need.device + own) for need in needs]
-    return [replace(need, ram=need.ram + own) for need in needs]
-
-
-def table(needs: list[Need]) -> str:
-    """Format a line per phase, in GB."""
-    lines = [f"{'phase':12} {'GPU':>7} {'RAM':>7} {'disk':>7}   GB, counted from shapes"]
-    lines += [f"{n.phase:12} {n.device / 1e9:7.2f} {n.ram / 1e9:7.2f} {n.disk / 1e9:7.2f}" for n in needs]
-    return "\n".join(lines)
-
-
-def lacking(needs: list[Need], device: int | None, ram: int | None) -> list[str]:
-    """Return a line for GPU memory and for RAM, where a phase needs more than is free; None is unknown."""
-    found = []
-    for name, free, most in (
-        ("GPU memory", device, max(needs, key=lambda need: need.device)),
-        ("RAM", ram, max(needs, key=lambda need: need.ram)),
-    ):
-        wanted = most.device if name == "GPU memory" else most.ram
-        if free is not None and wanted > free:
-            found.append(f"{name}: phase {most.phase} needs {wanted / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-    return found
-
-
 def smaller(config: QuantizeConfig) -> list[QuantizeConfig]:
     """Return the settings with smaller batches, then with less memory for Hessians too; the closest come first."""
     found, size, memory = [], config.xtx_batch_size, config.hessian_memory_gb
@@ -199,31 +156,3 @@ def smaller(config: QuantizeConfig) -> list[QuantizeConfig]:
     for k in range(1, 7):
         found.append(replace(config, xtx_batch_size=size, hessian_memory_gb=memory / 2**k))
     return found
-
-
-class MemoryClock(Stopwatch):
-    """Seconds by phase, and the peaks of memory that were reached in it: those of the host only ever grow."""
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device, self.peaks = device, {}
-
-    def __enter__(self) -> None:
-        self._note("between")
-        super().__enter__()
-
-    def __exit__(self, *error) -> None:
-        super().__exit__(*error)
-        self._note(self._phase)
-
-    def _note(self, phase: str) -> None:
-        before = self.peaks.get(phase, {})
-        now = peak_memory(self.device)
-        self.peaks[phase] = {kind: max(value, before.get(kind, 0)) for kind, value in now.items()}
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def whole(self) -> dict[str, int]:
-        """Return the peaks of all phases together, as `devices.peak_memory`."""
-        self._note("between")
-        return {kind: max(one[kind] for one in self.peaks.values()) for kind in self.peaks["between"]}

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
-from vqdm.devices import BatchSize, check_float64, free_memory, pick_dtype
+from vqdm.devices import BatchSize, MatmulRates, MemoryClock, Need, budgeted, check_float64, on, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
 from vqdm.diffusion.model_folders import check_loaded, check_supported, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import (
@@ -48,8 +48,9 @@ from vqdm.diffusion.sampling import (
     point_bytes,
     point_errors,
     predicted_bytes,
+    unet_dtype,
 )
-from vqdm.diffusion.shapes import input_groups, meta_unet, skeleton_pipeline
+from vqdm.diffusion.shapes import input_groups, meta_unet, shapes_of, skeleton_pipeline
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
@@ -62,7 +63,7 @@ from vqdm.prompts import choose, default_prompts, load_prompts
 from vqdm.provenance import own_command, redacted, versions
 from vqdm.quantization.allocation import allocated, check_target
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
-from vqdm.quantization.budget import MemoryClock, Need, lacking, on, plan, shapes_of, smaller, table
+from vqdm.quantization.budget import plan, smaller
 from vqdm.quantization.codebook_training import make_shared_codebooks, shared
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
@@ -285,26 +286,17 @@ def planned_needs(
     if shapes is None:
         log_info("no plan of memory: the UNet or the VAE wants arguments that are not known")
         return []
-    layers = list(chain.from_iterable(groups))
+    layers, rates = list(chain.from_iterable(groups)), MatmulRates.measured(device, unet_dtype(pipeline.unet))
 
     def needs_of(one: QuantizeConfig) -> list[Need]:
-        return on(plan(one, shapes, groups, keeps_hessians(one, layers)), device.type)
+        return on(plan(one, shapes, groups, keeps_hessians(one, layers), prompts, rates), device.type)
 
-    needs, free = needs_of(config), free_memory(device)
-    log_info(table(needs))
-    short = lacking(needs, *free)
-    if short:
-        fits = next((one for one in smaller(config) if not lacking(needs_of(one), *free)), None)
-        advice = "no --xtx_batch_size or --hessian_memory_gb is small enough; try smaller --height and --width"
-        if fits:
-            advice = (
-                f"it fits with --xtx_batch_size {fits.xtx_batch_size} --hessian_memory_gb {fits.hessian_memory_gb:g}"
-            )
-        message = f"{short[0]}; {advice}; --ignore_budget starts all the same"
-        if not (config.ignore_budget or config.dry_run):
-            raise UserError(message)
-        log_info(message)
-    return needs
+    def flags(one: QuantizeConfig | None) -> str:
+        if one is None:
+            return "--xtx_batch_size or --hessian_memory_gb"
+        return f"--xtx_batch_size {one.xtx_batch_size} --hessian_memory_gb {one.hessian_memory_gb:g}"
+
+    return budgeted(config, needs_of, smaller(config), flags, device)
 
 
 def hessians_to_come(config: QuantizeConfig, groups: list[list[Layer]], folder: RunFolder) -> int:
