@@ -1,5 +1,6 @@
 """Batches that are halved where memory ends; devices and types: diffusion/test_pipelines.py."""
 
+from itertools import accumulate, chain, repeat
 from types import SimpleNamespace
 
 import pytest
@@ -48,10 +49,10 @@ def test_out_of_memory_at_batch_size_1_is_an_error_with_advice():
         list(BatchSize(4, "try less").batches(fail, [1, 2, 3]))
 
 
-def test_the_rate_of_matrix_products_is_their_operations_over_the_time(monkeypatch):
-    """By a clock that moves a hundredth of a second at each reading; the first product does not count."""
-    readings = iter(range(1000))
-    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: next(readings) / 100))
-    operations = 2 * 512**3
-    rate = matmul_rate(torch.device("cpu"), torch.float32)
-    assert rate == pytest.approx(operations / 0.01, rel=0.5) and rate <= 100 * operations
+@pytest.mark.parametrize(("tick", "size"), [(0.001, 1024), (1.0, 256)])
+def test_the_rate_of_matrix_products_is_their_operations_over_the_time(tick, size, monkeypatch):
+    """By a clock that moves a tick at each reading, ten from the tenth on; sizes double until a product takes long."""
+    readings = accumulate(chain([tick] * 9, repeat(10 * tick)))
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    elapsed = 10 * tick if size == 1024 else tick
+    assert matmul_rate(torch.device("cpu"), torch.float32) == pytest.approx(2 * size**3 / elapsed)

@@ -21,7 +21,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 PROGRAM = 1_500_000_000  # bytes of RAM of a program and its libraries
 WORKSPACES = 1_500_000_000  # of a GPU: its context, workspaces of libraries, what an allocator wastes; an estimate
-MEASURING = 0.05  # seconds of measuring a rate
+MEASURING = 0.005  # seconds of the product that gives a rate
 SMALLER_IMAGES = "try smaller --height and --width"
 
 
@@ -256,15 +256,16 @@ class MatmulRates(NamedTuple):
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the floating-point operations per second of a product of square matrices."""
-    size = 512 if device.type == "cpu" else 4096
-    A, calls, elapsed = torch.ones(size, size, device=device, dtype=dtype), 0, 0.0
-    began = None
-    while elapsed < MEASURING:
-        (A @ A)[0, 0].item()  # waits for the device
-        began = began or time.perf_counter()  # the first product is not counted: libraries start with it
-        calls, elapsed = calls + 1, time.perf_counter() - began
-    return 2 * size**3 * (calls - 1) / elapsed
+    """Measure the floating-point operations per second of a product of square matrices, as large as take a while."""
+    size, elapsed = 128, 0.0
+    while elapsed < MEASURING and size < 8192:
+        size *= 2
+        A = torch.ones(size, size, device=device, dtype=dtype)
+        for _ in range(2):  # libraries start with the first product of a size
+            began = time.perf_counter()
+            (A @ A)[0, 0].item()  # waits for the device
+            elapsed = time.perf_counter() - began
+    return 2 * size**3 / elapsed
 
 
 class MemoryClock(Stopwatch):
