@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 MAX_TOKENS = 24
@@ -40,6 +40,24 @@ def make_unet() -> UNet2DConditionModel:
         addition_embed_type="text_time",
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=6 * 16 + TEXT_WIDTHS[1],
+    )
+
+
+def make_mmdit() -> SD3Transformer2DModel:
+    """SD3.5-large's layout (two token streams, joint attention, AdaLN, normed queries and keys) at 11 M parameters."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=8,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=sum(TEXT_WIDTHS),
+        caption_projection_dim=6 * 32,
+        pooled_projection_dim=sum(TEXT_WIDTHS),
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
     )
 
 

@@ -39,11 +39,11 @@ def training_scenes(count: int) -> list:
 
 
 @torch.no_grad()
-def cached_latents(work: Path, scenes: list) -> Tensor:
+def cached_latents(work: Path, scenes: list, vae: AutoencoderKL) -> Tensor:
     """float16 [N, 4, 16, 16], scaled to unit spread; encoded once and kept in WORK/latents.pt."""
     path = work / "latents.pt"
     if not path.exists():
-        vae = AutoencoderKL.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+        vae = vae.to(memory_format=torch.channels_last)
         images, chunks = render_many(scenes, seed=3), []
         for pixels in images.split(64):
             mode = vae.encode(pixels.float() / 127.5 - 1).latent_dist.mode()
@@ -122,7 +122,8 @@ def velocity_loss(forward, noising: DDPMScheduler, latents: Tensor, conditioning
 def train(options) -> None:
     torch.manual_seed(0)
     scenes = training_scenes(options.scenes)
-    latents, captioner = cached_latents(options.work, scenes), Captioner(options.work)
+    latents = cached_latents(options.work, scenes, AutoencoderKL.from_pretrained(options.work / "vae"))
+    captioner = Captioner(options.work)
     trainer = Trainer(options.work, options.lr)
     trainer.load()
     forward = torch.compile(trainer.unet, dynamic=False) if options.compile else trainer.unet
