@@ -26,7 +26,7 @@ from vqdm.diffusion.pipelines import generators, load_pipeline
 from vqdm.generation.config import GenerateConfig
 from vqdm.generation.job import run, wanted_requests
 from vqdm.generation.requests import call_settings
-from vqdm.image_folder import ImageFolder
+from vqdm.images import ImageFolder
 from vqdm.parallel import launched
 from vqdm.prompts import load_prompts, load_rows
 

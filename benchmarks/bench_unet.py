@@ -35,10 +35,10 @@ from rivals import RIVALS, held_bytes
 from sdxl import CONFIG
 from torch import nn
 
+from vqdm.diffusion.shapes import LiveBytes
 from vqdm.layers.decode import BACKENDS, CANDIDATES
 from vqdm.layers.functional import free_scratch
 from vqdm.layers.quantized import cast_plain, quantized_layers
-from vqdm.live_bytes import LiveBytes
 
 RANDOM = "sdxl-random"
 PLAIN = "full precision"

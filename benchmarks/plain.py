@@ -16,8 +16,7 @@ from torch import Tensor
 
 from vqdm.additive.beam import take
 from vqdm.additive.code import AdditiveCode
-from vqdm.additive.kmeans import draw
-from vqdm.additive.refit import weighted_error
+from vqdm.additive.codebooks import draw, weighted_error
 
 
 def epoch(W: Tensor, H: Tensor, code: AdditiveCode, steps: int, lr: float, beam: int, generator) -> AdditiveCode:

@@ -9,8 +9,7 @@ from torch import nn
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import select_layers
-from vqdm.layers.quantized import QuantizedLayer, cast_plain, quantized_layers, swap
-from vqdm.layers.shared_codebooks import SharedCodebookModule
+from vqdm.layers.quantized import QuantizedLayer, SharedCodebookModule, cast_plain, quantized_layers, swap
 
 BANK = "random"
 

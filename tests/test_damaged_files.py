@@ -13,18 +13,18 @@ from test_quantized import SPECS, random_code
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import Layer
+from vqdm.diffusion.hessians import HessianStore
 from vqdm.diffusion.model_folders import find_quantized_unet
 from vqdm.diffusion.pipelines import check_model
 from vqdm.documents import parse_json, parse_yaml, read_text
 from vqdm.errors import RunError, UserError
-from vqdm.image_folder import check_layout, read_rows
+from vqdm.images import check_layout, read_rows
 from vqdm.metrics.comparison import read_run
 from vqdm.metrics.frechet import load_statistics
 from vqdm.metrics.image_sets import open_images
 from vqdm.prompts import load_rows
 from vqdm.quantization.allocation import planned, read_plan
 from vqdm.storage.files import save_checked_json, save_tensors
-from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import VqdmConfig
 from vqdm.storage.run_folder import RunFolder, check_claim
 

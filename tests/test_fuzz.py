@@ -42,10 +42,11 @@ from test_hf import quantized_unet
 from test_quantized import SPECS, random_code
 
 from vqdm.diffusion.blocks import Layer, select_layers
+from vqdm.diffusion.hessians import HessianStore
 from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.errors import RunError, UserError
 from vqdm.generation.requests import make_requests
-from vqdm.image_folder import ImageFolder, check_layout
+from vqdm.images import ImageFolder, check_layout
 from vqdm.metrics.comparison import compare, incomparable, latex, markdown, read_run, table_csv
 from vqdm.metrics.frechet import frechet_distance, load_statistics
 from vqdm.metrics.image_sets import mismatches, open_images
@@ -56,7 +57,6 @@ from vqdm.prompts import load_rows
 from vqdm.quantization.config import read_overrides
 from vqdm.quantization.recording import digest
 from vqdm.storage.files import CHECK, load_checked_json, save_checked, save_checked_json
-from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import VqdmConfig, build_layers
 from vqdm.storage.run_folder import RunFolder, check_claim
 

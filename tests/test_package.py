@@ -22,7 +22,7 @@ FLOORS = (
 )  # each imports from those before it only
 PROGRAMS = ("quantization", "finetuning", "generation", "metrics")
 # Modules beside the rooms that belong to a floor above the small ones.
-PLACES = {"images": "storage", "image_folder": "storage", "conversion": "program", "api": "call"}
+PLACES = {"images": "storage", "conversion": "program", "api": "call"}
 REPEATABLE = ("job", "config", "__init__")
 RESEARCH = (
     "quantization",
@@ -35,7 +35,7 @@ RESEARCH = (
     "parallel",
     "tracking",
 )
-SOLVER = ("solve", "encode", "beam", "refit", "backends", "trellis_solve", "viterbi", "kmeans", "codebooks")
+SOLVER = ("solve", "encode", "beam", "backends", "trellis_solve", "viterbi", "codebooks")
 HEAVY = ("torchmetrics", "open_clip", "matplotlib", "wandb", "pandas", "torch_fidelity", "pyarrow")
 
 

@@ -33,11 +33,11 @@ from vqdm.cli import run_script
 from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.documents import parse_yaml, printable
 from vqdm.errors import RunError, UserError
-from vqdm.image_folder import is_inside
+from vqdm.images import is_inside
 from vqdm.metrics.frechet import load_statistics
 from vqdm.metrics.image_sets import open_images
 from vqdm.metrics.report import embedded, escaped, pair
-from vqdm.provenance import MASK, own_command, redacted
+from vqdm.tracking import MASK, own_command, redacted
 
 SOURCES = sorted(
     path
@@ -81,7 +81,7 @@ def test_nothing_runs_strings_or_reads_pickles(path):
 def test_only_one_place_may_record_the_command_line():
     """`own_command` leaves tokens out; whoever writes sys.argv by itself does not."""
     users = [path for path in SOURCES if path.is_relative_to("src") and "sys.argv" in path.read_text(encoding="utf-8")]
-    assert {path.name for path in users} <= {"provenance.py"}
+    assert {path.name for path in users} <= {"tracking.py"}
 
 
 # ------------------------------------------------------------------------------------------------ pickles and code

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.layers.decode import set_decode_backend
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, decoded_once
-from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, VqdmTextQuantizer, allow_casting, register
-from vqdm.storage.hf_methods import register_methods
+from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, VqdmTextQuantizer, allow_casting, register, register_methods
 
 if TYPE_CHECKING:
-    from vqdm.additive.config import SolverConfig
+    from vqdm.additive.solve import SolverConfig
     from vqdm.api import QuantizationReport, quantize
     from vqdm.quantization.text_encoder import quantize_text_encoder
 
@@ -37,7 +36,7 @@ __all__ = [
 ]
 _LAZY = {
     "QuantizationReport": "vqdm.api",
-    "SolverConfig": "vqdm.additive.config",
+    "SolverConfig": "vqdm.additive.solve",
     "quantize": "vqdm.api",
     "quantize_text_encoder": "vqdm.quantization.text_encoder",
 }

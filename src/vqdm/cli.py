@@ -21,7 +21,7 @@ import transformers
 from vqdm.config import Setting, all_settings, build
 from vqdm.documents import first_line, printable, read_yaml, shortened
 from vqdm.errors import RunError, UserError
-from vqdm.provenance import redacted
+from vqdm.tracking import redacted
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 LAST_GROUPS = ("sampling", "model", "saving and resuming", "hub", "run")  # in `--help_all`, of every program

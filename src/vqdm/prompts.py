@@ -20,17 +20,18 @@ from pathlib import Path
 
 from vqdm.documents import (
     LINE_END,
+    check_names,
     described,
     first_line,
     kind_of,
     parse_json,
     parse_yaml,
     printable,
+    read_table,
     read_text,
     shortened,
 )
 from vqdm.errors import UserError
-from vqdm.tables import check_names, read_table
 
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 # Columns by which a row overrules the flags of generate.py; see `generation.requests`.

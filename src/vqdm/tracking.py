@@ -1,4 +1,4 @@
-"""Progress of a run while it runs: bars, JSON lines, and a live tracker that can never stop the job."""
+"""Progress of a run: bars, JSON lines, a live tracker that can never stop the job; and what a result was made with."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import io
 import json
 import logging
 import os
+import platform
+import re
+import shlex
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
+import torch
+import transformers
 from PIL import Image
 from tqdm import tqdm
 
+import vqdm
 from vqdm.documents import first_line
-from vqdm.provenance import redacted
 
 log = logging.getLogger("vqdm")
 CLOSING_SECONDS = 120  # that a tracker has to send what is left
@@ -185,3 +191,47 @@ class Stopwatch:
     def __exit__(self, *_) -> None:
         spent = time.perf_counter() - self._began
         self.phases[self._phase] = round(self.phases.get(self._phase, 0.0) + spent, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------- provenance
+#
+# What a result was made with: versions and the command line, without the access tokens in it.
+
+MASK = "[hidden]"
+SECRET_NAME = re.compile(r"(?:TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD)(?:_ACCESS)?(?:_KEY)?$", re.IGNORECASE)
+SHORTEST = 8  # characters of a secret: shorter values would mask parts of ordinary words
+
+_NAME = r"[\w.-]*(?:token|api[_-]?key|secret|password|passwd)"
+_PATTERNS = (
+    # name=value and "name: value" anywhere, "--name value" on a command line
+    (re.compile(rf"((?:{_NAME}\s*[=:]|--{_NAME}\s)\s*['\"]?)[^\s'\"&;,]+", re.IGNORECASE), rf"\1{MASK}"),
+    (re.compile(r"(\b(?:bearer|basic)\s+)[\w.~+/=-]+", re.IGNORECASE), rf"\1{MASK}"),
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE), rf"\1{MASK}@"),
+    (re.compile(r"\b(?:hf_|api_org_|ghp_|gho_|github_pat_|glpat-|sk-|xox[abp]-|wandb_v1_|AKIA)[\w-]{8,}"), MASK),
+)
+
+
+def redacted(text: str) -> str:
+    """Return `text` with `[hidden]` in place of what looks like an access token, or is one of the environment's."""
+    for secret in secrets(os.environ):
+        text = text.replace(secret, MASK)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def secrets(environment: Mapping[str, str]) -> list[str]:
+    """Return the values of variables with names of secrets, the longest first."""
+    found = {value for name, value in environment.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST}
+    return sorted(found, key=lambda value: (-len(value), value))
+
+
+def own_command() -> str:
+    """Return the command line of this process, as it may be recorded."""
+    return redacted(shlex.join(sys.argv))
+
+
+def versions() -> dict[str, str]:
+    """Return library → version, for summaries and run records."""
+    modules = {"vqdm": vqdm, "torch": torch, "diffusers": diffusers, "transformers": transformers}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vqdm.additive import backends as scoring
+from vqdm.additive.codebooks import kmeans, nearest
 from vqdm.additive.encode import encode_vectors
-from vqdm.additive.kmeans import kmeans, nearest
 from vqdm.errors import UserError
 
 

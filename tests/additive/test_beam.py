@@ -9,7 +9,7 @@ from test_encode import randn, second_moment
 
 from vqdm.additive.beam import adam_steps, beam_search
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.refit import weighted_error
+from vqdm.additive.codebooks import weighted_error
 
 
 def plain_beam_search(W, H, code, beam_size, codebook_orders):

@@ -1,119 +1,167 @@
-"""Shared codebooks: training reaches what a plain search reaches, and solving keeps them as they are."""
+"""Closed-form refits against dense least squares."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from test_code import SPECS, random_code
 from test_encode import randn, second_moment
 
-from vqdm.additive.code import CodeSpec, SharedCodebooks, stored_bits
-from vqdm.additive.codebooks import encode_sample, sample_layer, train_shared_codebooks
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.refit import Fit, refit_codebooks, weighted_error
-from vqdm.additive.solve import relative_error, solve_layer
-
-SPEC = CodeSpec(2, 4, 4, shared_codebooks="unet")
-CONFIG = SolverConfig(SPEC, beam_size=4)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def problems():
-    return [(randn(24, 16, seed=n) * 10.0 ** (n - 1), second_moment(16, seed=n)) for n in range(3)]
-
-
-@pytest.fixture(scope="module")
-def bank():
-    return train_shared_codebooks(
-        [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()], CONFIG, generator()
-    )
-
-
-def test_shared_codebooks_hold_what_float16_keeps_and_are_the_same_again(bank):
-    again = train_shared_codebooks(
-        [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()], CONFIG, generator()
-    )
-    assert bank.shape == SPEC.codebooks_shape
-    assert torch.equal(bank, bank.half().float()) and torch.equal(bank, again)
-
-
-def test_training_lowers_the_error_of_the_sample(bank):
-    samples = [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()]
-    start = torch.randn(bank.shape, generator=generator()) * 0.7
-    errors = [
-        sum(relative_error(s.W, encode_sample(s, books, CONFIG), s.H) for s in samples) for books in (start, bank)
-    ]
-    assert errors[1] < 0.7 * errors[0]
-
-
-def test_a_sample_is_some_rows_of_the_layer_and_its_whole_hessian():
-    W, H = problems()[0]
-    sample = sample_layer(W, H, 5, CONFIG, generator())
-    assert sample.W.shape == (5, 16) and sample.H.shape == (16, 16)
-    norms = W.norm(dim=1)
-    assert all((norms - row).abs().min() < 1e-5 for row in sample.W.norm(dim=1))
-    assert sample.share == pytest.approx(W.numel() / weighted_error(sample.W, sample.H).item())
-
-
-def test_codebooks_are_fitted_to_all_layers_at_once():
-    """Two layers with the same codes are one layer with all the rows."""
-    W, H = problems()[1]
-    sample = sample_layer(W, H, 24, CONFIG, generator())
-    code = encode_sample(sample, randn(*SPEC.codebooks_shape), CONFIG)
-    parts = [
-        Fit(sample.W[rows], sample.H, replace(code, codes=code.codes[rows], scales=code.scales[rows]))
-        for rows in (slice(0, 10), slice(10, 24))
-    ]
-    whole = refit_codebooks([Fit(sample.W, sample.H, code)], 30, ridge=0.0)
-    torch.testing.assert_close(refit_codebooks(parts, 30, ridge=0.0), whole, rtol=1e-3, atol=1e-3)
-
-
-def test_solving_keeps_the_shared_codebooks_and_stores_no_codebooks(bank):
-    W, H = problems()[2]
-    code, report = solve_layer(W, H, CONFIG, generator(), shared=SharedCodebooks(bank, 10_000))
-    assert torch.equal(code.codebooks.float(), bank)
-    assert set(code.pack()) == {"codes", "scales"}
-    assert stored_bits(code.pack()) / W.numel() == 2 + 16 / 16
-    assert report.bits_per_weight == pytest.approx(3 + 16 * bank.numel() / 10_000)
-    assert report.error == pytest.approx(relative_error(W, code, H))
-    plain = (W.view(24, 4, 4) / W.square().mean(1).sqrt()[:, None, None]).reshape(-1, 4)
-    sums = (bank[0][:, None] + bank[1][None]).view(-1, 4)  # all 256 pairs of entries
-    nearest = sums[torch.cdist(plain, sums).argmin(1)].view(24, 16) * W.square().mean(1, keepdim=True).sqrt()
-    assert report.error <= weighted_error(W - nearest, H) / weighted_error(W, H)
-
-
-def test_more_epochs_are_never_worse(bank):
-    W, H = problems()[0]
-    configs = [replace(CONFIG, max_epochs=n, relative_mse_tolerance=0.0) for n in (1, 2, 4)]
-    errors = [
-        solve_layer(W, H, config, generator(), shared=SharedCodebooks(bank, 10_000))[1].error for config in configs
-    ]
-    assert errors[0] > errors[1] >= errors[2]
-
-
-@pytest.mark.parametrize(
-    "spec, given, words",
-    [
-        (SPEC, None, "needed if the format has them"),
-        (CodeSpec(2, 4, 4), SPEC, "needed if the format has them"),
-        (SPEC, CodeSpec(1, 4, 4), "the shared codebooks have shape"),
-    ],
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.codebooks import (
+    Fit,
+    Lookup,
+    conjugate_gradients,
+    kmeans,
+    nearest,
+    refit_codebooks,
+    refit_scales,
+    residual_kmeans,
+    to_groups,
+    to_matrix,
+    weighted_error,
 )
-def test_codebooks_must_fit_the_format(spec, given, words):
-    W, H = problems()[0]
-    with pytest.raises(ValueError, match=words):
-        solve_layer(
-            W,
-            H,
-            SolverConfig(spec),
-            generator(),
-            shared=given and SharedCodebooks(torch.zeros(given.codebooks_shape), 1),
-        )
+from vqdm.additive.encode import rows_at_once
 
 
-@pytest.mark.parametrize("settings", [{"groupwise_codebooks": True}, {"codebook_value_nbits": 4}])
-def test_shared_codebooks_exclude_other_ways_to_store_them(settings):
-    with pytest.raises(ValueError, match="shared_codebooks"):
-        SPEC.changed(**settings)
+def problem(spec, rows=12, columns=16):
+    code = random_code(spec, rows, columns)
+    code = replace(code, codebooks=code.codebooks.double(), scales=code.scales.double(), input_scales=None)
+    return randn(rows, columns).double(), second_moment(columns).double(), code
+
+
+def jacobian(function, x):
+    return torch.autograd.functional.jacobian(function, x).reshape(-1, x.numel())
+
+
+def refit(W, H, code, iterations, ridge):
+    return replace(code, codebooks=refit_codebooks([Fit(W, H, code)], iterations, ridge))
+
+
+def test_weighted_error_is_the_trace():
+    D, H = randn(5, 8), second_moment(8)
+    torch.testing.assert_close(weighted_error(D, H), torch.trace(D @ H @ D.T))
+
+
+def test_groups_and_matrix_are_inverse():
+    matrix = randn(6, 8)
+    groups = to_groups(matrix, 2, 4)
+    assert torch.equal(groups[1, 1], matrix[2:4, 4:8].reshape(-1))
+    assert torch.equal(to_matrix(groups, 2), matrix)
+
+
+@pytest.mark.parametrize("spec", SPECS[:5], ids=str)
+def test_lookup_and_its_adjoint(spec):
+    _, _, code = problem(spec)
+    p, g = code.codebooks.shape[-2:]
+    lookup = Lookup(code)
+    groups = lookup.groups(code.codebooks.reshape(-1, p * g)).view(*code.codes.shape[:2], p * g)
+    unscaled = replace(code, scales=torch.ones_like(code.scales))
+    torch.testing.assert_close(to_matrix(groups, p), unscaled.dequantize())
+    x, y = randn(lookup.entries, p * g).double(), randn(len(lookup.bags), p * g, seed=1).double()
+    torch.testing.assert_close((lookup.groups(x) * y).sum(), (x * lookup.entry_sums(y)).sum())
+
+
+@pytest.mark.parametrize("spec", SPECS[:5], ids=str)
+def test_codebooks_reach_the_least_squares_error(spec):
+    W, H, code = problem(spec)
+    root = torch.linalg.cholesky(H)
+    A = jacobian(lambda books: replace(code, codebooks=books).dequantize() @ root, code.codebooks)
+    best = torch.linalg.lstsq(A, (W @ root).reshape(-1, 1), driver="gelsd").solution
+    least = (A @ best - (W @ root).reshape(-1, 1)).square().sum()
+    found = refit(W, H, code, iterations=400, ridge=0.0)
+    scale = weighted_error(W, H)
+    torch.testing.assert_close(weighted_error(W - found.dequantize(), H) / scale, least / scale, atol=1e-5, rtol=1e-3)
+
+
+def test_the_ridge_keeps_unused_and_holds_used_entries():
+    W, H, code = problem(CodeSpec(2, 6, 4))
+    free, held, fixed = (refit(W, H, code, 30, ridge) for ridge in (0.0, 1.0, 1e9))
+    unused = Lookup(code).usage.view(2, 64) == 0
+    assert unused.any()
+    assert torch.equal(held.codebooks[unused], code.codebooks[unused])
+    assert (held.codebooks - code.codebooks).norm() < (free.codebooks - code.codebooks).norm()
+    torch.testing.assert_close(fixed.codebooks, code.codebooks)
+
+
+@pytest.mark.parametrize("spec", SPECS[:5], ids=str)
+def test_scales_reach_the_least_squares_error_of_every_row_group(spec):
+    W, H, code = problem(spec)
+    root = torch.linalg.cholesky(H)
+    A = jacobian(lambda scales: replace(code, scales=scales).dequantize() @ root, code.scales)
+    best = torch.linalg.lstsq(A, (W @ root).reshape(-1, 1)).solution
+    found = refit_scales(W, H, code, iterations=40)
+    torch.testing.assert_close(found.scales.reshape(-1, 1), best, atol=1e-6, rtol=1e-6)
+
+
+def test_conjugate_gradients_solve_several_problems_and_leave_empty_ones():
+    A = torch.stack([second_moment(5, seed).double() for seed in range(3)])
+    A[2] = 0
+    b = randn(3, 5).double()
+    b[2] = 0
+    x = conjugate_gradients(lambda v: (A @ v[:, :, None])[:, :, 0], b, A.diagonal(dim1=1, dim2=2), 20, dims=(1,))
+    torch.testing.assert_close(x[:2], torch.linalg.solve(A[:2], b[:2]))
+    assert torch.equal(x[2], torch.zeros(5).double())
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_nearest_agrees_with_all_distances():
+    points, centroids = torch.randn(500, 3, generator=generator()), torch.randn(40, 3)
+    distances = torch.cdist(points, centroids).square()
+    indices, errors = nearest(points, centroids)
+    assert torch.equal(indices, distances.argmin(1))
+    torch.testing.assert_close(errors, distances.amin(1), atol=1e-5, rtol=1e-4)
+
+
+def test_nearest_in_parts_is_nearest_at_once(monkeypatch):
+    points, centroids = torch.randn(500, 3, generator=generator()), torch.randn(40, 3)
+    whole = nearest(points, centroids)
+    monkeypatch.setitem(rows_at_once.__globals__["SCORES_AT_ONCE"], "cpu", 1000)
+    assert torch.equal(nearest(points, centroids)[0], whole[0])
+
+
+def test_separate_clusters_are_found():
+    centres = 100 * torch.eye(5)
+    points = centres.repeat(50, 1) + torch.randn(250, 5, generator=generator())
+    found = kmeans(points, 5, 50, generator())
+    assert torch.cdist(found, centres).amin(0).max() < 2  # empty clusters and bad draws are mended
+
+
+def test_centroids_are_the_means_of_their_points():
+    points = torch.randn(2000, 2, generator=generator())
+    centroids = kmeans(points, 8, 200, generator())
+    indices, _ = nearest(points, centroids)
+    means = torch.stack([points[indices == k].mean(0) for k in range(8)])
+    assert (means - centroids).norm() < 0.05 * centroids.norm()
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_few_points_become_the_centroids(count):
+    points = torch.randn(count, 4, generator=generator())
+    centroids = kmeans(points, 8, 10, generator())
+    assert centroids.shape == (8, 4)
+    assert nearest(points, centroids)[1].max() < 1e-6
+
+
+def test_equal_points_are_no_trouble():
+    centroids = kmeans(torch.ones(100, 4), 8, 10, generator())
+    assert torch.equal(centroids, torch.ones(8, 4))
+
+
+def test_every_codebook_lowers_the_residual():
+    points = torch.randn(1000, 4, generator=generator())
+    errors, residual = [], points
+    for codebook in residual_kmeans(points, 3, 16, 25, 1600, generator()):
+        residual = residual - codebook[nearest(residual, codebook)[0]]
+        errors.append(residual.square().mean().item())
+    assert errors[0] < 0.5
+    assert errors[2] < 0.5 * errors[1] < 0.25 * errors[0]
+
+
+def test_equal_seeds_give_equal_codebooks():
+    points = torch.randn(1000, 4, generator=generator())
+    first, second = (residual_kmeans(points, 2, 16, 25, 400, generator()) for _ in range(2))
+    assert torch.equal(first, second)

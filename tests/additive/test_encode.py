@@ -8,6 +8,7 @@ import torch
 from test_code import SPECS, random_code
 
 from vqdm.additive.code import CodeSpec
+from vqdm.additive.codebooks import weighted_error
 from vqdm.additive.encode import (
     coordinate_descent,
     damped_cholesky,
@@ -17,7 +18,6 @@ from vqdm.additive.encode import (
     feedback_factors,
     smallest,
 )
-from vqdm.additive.refit import weighted_error
 
 
 def randn(*shape, seed=0):

@@ -7,8 +7,8 @@ from test_encode import randn
 
 from vqdm.additive import backends as scoring
 from vqdm.additive import encode_cpu as native
+from vqdm.additive.codebooks import nearest
 from vqdm.additive.encode import encode_vectors
-from vqdm.additive.kmeans import nearest
 from vqdm.errors import UserError
 
 pytestmark = pytest.mark.skipif(not compiles(), reason="no C compiler that works")

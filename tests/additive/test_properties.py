@@ -12,10 +12,9 @@ from test_encode import randn, second_moment
 
 from vqdm.additive.beam import beam_search
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.config import SolverConfig
+from vqdm.additive.codebooks import Fit, refit_codebooks, refit_scales, weighted_error
 from vqdm.additive.encode import coordinate_descent
-from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, weighted_error
-from vqdm.additive.solve import solve_layer
+from vqdm.additive.solve import SolverConfig, solve_layer
 
 TINY = settings(max_examples=15, deadline=None, derandomize=True)
 

@@ -7,10 +7,8 @@ import pytest
 import torch
 from test_quantized import random_code
 
-from vqdm.additive.code import CodeSpec
-from vqdm.additive.encode import encode_vectors
-from vqdm.additive.rates import width_slice
-from vqdm.additive.reencode import Move, encode_under, nearest_moves, within
+from vqdm.additive.code import CodeSpec, width_slice
+from vqdm.additive.encode import Move, encode_under, encode_vectors, nearest_moves, within
 
 SPECS = [
     CodeSpec(2, 2, 4),

@@ -6,10 +6,9 @@ import pytest
 import torch
 from test_encode import randn, second_moment
 
-from vqdm.additive import scale_search as reach
+from vqdm.additive import encode
 from vqdm.additive.code import AdditiveCode, CodeSpec
-from vqdm.additive.encode import feedback_encode, feedback_factors
-from vqdm.additive.scale_search import STEP, TRIALS, row_errors, searched_feedback
+from vqdm.additive.encode import STEP, TRIALS, feedback_encode, feedback_factors, row_errors, searched_feedback
 
 SPECS = [CodeSpec(1, 4, 4), CodeSpec(2, 3, 2, out_group_size=2), CodeSpec(1, 5, 2, scale_nbits=16)]
 
@@ -25,7 +24,7 @@ def problem(spec, seed=0, rows=12, columns=16):
     return W, H, code, *feedback_factors(H, spec.in_group_size, 0.01)
 
 
-def reached(*problems):
+def searched(*problems):
     return searched_feedback(*map(list, zip(*problems, strict=True)), beam_size=4)
 
 
@@ -42,13 +41,13 @@ def plainly(W, H, code, factors, feedback):
 @pytest.fixture(params=[1, 30, 512])
 def rows_at_once(request, monkeypatch):
     """One scale at a time, some, and all."""
-    monkeypatch.setitem(reach.ROWS_AT_ONCE, "cpu", request.param)
+    monkeypatch.setitem(encode.ROWS_AT_ONCE, "cpu", request.param)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_every_row_group_has_the_best_scale_before_the_first_that_is_worse(spec, rows_at_once):
     W, H, code, *feedback = problem(spec)
-    (found,) = reached((W, H, code, *feedback))
+    (found,) = searched((W, H, code, *feedback))
     scales, errors = plainly(W, H, code, *feedback)
     assert torch.equal(found.scales, scales)
     torch.testing.assert_close(row_errors(W, H, found), errors, rtol=1e-4, atol=0)
@@ -57,7 +56,7 @@ def test_every_row_group_has_the_best_scale_before_the_first_that_is_worse(spec,
 
 def test_the_code_to_begin_with_is_left_alone():
     W, H, code, *feedback = problem(SPECS[0])
-    reached((W, H, code, *feedback))
+    searched((W, H, code, *feedback))
     assert (code.scales == 1).all() and not code.codes.any()
 
 
@@ -74,7 +73,7 @@ def test_a_weight_beyond_the_codebook_costs_little():
     grid = torch.linspace(-4, 4, 1024).view(1, -1, 1, 1)
     code = AdditiveCode(CodeSpec(1, 10, 1), torch.zeros(8, 16, 1, dtype=torch.int64), grid, torch.ones(8, 1))
     given = W, H, code, *feedback_factors(H, 1, 0.01)
-    cut, (found,) = feedback_encode(W, code, *given[3:], 4), reached(given)
+    cut, (found,) = feedback_encode(W, code, *given[3:], 4), searched(given)
     assert row_errors(W, H, cut)[3] > 60 and row_errors(W, H, found)[3] < 1e-2
     assert found.scales[3] >= 3 and (found.scales[[0, 1, 2, 4, 5, 6, 7]] < 1.5).all()
 
@@ -84,6 +83,6 @@ def test_layers_at_once_are_what_each_is_alone(spec, rows_at_once):
     """Also where they need different numbers of trials."""
     problems = [problem(spec, seed=10 * n) for n in range(3)]
     problems[1][0].mul_(0.2)  # nothing beyond the codebooks
-    for found, one in zip(reached(*problems), problems, strict=True):
-        (alone,) = reached(one)
+    for found, one in zip(searched(*problems), problems, strict=True):
+        (alone,) = searched(one)
         assert torch.equal(found.scales, alone.scales) and torch.equal(found.codes, alone.codes)

@@ -9,8 +9,6 @@ from test_encode import randn, second_moment
 
 from vqdm.additive import backends as scoring
 from vqdm.additive.code import CodeSpec, SharedCodebooks
-from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
-from vqdm.additive.config import SolverConfig
 from vqdm.additive.encode import (
     coordinate_descent,
     encode_vectors,
@@ -20,7 +18,8 @@ from vqdm.additive.encode import (
     together,
     unstacked,
 )
-from vqdm.additive.solve import Task, solve_layer, solve_layers
+from vqdm.additive.solve import SolverConfig, Task, solve_layer, solve_layers
+from vqdm.quantization.shared_codebooks import sample_layer, train_shared_codebooks
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from vqdm.additive.code import CodeSpec, SharedCodebooks, stored_bits
-from vqdm.additive.codebooks import sample_layer, train_shared_codebooks
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import relative_error, solve_layer
+from vqdm.additive.solve import SolverConfig, relative_error, solve_layer
 from vqdm.additive.trellis import allowed_widths, segment_rows, table
 from vqdm.additive.trellis_solve import (
     EXPECTED_ROWS,
@@ -24,6 +22,7 @@ from vqdm.additive.trellis_solve import (
     solve_trellis,
     widths_at,
 )
+from vqdm.quantization.shared_codebooks import sample_layer, train_shared_codebooks
 
 ROWS, COLUMNS = 384, 48
 

@@ -10,8 +10,7 @@ from test_encode import randn, second_moment
 
 from vqdm.additive.beam import adam_steps, beam_search
 from vqdm.additive.code import CodeSpec, group_columns
-from vqdm.additive.kmeans import draw
-from vqdm.additive.refit import weighted_error
+from vqdm.additive.codebooks import draw, weighted_error
 
 
 def problem(spec, rows=12, columns=32):

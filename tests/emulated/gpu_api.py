@@ -18,8 +18,7 @@ import vqdm
 from vqdm.additive import backends as scoring
 from vqdm.additive import encode_triton as kernels
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import solve_layer
+from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.devices import check_float64, peak_memory, pick_device, pick_dtype
 from vqdm.errors import UserError
 from vqdm.finetuning.checkpoints import Checkpoints

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqdm.image_folder import read_rows
+from vqdm.images import read_rows
 
 QUANTIZE = shlex.split(
     "--num_codebooks 1 --nbits_per_codebook 3 --in_group_size 4 --calibration_nsamples 4 --evaluation_nsamples 2 "

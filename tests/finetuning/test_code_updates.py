@@ -6,13 +6,11 @@ from tiny_students import FORMATS, codes, points, student, teacher, trainer
 from torch import nn
 
 from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import solve_layer
+from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.additive.trellis import table
 from vqdm.errors import UserError
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
-from vqdm.layers.quantized import QuantizedLinear, float_scales, quantized_layers
-from vqdm.layers.shared_codebooks import SharedCodebookModule
+from vqdm.layers.quantized import QuantizedLinear, SharedCodebookModule, float_scales, quantized_layers
 
 BOLD = CodeUpdateSettings(code_lr=0.3, code_fraction=0.5, code_trust_ratio=0.5)
 

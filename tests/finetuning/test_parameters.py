@@ -13,7 +13,7 @@ from vqdm.finetuning.parameters import (
     types_on_disk,
     write_back,
 )
-from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
+from vqdm.layers.quantized import SHARED_CODEBOOKS
 
 
 def test_kinds():

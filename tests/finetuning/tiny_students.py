@@ -15,8 +15,7 @@ from vqdm.finetuning.parameters import trainable
 from vqdm.finetuning.points import Points, teacher_outputs
 from vqdm.finetuning.trainer import DistillationLoss, Trainer
 from vqdm.layers.int8 import quantize_int8
-from vqdm.layers.quantized import quantized_layers, swap
-from vqdm.layers.shared_codebooks import shared_codebook_module
+from vqdm.layers.quantized import quantized_layers, shared_codebook_module, swap
 from vqdm.parallel import Ranks
 from vqdm.storage.hf import mark_quantized
 

@@ -15,12 +15,11 @@ from generate import PARSER, main
 from PIL import Image
 
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import solve_layer
+from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import matrix_of, select_layers
 from vqdm.generation.requests import seed_of
-from vqdm.image_folder import key_of, read_rows
+from vqdm.images import key_of, read_rows
 from vqdm.layers.quantized import swap
 from vqdm.storage.hf import mark_quantized
 

@@ -7,8 +7,7 @@ from stored_layers import FORMATS, VARIABLE, WIDTHS, stored_of, trellis_of
 
 from vqdm.additive.code import CodeSpec, pack_codes
 from vqdm.layers import decode_cpu as native
-from vqdm.layers.decode import Stored, decode
-from vqdm.layers.decode_compiled import pointwise
+from vqdm.layers.decode import Stored, decode, pointwise
 
 needs_compiler = pytest.mark.skipif(not compiles(), reason="no C compiler that works")
 SIZES = [CodeSpec(M, 5, g) for M in (1, 2, 3, 4, 5) for g in (1, 4, 6, 8, 16)] + [

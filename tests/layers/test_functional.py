@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vqdm.additive.code import CodeSpec
 from vqdm.layers import functional
-from vqdm.layers.decode_compiled import pointwise
+from vqdm.layers.decode import pointwise
 from vqdm.layers.functional import Convolution, DecodedWeight, Linear, _idle, coded, free_scratch, scratch
 from vqdm.layers.int8 import quantize_int8
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, swap

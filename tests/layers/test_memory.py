@@ -8,10 +8,10 @@ from test_quantized import random_code
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.diffusion.shapes import LiveBytes
 from vqdm.layers import decode as decoding
 from vqdm.layers.functional import free_scratch
 from vqdm.layers.quantized import decoded_once, quantized_layers, swap
-from vqdm.live_bytes import LiveBytes
 
 
 @pytest.fixture(autouse=True)

@@ -7,20 +7,19 @@ from numerics import random_widths
 from torch import nn
 
 from vqdm.additive import trellis
-from vqdm.additive.code import AdditiveCode, CodeSpec
-from vqdm.additive.rates import first_entries
+from vqdm.additive.code import AdditiveCode, CodeSpec, first_entries
 from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.parameters import trainable
 from vqdm.layers.quantized import (
     QuantizedConv2d,
     QuantizedLinear,
+    SharedCodebookModule,
     decoded_once,
     float_scales,
     held_weights,
     quantized_layers,
     swap,
 )
-from vqdm.layers.shared_codebooks import SharedCodebookModule
 
 SPECS = [
     CodeSpec(2, 4, 4),

@@ -21,7 +21,7 @@ from torch_fidelity import calculate_metrics
 from torchvision.models import inception_v3
 
 from vqdm.cli import run_script
-from vqdm.image_folder import png_bytes
+from vqdm.images import png_bytes
 from vqdm.metrics import encoders, networks
 from vqdm.metrics.encoders import load_inception
 

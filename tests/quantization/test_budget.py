@@ -14,8 +14,7 @@ from vqdm import devices
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import select_layers
-from vqdm.diffusion.shapes import Shapes, forward_cost, input_groups, meta_call, meta_unet
-from vqdm.live_bytes import LiveBytes
+from vqdm.diffusion.shapes import LiveBytes, Shapes, forward_cost, input_groups, meta_call, meta_unet
 from vqdm.quantization import block, budget, job, recording
 from vqdm.quantization.config import QuantizeConfig
 

@@ -11,8 +11,7 @@ from test_encode import randn, second_moment
 from tiny_runs import command
 
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import solve_layer
+from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.cli import run_script
 from vqdm.diffusion.pipelines import generators
 from vqdm.storage.run_folder import layer_generator

@@ -19,12 +19,12 @@ from tiny_runs import command, file_hashes
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import select_layers
+from vqdm.diffusion.hessians import HessianStore
 from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import quantized_layers
 from vqdm.quantization import block as solving
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.recording import hessian_settings
-from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.run_folder import RunFolder
 
 LAYERS = len(select_layers(tiny_unet("sdxl"), "default", 0, CodeSpec(2, 4, 4), {}))

@@ -16,7 +16,7 @@ from processors import is_odd
 from safetensors.torch import load_file
 
 from vqdm.errors import UserError
-from vqdm.image_folder import ImageFolder
+from vqdm.images import ImageFolder
 from vqdm.parallel import Ranks
 from vqdm.storage import files as atomic
 from vqdm.storage import files as locks

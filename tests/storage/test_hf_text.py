@@ -12,7 +12,7 @@ from test_quantized import SPECS, random_code
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from vqdm.additive.config import SolverConfig
+from vqdm.additive.solve import SolverConfig
 from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLinear, quantized_layers, swap
 from vqdm.quantization.text_encoder import text_layers

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode
+from vqdm.additive.codebooks import weighted_error
 from vqdm.additive.encode import column_blocks, group_values, rows_at_once, smallest
-from vqdm.additive.refit import weighted_error
 
 HYPOTHESES_AT_ONCE = 2**24  # values of weight matrices that are held, whatever the number of rows
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from vqdm.additive import trellis
-from vqdm.additive.rates import pack_rows, row_bytes, unpack_rows
 from vqdm.config import check_fields, flag
 
 SHARED_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # shared codebooks name tensors and files
@@ -34,7 +33,7 @@ class CodeSpec:
     Attributes:
         shared_codebooks: the name of codebooks that layers share and the model stores once, of up to 64
             letters, digits, _ and -; empty: the layer stores its own.
-        row_bits: 0 gives every code b bits. Else the rate is variable, see `vqdm.additive.rates`: one shared codebook
+        row_bits: 0 gives every code b bits. Else the rate is variable, see "variable rate" below: one shared codebook
             of all widths up to b, and so many bits for the codes of a row group together. Only old models have it.
         segment_rows: 0: every code stands alone. Else a bitshift trellis, see `vqdm.additive.trellis`: codes are states
             of b bits, and so many rows of a column are one ring. One shared codebook of single values.
@@ -501,3 +500,66 @@ def unpack_codes(packed: Tensor, nbits: int, count: int) -> Tensor:
 def stored_bits(tensors: dict[str, Tensor]) -> int:
     """Bits of stored tensors, as they lie in the file."""
     return sum(8 * tensor.element_size() * tensor.numel() for tensor in tensors.values())
+
+
+# -------------------------------------------------------------------------------------------------------- variable rate
+#
+# The column groups of one layer have codes of different widths. Loaded, no longer made.
+#
+# A codebook for that holds one codebook of every width w = 0..b, one after another: that of width w begins at entry
+# 2^w − 1 and has 2^w entries, the only one of width 0 being zero. Codes count from the beginning of the whole.
+#
+# Letters: w [G] widths, whose sum is the bits of a row group.
+
+
+def first_entries(widths: Tensor) -> Tensor:
+    """Where the codebooks of the widths [G] begin: int64 [G]."""
+    return 2 ** widths.to(torch.int64) - 1
+
+
+def width_slice(width: int) -> slice:
+    """The entries of the codebook of one width."""
+    return slice(2**width - 1, 2 ** (width + 1) - 1)
+
+
+def offsets(widths: Tensor) -> Tensor:
+    """First bit of every column group in a row group: int64 [G]."""
+    widths = widths.to(torch.int64)
+    return widths.cumsum(0) - widths
+
+
+def row_bytes(rows: int, row_bits: int) -> int:
+    """Bytes of so many row groups."""
+    return -(-rows * row_bits // 8)
+
+
+def pack_rows(codes: Tensor, widths: Tensor) -> Tensor:
+    """Pack codes [R, G], column j in `widths[j]` bits, little end first, rows without a gap: uint8 [row_bytes].
+
+    Raises ValueError when a code is not one of its group's width.
+    """
+    local, widths = codes.to(torch.int64) - first_entries(widths), widths.to(torch.int64)
+    if ((local < 0) | (local >> widths > 0)).any():
+        raise ValueError("a code is out of the range of its group's width")
+    group = torch.arange(len(widths), device=widths.device).repeat_interleave(widths)  # of every bit of a row
+    place = torch.arange(len(group), device=widths.device) - offsets(widths)[group]
+    bits = ((local[:, group] >> place) & 1).to(torch.uint8).view(-1)  # [R, row_bits] → [R·row_bits]
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_rows(packed: Tensor, widths: Tensor, rows: int) -> Tensor:
+    """The inverse of `pack_rows`: int64 [R, G]."""
+    widths = widths.to(torch.int64)
+    row_bits = widths.sum()
+    first = torch.arange(rows, device=packed.device)[:, None] * row_bits + offsets(widths)  # [R, G]
+    return variable_field(packed, first, widths) + first_entries(widths)
+
+
+def variable_field(packed: Tensor, first: Tensor, widths: Tensor) -> Tensor:
+    """Integers of `widths` [G] bits, 16 at most, that begin at the bits `first` [..., G]: int64."""
+    byte, last = first >> 3, packed.numel() - 1
+    word = torch.zeros_like(first)
+    for place in range(3):
+        word = word | packed[(byte + place).clamp(max=last)].to(torch.int64) << (8 * place)
+    return (word >> (first & 7)) & ((1 << widths) - 1)

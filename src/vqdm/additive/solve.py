@@ -16,14 +16,62 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.beam import adam_steps, beam_search
-from vqdm.additive.bound import gap_to_bound
 from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks, group_columns, stored_bits
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors, together
-from vqdm.additive.kmeans import draw, residual_kmeans
-from vqdm.additive.refit import Fit, refit_codebooks, refit_scales, to_groups, weighted_error
-from vqdm.additive.scale_search import searched_feedback
+from vqdm.additive.codebooks import Fit, draw, refit_codebooks, refit_scales, residual_kmeans, to_groups, weighted_error
+from vqdm.additive.encode import coordinate_descent, feedback_encode, feedback_factors, searched_feedback, together
 from vqdm.additive.trellis_solve import solve_trellis
+from vqdm.config import check_fields, flag, flags_in
+
+ENCODERS = ("ldl", "beam")
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """Settings of `solve_layer`. Raises ValueError, naming the field, on impossible values.
+
+    Attributes:
+        damping: added to the Hessian's diagonal where it is factored, times the diagonal's mean.
+        shared_damping: the same with shared codebooks, where rows have scales that feedback does not outgrow.
+    """
+
+    spec: CodeSpec = flags_in(
+        CodeSpec, "format of additive codes (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)"
+    )
+    encoder: str = flag(
+        "ldl", "ldl: error feedback with a beam per group; beam: the paper's beam search over rows", choices=ENCODERS
+    )
+    beam_size: int = flag(8, "beam size of the code search", ge=1)
+    init_max_iter: int = flag(25, "iterations of the residual k-means", ge=1)
+    init_max_points_per_centroid: int = flag(100, "subsample of k-means, per centroid", ge=1)
+    lr: float = flag(1e-4, "learning rate of Adam on codebooks and scales (beam only; ldl solves for them)", ge=0, lt=1)
+    steps_per_epoch: int = flag(100, "Adam steps between two code searches (beam only)", ge=0)
+    max_epochs: int = flag(20, "limit of rounds of refit and code search", ge=1)
+    relative_mse_tolerance: float = flag(
+        0.01, "stop a layer after a round with a smaller relative improvement", ge=0, lt=1
+    )
+    damping: float = 0.01
+    shared_damping: float = 0.003
+
+    def __post_init__(self) -> None:
+        if self.spec.row_bits:
+            raise ValueError(f"row_bits is {self.spec.row_bits}; codes of variable rate are loaded but no longer made")
+        check_fields(self)
+        for name in ("damping", "shared_damping"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed are numbers from 0 up to 1")
+
+    @property
+    def feedback_damping(self) -> float:
+        """The damping of this format."""
+        return self.shared_damping if self.spec.shared_codebooks else self.damping
+
+    def with_spec(self, spec: CodeSpec) -> SolverConfig:
+        """The same search for another format."""
+        return replace(self, spec=spec)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
 
 REFIT_ITERATIONS = 4  # of conjugate gradients, from where the last ones ended; more gain nothing
 RIDGE = 1.0  # how many more uses a codebook entry's present value counts for
@@ -461,3 +509,65 @@ def relative_error(W: Tensor, code: AdditiveCode, H: Tensor) -> float:
     """tr((W−Ŵ) H (W−Ŵ)ᵀ) / tr(W H Wᵀ); 0 where the denominator is 0."""
     energy = weighted_error(W, H).item()
     return max(0.0, weighted_error(W - code.dequantize(), H).item() / energy) if energy > 0 else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ rate–distortion bound
+#
+# ------------------------------------------------------------------------------------------------ rate–distortion bound
+#
+# The least weighted error that any code of a given rate can have, for Gaussian rows.
+#
+# Reverse water-filling over the eigenvalues λ_i of H^½ Σ_w H^½ (Cover & Thomas, Elements of Information Theory, §10.3):
+#
+#     R = (1/I) Σ max(0, ½ log₂(λ_i/θ)),   D = Σ min(θ, λ_i),   relative bound D / Σ λ_i
+#
+# Letters: O rows, I columns; Σ_w [I, I] the covariance of the rows.
+
+
+def gap_to_bound(error: float, W: Tensor, H: Tensor, bits_per_weight: float) -> float | None:
+    """Decibels between a code's relative error and the bound at its stored bits; negative below the bound.
+
+    None where either is zero. A layer can fall below the bound: rows need not be Gaussian, and codebooks remember.
+    """
+    limit = relative_bound(row_spectrum(W, H), bits_per_weight)
+    return 10 * math.log10(error / limit) if error > 0 and limit > 0 else None
+
+
+def relative_bound(spectrum: Tensor, bits: float) -> float:
+    """Reverse water-filling: D / Σ λ_i at `bits` a weight for eigenvalues [I] of any order; 0 where all are zero."""
+    ordered = spectrum.double().clamp(min=0).sort(descending=True).values
+    active = ordered[ordered > 0]
+    if len(active) == 0:
+        return 0.0
+    counts = torch.arange(1, len(active) + 1, device=active.device)
+    # With the n largest above the water, log₂ θ is their mean logarithm less 2·R·I/n; n is the last to stay above it.
+    levels = active.log2().cumsum(0) / counts - 2 * bits * len(ordered) / counts  # [n], log₂ θ
+    last = int((active.log2() >= levels).sum()) - 1
+    theta = levels[last].exp2()
+    return (torch.minimum(ordered, theta).sum() / ordered.sum()).item()
+
+
+def row_spectrum(W: Tensor, H: Tensor) -> Tensor:
+    """Eigenvalues [I] of H^½ Σ_w H^½ for the rows of W [O, I], from the equal ones of Lᵀ H L with Σ_w = L Lᵀ."""
+    covariance = shrunk_covariance(W)
+    covariance.diagonal().add_(1e-6 * covariance.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        factor = covariance.diagonal().sqrt().diag()
+    return torch.linalg.eigvalsh(factor.T @ H @ factor)
+
+
+def shrunk_covariance(W: Tensor) -> Tensor:
+    """Second moment [I, I] of the rows of W [O, I], its off-diagonal shrunk by the share of it that chance explains.
+
+    Schäfer & Strimmer (2005), target "diagonal, unequal variance", for zero means: with few rows for the columns the
+    plain estimate would be singular, and the bound zero.
+    """
+    O = len(W)  # noqa: E741
+    moment = W.T @ W / O
+    squares = W.square()
+    chance = (squares.T @ squares / O - moment.square()) / max(O - 1, 1)  # variance of every entry of `moment`
+    signal = moment.square().sum() - moment.diagonal().square().sum()
+    noise = chance.sum() - chance.diagonal().sum()
+    kept = (1 - noise / signal).clamp(0, 1) if signal > 0 else moment.new_zeros(())
+    return kept * moment + (1 - kept) * moment.diagonal().diag()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vqdm.config import SamplingConfig
@@ -25,7 +28,6 @@ from vqdm.diffusion.pipelines import image_size, set_scheduler
 from vqdm.diffusion.sampling import unet_dtype
 from vqdm.documents import read_json
 from vqdm.errors import RunError
-from vqdm.live_bytes import LiveBytes
 
 # What a part raises that wants other arguments, or has no operators on the meta device.
 UNCALLABLE = (RunError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError)
@@ -212,3 +214,33 @@ def shapes_of(
         step_flops=step.flops,
         decode_flops=decode.flops,
     )
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make inside, and the most that were alive at once.
+
+    What an operator takes and gives back inside, such as oneDNN's reordered weights, is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in given:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        if storage not in self._known:
+            self._known.add(storage)
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._add, -storage.nbytes())
+
+    def _add(self, count):
+        self.now += count
+        self.peak = max(self.peak, self.now)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.reencode import nearest_moves, nearest_paths, ring_states, within
+from vqdm.additive.encode import nearest_moves, nearest_paths, ring_states, within
 from vqdm.additive.trellis import UNITS
 from vqdm.finetuning.config import CodeUpdateSettings
 from vqdm.layers.quantized import QuantizedLayer, quantized_layers

@@ -25,7 +25,7 @@ from vqdm.finetuning.loop import is_better
 from vqdm.finetuning.parameters import TrainedParameters, rounded_to, stored_types, trainable, write_back
 from vqdm.finetuning.points import Point, Points, split_held_out
 from vqdm.finetuning.trainer import DistillationLoss, Diverged, Trainer, choose_learning_rate
-from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
+from vqdm.layers.quantized import SHARED_CODEBOOKS
 from vqdm.parallel import Ranks
 from vqdm.storage.files import save_checked
 from vqdm.storage.run_folder import read_shard

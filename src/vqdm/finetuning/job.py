@@ -49,12 +49,11 @@ from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import float_scales, quantized_layers
 from vqdm.parallel import Ranks, launched
-from vqdm.provenance import own_command, versions
 from vqdm.storage.files import folder_fingerprint, save_json, save_text
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card, stored_sizes
 from vqdm.storage.run_folder import RunFolder
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info
+from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info, own_command, versions
 
 ROLE = ", which is the teacher"
 SMALL_LEARNING_RATE = 1e-5  # such as the published 1e-6, which was absolute

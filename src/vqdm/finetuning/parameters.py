@@ -20,7 +20,7 @@ from torch import nn
 from vqdm.diffusion.pipelines import dtypes_in
 from vqdm.errors import RunError
 from vqdm.finetuning.config import OptimizerConfig
-from vqdm.layers.shared_codebooks import SharedCodebookModule
+from vqdm.layers.quantized import SharedCodebookModule
 
 CODEBOOKS = ("codebooks", "codebook_values")
 KINDS = ("codebook", "scale", "weight", "bias")

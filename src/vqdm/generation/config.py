@@ -9,7 +9,7 @@ from functools import partial
 from vqdm.config import PROMPT_FILE, RunConfig, argument, flag, output_dir
 from vqdm.errors import UserError
 from vqdm.generation.requests import check_size
-from vqdm.image_folder import LAYOUTS
+from vqdm.images import LAYOUTS
 
 _images = partial(flag, group="images")
 _work = partial(flag, group="batches, memory, parallel runs")

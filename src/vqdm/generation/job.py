@@ -42,15 +42,13 @@ from vqdm.generation.requests import (
     settings_used,
     unused_columns,
 )
-from vqdm.image_folder import ImageFolder, Key, check_layout, sealed
-from vqdm.images import NAN, NAN_ADVICE, GeneratedImage
+from vqdm.images import NAN, NAN_ADVICE, GeneratedImage, ImageFolder, Key, check_layout, sealed
 from vqdm.layers.quantized import quantized_layers
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import load_rows, log_notes
-from vqdm.provenance import own_command, versions
 from vqdm.storage.files import folder_fingerprint
 from vqdm.storage.run_folder import check_claim
-from vqdm.tracking import JsonLines, Tracker, log_info, progress_bar
+from vqdm.tracking import JsonLines, Tracker, log_info, own_command, progress_bar, versions
 
 # The images do not depend on these, so they may change between a run and its resumption.
 FREE_FIELDS = ("output_dir", "device", "bs", "limit", "shard", "num_samples_per_prompt", "compile", "offload")

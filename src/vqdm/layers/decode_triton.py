@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqdm.additive.rates import offsets
+from vqdm.additive.code import offsets
 from vqdm.additive.trellis import UNITS
 
 if TYPE_CHECKING:

@@ -22,8 +22,18 @@ from PIL import Image
 
 from vqdm.documents import decoded, first_line, parse_json, read_text, shortened
 from vqdm.errors import RunError, UserError
-from vqdm.image_folder import is_encodable, parse_rows
-from vqdm.images import BESIDE, FORMATS, SUFFIXES, check_image, is_hidden, is_sheet, listed, read_image
+from vqdm.images import (
+    BESIDE,
+    FORMATS,
+    SUFFIXES,
+    check_image,
+    is_encodable,
+    is_hidden,
+    is_sheet,
+    listed,
+    parse_rows,
+    read_image,
+)
 from vqdm.parallel import Ranks
 from vqdm.tracking import progress_bar
 

@@ -47,9 +47,8 @@ from vqdm.metrics.results import (
 )
 from vqdm.metrics.selection import SET_METRICS, ScorePlan, make_plan
 from vqdm.parallel import Ranks, launched
-from vqdm.provenance import own_command, versions
 from vqdm.storage.files import locked, probe, save_json, save_text, sweep
-from vqdm.tracking import Tracker, log_info
+from vqdm.tracking import Tracker, log_info, own_command, versions
 
 LIBRARIES = {"torchmetrics": "torchmetrics", "torchvision": "torchvision", "open_clip": "open_clip_torch"}
 LIBRARIES |= {"torch_fidelity": "torch-fidelity"}  # module → distribution

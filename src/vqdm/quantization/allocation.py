@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,27 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqdm.additive.bit_allocation import allocate
 from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
 from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows
 from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves
 from vqdm.diffusion.blocks import Layer, matrix_of, weight_of
-from vqdm.diffusion.hessians import passes
+from vqdm.diffusion.hessians import HessianStore, passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.quantization.block import quantize_shard
-from vqdm.quantization.codebook_training import trellis_codebooks, trellis_table_name
 from vqdm.quantization.plan import layer_bits, shared_codebook_bits
 from vqdm.quantization.recording import teacher_trajectories, unet_calls
+from vqdm.quantization.shared_codebooks import trellis_codebooks, trellis_table_name
 from vqdm.storage.files import CorruptFileError, load_checked_json, save_checked, save_checked_json, save_json
-from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.run_folder import Tensors, layer_generator, read_shard
 from vqdm.tracking import log_info, progress_bar
 
 if TYPE_CHECKING:
     from vqdm.quantization.config import QuantizeConfig
     from vqdm.quantization.job import Job
+
 
 PLAN = "plan.json"
 PLANNED = (
@@ -299,3 +299,57 @@ def segment_bits(layer: Layer, bits: float) -> int:
 def width_total(layer: Layer) -> int:
     """The summed widths of a row's columns."""
     return UNITS * layer.spec.segment_bits // layer.spec.segment_rows
+
+
+# ---------------------------------------------------------------------------------------------------- dividing the bits
+#
+# Dividing a budget of bits among layers whose errors add up.
+#
+# For each layer the choices on the lower convex hull of (bits, cost) are the solutions for some price of a bit (Shoham
+# & Gersho, 1988, "Efficient bit allocation for an arbitrary set of quantizers"); they are bought in the order of what a
+# bit saves. The result is the least possible cost for the bits it takes.
+
+
+def allocate(bits: list[list[int]], costs: list[list[float]], budget: int) -> list[int]:
+    """The choice of every layer, given the `bits` and `costs` of each of its choices, within `budget` bits in all.
+
+    Raises ValueError when the budget is below the sum of the cheapest choices.
+    """
+    hulls = [lower_hull(*layer) for layer in zip(bits, costs, strict=True)]
+    chosen = [hull[0] for hull in hulls]
+    left = budget - sum(own[choice] for own, choice in zip(bits, chosen, strict=True))
+    if left < 0:
+        raise ValueError(f"the budget of {budget} bits is below the least possible, {budget - left}")
+    for layer, before, after in _steps(hulls, bits, costs):
+        step = bits[layer][after] - bits[layer][before]
+        if chosen[layer] == before and step <= left:
+            chosen[layer] = after
+            left -= step
+    return chosen
+
+
+def lower_hull(bits: list[int], costs: list[float]) -> list[int]:
+    """Choices on the lower convex hull of (bits, cost), from the fewest bits to the least cost."""
+    hull: list[int] = []
+    for choice in sorted(range(len(bits)), key=lambda k: (bits[k], costs[k])):
+        if hull and costs[choice] >= costs[hull[-1]]:
+            continue
+        while len(hull) > 1 and not _convex(bits, costs, hull[-2], hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _convex(bits: list[int], costs: list[float], a: int, b: int, c: int) -> bool:
+    return (costs[a] - costs[b]) * (bits[c] - bits[b]) > (costs[b] - costs[c]) * (bits[b] - bits[a])
+
+
+def _steps(hulls: list[list[int]], bits: list[list[int]], costs: list[list[float]]) -> list[tuple[int, int, int]]:
+    """(layer, from, to) of every step along a hull, the most saving a bit first."""
+    steps = [(layer, *pair) for layer, hull in enumerate(hulls) for pair in pairwise(hull)]
+
+    def saving(step: tuple[int, int, int]) -> float:
+        layer, a, b = step
+        return (costs[layer][a] - costs[layer][b]) / (bits[layer][b] - bits[layer][a])
+
+    return sorted(steps, key=saving, reverse=True)

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import LayerReport, Task, solve_layers
+from vqdm.additive.solve import LayerReport, SolverConfig, Task, solve_layers
 from vqdm.diffusion.blocks import Layer, matrix_of
-from vqdm.diffusion.hessians import passes
+from vqdm.diffusion.hessians import HessianStore, passes
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import RunError
 from vqdm.parallel import shares
 from vqdm.quantization.plan import layer_line
 from vqdm.quantization.recording import HessianRecorder
-from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.run_folder import SolvedLayer, layer_generator, wait_for_file
 from vqdm.tracking import JsonLines, log_info, progress_bar
 

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from vqdm.additive.code import CodeSpec
-from vqdm.additive.config import SolverConfig
+from vqdm.additive.solve import SolverConfig
 from vqdm.config import PROMPT_FILE, RunConfig, check_flags, flag, flags_in, image_pairs, output_dir
 from vqdm.documents import first_line, read_yaml
 from vqdm.errors import UserError
-from vqdm.provenance import redacted
+from vqdm.tracking import redacted
 
 # Fields of the format of additive codes, which --target_bits does not use.
 ADDITIVE_FIELDS = (

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
 from vqdm.devices import BatchSize, MatmulRates, MemoryClock, Need, budgeted, check_float64, on, pick_dtype
 from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
+from vqdm.diffusion.hessians import HessianStore
 from vqdm.diffusion.model_folders import check_loaded, check_supported, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import (
     check_configured,
@@ -60,11 +61,9 @@ from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
-from vqdm.provenance import own_command, redacted, versions
 from vqdm.quantization.allocation import allocated, check_target
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.budget import plan, smaller
-from vqdm.quantization.codebook_training import make_shared_codebooks, shared
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
     Rest,
@@ -84,12 +83,12 @@ from vqdm.quantization.recording import (
     teacher_hessians,
     teacher_trajectories,
 )
+from vqdm.quantization.shared_codebooks import make_shared_codebooks, shared
 from vqdm.storage.files import save_json, save_text
-from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card, stored_sizes
 from vqdm.storage.run_folder import RunFolder, SolvedLayer, check_disk
-from vqdm.tracking import Tracker, log_info, progress_bar
+from vqdm.tracking import Tracker, log_info, own_command, progress_bar, redacted, versions
 
 OUT_OF_MEMORY = "try smaller --height and --width, or --hessian_memory_gb"
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vqdm.diffusion.blocks import Layer
-from vqdm.diffusion.hessians import UnetCall, passes, record_hessians, shared_inputs
+from vqdm.diffusion.hessians import HessianStore, UnetCall, passes, record_hessians, shared_inputs
 from vqdm.diffusion.pipelines import local_fingerprint
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
@@ -31,7 +31,6 @@ from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, s
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
 from vqdm.storage.files import locked, sweep
-from vqdm.storage.hessian_store import HessianStore
 from vqdm.storage.run_folder import Tensors, shards, span_name, spans
 from vqdm.tracking import log_info, progress_bar
 

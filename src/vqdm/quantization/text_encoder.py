@@ -9,8 +9,7 @@ from itertools import groupby
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.solve import LayerReport, solve_layer
+from vqdm.additive.solve import LayerReport, SolverConfig, solve_layer
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import record_hessians, shared_inputs
 from vqdm.diffusion.model_folders import quantized_by

@@ -11,8 +11,7 @@ from torch import nn
 
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
-from vqdm.layers.quantized import quantized_layers
-from vqdm.layers.shared_codebooks import SHARED_CODEBOOKS
+from vqdm.layers.quantized import SHARED_CODEBOOKS, quantized_layers
 
 # Files with paths of this machine and data of the run; the card has the figures.
 KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]

@@ -6,9 +6,8 @@ import pytest
 import torch
 from test_quantized import random_code
 
-from vqdm.additive.code import AdditiveCode, CodeSpec
-from vqdm.additive.config import SolverConfig
-from vqdm.additive.rates import offsets, pack_rows, row_bytes, unpack_rows, width_slice
+from vqdm.additive.code import AdditiveCode, CodeSpec, offsets, pack_rows, row_bytes, unpack_rows, width_slice
+from vqdm.additive.solve import SolverConfig
 
 SPEC = CodeSpec(1, 8, 4, shared_codebooks="bank", row_bits=16)
 
