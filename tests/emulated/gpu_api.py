@@ -21,7 +21,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.devices import check_float64, peak_memory, pick_device, pick_dtype
 from vqdm.errors import UserError
-from vqdm.finetuning.checkpoints import Checkpoints
+from vqdm.finetuning.loop import Checkpoints
 from vqdm.layers.decode import decode, set_decode_backend
 from vqdm.layers.quantized import decoded_once, quantized_layers
 from vqdm.parallel import launched

@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from vqdm.cli import run_script
 from vqdm.finetuning import intermediate
 from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.data import split_held_out
 from vqdm.finetuning.evaluation import evaluate
-from vqdm.finetuning.parameters import stored_types, trainable
-from vqdm.finetuning.points import split_held_out
-from vqdm.finetuning.trainer import DistillationLoss, Trainer
+from vqdm.finetuning.trainer import DistillationLoss, Trainer, stored_types, trainable
 
 FAST = shlex.split(
     "--num_codebooks 2 --nbits_per_codebook 3 --in_group_size 4 --calibration_nsamples 6 --evaluation_nsamples 2 "

@@ -11,9 +11,8 @@ from vqdm.additive.code import CodeSpec
 from vqdm.additive.trellis import UNITS
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.finetuning.config import OptimizerConfig
-from vqdm.finetuning.parameters import trainable
-from vqdm.finetuning.points import Points, teacher_outputs
-from vqdm.finetuning.trainer import DistillationLoss, Trainer
+from vqdm.finetuning.data import Points, teacher_outputs
+from vqdm.finetuning.trainer import DistillationLoss, Trainer, trainable
 from vqdm.layers.int8 import quantize_int8
 from vqdm.layers.quantized import quantized_layers, shared_codebook_module, swap
 from vqdm.parallel import Ranks

@@ -9,7 +9,7 @@ from torch import nn
 from vqdm.additive import trellis
 from vqdm.additive.code import AdditiveCode, CodeSpec, first_entries
 from vqdm.finetuning.config import OptimizerConfig
-from vqdm.finetuning.parameters import trainable
+from vqdm.finetuning.trainer import trainable
 from vqdm.layers.quantized import (
     QuantizedConv2d,
     QuantizedLinear,

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from train_text import known_words, make_tokenizer
 from vqdm.errors import UserError
-from vqdm.metrics.image_reward import DEVIATION, LONGEST, MEAN, load_image_reward
+from vqdm.metrics.encoders import REWARD_DEVIATION, REWARD_MEAN, REWARD_TOKENS, load_image_reward
 from vqdm.metrics.networks import Unavailable, find_image_reward
 
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def plain_rewards(state: dict, ids: torch.Tensor, mask: torch.Tensor, pixels: to
     values = y[:, 0]
     for number in (0, 2, 4):
         values = linear(values, f"mlp.layers.{number}")
-    return (values[:, 0] - MEAN) / DEVIATION
+    return (values[:, 0] - REWARD_MEAN) / REWARD_DEVIATION
 
 
 def test_it_equals_the_plain_computation(folder, pixels):
@@ -136,7 +136,7 @@ def test_long_prompts_are_cut_and_counted(folder, pixels):
     model = load_image_reward(find_image_reward(str(folder), True), CPU)
     long = "a big red circle " * 30
     assert model.overlong(long) and not model.overlong(PROMPTS[1])
-    assert torch.isfinite(model.rewards([long], pixels[:1])).all() and LONGEST == 35
+    assert torch.isfinite(model.rewards([long], pixels[:1])).all() and REWARD_TOKENS == 35
 
 
 def test_images_are_brought_to_the_middle_square(folder):

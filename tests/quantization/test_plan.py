@@ -1,8 +1,23 @@
 """What is planned before a quantization starts."""
 
-import pytest
+import json
+import shlex
 
+import pytest
+import torch
+from conftest import tiny_unet
+from main_text2image import main
+from sdxl import CONFIG
+from tiny_runs import command
+
+from vqdm import devices
+from vqdm.additive.code import CodeSpec
+from vqdm.cli import run_script
+from vqdm.diffusion.blocks import select_layers
+from vqdm.diffusion.shapes import LiveBytes, Shapes, forward_cost, input_groups, meta_call, meta_unet
 from vqdm.errors import UserError
+from vqdm.quantization import block, job, plan, recording
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import blocks_before_finetuning
 
 
@@ -11,3 +26,125 @@ def test_fine_tunings_are_spread_evenly_between_the_blocks():
     assert blocks_before_finetuning(0, 1) == []
     with pytest.raises(UserError, match="--num_intermediate_finetunes is 7; between 7 blocks allowed are 0 to 6"):
         blocks_before_finetuning(7, 7)
+
+
+WIDE = ["--layer_filter", r"up_blocks.*(conv1|ff\.net\.2)"]
+
+
+def counted(function, peaks: list[int]):
+    """Return the function; the most bytes of tensors that live at once inside are noted."""
+
+    def watched(*args, **kwargs):
+        with LiveBytes() as live:
+            result = function(*args, **kwargs)
+        peaks.append(live.peak)
+        return result
+
+    return watched
+
+
+@pytest.mark.parametrize("code", [[], ["--target_bits", "6", "--state_bits", "8"]])
+def test_planned_are_the_tensors_that_live(pipelines, prompt_file, tmp_path, monkeypatch, code):
+    """Within 15 %, for Hessians and the layers' codes."""
+    found, hessians, layers, make = [], [], [], plan.plan
+
+    def planned(config, shapes, *args):
+        needs = make(config, shapes, *args)
+        found.append((shapes, {need.phase: need.device for need in needs}))
+        return needs
+
+    monkeypatch.setattr(job, "plan", planned)
+    monkeypatch.setattr(recording.HessianRecorder, "record", counted(recording.HessianRecorder.record, hessians))
+    monkeypatch.setattr(block, "quantize_groups", counted(block.quantize_groups, layers))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one layer at a time
+    words = command(pipelines["sdxl"], prompt_file, tmp_path / "out", *WIDE)
+    words = words if not code else [*words[:5], *words[11:], *code]
+    assert run_script(main, words) == 0
+    (shapes, needs), *_ = found
+    assert shapes.unet + max(hessians) == pytest.approx(needs["hessians"], rel=0.15)
+    assert shapes.unet + max(layers) == pytest.approx(needs["layers"], rel=0.15)
+    phases = json.loads((tmp_path / "out" / "summary.json").read_text())["peak_memory_bytes_by_phase"]
+    assert all(phases[name]["planned"]["ram"] > 1e9 and phases[name]["reached"]["host"] > 0 for name in needs)
+
+
+def test_a_dry_run_of_a_folder_reads_no_weights(pipelines, prompt_file, tmp_path, monkeypatch, capsys):
+    """And prints the table that the run prints."""
+    words = command(pipelines["sdxl"], prompt_file, tmp_path / "out", "--layer_filter", r"mid_block.*attn1\.to_q")
+    assert run_script(main, words) == 0
+    whole = capsys.readouterr().out
+
+    def unread(*_, **__):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("diffusers.models.modeling_utils.load_state_dict", unread)
+    monkeypatch.setattr("safetensors.torch.load_file", unread)
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", unread)
+    assert run_script(main, [*words, "--resume", "--dry_run"]) == 0
+    dry = capsys.readouterr().out
+    lines = [line for line in dry.splitlines() if line.startswith(("teacher", "hessians", "layers ", "saving"))]
+    assert len(lines) == 4 and all(line in whole for line in lines)
+
+
+@pytest.mark.parametrize(("free", "advice"), [(1.51e9, "it fits with "), (1e9, "smaller --height")])
+def test_a_run_that_does_not_fit_is_refused(free, advice, pipelines, prompt_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "free_memory", lambda device: (None, int(free)))
+    few = ["--layer_filter", r"mid_block.*attn1\.to_q", "--hessian_samples_per_input", "0", "--xtx_batch_size", "256"]
+    words = command(pipelines["sdxl"], prompt_file, tmp_path / "out", *few)
+    assert run_script(main, words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: RAM: phase ") and advice in error and "--ignore_budget" in error
+    assert not (tmp_path / "out").exists()
+    assert run_script(main, [*words, "--dry_run"]) == 0 and advice in capsys.readouterr().out
+    smaller = shlex.split(error.partition("it fits with ")[2].partition(";")[0])
+    assert run_script(main, [*words, *(smaller or ["--ignore_budget"])]) == 0
+
+
+def test_sdxl_fits_24_gb():
+    """Counted from its true configuration; the sizes of parts are those of its files."""
+    unet = meta_unet(CONFIG, torch.bfloat16)
+    layers = select_layers(unet, "default", 0, CodeSpec(1, 8, 1), {})
+    groups = input_groups(unet, layers, 128, 128)
+    step, weights = forward_cost(unet, 128, 128, 2), 2 * sum(one.numel() for one in unet.parameters())
+    text, vae = int(1.64e9), int(0.17e9)
+    shapes = Shapes(weights, text, vae, step.bytes, int(4e9), weights + text + vae, int(2e8), 2 * 128**2, 2, step.flops)
+    config = QuantizeConfig(model="sdxl", target_bits=3.0, xtx_batch_size=4)
+    needs = devices.on(plan.plan(config, shapes, groups, True, (256, 32), devices.MatmulRates(1e14, 4e13)), "cuda")
+    most = {name: max(getattr(need, name) for need in needs) / 1e9 for name in ("device", "ram", "disk")}
+    assert 15 < most["device"] < 24 and most["ram"] < 32 and most["disk"] < 40
+    assert not devices.lacking(needs, int(24e9), int(32e9)) and devices.lacking(needs, int(12e9), None)
+
+
+def test_times_are_in_the_order_of_the_work():
+    """On a model of few layers: more points, prompts and state bits take longer, in their own phase alone."""
+    unet = meta_unet(tiny_unet("sdxl").config)
+    layers = select_layers(unet, "default", 0, CodeSpec(1, 8, 1), {})
+    groups, step = input_groups(unet, layers, 8, 8), forward_cost(unet, 8, 8, 2)
+    shapes = Shapes(0, 0, 0, step.bytes, 0, 0, 0, 128, 4, step.flops, 10 * step.flops)
+    slow = devices.MatmulRates(1e9, 1e9)
+
+    def times(prompts=(64, 16), rates=slow, **settings) -> dict[str, float]:
+        config = QuantizeConfig(model="tiny", target_bits=6.0, **settings)
+        return {need.phase: need.seconds for need in plan.plan(config, shapes, groups, True, prompts, rates)}
+
+    usual = times(calibration_nsteps=5)
+    assert usual["saving"] == 0 < usual["teacher"] < usual["evaluation"] and usual["layers"] > 0
+    for changed, phases in (
+        (times(), {"hessians"}),
+        (times((128, 16), calibration_nsteps=5), {"hessians"}),
+        (times((64, 32), calibration_nsteps=5), {"teacher", "evaluation"}),
+        (times(calibration_nsteps=5, sensitivity_points=128), {"allocation"}),
+    ):
+        assert {name for name, value in changed.items() if value > usual[name]} == phases
+        assert all(value >= usual[name] for name, value in changed.items())
+    fewer_states = times(calibration_nsteps=5, state_bits=10)
+    assert {name for name, value in fewer_states.items() if value != usual[name]} == {"layers"}
+    assert usual["layers"] / 4 < fewer_states["layers"] < usual["layers"]
+    twice = times(calibration_nsteps=5, rates=devices.MatmulRates(2e9, 2e9))
+    assert twice == pytest.approx({name: value / 2 for name, value in usual.items()})
+
+
+def test_attention_is_counted_as_fused_kernels_make_it():
+    """The scores of all pairs of tokens never exist at once."""
+    peaks = [forward_cost(meta_unet(tiny_unet("sdxl").config), side, side, 1).bytes for side in (32, 64)]
+    assert 3.5 < peaks[1] / peaks[0] < 4.5
+    assert meta_call(meta_unet(tiny_unet("sd15").config), 8, 8, 3)["sample"].shape == (3, 4, 8, 8)

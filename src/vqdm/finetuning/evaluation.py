@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqdm.diffusion.sampling import error_spread
 from vqdm.fidelity import decibels
-from vqdm.finetuning.points import Point, Points, bin_of
+from vqdm.finetuning.data import Point, Points, bin_of
 from vqdm.finetuning.trainer import DistillationLoss
 from vqdm.layers.quantized import decoded_once
 from vqdm.storage.files import save_bytes, save_text

@@ -20,11 +20,20 @@ from vqdm.diffusion.blocks import block_of
 from vqdm.diffusion.sampling import unet_dtype
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.finetuning.config import OptimizerConfig
+from vqdm.finetuning.data import Point, Points, split_held_out
 from vqdm.finetuning.evaluation import Errors, evaluate
 from vqdm.finetuning.loop import is_better
-from vqdm.finetuning.parameters import TrainedParameters, rounded_to, stored_types, trainable, write_back
-from vqdm.finetuning.points import Point, Points, split_held_out
-from vqdm.finetuning.trainer import DistillationLoss, Diverged, Trainer, choose_learning_rate
+from vqdm.finetuning.trainer import (
+    DistillationLoss,
+    Diverged,
+    TrainedParameters,
+    Trainer,
+    choose_learning_rate,
+    rounded_to,
+    stored_types,
+    trainable,
+    write_back,
+)
 from vqdm.layers.quantized import SHARED_CODEBOOKS
 from vqdm.parallel import Ranks
 from vqdm.storage.files import save_checked

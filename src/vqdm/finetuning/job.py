@@ -36,15 +36,21 @@ from vqdm.diffusion.pipelines import (
 )
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compare_images, generate_images, predicted_bytes
 from vqdm.errors import RunError, UserError
-from vqdm.finetuning.checkpoints import Checkpoints
 from vqdm.finetuning.code_updates import CodeUpdates
 from vqdm.finetuning.config import AUTO, FinetuneConfig
-from vqdm.finetuning.data import Datasets, check_scheduler, load_datasets
+from vqdm.finetuning.data import Datasets, Points, TrajectoryRecorder, check_scheduler, load_datasets, spread, with_unet
 from vqdm.finetuning.evaluation import Errors, evaluate, read_log, save_loss_plot
-from vqdm.finetuning.loop import EvaluationSchedule, Loop, TrainingSchedule
-from vqdm.finetuning.parameters import KINDS, TrainedParameters, trainable, types_on_disk, write_back
-from vqdm.finetuning.points import Points, TrajectoryRecorder, spread, with_unet
-from vqdm.finetuning.trainer import DistillationLoss, Diverged, Trainer
+from vqdm.finetuning.loop import Checkpoints, EvaluationSchedule, Loop, TrainingSchedule
+from vqdm.finetuning.trainer import (
+    KINDS,
+    DistillationLoss,
+    Diverged,
+    TrainedParameters,
+    Trainer,
+    trainable,
+    types_on_disk,
+    write_back,
+)
 from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import float_scales, quantized_layers

@@ -35,7 +35,7 @@ from vqdm.storage.run_folder import Tensors, layer_generator, read_shard
 from vqdm.tracking import log_info, progress_bar
 
 if TYPE_CHECKING:
-    from vqdm.quantization.config import QuantizeConfig
+    from vqdm.quantization.config import FAST_STATE_BITS, STATE_BITS, QuantizeConfig
     from vqdm.quantization.job import Job
 
 
@@ -54,9 +54,6 @@ PLANNED = (
 FIRST_BITS = 2.0  # per weight, at which effects are first measured
 LEAST_BITS = 1.0  # of code per weight in every layer: what a layer that vanishes does is not to be predicted
 RATE_STEP = 1 / 16  # bits per weight between the rates that are offered
-MOST_STATE_BITS = 12
-FAST_STATE_BITS = 8  # of the codes that effects are measured with: within half a decibel, at a tenth of the time
-
 COMPARABLE_BITS = 6.0  # per weight, up to which codes of `FAST_STATE_BITS` say what others will leave
 
 
@@ -272,7 +269,7 @@ def check_target(config: QuantizeConfig, layers: list[Layer]) -> None:
             "more layers (--layer_filter)"
         )
     if given * weights > most:
-        larger = ", or larger --state_bits" if state_bits < MOST_STATE_BITS else ""
+        larger = ", or larger --state_bits" if state_bits < max(STATE_BITS) else ""
         raise UserError(
             f"--target_bits {given} is too high: codes of --state_bits {state_bits} with scales take at most "
             f"{(most - aside) / weights:.3f} bits per weight, and the shared table {table:.3f}{others}; choose "

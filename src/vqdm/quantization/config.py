@@ -29,6 +29,9 @@ ADDITIVE_FIELDS = (
     "input_channel_scales",
 )
 
+STATE_BITS = (8, 10, 12)  # that trellis codes may have
+FAST_STATE_BITS = 8  # of the codes that effects are measured with: within half a decibel, at a tenth of the time
+
 _LATER = "finetune.py has it, for the finished result"
 UNSUPPORTED_FLAGS = {
     "--model_path": "give the model as the first positional argument",
@@ -113,7 +116,7 @@ class QuantizeConfig(RunConfig):
         12,
         "bits of a trellis state; with 10, coding takes a third of the time for 0.1 dB more error; the table that all "
         "layers share takes 16 * 2^BITS bits",
-        choices=(8, 10, 12),
+        choices=STATE_BITS,
     )
     sensitivity_points: int = _bits(64, "recorded points to measure the sensitivity of layers on", ge=1)
     share_codebooks: str = _bits(

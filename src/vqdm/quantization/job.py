@@ -63,7 +63,6 @@ from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
 from vqdm.quantization.allocation import allocated, check_target
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
-from vqdm.quantization.budget import plan, smaller
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
     Rest,
@@ -71,7 +70,9 @@ from vqdm.quantization.plan import (
     hessian_bytes,
     layer_table,
     plain_bits,
+    plan,
     shared_codebook_users,
+    smaller,
     totals,
 )
 from vqdm.quantization.recording import (
