@@ -1,6 +1,7 @@
 """The package as a whole: what imports what, and what using a quantized model loads."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -95,6 +96,14 @@ def test_no_two_modules_have_one_name():
 def test_no_two_classes_have_one_name():
     names = Counter(node.name for tree in MODULES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     assert not {name for name, count in names.items() if count > 1}
+
+
+def test_the_map_names_every_module():
+    """Kernels go by the name of what they compute, with the kind of kernel after it."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", text[text.index("## Map") : text.index("### Which file")]))
+    names = {re.sub(r"_(cpu|triton)$", "", name.rpartition(".")[2]) for name in MODULES}
+    assert not names - named - {"", "__init__"}
 
 
 def in_a_new_process(code: str, *arguments: str) -> str:
