@@ -24,7 +24,7 @@ from vqdm.config import SamplingConfig
 from vqdm.devices import pick_device, pick_dtype
 from vqdm.diffusion.pipelines import generators, load_pipeline
 from vqdm.generation.config import GenerateConfig
-from vqdm.generation.job import run, wanted_requests
+from vqdm.generation.job import requests_of_shard, run
 from vqdm.generation.requests import call_settings
 from vqdm.images import ImageFolder
 from vqdm.parallel import launched
@@ -55,7 +55,7 @@ def tool(pipeline, config: GenerateConfig) -> None:
     rows, folder = load_rows(config.prompts, "PROMPTS"), ImageFolder(Path(config.output_dir))
     folder.path.mkdir()
     with launched(config.device) as ranks:
-        run(config, ranks, folder, pipeline, rows, wanted_requests(config, rows))
+        run(config, ranks, folder, pipeline, rows, requests_of_shard(config, rows))
 
 
 def rounds(config: GenerateConfig, count: int) -> tuple[list[Seconds], list[Seconds]]:

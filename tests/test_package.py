@@ -98,6 +98,35 @@ def test_no_two_classes_have_one_name():
     assert not {name for name, count in names.items() if count > 1}
 
 
+def names_in(tree: ast.Module) -> set[str]:
+    """Names that a module defines or imports at its top level."""
+    found = set()
+    for node in tree.body:
+        for part in node.body if isinstance(node, ast.If | ast.Try) else [node]:
+            if isinstance(part, ast.FunctionDef | ast.ClassDef):
+                found.add(part.name)
+            elif isinstance(part, ast.Import | ast.ImportFrom):
+                found |= {alias.asname or alias.name for alias in part.names}
+            elif isinstance(part, ast.Assign | ast.AnnAssign):
+                found |= {
+                    one.id for one in ast.walk(part) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+                }
+    return found
+
+
+@pytest.mark.parametrize("folder", ["src", "benchmarks", "assets/make", "scripts", "tests", "."])
+def test_what_is_imported_from_the_package_exists(folder):
+    """Also in programs that no test runs."""
+    held = {f"vqdm.{name}".rstrip("."): names_in(tree) | set(vqdm.__all__) for name, tree in MODULES.items()}
+    root = Path(__file__).parents[1] / folder
+    for path in root.glob("*.py") if folder == "." else root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vqdm":
+                for alias in node.names:
+                    found = f"{node.module}.{alias.name}" in held or alias.name in held.get(node.module, ())
+                    assert found, f"{path}: {node.module}.{alias.name}"
+
+
 def test_the_map_names_every_module():
     """Kernels go by the name of what they compute, with the kind of kernel after it."""
     text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")

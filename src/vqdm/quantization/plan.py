@@ -23,7 +23,6 @@ from vqdm.diffusion.shapes import Shapes
 from vqdm.errors import UserError
 from vqdm.quantization.config import FAST_STATE_BITS, QuantizeConfig
 
-
 SUM, MEAN = 8, 4  # bytes of an entry of a Hessian: while it is accumulated, and as it is kept
 SQUARES = 4  # matrices [I, I] that the solver makes at once in float32, beside two Hessians
 GAP_SQUARES = 6  # that the gap to the bound takes instead, where a layer has one
