@@ -127,7 +127,7 @@ def test_the_program_uses_the_default_prompts(pipelines, tmp_path, capsys):
         ({"prompts": []}, "prompts: it holds no prompt"),
         ({"prompts": "nowhere.txt"}, "prompts: nowhere.txt is not found"),
         ({"evaluation_prompts": 7}, "evaluation_prompts is a number"),
-        ({"nbits_per_codebook": 4}, "--target_bits chooses the format; leave out --nbits_per_codebook"),
+        ({"nbits_per_codebook": 4}, "--nbits_per_codebook 4 has no effect with --target_bits; leave it out"),
         ({"layer_filter": "nope"}, "--layer_filter nope matches no layer"),
         ({"scheduler": "nope"}, "--scheduler is 'nope'; allowed are default"),
         ({"xtx_batch_size": "4"}, "--xtx_batch_size is '4'; allowed are whole numbers from 1"),

@@ -25,6 +25,7 @@ from vqdm.cli import run_script
 from vqdm.config import all_settings, build, generate_command
 from vqdm.diffusion.pipelines import log_truncated
 from vqdm.errors import RunError, UserError
+from vqdm.metrics.catalogue import NAMES
 
 BASIC = ["model", "calibration.txt", "evaluation.txt"]
 # Parser and positional arguments of every program.
@@ -39,17 +40,16 @@ PROGRAMS = {
 }
 SETTINGS = {name: [one for _, one in all_settings(parser.kind)] for name, (parser, _) in PROGRAMS.items()}
 FLAGS = [(name, one) for name, found in SETTINGS.items() for one in found if not one.flag.positional]
-# Flags that need another one, and values of those whose value cannot be any.
+# Flags that contradict the defaults of others, and values of those whose value cannot be any.
 COMPANIONS = {
     ("main_text2image", "code"): {"target_bits": 3},
-    ("metrics", "save_features"): {"save_stats": "stats.npz"},
     ("convert", "model"): {"trust_pickle": True},
     ("convert", "trust_pickle"): {"model": "text"},
     ("convert", "single_file_config"): {"model": "text", "trust_pickle": True},
+    ("convert", "local_files_only"): {"model": "text", "trust_pickle": True},
     ("finetune", "real_images"): {"finetune_method": "real"},
     ("finetune", "finetune_method"): {"real_images": "folder"},
 }
-COMPANIONS |= {("finetune", one.name): {"update_codes": True} for one in SETTINGS["finetune"] if "code_" in one.name}
 for with_pairs in ("main_text2image", "finetune"):
     COMPANIONS[with_pairs, "visualize_nsamples"] = {"evaluation_nsamples": 99}
     COMPANIONS |= {(with_pairs, "height"): {"width": 64}, (with_pairs, "width"): {"height": 64}}
@@ -79,6 +79,41 @@ def other_value(one):
         tried = [one.kind(value) for value in (24, 0.5, 1, 2, 3)]
         return next(value for value in tried if one.accepts(value) and value != one.default)
     return ["a", "b"] if one.kind is tuple else "text"
+
+
+def parts_of(need):
+    """Whether the other flag must not be so, its name, and the values it must have; of every alternative."""
+    for part in need.split(" or "):
+        name, *allowed = part.removeprefix("not ").split()
+        yield part.startswith("not "), name, allowed[0].split("|") if allowed else []
+
+
+def fulfilled(program, one) -> dict:
+    """Values of other flags with which a flag has an effect, where the defaults are others."""
+    known = {setting.name: setting for setting in SETTINGS[program]}
+    found = {}
+    for need in one.flag.needs:
+        negative, name, allowed = next(parts_of(need))
+        if negative and known[name].default is not None and str(known[name].default) in allowed:
+            found[name] = next(value for value in known[name].flag.choices if str(value) not in allowed)
+        elif not negative and (allowed or not known[name].default):
+            found[name] = allowed[0] if allowed else other_value(known[name])
+    return found
+
+
+def broken(program, need) -> dict:
+    """Values of other flags with which a condition does not hold."""
+    known = {setting.name: setting for setting in SETTINGS[program]}
+    found = {}
+    for negative, name, allowed in parts_of(need):
+        if negative:
+            found[name] = allowed[0] if allowed else other_value(known[name])
+        elif allowed:
+            choices = known[name].flag.choices or NAMES
+            found[name] = next(choice for choice in choices if choice not in allowed)
+        elif known[name].default:
+            found[name] = 0
+    return {name: [value] if known[name].kind is tuple else known[name].kind(value) for name, value in found.items()}
 
 
 def bad_values(one):
@@ -123,11 +158,10 @@ def test_every_flag_does_the_same_on_the_command_line_and_in_a_config_file(progr
     if one.name == "overrides":
         (tmp_path / "plan.json").write_text('{"a": null}')
         value = str(tmp_path / "plan.json")
-    values = {one.name: value} | COMPANIONS.get((program, one.name), {})
+    values = {one.name: value} | COMPANIONS.get((program, one.name), {}) | fulfilled(program, one)
     if program == "generate" and one.name == "teacher":
         words = ["model", "prompts.txt"]
-    elif program == "convert" and one.name in ("model", "trust_pickle", "single_file_config"):
-        words = ["pickle", "folder"]
+    words = [values.pop("kind", words[0]), *words[1:]]
     flags = []
     for name, given in values.items():
         on = [] if given is True else [str(given)] if not isinstance(given, list) else given
@@ -138,6 +172,28 @@ def test_every_flag_does_the_same_on_the_command_line_and_in_a_config_file(progr
         found = parser.parse([*words, "--config", str(path)])
         assert found == parser.parse([*words, *flags])
         assert found != parser.parse(PROGRAMS[program][1])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_flag_without_an_effect_is_one_line_that_names_it_and_what_it_lacks(program):
+    parser, _ = PROGRAMS[program]
+    given, tried = given_by_place(program), 0
+    for one in SETTINGS[program]:
+        for number, need in enumerate(one.flag.needs):
+            others = fulfilled(program, one) if number else {}
+            others |= broken(program, need)
+            if "codebook_lr" in others:  # or nothing would be trained
+                others["update_codes"] = True
+            with pytest.raises(
+                UserError, match=rf"^--{one.name}\b.* has no effect with(out)? .*; leave it out$"
+            ) as caught:
+                build(parser.kind, given | others | {one.name: other_value(one)})
+            words = str(caught.value).partition("has no effect")[2]
+            assert any(re.search(rf"(--|\b){name}\b", words, re.IGNORECASE) for _, name, _ in parts_of(need))
+            assert "\n" not in words
+            build(parser.kind, given | others | {one.name: one.default})
+            tried += 1
+    assert tried or program in ("compare", "generate", "fetch_prompts")
 
 
 NUMBERS = [(name, one) for name, one in FLAGS if one.kind in (int, float) and not one.flag.choices]

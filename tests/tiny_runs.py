@@ -11,8 +11,11 @@ from PIL import Image
 from vqdm.images import png_bytes
 
 FAST = shlex.split(
-    "--num_codebooks 2 --nbits_per_codebook 4 --in_group_size 4 --calibration_nsamples 10 --evaluation_nsamples 3 "
-    "--visualize_nsamples 2 --num_inference_steps 2 --max_epochs 1 --beam_size 2 --init_max_iter 3 --xtx_batch_size 5"
+    "--calibration_nsamples 10 --evaluation_nsamples 3 --visualize_nsamples 2 --num_inference_steps 2 "
+    "--xtx_batch_size 5"
+)
+ADDITIVE = shlex.split(
+    "--num_codebooks 2 --nbits_per_codebook 4 --in_group_size 4 --max_epochs 1 --beam_size 2 --init_max_iter 3"
 )
 
 PROMPTS = ["a big red circle", "a small blue star <script>alert(1)</script>", 'a "striped" green cross', "a heart"]
@@ -20,7 +23,9 @@ SIDE = 24
 
 
 def command(model, prompts, out, *extra: str) -> list[str]:
-    return [str(model), str(prompts), str(prompts), "--output_dir", str(out), *FAST, *extra]
+    """A quick run: of additive codes, or of trellis codes with a small table where `--target_bits` is given."""
+    code = ["--state_bits", "8"] if "--target_bits" in extra else ADDITIVE
+    return [str(model), str(prompts), str(prompts), "--output_dir", str(out), *FAST, *code, *extra]
 
 
 def file_hashes(out: Path) -> dict[str, str]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import types
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -53,6 +54,7 @@ class Flag:
         aliases: other names.
         shorthands: values that are flags of their own: `--wandb` for `--report_to wandb`.
         positional: whether it is given by its place; a field without a default always is.
+        needs: conditions on other flags, without which this one has no effect, and is refused: see `check_needs`.
     """
 
     help: str
@@ -68,6 +70,7 @@ class Flag:
     aliases: tuple[str, ...] = ()
     shorthands: tuple[str, ...] = ()
     positional: bool = False
+    needs: tuple[str, ...] = ()
 
 
 def flag(default: Any, help: str, group: str | None = None, **about) -> Any:
@@ -86,7 +89,7 @@ def flags_in(kind: type, group: str) -> Any:
 
 
 def optional_flags(switch: str, help: str, group: str, **about) -> Any:
-    """Return the field of a dataclass of flags that is None unless `--switch` is given."""
+    """Return the field of a dataclass of flags that is None unless `--switch` is given, which they all need."""
     return field(default=None, metadata={"group": group, "switch": switch, "flag": Flag(help, group, **about)})
 
 
@@ -172,31 +175,91 @@ def all_settings(kind: type, group: str = "run") -> list[tuple[str, Setting]]:
     """Return (group title, flag) for each flag of a dataclass and of those inside it, in the order of the fields."""
     found, own, nested = [], {one.name: one for one in settings_of(kind)}, inner(kind)
     for one in fields(kind):
-        name = one.metadata.get("switch", one.name)
+        switch = one.metadata.get("switch")
+        name = switch or one.name
         if name in own:
             found.append((own[name].flag.group or group, own[name]))
         if one.name in nested:
-            found += all_settings(nested[one.name], one.metadata["group"])
+            inside = all_settings(nested[one.name], one.metadata["group"])
+            found += [(title, _needing(setting, switch)) for title, setting in inside] if switch else inside
     return found
+
+
+def _needing(setting: Setting, condition: str) -> Setting:
+    return replace(setting, flag=replace(setting.flag, needs=(condition, *setting.flag.needs)))
 
 
 def build(kind: type, values: dict) -> Any:
     """Return a dataclass of the values of its flags, with the dataclasses inside it.
 
     Raises:
-        UserError: settings that contradict each other.
+        UserError: settings that contradict each other, or one that has no effect with the others.
     """
+    built = _built(kind, values)
+    check_needs(kind, values)
+    return built
+
+
+def _built(kind: type, values: dict) -> Any:
     given = {one.name: values[one.name] for one in fields(kind) if one.name in values}
     switches = {one.name: one.metadata["switch"] for one in fields(kind) if "switch" in one.metadata}
     for name, part in inner(kind).items():
         if name not in switches or values.get(switches[name]):
-            given[name] = build(part, values)
+            given[name] = _built(part, values)
     try:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"--{error}") from None
+
+
+def check_needs(kind: type, values: dict) -> None:
+    """Raise UserError for a flag that is not at its default and has no effect with the other values.
+
+    A condition of `Flag.needs` is `NAME`: that flag is set, to something else than 0 or "none"; or `NAME VALUE|VALUE`:
+    it has one of these values, or holds one; or `not` and either. Alternatives are joined by `or`.
+    """
+    settings = {one.name: one for _, one in all_settings(kind)}
+    for name, need in unmet_needs(kind, values).items():
+        one, value = settings[name], values.get(name, settings[name].default)
+        if value != one.default:
+            given = f"--{name}" if one.kind is bool else f"--{name} {value}"
+            raise UserError(f"{given} has no effect {_without(need, settings)}; leave it out")
+
+
+def unmet_needs(kind: type, values: dict) -> dict[str, str]:
+    """Return flag → the first of its conditions that does not hold, for each flag that has no effect with `values`."""
+    settings = [one for _, one in all_settings(kind)]
+    held = {one.name: values.get(one.name, one.default) for one in settings}
+    found = {}
+    for one in settings:
+        unmet = [need for need in one.flag.needs if not any(_holds(part, held) for part in need.split(" or "))]
+        found |= {one.name: unmet[0]} if unmet else {}
+    return found
+
+
+def _holds(condition: str, held: dict) -> bool:
+    name, *allowed = condition.removeprefix("not ").split()
+    value = held[name]
+    if allowed:
+        words = value if isinstance(value, list | tuple) else [str(value)]
+        found = bool(set(allowed[0].split("|")) & {part for word in words for part in re.split(r"[,\s]+", word)})
+    else:
+        found = bool(value) and value != "none"
+    return found != condition.startswith("not ")
+
+
+def _without(need: str, settings: dict[str, Setting]) -> str:
+    """Return an unmet condition in words, such as "without --target_bits"."""
+    lacking, present = [], []
+    for part in need.split(" or "):
+        name, *allowed = part.removeprefix("not ").split()
+        words = [name.upper() if settings[name].flag.positional else f"--{name}", *allowed[:1]]
+        (present if part.startswith("not ") else lacking).append(" ".join(words).replace("|", ", "))
+    present = [one for one in present if not any(other.startswith(f"{one} ") for other in lacking)]
+    parts = [f"with {' and '.join(present)}"] if present else []
+    return " and ".join(parts + ([f"without {' or '.join(lacking)}"] if lacking else []))
 
 
 def check_fields(config: Any) -> None:
@@ -246,10 +309,10 @@ def output_dir(default: str | None, help: str = "folder of the result") -> Any:
     return flag(default, help, "saving and resuming", common=True, metavar="DIR", aliases=("save",))
 
 
-def single_file_config(group: str) -> Any:
+def single_file_config(group: str, **about) -> Any:
     """Return the field of `--single_file_config`."""
     help = "MODEL in one file: folder or hub name of a pipeline of its kind, for configuration and tokenizers"
-    return flag(None, help, group, metavar="FOLDER_OR_HUB_ID")
+    return flag(None, help, group, metavar="FOLDER_OR_HUB_ID", **about)
 
 
 @dataclass(frozen=True, kw_only=True)

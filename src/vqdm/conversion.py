@@ -36,6 +36,7 @@ from vqdm.storage.hf import VqdmConfig, build_layers, check_names, mark_quantize
 from vqdm.storage.original import load_pickle, tensors_and_specs
 
 KINDS = ("dequantize", "aqlm", "pickle")
+_PICKLE = ("kind pickle",)
 TEXT_CLASSES = {one.__name__: one for one in (CLIPTextModel, CLIPTextModelWithProjection)}
 
 
@@ -50,14 +51,25 @@ class ConvertConfig:
     kind: str = argument("dequantize, aqlm or pickle", choices=KINDS, metavar="KIND")
     source: str = argument("pipeline folder, a model's own folder, or a pickle")
     output_dir: str = output_dir("out/converted", "new or empty folder")
-    dtype: str = flag("auto", "dequantize: auto = as stored", "source and target", choices=DTYPES, common=True)
+    dtype: str = flag(
+        "auto",
+        "dequantize: auto = as stored",
+        "source and target",
+        choices=DTYPES,
+        common=True,
+        needs=("kind dequantize",),
+    )
     model: str | None = flag(
-        None, "pickle: the full-precision pipeline, a folder or a hub name", "source and target", common=True
+        None,
+        "pickle: the full-precision pipeline, a folder or a hub name",
+        "source and target",
+        common=True,
+        needs=_PICKLE,
     )
     variant: str | None = flag(None, "file variant of MODEL or SOURCE, such as fp16", "source and target", common=True)
-    single_file_config: str | None = single_file_config("source and target")
-    local_files_only: bool = flag(False, "pickle: never ask the hub", "source and target", common=True)
-    trust_pickle: bool = flag(False, "pickle: you trust its source", "source and target", common=True)
+    single_file_config: str | None = single_file_config("source and target", needs=_PICKLE)
+    local_files_only: bool = flag(False, "pickle: never ask the hub", "source and target", common=True, needs=_PICKLE)
+    trust_pickle: bool = flag(False, "pickle: you trust its source", "source and target", common=True, needs=_PICKLE)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -67,10 +79,6 @@ class ConvertConfig:
             raise UserError(
                 f"pickle {self.source}: reading a pickle can run code; add --trust_pickle if you trust its source"
             )
-        if self.kind != "pickle" and (self.model or self.trust_pickle or self.single_file_config):
-            raise UserError(f"--model, --single_file_config and --trust_pickle belong to pickle, not to {self.kind}")
-        if self.kind != "dequantize" and self.dtype != "auto":
-            raise UserError(f"--dtype belongs to dequantize, not to {self.kind}")
 
 
 def convert(config: ConvertConfig) -> str:

@@ -140,6 +140,8 @@ def test_configurations_that_do_not_fit(models, tmp_path):
     assert "is no folder; give a diffusers pipeline folder or a hub name" in refusal(sd_file, tmp_path / "none")
     assert "cannot be had from the hub" in refusal(sd_file, Path("you/name"))
     assert "is one file, without variants; leave --variant out" in refusal(sd_file, sd, variant="fp16")
+    assert "--revision x is of a name on the hub, and MODEL" in refusal(sd, revision="x")
+    assert f"MODEL {sd_file} is a file; leave it out" in refusal(sd_file, sd, revision="x")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_pipeline(str(sd_file), CPU, torch.float32, single_file_config=str(sd2))
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from programs import Materials
 
 SAMPLED = "--num_inference_steps 2 --xtx_batch_size 2 --evaluation_nsamples 2 --visualize_nsamples 1 "
-OWN = "--num_codebooks 1 --nbits_per_codebook 3 --in_group_size 4 "
-SOLVED = "--calibration_nsamples 4 --max_epochs 1 --beam_size 1 --init_max_iter 1 "
+OWN = "--num_codebooks 1 --nbits_per_codebook 3 --in_group_size 4 --max_epochs 1 --beam_size 1 --init_max_iter 1 "
 TARGET = "--target_bits 6 --state_bits 8 --sensitivity_points 2 --layer_filter mid_block.*attn1.to_(q|k) "
 FEW = "--layer_filter (down_blocks.0.resnets.0|mid_block.resnets.0|up_blocks.1.resnets.0).conv1 "
-QUANTIZE = SAMPLED + SOLVED + FEW
+QUANTIZE = SAMPLED + "--calibration_nsamples 4 " + FEW
 FINETUNE = (
     SAMPLED
     + "--finetune_nsamples 2 --held_out_nsamples 1 --held_out_points 2 --finetune_batch_size 2 --local_batch_size 2 "

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from settings_read import settings_read, undeclared
 
 from vqdm.cli import run_script
 from vqdm.config import SamplingConfig
@@ -25,6 +26,7 @@ from vqdm.diffusion.sampling import (
 )
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import UserError
+from vqdm.finetuning.config import FinetuneConfig
 from vqdm.finetuning.trainer import Trainer
 from vqdm.layers.quantized import quantized_layers
 from vqdm.prompts import choose
@@ -64,10 +66,21 @@ def run(pipelines, quantized, prompt_file):
 
 
 @pytest.fixture(scope="module")
-def finished(run, tmp_path_factory) -> Path:
+def read() -> set[str]:
+    """Settings that the finished run has read."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory, read) -> Path:
     out = tmp_path_factory.mktemp("tuned") / "out"
-    assert run(out, *EXTRA) == 0
+    with settings_read(FinetuneConfig, read):
+        assert run(out, *EXTRA) == 0
     return out
+
+
+def test_a_setting_that_a_run_ignores_says_so(finished, read):
+    assert not undeclared(finetune.PARSER, ["model", "quantized", "c", "e", *FAST, *EXTRA], read)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -408,8 +421,10 @@ def test_a_run_that_gained_nothing_is_called_so():
 
 
 def test_codes_learn_and_their_packing_stays(run, quantized, tmp_path, capsys):
-    extra = ["--update_codes", "--code_lr", "0.3", "--code_fraction", "0.5", "--max_steps", "3"]
-    assert run(tmp_path / "out", *extra) == 0
+    extra, read = ["--update_codes", "--code_lr", "0.3", "--code_fraction", "0.5", "--max_steps", "3"], set()
+    with settings_read(FinetuneConfig, read):
+        assert run(tmp_path / "out", *extra) == 0
+    assert not undeclared(finetune.PARSER, ["model", "quantized", "c", "e", *FAST, *extra], read)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     before, after = weights(quantized), weights(tmp_path / "out")
     changed = [name for name in before if name.endswith(".codes") and not torch.equal(before[name], after[name])]

@@ -13,11 +13,13 @@ from conftest import tiny_unet
 from diffusers import DiffusionPipeline
 from generate import PARSER, main
 from PIL import Image
+from settings_read import settings_read, undeclared
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import matrix_of, select_layers
+from vqdm.generation.config import GenerateConfig
 from vqdm.generation.requests import seed_of
 from vqdm.images import key_of, read_rows
 from vqdm.layers.quantized import swap
@@ -79,8 +81,10 @@ def rows_of(folder: Path) -> dict[tuple[int, int], dict]:
 @pytest.fixture(scope="module")
 def finished(pipelines, prompts, tmp_path_factory) -> Path:
     """Two images of each prompt, generated one at a time."""
-    out = tmp_path_factory.mktemp("finished") / "out"
-    assert run(pipelines["sdxl"], prompts, "--num_samples_per_prompt", 2, "--bs", 1, out=out) == 0
+    out, read = tmp_path_factory.mktemp("finished") / "out", set()
+    with settings_read(GenerateConfig, read):
+        assert run(pipelines["sdxl"], prompts, "--num_samples_per_prompt", 2, "--bs", 1, out=out) == 0
+    assert not undeclared(PARSER, ["model", "prompts"], read)
     return out
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from metrics import COMPARE_PARSER, PARSER, main
 from PIL import Image
+from settings_read import settings_read, undeclared
 from tiny_runs import PROMPTS, pixels, write_folder
 from torch_fidelity import calculate_metrics
 from torchvision.models import inception_v3
@@ -23,6 +24,7 @@ from torchvision.models import inception_v3
 from vqdm.cli import run_script
 from vqdm.images import png_bytes
 from vqdm.metrics import encoders, networks
+from vqdm.metrics.config import MetricsConfig
 from vqdm.metrics.encoders import load_inception
 
 SHAPES = ["--clip_model", "assets/shapes-clip", "--fid_features", "assets/shapes-clip"]
@@ -58,9 +60,11 @@ def finished(folders, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
     words = [folders["QUANTIZED"], "--reference", folders["FULL"], "--fid_reference", folders["FULL"], *SHAPES]
     words += ["--pickscore_model", "assets/shapes-clip", "--bs", 3]
-    with pytest.MonkeyPatch.context() as patch:
+    read = set()
+    with pytest.MonkeyPatch.context() as patch, settings_read(MetricsConfig, read):
         patch.setenv("HF_HUB_OFFLINE", "1")
         assert score(*words, out=out) == 0
+    assert not undeclared(PARSER, [*map(str, words), "--report_images", "0"], read)
     return out
 
 
@@ -370,8 +374,12 @@ def test_the_size_of_the_model_comes_from_its_summary(folders, tmp_path):
         ("FULL --fid_reference no.npz", "--fid_reference: no.npz is not found"),
         ("FULL --fid_reference FULL --metrics kid SHAPES", "needs Inception's features"),
         ("FULL --fid_mode legacy SHAPES", "--fid_mode legacy is for Inception"),
+        (
+            "FULL --clip_model a/b --clip_pretrained c SHAPES",
+            "--clip_pretrained c is for an architecture of open_clip; --clip_model a/b has its own weights",
+        ),
         ("FULL --save_stats x.npz", "--save_stats x.npz: "),
-        ("FULL --save_features SHAPES", "--save_features is about the file of --save_stats"),
+        ("FULL --save_features SHAPES", "--save_features has no effect without --save_stats; leave it out"),
         ("OTHER --reference FULL", "does not match: seed is 9, the reference's 3 (8 of 8 images); --force"),
         ("FULL --reference assets", "--reference: assets holds no image"),
         ("FULL", "nothing can be scored"),

@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from generate import main as generate
-from main_text2image import main
+from main_text2image import PARSER, main
 from PIL import Image
+from settings_read import settings_read, undeclared
 from tiny_runs import command, file_hashes
 
 from vqdm.additive.code import CodeSpec
@@ -32,6 +33,7 @@ from vqdm.quantization.allocation import (
     trellis_layer,
     width_total,
 )
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import layer_bits
 from vqdm.quantization.shared_codebooks import choose_layers, shared
 
@@ -39,20 +41,28 @@ ONLY = ["--layer_filter", r"mid_block.*attn1\.to|mid_block.*conv1"]
 
 
 def target(pipelines, prompts, out, *extra):
-    """The command without the flags of the format, which --target_bits decides; with a small table."""
-    words = command(pipelines["sdxl"], prompts, out)
-    dropped = {"--num_codebooks", "--nbits_per_codebook", "--in_group_size"}
-    kept = [word for before, word in zip(["", *words], words, strict=False) if not dropped & {before, word}]
-    return [*kept, *ONLY, "--state_bits", "8", *extra]
+    return command(pipelines["sdxl"], prompts, out, *ONLY, *extra)
 
 
 @pytest.fixture(scope="module")
-def planned(pipelines, prompt_file, tmp_path_factory):
+def read() -> set[str]:
+    """Settings that the planned run has read."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def planned(pipelines, prompt_file, tmp_path_factory, read):
     """A run to 3 bits that keeps its Hessians."""
     folder = tmp_path_factory.mktemp("planned")
     cache = ["--hessian_cache", str(folder / "cache")]
-    assert run_script(main, target(pipelines, prompt_file, folder / "out", "--target_bits", "3", *cache)) == 0
+    words = target(pipelines, prompt_file, folder / "out", "--target_bits", "3", *cache)
+    with settings_read(QuantizeConfig, read):
+        assert run_script(main, words) == 0
     return folder
+
+
+def test_a_setting_that_trellis_codes_ignore_says_so(planned, read, pipelines, prompt_file):
+    assert not undeclared(PARSER, target(pipelines, prompt_file, planned, "--target_bits", "3"), read)
 
 
 def counted_bits(unet):
@@ -172,10 +182,13 @@ def test_layers_are_coded_as_well_as_predicted(pipelines, prompt_file, tmp_path,
     [
         (["--code", "trellis"], "--code trellis needs --target_bits"),
         (["--code", "additive", "--target_bits", "3"], "--code additive does not go with --target_bits"),
-        (["--share_codebooks", "unet", "--target_bits", "3"], "--share_codebooks is for additive codes"),
+        (
+            ["--share_codebooks", "unet", "--target_bits", "3"],
+            "--share_codebooks unet has no effect with --target_bits",
+        ),
         (
             ["--target_bits", "2", "--num_codebooks", "2"],
-            "--target_bits chooses the format; leave out --num_codebooks",
+            "--num_codebooks 2 has no effect with --target_bits",
         ),
         (["--share_codebooks", "unet", "--encoder", "beam"], "--share_codebooks needs --encoder ldl"),
         (

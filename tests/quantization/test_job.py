@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from main_text2image import main
+from main_text2image import PARSER, main
 from PIL import Image
 from safetensors.torch import load_file
+from settings_read import settings_read, undeclared
 from tiny_runs import command, file_hashes
 
 from vqdm.additive.code import CodeSpec
@@ -31,11 +32,22 @@ LAYERS = len(select_layers(tiny_unet("sdxl"), "default", 0, CodeSpec(2, 4, 4), {
 
 
 @pytest.fixture(scope="module")
-def finished(pipelines, prompt_file, tmp_path_factory) -> Path:
+def read() -> set[str]:
+    """Settings that the finished run has read."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def finished(pipelines, prompt_file, tmp_path_factory, read) -> Path:
     """One whole run over the attention of a tiny SDXL pipeline."""
     out = tmp_path_factory.mktemp("quantized") / "out"
-    assert run_script(main, command(pipelines["sdxl"], prompt_file, out)) == 0
+    with settings_read(QuantizeConfig, read):
+        assert run_script(main, command(pipelines["sdxl"], prompt_file, out)) == 0
     return out
+
+
+def test_a_setting_that_additive_codes_ignore_says_so(finished, read, pipelines, prompt_file):
+    assert not undeclared(PARSER, command(pipelines["sdxl"], prompt_file, finished), read)
 
 
 def test_result_is_a_pipeline_that_stock_diffusers_loads(finished):

@@ -43,7 +43,7 @@ def counted(function, peaks: list[int]):
     return watched
 
 
-@pytest.mark.parametrize("code", [[], ["--target_bits", "6", "--state_bits", "8"]])
+@pytest.mark.parametrize("code", [[], ["--target_bits", "6"]])
 def test_planned_are_the_tensors_that_live(pipelines, prompt_file, tmp_path, monkeypatch, code):
     """Within 15 %, for Hessians and the layers' codes."""
     found, hessians, layers, make = [], [], [], plan.plan
@@ -57,9 +57,7 @@ def test_planned_are_the_tensors_that_live(pipelines, prompt_file, tmp_path, mon
     monkeypatch.setattr(recording.HessianRecorder, "record", counted(recording.HessianRecorder.record, hessians))
     monkeypatch.setattr(block, "quantize_groups", counted(block.quantize_groups, layers))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one layer at a time
-    words = command(pipelines["sdxl"], prompt_file, tmp_path / "out", *WIDE)
-    words = words if not code else [*words[:5], *words[11:], *code]
-    assert run_script(main, words) == 0
+    assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *WIDE, *code)) == 0
     (shapes, needs), *_ = found
     assert shapes.unet + max(hessians) == pytest.approx(needs["hessians"], rel=0.15)
     assert shapes.unet + max(layers) == pytest.approx(needs["layers"], rel=0.15)

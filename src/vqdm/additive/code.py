@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from vqdm.additive import trellis
 from vqdm.config import check_fields, flag
 
+_additive = partial(flag, needs=("not target_bits",))  # which chooses the format
 SHARED_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # shared codebooks name tensors and files
 
 
@@ -42,26 +44,32 @@ class CodeSpec:
         scale_exponent: added to the stored logarithms of input scales, in octaves.
     """
 
-    num_codebooks: int = flag(3, "codes per group", ge=1, le=16, common=True)
-    nbits_per_codebook: int = flag(8, "bits per code", ge=1, le=16, common=True)
-    in_group_size: int = flag(8, "consecutive inputs that share a code", ge=1, le=64, common=True)
-    out_group_size: int = flag(1, "consecutive outputs that share a code", ge=1, le=64)
-    scale_nbits: int = flag(
+    num_codebooks: int = _additive(3, "codes per group", ge=1, le=16, common=True)
+    nbits_per_codebook: int = _additive(8, "bits per code", ge=1, le=16, common=True)
+    in_group_size: int = _additive(8, "consecutive inputs that share a code", ge=1, le=64, common=True)
+    out_group_size: int = _additive(1, "consecutive outputs that share a code", ge=1, le=64)
+    scale_nbits: int = _additive(
         0,
         "0: a 16-bit scale per row; 1-8: a scale of so many bits per group, from a 16-bit table per row; 16: a 16-bit "
         "scale per group",
         choices=(*range(9), 16),
         metavar="N",
     )
-    codebook_value_nbits: int = flag(
+    codebook_value_nbits: int = _additive(
         16,
         "1-8: codebook values are indices of so many bits into tables of 16-bit values; 16: they are stored in 16 bit",
         choices=(*range(1, 9), 16),
         metavar="N",
     )
-    codebook_value_num_groups: int = flag(1, "tables per layer for quantized codebook values", ge=1, le=1024)
-    groupwise_codebooks: bool = flag(False, "separate codebooks for every group of inputs")
-    input_channel_scales: bool = flag(False, "also a 16-bit scale per input")
+    codebook_value_num_groups: int = flag(
+        1,
+        "tables per layer for quantized codebook values",
+        ge=1,
+        le=1024,
+        needs=("not target_bits", "not codebook_value_nbits 16 or overrides"),
+    )
+    groupwise_codebooks: bool = _additive(False, "separate codebooks for every group of inputs")
+    input_channel_scales: bool = _additive(False, "also a 16-bit scale per input")
     group_channels: bool = flag(True, "groups of a convolution run over channels at one kernel location")
     shared_codebooks: str = ""
     row_bits: int = 0

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count, islice, repeat
 
 import torch
@@ -23,6 +24,8 @@ from vqdm.additive.trellis_solve import solve_trellis
 from vqdm.config import check_fields, flag, flags_in
 
 ENCODERS = ("ldl", "beam")
+_additive = partial(flag, needs=("not target_bits or overrides",))  # trellis codes have a solver without settings
+_beam = partial(flag, needs=("not target_bits or overrides", "encoder beam"))
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,18 @@ class SolverConfig:
     spec: CodeSpec = flags_in(
         CodeSpec, "format of additive codes (2x8, 3x8 and 4x8 at group 8 are the paper's 2, 3 and 4 bits)"
     )
-    encoder: str = flag(
+    encoder: str = _additive(
         "ldl", "ldl: error feedback with a beam per group; beam: the paper's beam search over rows", choices=ENCODERS
     )
-    beam_size: int = flag(8, "beam size of the code search", ge=1)
-    init_max_iter: int = flag(25, "iterations of the residual k-means", ge=1)
-    init_max_points_per_centroid: int = flag(100, "subsample of k-means, per centroid", ge=1)
-    lr: float = flag(1e-4, "learning rate of Adam on codebooks and scales (beam only; ldl solves for them)", ge=0, lt=1)
-    steps_per_epoch: int = flag(100, "Adam steps between two code searches (beam only)", ge=0)
-    max_epochs: int = flag(20, "limit of rounds of refit and code search", ge=1)
-    relative_mse_tolerance: float = flag(
+    beam_size: int = _additive(8, "beam size of the code search", ge=1)
+    init_max_iter: int = _additive(25, "iterations of the residual k-means", ge=1)
+    init_max_points_per_centroid: int = _additive(100, "subsample of k-means, per centroid", ge=1)
+    lr: float = _beam(
+        1e-4, "learning rate of Adam on codebooks and scales (beam only; ldl solves for them)", ge=0, lt=1
+    )
+    steps_per_epoch: int = _beam(100, "Adam steps between two code searches (beam only)", ge=0)
+    max_epochs: int = _additive(20, "limit of rounds of refit and code search", ge=1)
+    relative_mse_tolerance: float = _additive(
         0.01, "stop a layer after a round with a smaller relative improvement", ge=0, lt=1
     )
     damping: float = 0.01

@@ -184,6 +184,10 @@ def check_model(
     """
     check_place(model)
     path = Path(model)
+    on_hub = single_file_config if path.is_file() else model
+    if revision and path.exists() and (on_hub is None or Path(on_hub).exists()):
+        kind = "file" if path.is_file() else "folder"
+        raise UserError(f"--revision {revision} is of a name on the hub, and MODEL {model} is a {kind}; leave it out")
     if path.is_file():
         if variant:
             raise UserError(f"--variant {variant}: MODEL {model} is one file, without variants; leave --variant out")

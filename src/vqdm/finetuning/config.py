@@ -34,6 +34,7 @@ UNSUPPORTED_FLAGS = {
     "--print_frequency": "every step is a line of training.jsonl",
 }
 
+_of_parameters = partial(flag, needs=("codebook_lr or scale_lr or weight_lr or bias_lr",))
 _data = partial(flag, group="training data")
 _training = partial(flag, group="optimization")
 _memory = partial(flag, group="memory")
@@ -56,16 +57,16 @@ class OptimizerConfig:
         words=(AUTO,),
         common=True,
     )
-    finetune_adam_beta1: float = flag(0.9, "Adam's beta1", ge=0, lt=1)
-    finetune_adam_beta2: float = flag(0.95, "Adam's beta2", ge=0, lt=1)
+    finetune_adam_beta1: float = _of_parameters(0.9, "Adam's beta1", ge=0, lt=1)
+    finetune_adam_beta2: float = _of_parameters(0.95, "Adam's beta2", ge=0, lt=1)
     lr_scheduler: str = flag("cosine", "LR schedule", choices=("cosine", "linear", "constant"))
     lr_warmup_steps: int = flag(10, "steps of linear LR warmup", ge=0)
     codebook_lr: float = flag(1.0, "learning rate of codebooks, as a multiple of --finetune_lr; 0 freezes them", ge=0)
     scale_lr: float = flag(1.0, "the same of scales", ge=0)
     weight_lr: float = flag(0.5, "the same of weights that are not quantized", ge=0)
     bias_lr: float = flag(0.05, "the same of biases and norms, not relative to their size", ge=0)
-    max_grad_norm: float = flag(0.0, "clip the gradient norm; 0 = never", ge=0)
-    ema_decay: float = flag(
+    max_grad_norm: float = _of_parameters(0.0, "clip the gradient norm; 0 = never", ge=0)
+    ema_decay: float = _of_parameters(
         0.0, "decay of an exponential moving average, which is evaluated and saved; 0 = none", ge=0, lt=1
     )
 
@@ -161,7 +162,9 @@ class FinetuneConfig(RunConfig):
         None, "image pairs in image_pairs.png; default: 16, or all evaluation prompts if they are fewer", ge=0
     )
     eval_step: int = _evaluation(25, "evaluation interval (steps), on held-out points", ge=0)
-    visualize_step: int = _evaluation(0, "interval of image pairs (steps); 0 = never", ge=0)
+    visualize_step: int = _evaluation(
+        0, "interval of image pairs (steps); 0 = never", ge=0, needs=("not visualize_nsamples 0",)
+    )
     finetune_relative_mse_tolerance: float = _evaluation(
         0.0, "stop after an epoch that lowers the held-out loss by a smaller share; 0 = never", ge=0, le=1
     )
@@ -170,7 +173,7 @@ class FinetuneConfig(RunConfig):
     )
     early_stopping_patience: int = _evaluation(4, "stop after N evaluations without an improvement; 0 = never", ge=0)
     checkpointing_steps: int = _evaluation(100, "checkpoint interval (steps); 0 = never", ge=0)
-    checkpoints_total_limit: int = _evaluation(2, "checkpoints to keep", ge=1)
+    checkpoints_total_limit: int = _evaluation(2, "checkpoints to keep", ge=1, needs=("checkpointing_steps",))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,8 @@ from vqdm.metrics.catalogue import NAMES, refusal
 _images = partial(flag, group="images and metrics")
 _networks = partial(flag, group="networks (each a folder or file, or a name on the hub)")
 _report = partial(flag, group="report")
+_CLIP, _LPIPS = ("not metrics or metrics clip",), ("not metrics or metrics lpips",)
+_FEATURES = ("not metrics or metrics fid|fid_fp|kid or save_stats",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,11 @@ class MetricsConfig(ProgramConfig):
         None, "images of the full-precision model, of the same prompts and seeds", metavar="IMAGES_FP", common=True
     )
     fid_reference: str | None = _images(
-        None, "real or reference images for fid, kid, ...: folder, zip or .npz", metavar="PATH", common=True
+        None,
+        "real or reference images for fid, kid, ...: folder, zip or .npz",
+        metavar="PATH",
+        common=True,
+        needs=("not metrics or metrics fid|kid",),
     )
     metrics: tuple[str, ...] | None = _images(
         None,
@@ -39,29 +45,38 @@ class MetricsConfig(ProgramConfig):
         metavar="NAME",
         common=True,
     )
-    force: bool = _images(False, "compare pairs although their settings differ", common=True)
+    force: bool = _images(False, "compare pairs although their settings differ", common=True, needs=("reference",))
     save_stats: str | None = _images(
         None, "write the statistics of IMAGES for a later --fid_reference", metavar="FILE.npz", common=True
     )
-    save_features: bool = _images(False, "also write features to FILE.npz; kid needs them")
+    save_features: bool = _images(False, "also write features to FILE.npz; kid needs them", needs=("save_stats",))
     bs: int = _images(16, "batch size", ge=1, common=True, aliases=("batch_size",))
     threads: int = _images(4, "threads that decode images", ge=1, le=256)
-    clip_model: str = _networks("ViT-H-14", "open_clip architecture, or folder or hub name", common=True)
-    clip_pretrained: str = _networks("laion2b_s32b_b79k", "open_clip tag, or file of weights", common=True)
-    fid_features: str = _networks("inception", "inception, a file of its weights, or an encoder")
+    clip_model: str = _networks("ViT-H-14", "open_clip architecture, or folder or hub name", common=True, needs=_CLIP)
+    clip_pretrained: str = _networks("laion2b_s32b_b79k", "open_clip tag, or file of weights", common=True, needs=_CLIP)
+    fid_features: str = _networks("inception", "inception, a file of its weights, or an encoder", needs=_FEATURES)
     fid_mode: str | None = _networks(
         None,
         "how images are resized to Inception's 299 pixels (default: clean)",
         choices=("clean", "legacy", "pytorch", "vqdm"),
+        needs=_FEATURES,
     )
-    pickscore_model: str = _networks("yuvalkirstain/PickScore_v1", "CLIP of pickscore")
-    image_reward_model: str = _networks("THUDM/ImageReward", "folder with ImageReward.pt")
-    lpips_net: str = _networks("alex", "backbone of LPIPS", choices=tuple(LPIPS_FILES))
-    lpips_weights: str | None = _networks(None, "default: torchvision's, in torch.hub's folder", metavar="FILE.pth")
+    pickscore_model: str = _networks(
+        "yuvalkirstain/PickScore_v1", "CLIP of pickscore", needs=("not metrics or metrics pickscore",)
+    )
+    image_reward_model: str = _networks(
+        "THUDM/ImageReward", "folder with ImageReward.pt", needs=("not metrics or metrics image_reward",)
+    )
+    lpips_net: str = _networks("alex", "backbone of LPIPS", choices=tuple(LPIPS_FILES), needs=_LPIPS)
+    lpips_weights: str | None = _networks(
+        None, "default: torchvision's, in torch.hub's folder", metavar="FILE.pth", needs=_LPIPS
+    )
     report_images: int = _report(
         64, "worst images in report.html, and as many random ones; 0 = no report", ge=0, common=True
     )
-    report_size: int = _report(512, "longer side of the images in report.html, in pixels", ge=16)
+    report_size: int = _report(
+        512, "longer side of the images in report.html, in pixels", ge=16, needs=("report_images",)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,8 +86,12 @@ class MetricsConfig(ProgramConfig):
         unknown = [name for name in self.metrics or () if name not in NAMES]
         if unknown:
             raise UserError(refusal(unknown[0]))
-        if self.save_features and not self.save_stats:
-            raise UserError("--save_features is about the file of --save_stats, which is not given")
+        usual = MetricsConfig.clip_pretrained
+        if self.clip_pretrained != usual and ("/" in self.clip_model or Path(self.clip_model).is_dir()):
+            raise UserError(
+                f"--clip_pretrained {self.clip_pretrained} is for an architecture of open_clip; --clip_model "
+                f"{self.clip_model} has its own weights"
+            )
         if self.fid_mode and self.fid_features != "inception" and not Path(self.fid_features).is_file():
             raise UserError(
                 f"--fid_mode {self.fid_mode} is for Inception; --fid_features {self.fid_features} has its own"

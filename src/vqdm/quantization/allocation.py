@@ -257,10 +257,11 @@ def check_target(config: QuantizeConfig, layers: list[Layer]) -> None:
             "--target_bits has no layer to allocate bits to; leave it out, since --overrides names them all"
         )
     weights = sum(layer.rows * layer.columns for layer in layers)
-    aside = sum(map(layer_bits, fixed)) + shared_codebook_bits(fixed + low)
+    overridden_bits, table_bits = sum(map(layer_bits, fixed)), shared_codebook_bits(fixed + low)
+    aside = overridden_bits + table_bits
     least, most = (sum(map(layer_bits, some)) + aside for some in (low, high))
-    given, table, state_bits = config.target_bits, shared_codebook_bits(fixed + low) / weights, config.state_bits
-    others = f", and overridden layers {sum(map(layer_bits, fixed)) / weights:.3f}" if fixed else ""
+    given, table, state_bits = config.target_bits, table_bits / weights, config.state_bits
+    others = f", and overridden layers {overridden_bits / weights:.3f}" if fixed else ""
     if int(given * weights) < least:
         raise UserError(
             f"--target_bits {given} is too low: codes of {LEAST_BITS:g} bit with scales take "

@@ -16,19 +16,6 @@ from vqdm.documents import first_line, read_yaml
 from vqdm.errors import UserError
 from vqdm.tracking import redacted
 
-# Fields of the format of additive codes, which --target_bits does not use.
-ADDITIVE_FIELDS = (
-    "num_codebooks",
-    "nbits_per_codebook",
-    "in_group_size",
-    "out_group_size",
-    "scale_nbits",
-    "codebook_value_nbits",
-    "codebook_value_num_groups",
-    "groupwise_codebooks",
-    "input_channel_scales",
-)
-
 STATE_BITS = (8, 10, 12)  # that trellis codes may have
 FAST_STATE_BITS = 8  # of the codes that effects are measured with: within half a decibel, at a tenth of the time
 
@@ -52,6 +39,8 @@ _layers = partial(flag, group="layers")
 _calibration = partial(flag, group="calibration and evaluation")
 _saving = partial(flag, group="saving and resuming")
 _hub = partial(flag, group="hub")
+_uploaded = partial(_hub, needs=("push_to_hub",))
+_between = partial(flag, needs=("num_intermediate_finetunes",))
 
 
 @dataclass(frozen=True)
@@ -63,13 +52,13 @@ class IntermediateConfig:
         "how often, evenly spread, quantized blocks are fine-tuned, but for codes and shared codebooks; 0 = never",
         ge=0,
     )
-    finetune_nsamples: int = flag(64, "calibration prompts to train on", ge=1)
-    finetune_max_epochs: int = flag(1, "epochs of each fine-tuning", ge=1)
-    finetune_batch_size: int = flag(32, "batch size, of all processes together", ge=1)
-    local_batch_size: int = flag(8, "batch size per process; gradients accumulate over several", ge=1)
-    finetune_lr: float | str = flag("auto", "learning rate, as in finetune.py", gt=0, le=1, words=("auto",))
-    finetune_adam_beta1: float = flag(0.9, "Adam's beta1", ge=0, lt=1)
-    finetune_adam_beta2: float = flag(0.95, "Adam's beta2", ge=0, lt=1)
+    finetune_nsamples: int = _between(64, "calibration prompts to train on", ge=1)
+    finetune_max_epochs: int = _between(1, "epochs of each fine-tuning", ge=1)
+    finetune_batch_size: int = _between(32, "batch size, of all processes together", ge=1)
+    local_batch_size: int = _between(8, "batch size per process; gradients accumulate over several", ge=1)
+    finetune_lr: float | str = _between("auto", "learning rate, as in finetune.py", gt=0, le=1, words=("auto",))
+    finetune_adam_beta1: float = _between(0.9, "Adam's beta1", ge=0, lt=1)
+    finetune_adam_beta2: float = _between(0.95, "Adam's beta2", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         check_flags(self)
@@ -80,8 +69,10 @@ class HubConfig:
     """Upload of the finished folder."""
 
     push_to_hub: bool = _hub(False, "upload the finished folder")
-    hub_model_id: str | None = _hub(None, "repository to upload to (default: the name of --output_dir)", metavar="NAME")
-    hub_private: bool = _hub(False, "make a new repository private")
+    hub_model_id: str | None = _uploaded(
+        None, "repository to upload to (default: the name of --output_dir)", metavar="NAME"
+    )
+    hub_private: bool = _uploaded(False, "make a new repository private")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +108,17 @@ class QuantizeConfig(RunConfig):
         "bits of a trellis state; with 10, coding takes a third of the time for 0.1 dB more error; the table that all "
         "layers share takes 16 * 2^BITS bits",
         choices=STATE_BITS,
+        needs=("target_bits",),
     )
-    sensitivity_points: int = _bits(64, "recorded points to measure the sensitivity of layers on", ge=1)
+    sensitivity_points: int = _bits(
+        64, "recorded points to measure the sensitivity of layers on", ge=1, needs=("target_bits",)
+    )
     share_codebooks: str = _bits(
         "none",
         "additive codes: each layer stores its own codebooks, or linear layers and convolutions each share a set, or "
         "all layers share one",
         choices=("none", "kind", "unet"),
+        needs=("not target_bits",),
     )
     solver: SolverConfig = flags_in(SolverConfig, "layer solver")
     layer_filter: str = _layers(
@@ -212,15 +207,8 @@ class QuantizeConfig(RunConfig):
             raise UserError("--hessian_cache is of the full-precision model; --calibration_latents student is not")
         if self.code == "trellis" and self.target_bits is None:
             raise UserError("--code trellis needs --target_bits, such as --target_bits 3")
-        if self.target_bits is None:
-            return
-        if self.code == "additive":
+        if self.code == "additive" and self.target_bits is not None:
             raise UserError("--code additive does not go with --target_bits, which allocates bits to trellis codes")
-        changed = [name for name in ADDITIVE_FIELDS if getattr(self.spec, name) != getattr(CodeSpec(), name)]
-        if changed:
-            raise UserError(f"--target_bits chooses the format; leave out --{', --'.join(changed)}")
-        if self.share_codebooks != "none":
-            raise UserError("--share_codebooks is for additive codes; --target_bits needs none")
 
     def to_dict(self) -> dict:
         """The settings that a result depends on, without the tokens that a command may hold."""
