@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     unet = load_quantized_unet(find_quantized_unet(str(Path(arguments.run))), torch.float32)
     specs = {name: layer.spec for name, layer in quantized_layers(unet).items()}
-    banks = {
+    shared = {
         name: SharedCodebooks(values.detach().float(), 1) for name, values in unet.codebook_banks.named_parameters()
     }
     rows, trials = [], encode.TRIALS
@@ -59,7 +59,7 @@ def main() -> None:
             if len(rows) == arguments.limit:
                 break
             config, generator = SolverConfig(specs[name]), torch.Generator().manual_seed(0)
-            task = Task(W, H, config, generator, held_out, banks[specs[name].shared_codebooks])
+            task = Task(W, H, config, generator, held_out, shared[specs[name].shared_codebooks])
             rows.append({"layer": name} | compared(task, trials))
             print(json.dumps(rows[-1]), flush=True)
     print(json.dumps(overall(rows)))

@@ -49,29 +49,31 @@ from vqdm.additive.solve import (
 from vqdm.devices import peak_memory
 from vqdm.quantization.shared_codebooks import sample_layer, train_shared_codebooks
 
-BANK_GROUPS = 2**15  # column groups that a bank is trained on here
-SDXL_WEIGHTS = 2_540_953_600  # that share a bank
+SHARED_GROUPS = 2**15  # column groups that shared codebooks are trained on here
+SDXL_WEIGHTS = 2_540_953_600  # that share codebooks
 
 
 def solver_config(code: str, encoder: str, arguments: argparse.Namespace) -> SolverConfig:
     """`code` is like 3x8g8: codebooks x bits, group size; an s at its end stands for shared codebooks."""
     M, b, g = map(int, code.rstrip("s").replace("g", "x").split("x"))
-    spec = CodeSpec(M, b, g, shared_codebooks="bank" if code.endswith("s") else "")
+    spec = CodeSpec(M, b, g, shared_codebooks="shared" if code.endswith("s") else "")
     return SolverConfig(spec, encoder, arguments.beam_size, max_epochs=arguments.max_epochs)
 
 
 def solved(W: Tensor, H: Tensor, held_out: Tensor | None, config: SolverConfig, seed: int) -> dict:
     """One solved layer, as it is printed."""
     generator = torch.Generator().manual_seed(seed)
-    _, report = solve_layer(W, H, config, generator, held_out, bank_of(W, H, config, generator))
+    _, report = solve_layer(W, H, config, generator, held_out, shared_codebooks_of(W, H, config, generator))
     return report.to_dict()
 
 
-def bank_of(W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator) -> SharedCodebooks | None:
-    """A bank that is trained on the layer itself, and stands for one that exists; None where none is shared."""
+def shared_codebooks_of(
+    W: Tensor, H: Tensor, config: SolverConfig, generator: torch.Generator
+) -> SharedCodebooks | None:
+    """Codebooks trained on the layer itself, in place of shared ones; None where none are shared."""
     if not config.spec.shared_codebooks:
         return None
-    rows = max(8, BANK_GROUPS * config.spec.in_group_size // W.shape[1])
+    rows = max(8, SHARED_GROUPS * config.spec.in_group_size // W.shape[1])
     return SharedCodebooks(
         train_shared_codebooks([sample_layer(W, H, rows, config, generator)], config, generator), SDXL_WEIGHTS
     )
@@ -81,11 +83,11 @@ def batch_rows(arguments: argparse.Namespace) -> Iterator[dict]:
     """Layers of one shape, solved one by one and all at once."""
     for code, shape in product(arguments.codes, arguments.shapes):
         config, layers = solver_config(code, "ldl", arguments), alike(shape, arguments)
-        bank = bank_of(*layers[0][:2], config, torch.Generator().manual_seed(arguments.seed))
+        shared = shared_codebooks_of(*layers[0][:2], config, torch.Generator().manual_seed(arguments.seed))
         about = {"code": code, "beam": config.beam_size, "problem": shape, "layers": len(layers)}
         for at_once in (1, len(layers)):
-            solved_at_once(layers[:at_once], replace(config, max_epochs=1), bank, at_once)
-            reports = solved_at_once(layers, config, bank, at_once)
+            solved_at_once(layers[:at_once], replace(config, max_epochs=1), shared, at_once)
+            reports = solved_at_once(layers, config, shared, at_once)
             names = ("error", "held_out_error", "epochs", "seconds")
             means = {name: fmean(getattr(report, name) for report in reports) for name in names}
             yield about | {"at_once": at_once} | means | {"peak_memory_bytes": peak_memory()}
@@ -99,11 +101,11 @@ def alike(shape: str, arguments: argparse.Namespace) -> list[tuple[Tensor, Tenso
 
 
 def solved_at_once(
-    layers: list[tuple[Tensor, Tensor, Tensor]], config: SolverConfig, bank: SharedCodebooks | None, at_once: int
+    layers: list[tuple[Tensor, Tensor, Tensor]], config: SolverConfig, shared: SharedCodebooks | None, at_once: int
 ) -> list[LayerReport]:
     """Reports of the layers, so many of which are solved at a time."""
     tasks = [
-        Task(W, H, config, torch.Generator().manual_seed(k), held_out, bank)
+        Task(W, H, config, torch.Generator().manual_seed(k), held_out, shared)
         for k, (W, H, held_out) in enumerate(layers)
     ]
     runs = [tasks[start : start + at_once] for start in range(0, len(tasks), at_once)]

@@ -85,7 +85,7 @@ def as_layer(name: str, W: Tensor, state_bits: int, bits: float) -> Layer:
 def additive_config(bits: int) -> SolverConfig:
     """The format of constant rate with one shared codebook."""
     width, group = ADDITIVE[bits]
-    return SolverConfig(CodeSpec(1, width, group, shared_codebooks="bank"))
+    return SolverConfig(CodeSpec(1, width, group, shared_codebooks="shared"))
 
 
 def sampled_rows(spec: CodeSpec, columns: int) -> int:
@@ -103,18 +103,18 @@ def gaussian_rows(arguments: argparse.Namespace) -> Iterator[dict]:
     H = torch.eye(arguments.size)
     for bits in arguments.bits:
         for L in arguments.state_bits:
-            config, bank = (
+            config, shared = (
                 SolverConfig(as_layer("", W, L, bits).spec),
                 SharedCodebooks(trellis_codebooks(L), SDXL_WEIGHTS),
             )
-            yield {"code": f"trellis, {L} state bits"} | gaussian_row(Task(W, H, config, generator, None, bank))
+            yield {"code": f"trellis, {L} state bits"} | gaussian_row(Task(W, H, config, generator, None, shared))
         formats = [ADDITIVE[bits], (12, 4)] if bits == 3 else [ADDITIVE[bits]]
         for width, group in formats:
-            config = SolverConfig(CodeSpec(1, width, group, shared_codebooks="bank"))
+            config = SolverConfig(CodeSpec(1, width, group, shared_codebooks="shared"))
             sample = sample_layer(other, H, sampled_rows(config.spec, arguments.size), config, generator)
-            bank = SharedCodebooks(train_shared_codebooks([sample], config, generator), SDXL_WEIGHTS)
+            shared = SharedCodebooks(train_shared_codebooks([sample], config, generator), SDXL_WEIGHTS)
             code = f"shared codebook of {width} bits, groups of {group}"
-            yield {"code": code} | gaussian_row(Task(W, H, config, generator, None, bank))
+            yield {"code": code} | gaussian_row(Task(W, H, config, generator, None, shared))
 
 
 def gaussian_row(task: Task) -> dict:
@@ -589,8 +589,8 @@ def coding_seconds(rows: int, columns: int, arguments: argparse.Namespace) -> fl
     X = torch.randn(min(512, columns), columns, generator=generator) * torch.logspace(0, -1, columns)
     H = (X.T @ X / len(X)).contiguous()
     H.diagonal().add_(0.01)
-    layer, bank = as_layer("", W, arguments.state_bits, arguments.code_bits), trellis_codebooks(arguments.state_bits)
-    task = Task(W, H, SolverConfig(layer.spec), generator, None, SharedCodebooks(bank, SDXL_WEIGHTS))
+    layer, shared = as_layer("", W, arguments.state_bits, arguments.code_bits), trellis_codebooks(arguments.state_bits)
+    task = Task(W, H, SolverConfig(layer.spec), generator, None, SharedCodebooks(shared, SDXL_WEIGHTS))
     started = time.process_time()
     solve_layers([task])
     return time.process_time() - started

@@ -5,8 +5,8 @@
     python benchmarks/bench_unet.py --model sdxl-random --compile --plot out/unet.png
 
 MODEL is a UNet's or a pipeline's folder, quantized or not, or sdxl-random: the UNet of Stable Diffusion XL from its
-configuration, with random weights, and with random codes of --code in layers that share one bank. A quantized folder is
-compared with its own decoded weights. Variants take turns in every repetition; a ratio is the median of those
+configuration, with random weights, and with random codes of --code in layers that share codebooks. A quantized folder
+is compared with its own decoded weights. Variants take turns in every repetition; a ratio is the median of those
 within a repetition, to full precision; `processor_ratio` is that of the processors' time, which on a busy machine and
 one thread says more than the clock. Peak memory is that of the variant's weights and of what a step holds
 beside them: as the device counts on CUDA, tensors alone on the CPU. Packages that are missing or unable are skipped

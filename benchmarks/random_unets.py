@@ -11,7 +11,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import select_layers
 from vqdm.layers.quantized import QuantizedLayer, SharedCodebookModule, cast_plain, quantized_layers, swap
 
-BANK = "random"
+SHARED = "random"
 
 
 def random_plain(config: dict, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
@@ -20,14 +20,14 @@ def random_plain(config: dict, dtype: torch.dtype, device: str) -> UNet2DConditi
 
 
 def random_coded(config: dict, spec: CodeSpec, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
-    """The same with all default layers coded by `spec` and one bank of codebooks; never larger than that."""
+    """The same with all default layers coded by `spec` and shared codebooks; never larger than that."""
     return _made(empty_coded(config, spec, dtype), device)
 
 
 def empty_coded(config: dict, spec: CodeSpec, dtype: torch.dtype) -> UNet2DConditionModel:
     """The coded UNet on the meta device."""
     unet = _empty(config, dtype)
-    for layer in select_layers(unet, "default", 0, spec.changed(shared_codebooks=BANK), {}):
+    for layer in select_layers(unet, "default", 0, spec.changed(shared_codebooks=SHARED), {}):
         swap(unet, layer.name, layer.spec)
     return unet
 
@@ -35,9 +35,9 @@ def empty_coded(config: dict, spec: CodeSpec, dtype: torch.dtype) -> UNet2DCondi
 def stored_bits(unet: nn.Module) -> float:
     """Stored bits a weight of the coded layers, shared codebooks included."""
     layers = quantized_layers(unet).values()
-    banks = {id(bank): bank for layer in layers for bank in layer.shared}
+    shared = {id(module): module for layer in layers for module in layer.shared}
     bits = sum(layer.stored_bits for layer in layers)
-    bits += sum(16 * bank.numel() for held in banks.values() for bank in held.stored_tensors().values())
+    bits += sum(16 * books.numel() for module in shared.values() for books in module.stored_tensors().values())
     return bits / sum(layer._rows * layer._columns for layer in layers)
 
 
@@ -55,8 +55,8 @@ def _made(unet: UNet2DConditionModel, device: str) -> UNet2DConditionModel:
     torch.manual_seed(0)
     for module in unet.modules():
         if isinstance(module, SharedCodebookModule):
-            for bank in module.stored_tensors().values():
-                bank.normal_(std=len(bank) ** -0.5)
+            for books in module.stored_tensors().values():
+                books.normal_(std=len(books) ** -0.5)
         elif isinstance(module, QuantizedLayer):
             _fill(module)
         else:

@@ -151,11 +151,11 @@ def fetched(name: str, source: str | None) -> list[dict]:
     """Rows of a set.
 
     Raises:
-        UserError: the local copy is not there or is something else, or the hub cannot be reached.
+        UserError: the local copy is not found or is something else, or the hub cannot be reached.
     """
     if source is not None:
         if not Path(source).is_file():
-            raise UserError(f"--source {source} is not there, or is not a file")
+            raise UserError(f"--source {source} is not found, or is not a file")
         return SETS[name].local(Path(source))
     try:
         return SETS[name].hub()

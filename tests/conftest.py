@@ -59,7 +59,7 @@ def tiny_unet(family: str) -> UNet2DConditionModel:
 
 
 def tiny_pipeline(family: str) -> StableDiffusionXLPipeline | StableDiffusionPipeline:
-    """A whole pipeline of a family that samples 16×16 pictures."""
+    """A whole pipeline of a family that samples 16×16 images."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,

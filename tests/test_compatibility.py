@@ -21,9 +21,9 @@ from diffusers import (
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from numerics import assert_close_outputs, assert_same_tensors
-from test_hf import picture, quantized_unet, run
+from test_hf import image_of, quantized_unet, run
 from test_hf_text import quantized_text_encoder
-from test_shared_codebooks import SPEC as BANK_SPEC
+from test_shared_codebooks import SPEC as SHARED_SPEC
 from test_shared_codebooks import share
 
 import vqdm  # noqa: F401 (teaches diffusers the format)
@@ -172,8 +172,8 @@ def test_ip_adapter(pipeline):
 
 
 def test_moving_keeps_the_picture(pipeline):
-    expected = picture(pipeline)
-    assert torch.equal(picture(pipeline.to("cpu")), expected)
+    expected = image_of(pipeline)
+    assert torch.equal(image_of(pipeline.to("cpu")), expected)
 
 
 CASTS = {
@@ -192,7 +192,7 @@ def test_casting_is_as_on_a_plain_model_and_leaves_codes(pipeline, folder, cast,
     assert layer.codes.dtype == torch.uint8 and pipeline.unet.time_embedding.linear_1.values.dtype == torch.int8
     assert layer.bias.dtype == layer.weight.dtype == pipeline.unet.dtype == dtype and pipeline.unet.is_quantized
     pipeline.to(torch.float32)
-    assert picture(pipeline).isfinite().all()
+    assert image_of(pipeline).isfinite().all()
 
 
 def test_casting_to_what_codebooks_would_not_survive_is_refused(pipeline):
@@ -254,7 +254,7 @@ def test_what_copies_weights_refuses_adapters(pipeline):
 def test_a_pipeline_loads_around_a_quantized_unet(pipeline, folder):
     again = DiffusionPipeline.from_pretrained(folder, unet=pipeline.unet, dtype=torch.float32)
     assert again.unet is pipeline.unet
-    torch.testing.assert_close(picture(again), picture(pipeline), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(image_of(again), image_of(pipeline), rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------- saving
@@ -328,10 +328,10 @@ def test_the_methods_of_plain_models_are_the_libraries_own(tmp_path):
 
 @pytest.fixture(params=["own", "shared"])
 def offloaded(pipeline, request):
-    """A pipeline whose layers have codebooks of their own, or share a bank that is a module of the UNet."""
+    """A pipeline whose layers have codebooks of their own, or share some that are a module of the UNet."""
     if request.param == "shared":
         unet = tiny_unet("sdxl")
-        share(unet, [layer.name for layer in select_layers(unet, "default", 0, BANK_SPEC, {})])
+        share(unet, [layer.name for layer in select_layers(unet, "default", 0, SHARED_SPEC, {})])
         mark_quantized(unet)
         pipeline.register_modules(unet=unet)
     return pipeline
@@ -339,37 +339,37 @@ def offloaded(pipeline, request):
 
 def test_model_offload(offloaded):
     pipeline = offloaded
-    expected = picture(pipeline)
+    expected = image_of(pipeline)
     pipeline.enable_model_cpu_offload(device="cpu")
-    assert_close_outputs(picture(pipeline), expected)
+    assert_close_outputs(image_of(pipeline), expected)
 
 
 def test_sequential_offload(offloaded):
     """Part by part with what the pipeline's method calls, which itself wants a device with a number."""
-    pipeline, expected = offloaded, picture(offloaded)
+    pipeline, expected = offloaded, image_of(offloaded)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         accelerate.cpu_offload(part, CPU)
     assert {tensor.device.type for tensor in pipeline.unet.parameters()} == {"meta"}
-    assert_close_outputs(picture(pipeline), expected)
+    assert_close_outputs(image_of(pipeline), expected)
 
 
 @pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
 def test_group_offload(offloaded, options):
-    pipeline, expected = offloaded, picture(offloaded)
+    pipeline, expected = offloaded, image_of(offloaded)
     options = {"offload_type": "block_level"} | options
     pipeline.unet.enable_group_offload(onload_device=CPU, offload_device=CPU, **options)
-    assert_close_outputs(picture(pipeline), expected)
+    assert_close_outputs(image_of(pipeline), expected)
 
 
 # ------------------------------------------------------------------------------------------- the rest
 
 
 def test_attention_slicing_and_vae_tiling(pipeline):
-    expected = picture(pipeline)
+    expected = image_of(pipeline)
     pipeline.enable_attention_slicing(1)
     pipeline.vae.enable_tiling()
     pipeline.vae.enable_slicing()
-    torch.testing.assert_close(picture(pipeline), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(image_of(pipeline), expected, rtol=1e-3, atol=1e-3)
     assert pipeline("a red star", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 
@@ -377,7 +377,7 @@ def test_deepcopy_draws_the_same_and_shares_nothing(pipeline):
     twin = copy.deepcopy(pipeline)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert_same_tensors(getattr(twin, part), getattr(pipeline, part))
-    assert_close_outputs(picture(twin), picture(pipeline))
+    assert_close_outputs(image_of(twin), image_of(pipeline))
     ours, theirs = (next(iter(quantized_layers(one.unet).values())) for one in (pipeline, twin))
     theirs.codebooks.data.zero_()
     assert ours.codebooks.abs().sum() > 0

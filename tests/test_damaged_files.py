@@ -128,7 +128,7 @@ def test_quantization_configs(values):
         VqdmConfig(**values)
 
 
-def test_banks_are_named_by_words():
+def test_shared_codebooks_are_named_by_words():
     assert CodeSpec(shared_codebooks="unet_2x8_1x4").shared_codebooks
     with pytest.raises(ValueError, match="up to 64 letters"):
         CodeSpec(shared_codebooks="../../evil")
@@ -228,7 +228,7 @@ def test_damaged_archives_of_statistics(tmp_path):
             load_statistics(tmp_path / "s.npz", "--fid_reference")
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
 ROWS = ({"file": ["a.png"]}, {"index": {}}, {"sample": "0"}, {"prompt": [1]}, {"file": "../a.png"})

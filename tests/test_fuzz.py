@@ -191,12 +191,12 @@ def manifest(draw, folder: Path) -> None:
     """A folder of generate.py, scored and resumed."""
     write_set(draw, folder)
     ImageFolder(folder).finished([(0, 0), (1, 0)])
-    pictures = open_images(str(folder), "IMAGES")
-    mismatches(pictures, pictures)
-    pictures.problems()
-    for picture in pictures.entries.values():
-        assert (folder / picture.file).resolve().is_relative_to(folder.resolve())
-        pictures.load(picture)
+    opened = open_images(str(folder), "IMAGES")
+    mismatches(opened, opened)
+    opened.problems()
+    for entry in opened.entries.values():
+        assert (folder / entry.file).resolve().is_relative_to(folder.resolve())
+        opened.load(entry)
 
 
 def zipped_manifest(draw, folder: Path) -> None:
@@ -205,10 +205,10 @@ def zipped_manifest(draw, folder: Path) -> None:
     top = draw(st.sampled_from(["", "top/"]))
     data = zipped({top + path.name: path.read_bytes() for path in sorted(folder.iterdir())})
     (folder / "set.zip").write_bytes(broken_bytes(draw, data) if draw(st.booleans()) else data)
-    pictures = open_images(str(folder / "set.zip"), "IMAGES")
-    mismatches(pictures, pictures)
-    for picture in pictures.entries.values():
-        pictures.load(picture)
+    opened = open_images(str(folder / "set.zip"), "IMAGES")
+    mismatches(opened, opened)
+    for entry in opened.entries.values():
+        opened.load(entry)
 
 
 def write_set(draw, folder: Path) -> None:
@@ -224,15 +224,15 @@ def run_record(draw, folder: Path) -> None:
     (folder / "run.json").write_bytes(broken_json(draw, RUN))
     with pytest.raises(UserError):
         check_claim(folder, {"model": "m", "overrides": {}}, True)
-    pictures = open_images(str(folder), "IMAGES")
-    record = {"run": pictures.run, "images": "x", "size": model_size(pictures.run), "reference": None, "versions": {}}
+    opened = open_images(str(folder), "IMAGES")
+    record = {"run": opened.run, "images": "x", "size": model_size(opened.run), "reference": None, "versions": {}}
     record |= {"num_images": 1, "num_prompts": 1}
     title_of(record), facts(record), settings_text(record)
-    mismatches(pictures, pictures)
+    mismatches(opened, opened)
 
 
-def pictures(draw, folder: Path) -> None:
-    """Damaged pictures in a folder or a zip file."""
+def image_files(draw, folder: Path) -> None:
+    """Damaged images in a folder or a zip file."""
     kind = draw(st.sampled_from(["PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "EPS"]))
     data = broken_bytes(draw, picture_bytes(kind)) if draw(st.booleans()) else huge_picture(kind)
     names = st.sampled_from(["a.png", "b/c.jpg", "../escaped.png", "/escaped.png", "a\\b.png", "é.webp"])
@@ -243,12 +243,12 @@ def pictures(draw, folder: Path) -> None:
     else:
         (folder / "a.png").write_bytes(data)
         found = open_images(str(folder), "IMAGES")
-    for picture in found.entries.values():
-        found.load(picture)
+    for entry in found.entries.values():
+        found.load(entry)
 
 
 def huge_picture(kind: str) -> bytes:
-    """A picture whose header claims 50,000 × 50,000 pixels, where that is easy to write."""
+    """An image whose header claims 50,000 × 50,000 pixels, where that is easy to write."""
     data = bytearray(picture_bytes(kind))
     if kind == "PNG":
         data[16:24] = struct.pack(">II", 50_000, 50_000)
@@ -313,8 +313,8 @@ def hessian_cache(draw, folder: Path) -> None:
         seal_tensors(draw, path)
     store = HessianStore(folder, settings_)
     if LAYER in store:
-        hessian, unseen = store.load(LAYER)
-        assert hessian.shape == (16, 16) and (unseen is None or unseen.shape == (16, 16))
+        hessian, held_out = store.load(LAYER)
+        assert hessian.shape == (16, 16) and (held_out is None or held_out.shape == (16, 16))
         store.groups([LAYER])
 
 
@@ -357,8 +357,8 @@ META_UNET: torch.nn.Module | None = None
 FAST = {f"prompts.{kind}": prompts(kind) for kind in ("txt", "csv", "tsv", "json", "jsonl", "yaml", "parquet")} | {
     one.__name__: one
     for one in (
-        config_file, overrides_file, quantization_config, manifest, zipped_manifest, run_record, pictures, statistics,
-        layer_file, hessian_cache, plan, scored_run, model_index,
+        config_file, overrides_file, quantization_config, manifest, zipped_manifest, run_record, image_files,
+        statistics, layer_file, hessian_cache, plan, scored_run, model_index,
     )
 }  # fmt: skip
 SLOW = {one.__name__: one for one in (unet_config, unet_tensors)}

@@ -46,9 +46,9 @@ def calls_of(tmp_path):
         (tmp_path / name).write_text(STUB)
         (tmp_path / name).chmod(0o755)
     out, log = tmp_path / "out", tmp_path / "calls"
-    for pictures in ("images-full", "images-quantized"):
-        (out / pictures / "metrics").mkdir(parents=True)
-        (out / pictures / "metrics" / "metrics.json").write_text("{}")
+    for name in ("images-full", "images-quantized"):
+        (out / name / "metrics").mkdir(parents=True)
+        (out / name / "metrics" / "metrics.json").write_text("{}")
 
     def run(script: Path, *arguments: str, **variables: str) -> list[tuple[str, list[str]]]:
         log.write_text("")

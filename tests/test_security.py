@@ -166,7 +166,7 @@ def test_archives_are_read_in_place(tmp_path):
     data = (tmp_path / "a.png").read_bytes()
     (tmp_path / "set.zip").write_bytes(zipped({"../up.png": data, "/root.png": data}))
     found = open_images(str(tmp_path / "set.zip"), "IMAGES")
-    assert [found.load(picture).size for picture in found.entries.values()] == [(8, 8)]  # names with .. are left out
+    assert [found.load(entry).size for entry in found.entries.values()] == [(8, 8)]  # names with .. are left out
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "set.zip"}
 
 

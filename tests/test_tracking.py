@@ -84,7 +84,7 @@ def test_a_wandb_that_fails_at_any_step_never_stops_the_job(tmp_path, monkeypatc
         tracker = Tracker("wandb", "x", tmp_path, {"seed": 0})
         for step in range(3):
             tracker.log({"loss": 1.0}, step=step)
-        tracker.images("pictures", [Image.new("RGB", (2, 2))])
+        tracker.images("pairs", [Image.new("RGB", (2, 2))])
         tracker.finish()
     lines = [record.getMessage() for record in caplog.records if record.name == "vqdm"]
     assert len(lines) == 1 and "tracking is off from here on" in lines[0] and "hf_a" not in lines[0]

@@ -35,7 +35,7 @@ def file_hashes(out: Path) -> dict[str, str]:
 
 
 def pixels(index: int, sample: int, noise: float) -> np.ndarray:
-    """A smooth picture of its own for each key, with noise on it."""
+    """A smooth image of its own for each key, with noise on it."""
     rng = np.random.default_rng(10 * index + sample)
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=float)

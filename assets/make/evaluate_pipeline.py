@@ -1,4 +1,4 @@
-"""Sample a pipeline folder on unseen test prompts, and let the judge say how many images show what was asked.
+"""Sample a pipeline folder on held-out test prompts, and let the judge say how many images show what was asked.
 
     python assets/make/evaluate_pipeline.py assets/shapes-xl --grid samples.png
 
@@ -26,7 +26,7 @@ from train_judge import accuracy, judge_module
 CELL, CAPTION_LINES, SHEET_COLUMNS = 160, 5, 8
 
 
-def unseen_scenes(count: int, things: int | None) -> list[Scene]:
+def held_out_scenes(count: int, things: int | None) -> list[Scene]:
     """`count` scenes of the test split; one-thing and two-thing scenes in turn when `things` is None."""
     if things:
         return sample_split("test", count, seed=2, things=things)
@@ -98,7 +98,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options, began = parse_options(), time.time()
-    scenes = unseen_scenes(options.limit, options.things)
+    scenes = held_out_scenes(options.limit, options.things)
     captions = [caption(scene, random.Random(index)) for index, scene in enumerate(scenes)]
     pixels = sample(load_pipeline(options.folder, options.device), captions, options)
     right = verdicts(pixels, scenes)

@@ -4,7 +4,7 @@
 
 Needs WORK/tokenizer. Contrastive training over renders and their captions, in batches in which every scene stands
 beside a near copy of itself that differs in one detail. Both towers also learn, through linear heads that are thrown
-away, to name every attribute. Writes an open_clip folder in fp16; prints the retrieval accuracy on unseen scenes.
+away, to name every attribute. Writes an open_clip folder in fp16; prints the retrieval accuracy on held-out scenes.
 """
 
 from __future__ import annotations

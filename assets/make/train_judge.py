@@ -4,7 +4,7 @@
 
 Needs WORK/vae. Generated images are never as crisp as renders; that they are judged fairly, some of the training
 images are renders that went through the autoencoder, and half are degraded (softened, tinted, noisy). Prints the
-accuracy of every field on unseen scenes: renders, degraded renders, and reconstructions.
+accuracy of every field on held-out scenes: renders, degraded renders, and reconstructions.
 """
 
 from __future__ import annotations
@@ -110,15 +110,15 @@ def save(model: nn.Module, path: Path) -> None:
 
 def report(judge: ModuleType, options: argparse.Namespace) -> None:
     """One JSON line of accuracies for each kind of image."""
-    unseen, model = sample_split("evaluation", 1000, seed=4), judge.load(options.out)
-    renders = render_many(unseen, seed=5)
+    held_out, model = sample_split("evaluation", 1000, seed=4), judge.load(options.out)
+    renders = render_many(held_out, seed=5)
     kinds = {
         "clean": renders.float() / 255,
         "degraded": degrade(renders.float() / 255, torch.Generator().manual_seed(6)),
         "reconstructed": reconstructed(options.work / "vae", renders).float() / 255,
     }
     for kind, images in kinds.items():
-        print(json.dumps({kind: accuracy(judge, model, images, unseen)}))
+        print(json.dumps({kind: accuracy(judge, model, images, held_out)}))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 
 Both encoders learn to tell, from the end-of-text token of the layers that SDXL reads (the last but one, and the
 projected last), what stands where: shape, colour, fill and size of the left/upper and of the right/lower thing, the
-layout and the background. Writes WORK/{tokenizer,text_encoder,text_encoder_2}; prints accuracy on unseen scenes.
+layout and the background. Writes WORK/{tokenizer,text_encoder,text_encoder_2}; prints accuracy on held-out scenes.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def main() -> None:
     reader = Reader(make_text_encoders(len(tokenizer), bos, eos))
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, options.steps, pct_start=0.1)
-    unseen = sample_split("evaluation", 512, seed=0)
-    unseen_ids = tokenize(tokenizer, [caption(scene, random.Random(i)) for i, scene in enumerate(unseen)])
-    unseen_labels = torch.tensor([labels_of(scene) for scene in unseen])
+    held_out = sample_split("evaluation", 512, seed=0)
+    held_out_ids = tokenize(tokenizer, [caption(scene, random.Random(i)) for i, scene in enumerate(held_out)])
+    held_out_labels = torch.tensor([labels_of(scene) for scene in held_out])
     began = time.time()
     for step in range(options.steps + 1):
         ids, labels = training_batch(tokenizer, rng, 64)
@@ -138,7 +138,7 @@ def main() -> None:
             schedule.step()
         if step % 250 == 0:
             with torch.no_grad():
-                right = [whole_scene_right(logits, unseen_labels) for logits in reader(unseen_ids)]
+                right = [whole_scene_right(logits, held_out_labels) for logits in reader(held_out_ids)]
             print(json.dumps({"step": step, "loss": loss.item(), "right": right, "s": time.time() - began}), flush=True)
     tokenizer.save_pretrained(options.work / "tokenizer")
     for name, encoder in zip(("text_encoder", "text_encoder_2"), reader.encoders, strict=True):

@@ -3,7 +3,7 @@
     python assets/make/train_vae.py --work build/shapes
     python assets/make/train_vae.py --work build/shapes --decoder_only --lr 1e-3
 
-Writes WORK/vae (a diffusers folder), going on from one that is there, and prints the reconstruction PSNR on unseen
+Writes WORK/vae (a diffusers folder), resuming from an existing one, and prints the reconstruction PSNR on held-out
 scenes.
 """
 
@@ -68,7 +68,7 @@ def main() -> None:
     torch.manual_seed(0)
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     images = render_many([sample_scene(rng) for _ in range(6000)], seed=1)
-    unseen = render_many(sample_split("evaluation", 128, seed=0), seed=2)
+    held_out = render_many(sample_split("evaluation", 128, seed=0), seed=2)
     earlier = options.work / "vae"
     vae = AutoencoderKL.from_pretrained(earlier) if earlier.exists() else make_vae()
     vae.to(memory_format=torch.channels_last).train()
@@ -87,8 +87,8 @@ def main() -> None:
         schedule.step()
         if step % 100 == 0:
             row = {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}
-            print(json.dumps(row | measure(vae, unseen)), flush=True)
-    figures = measure(vae, unseen)
+            print(json.dumps(row | measure(vae, held_out)), flush=True)
+    figures = measure(vae, held_out)
     if not options.decoder_only:
         vae.register_to_config(scaling_factor=round(1 / figures["latent_std"], 5))
     vae.save_pretrained(options.work / "vae")

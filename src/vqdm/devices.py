@@ -190,7 +190,7 @@ def on(needs: list[Need], device: str) -> list[Need]:
 
 
 def table(needs: list[Need]) -> str:
-    """Format a line per phase: GB, and a guess of minutes."""
+    """Format a line per phase: GB, and an estimate of the minutes."""
     lines = [f"{'phase':12} {'GPU':>7} {'RAM':>7} {'disk':>7} {'minutes':>8}   GB and minutes: counted, not measured"]
     for need in needs:
         sizes = " ".join(f"{count / 1e9:7.2f}" for count in (need.device, need.ram, need.disk))

@@ -29,11 +29,11 @@ SPECS = [
 def random_code(spec, rows, columns, seed=0):
     g = torch.Generator().manual_seed(seed)
     R, G, M, K = rows // spec.out_group_size, columns // spec.in_group_size, spec.num_codebooks, spec.entries
-    banks = (G,) if spec.groupwise_codebooks else ()
+    sets = (G,) if spec.groupwise_codebooks else ()
     return AdditiveCode(
         spec,
         torch.randint(K, (R, G, M), generator=g),
-        torch.randn(*banks, M, K, spec.out_group_size, spec.in_group_size, generator=g),
+        torch.randn(*sets, M, K, spec.out_group_size, spec.in_group_size, generator=g),
         torch.rand(R, G if spec.scale_nbits else 1, generator=g) + 0.5,
         torch.rand(columns, generator=g) + 0.5 if spec.input_channel_scales else None,
     )

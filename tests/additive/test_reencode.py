@@ -98,7 +98,7 @@ def test_the_largest_gains_that_fit_are_made():
 
 
 def test_codes_of_variable_rate_are_the_nearest_of_their_width():
-    spec = CodeSpec(1, 4, 4, shared_codebooks="bank", row_bits=5)
+    spec = CodeSpec(1, 4, 4, shared_codebooks="shared", row_bits=5)
     code, at, wishes, metrics = problem(spec)
     move = nearest_moves(code, at, wishes, metrics, beam_size=1)
     found = distances(code, wishes, metrics, move.codes)

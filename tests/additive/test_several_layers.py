@@ -129,18 +129,18 @@ def test_also_with_the_search_over_rows():
 def test_also_by_the_kernel(sharing, triton_device, scored_by):
     scored_by("triton")
     small = dict(rows=6, device=triton_device, max_epochs=2, init_max_iter=1, beam_size=2)
-    own, shared = CodeSpec(2, 2, 8), CodeSpec(1, 3, 8, shared_codebooks="bank")
-    bank = SharedCodebooks(randn(*shared.codebooks_shape).half().float().to(triton_device), 10_000)
-    check_same(tasks(shared, bank, **small) if sharing else tasks(own, **small))
+    own, shared = CodeSpec(2, 2, 8), CodeSpec(1, 3, 8, shared_codebooks="shared")
+    codebooks = SharedCodebooks(randn(*shared.codebooks_shape).half().float().to(triton_device), 10_000)
+    check_same(tasks(shared, codebooks, **small) if sharing else tasks(own, **small))
 
 
 def test_also_with_shared_codebooks_and_different_numbers_of_searches():
-    spec = CodeSpec(1, 6, 4, shared_codebooks="bank")
+    spec = CodeSpec(1, 6, 4, shared_codebooks="shared")
     config, first = SolverConfig(spec, init_max_iter=5), tasks(CodeSpec(1, 2, 4))[0]
-    bank = train_shared_codebooks(
+    codebooks = train_shared_codebooks(
         [sample_layer(first.W, first.H, 24, config, first.generator)], config, first.generator
     )
-    epochs = check_same(tasks(spec, shared=SharedCodebooks(bank, 10_000), max_epochs=12))
+    epochs = check_same(tasks(spec, shared=SharedCodebooks(codebooks, 10_000), max_epochs=12))
     assert epochs[2] == 2 < epochs[0]
 
 

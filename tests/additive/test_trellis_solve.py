@@ -347,8 +347,8 @@ def test_the_error_is_below_that_of_shared_codebooks_at_equal_stored_bits():
     """The codebooks are trained on this very layer, and not counted."""
     W, H = synthetic()
     config = SolverConfig(CodeSpec(1, 8, 4, shared_codebooks="unet"), beam_size=4, max_epochs=2)
-    bank = train_shared_codebooks([sample_layer(W, H, 256, config, generator())], config, generator())
-    additive, _ = solve_layer(W, H, config, generator(), shared=SharedCodebooks(bank, W.numel()))
+    codebooks = train_shared_codebooks([sample_layer(W, H, 256, config, generator())], config, generator())
+    additive, _ = solve_layer(W, H, config, generator(), shared=SharedCodebooks(codebooks, W.numel()))
     most = stored_bits(additive.pack())
     spec = trellis_spec(256, 256, 2, exponent=-6)
     spec = spec.changed(segment_bits=spec.segment_bits - 256 * 16)  # pays for widths and scales of columns

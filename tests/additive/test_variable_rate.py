@@ -9,7 +9,7 @@ from test_quantized import random_code
 from vqdm.additive.code import AdditiveCode, CodeSpec, offsets, pack_rows, row_bytes, unpack_rows, width_slice
 from vqdm.additive.solve import SolverConfig
 
-SPEC = CodeSpec(1, 8, 4, shared_codebooks="bank", row_bits=16)
+SPEC = CodeSpec(1, 8, 4, shared_codebooks="shared", row_bits=16)
 
 
 def generator(seed=0):
@@ -49,9 +49,9 @@ def test_slices_are_those_that_codes_index():
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        (dict(num_codebooks=2, shared_codebooks="bank"), "num_codebooks 1"),
+        (dict(num_codebooks=2, shared_codebooks="shared"), "num_codebooks 1"),
         (dict(num_codebooks=1), "shared_codebooks"),
-        (dict(num_codebooks=1, shared_codebooks="bank", groupwise_codebooks=True), "groupwise"),
+        (dict(num_codebooks=1, shared_codebooks="shared", groupwise_codebooks=True), "groupwise"),
     ],
 )
 def test_formats_without_a_meaning_are_refused(settings, word):

@@ -1,4 +1,4 @@
-"""The shipped CLIP model: loads offline, small, in fp16, and finds the picture of a caption it never saw."""
+"""The shipped CLIP model: loads offline, small, in fp16, and finds the image of a caption it never saw."""
 
 import random
 from pathlib import Path
@@ -28,10 +28,10 @@ def clip(tmp_path_factory):
 
 
 def features(clip, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalized text and image features [N, 256], the pictures taken through the shipped preprocessing."""
+    """Normalized text and image features [N, 256], the images taken through the shipped preprocessing."""
     model, preprocess, tokenizer = clip
-    pictures = render_many(scenes, seed=21).permute(0, 2, 3, 1).numpy()  # [N, 64, 64, 3]
-    pixels = torch.stack([preprocess(Image.fromarray(picture)) for picture in pictures])
+    images = render_many(scenes, seed=21).permute(0, 2, 3, 1).numpy()  # [N, 64, 64, 3]
+    pixels = torch.stack([preprocess(Image.fromarray(one)) for one in images])
     texts = tokenizer([caption(scene, random.Random(i)) for i, scene in enumerate(scenes)])
     with torch.no_grad():
         return model.encode_text(texts, normalize=True), model.encode_image(pixels, normalize=True)

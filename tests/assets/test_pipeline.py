@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from evaluate_pipeline import load_pipeline, sample, summary, unseen_scenes, verdicts
+from evaluate_pipeline import held_out_scenes, load_pipeline, sample, summary, verdicts
 from scenes import caption, sample_split
 from train_vae import measure, render_many
 
@@ -18,12 +18,12 @@ FOLDER = Path("assets/shapes-xl")
 
 
 def judged(count: int, steps: int) -> dict:
-    """Shares of right pictures over `count` unseen prompts, half of one thing and half of two."""
-    scenes = unseen_scenes(count, None)
+    """Shares of right images over `count` held-out prompts, half of one thing and half of two."""
+    scenes = held_out_scenes(count, None)
     captions = [caption(scene, random.Random(index)) for index, scene in enumerate(scenes)]
     options = Namespace(bs=16, steps=steps, guidance_scale=3.0)
-    pictures = sample(load_pipeline(FOLDER, "cpu"), captions, options)
-    return summary(pictures, scenes, verdicts(pictures, scenes))
+    images = sample(load_pipeline(FOLDER, "cpu"), captions, options)
+    return summary(images, scenes, verdicts(images, scenes))
 
 
 def test_it_is_a_genuine_sdxl_pipeline():

@@ -130,9 +130,9 @@ def test_recorded_hessians_equal_plain_ones_for_every_layer_and_memory_budget():
             module = seen[layer.name][0][0]
             inputs = [InputRows(module, x, True) for _, x in seen[layer.name]]
             rows = torch.cat([one.rows(slice(0, one.count)) for one in inputs]).double()
-            hessian, unseen = found[group[0].name]
+            hessian, held_out = found[group[0].name]
             torch.testing.assert_close(hessian.double(), rows.T @ rows / len(rows), rtol=2e-4, atol=1e-5)
-            assert unseen.shape == hessian.shape and not torch.equal(unseen, hessian)
+            assert held_out.shape == hessian.shape and not torch.equal(held_out, hessian)
 
 
 def test_counted_samples_are_a_fair_share():
@@ -320,16 +320,16 @@ def test_inputs_that_grow_are_recorded_on_a_coarser_grid(monkeypatch):
     )
     again = record_hessians(unet, groups, call(0), [lambda: call(1)], [lambda: call(2)])
     assert len(grids) > 2 * len(groups)
-    for name, (hessian, unseen) in again.items():
+    for name, (hessian, held_out) in again.items():
         torch.testing.assert_close(hessian, plain[name][0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(unseen, plain[name][1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(held_out, plain[name][1], rtol=1e-4, atol=1e-5)
 
 
 def test_no_held_out_calls_give_no_held_out_hessian():
     unet = tiny_unet("sdxl")
     block = [one for one in select_layers(unet, "default", 0, SPEC, {}) if one.block == "mid_block"]
     found = record_hessians(unet, shared_inputs(unet, block, call(0)), call(0), [lambda: call(1)], [])
-    assert all(unseen is None for _, unseen in found.values())
+    assert all(held_out is None for _, held_out in found.values())
 
 
 SETTINGS = {"model": "abc", "sampling": {"num_inference_steps": 2}}

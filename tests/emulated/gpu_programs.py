@@ -47,8 +47,8 @@ FINETUNINGS = {
     "codes float16": "--dtype float16 --update_codes --finetune_method student+teacher --use_checkpointing",
     "codes only": "--dtype float16 --update_codes --codebook_lr 0 --scale_lr 0 --weight_lr 0 --bias_lr 0",
     "student": "--finetune_method student --timestep_sampling error --target_cache_gb 0",
-    "real": "--finetune_method real+teacher --real_images {pictures} --scheduler ddim --target_cache_gb 0",
-    "real float16": "--finetune_method real --real_images {pictures} --dtype float16 --scheduler ddim",
+    "real": "--finetune_method real+teacher --real_images {images} --scheduler ddim --target_cache_gb 0",
+    "real float16": "--finetune_method real --real_images {images} --dtype float16 --scheduler ddim",
 }
 GENERATIONS = {
     "auto": "",
@@ -64,7 +64,7 @@ Chain = Callable[[Materials, Path], list[list]]
 
 
 def words(line: str, given: Materials, out: Path) -> list[str]:
-    return [word.format(out=out, pictures=given.pictures) for word in shlex.split(line)]
+    return [word.format(out=out, images=given.images) for word in shlex.split(line)]
 
 
 def quantized(options: str) -> Chain:
@@ -96,7 +96,7 @@ def generated(options: str) -> Chain:
 
 def scored(options: str) -> Chain:
     def chain(given: Materials, out: Path) -> list[list]:
-        line = ["metrics", given.pictures, "--reference", given.reference, "--fid_reference", given.reference]
+        line = ["metrics", given.images, "--reference", given.reference, "--fid_reference", given.reference]
         return [[*line, "--output_dir", out, *words(METRICS + options, given, out)]]
 
     return chain

@@ -34,7 +34,7 @@ def test_program(name, on_gpus, materials, tmp_path):
 PLACES = {
     "quantize": quantized(TARGET + "--dtype float16"),
     "finetune": finetuned(
-        ONCE + "--dtype float16 --finetune_method real+teacher --real_images {pictures} --scheduler ddim"
+        ONCE + "--dtype float16 --finetune_method real+teacher --real_images {images} --scheduler ddim"
     ),
 }
 

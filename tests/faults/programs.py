@@ -31,12 +31,12 @@ METRICS = shlex.split("--metrics psnr ssim --report_images 2 --device cpu")
 
 @dataclass(frozen=True)
 class Materials:
-    """What programs work on: a pipeline folder, a quantized one, a prompt file, and two folders of pictures."""
+    """What programs work on: a pipeline folder, a quantized one, a prompt file, and two folders of images."""
 
     model: Path
     quantized: Path
     prompts: Path
-    pictures: Path
+    images: Path
     reference: Path
 
 
@@ -121,7 +121,7 @@ def finetune(given: Materials, out: Path) -> list:
 
 
 def metrics(given: Materials, out: Path) -> list:
-    return ["metrics", given.pictures, "--reference", given.reference, "--output_dir", out, *METRICS]
+    return ["metrics", given.images, "--reference", given.reference, "--output_dir", out, *METRICS]
 
 
 PROGRAMS = {

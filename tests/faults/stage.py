@@ -23,12 +23,12 @@ def materials(pipelines, prompt_file, launcher, tmp_path_factory) -> Materials:
     folder = tmp_path_factory.mktemp("materials")
     words = ["generate", pipelines["sdxl"], prompt_file, "--output_dir", folder / "reference", *GENERATE]
     assert launcher.start(words).wait() == 0
-    shutil.copytree(folder / "reference", folder / "pictures")
-    for path in sorted((folder / "pictures").glob("*.png")):
+    shutil.copytree(folder / "reference", folder / "images")
+    for path in sorted((folder / "images").glob("*.png")):
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     shutil.copytree(pipelines["sdxl"], folder / "quantized", ignore=shutil.ignore_patterns("unet"))
     tiny_students.student(tiny_students.FORMATS["shared"]).save_pretrained(folder / "quantized" / "unet")
-    return Materials(pipelines["sdxl"], folder / "quantized", prompt_file, folder / "pictures", folder / "reference")
+    return Materials(pipelines["sdxl"], folder / "quantized", prompt_file, folder / "images", folder / "reference")
 
 
 @pytest.fixture(scope="session")

@@ -73,8 +73,8 @@ def test_a_damaged_claim_is_named(launcher, materials, interrupted, tmp_path):
 def test_damaged_pictures_and_rows_are_made_again(launcher, materials, uninterrupted, tmp_path):
     program, out = PROGRAMS["generate"], tmp_path / "out"
     shutil.copytree(materials.reference, out)
-    picture = sorted(out.glob("*.png"))[0]
-    flip(picture, random.Random(1))
+    image = sorted(out.glob("*.png"))[0]
+    flip(image, random.Random(1))
     lines = (out / "manifest.jsonl").read_text().splitlines()
     row = json.loads(lines[3])
     lines[3] = json.dumps(row | {"prompt": row["prompt"].replace("red", "rad")})

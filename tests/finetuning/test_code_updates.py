@@ -60,12 +60,12 @@ def trellis_problem(log_scales):
     spec = CodeSpec(
         1, 8, 1, input_channel_scales=True, shared_codebooks="trellis_8", segment_rows=96, segment_bits=2 * 40 * 96
     ).changed(log_scales=True, scale_exponent=-6)
-    bank = SharedCodebooks(table(8).view(1, -1, 1, 1), W.numel())
-    code, _ = solve_layer(W, torch.eye(40), SolverConfig(spec), generator, shared=bank)
+    codebooks = SharedCodebooks(table(8).view(1, -1, 1, 1), W.numel())
+    code, _ = solve_layer(W, torch.eye(40), SolverConfig(spec), generator, shared=codebooks)
     model = nn.Sequential(QuantizedLinear.like(nn.Linear(40, 96, bias=False), spec))
     model[0].shared = (SharedCodebookModule(),)
     model[0].shared[0].reserve(spec, torch.device("cpu"))
-    model[0].shared[0].fill("trellis_8", bank.codebooks)
+    model[0].shared[0].fill("trellis_8", codebooks.codebooks)
     model[0].set_code(code)
     if not log_scales:
         float_scales(model)
@@ -182,14 +182,14 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole():
 def test_layers_that_share_codebooks_keep_them():
     spec = FORMATS["shared"]
     unet = student(spec)
-    bank = unet.codebook_banks("bank").clone()
+    codebooks = unet.codebook_banks("shared").clone()
     updates = CodeUpdates(unet, BOLD)
     generator = torch.Generator().manual_seed(0)
     for gradient in updates.gradients():
         gradient.copy_(torch.randn(gradient.shape, generator=generator))
     before = codes(unet)
     assert updates.step().changed > 0
-    assert torch.equal(unet.codebook_banks("bank"), bank)
+    assert torch.equal(unet.codebook_banks("shared"), codebooks)
     assert sum(not torch.equal(before[name], after) for name, after in codes(unet).items()) == len(
         quantized_layers(unet)
     )

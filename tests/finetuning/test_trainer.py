@@ -296,7 +296,7 @@ def test_the_automatic_learning_rate_is_proportional_to_the_error():
 def test_kinds():
     unet = tiny_students.student(tiny_students.FORMATS["shared"], rounded=True)
     kinds, name = kinds_of(unet), tiny_students.NAMES[0]
-    assert kinds[f"{SHARED_CODEBOOKS}.bank"] == "codebook" and kinds[f"{name}.scales"] == "scale"
+    assert kinds[f"{SHARED_CODEBOOKS}.shared"] == "codebook" and kinds[f"{name}.scales"] == "scale"
     assert kinds["time_embedding.linear_1.scales"] == "scale" and kinds["conv_in.weight"] == "weight"
     assert kinds["conv_norm_out.weight"] == kinds[f"{name}.bias"] == "bias"
     assert f"{name}.codes" not in kinds and len(kinds) == sum(p.is_floating_point() for p in unet.parameters())

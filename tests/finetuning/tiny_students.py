@@ -27,16 +27,16 @@ NAMES = (
 )
 FORMATS = {
     "own": CodeSpec(2, 4, 4),
-    "shared": CodeSpec(2, 4, 4, shared_codebooks="bank"),
+    "shared": CodeSpec(2, 4, 4, shared_codebooks="shared"),
     "groupwise": CodeSpec(1, 3, 8, groupwise_codebooks=True),
     "input_scales": CodeSpec(2, 4, 4, input_channel_scales=True),
     "scale_codes": CodeSpec(2, 4, 4, scale_nbits=3),
     "scale_a_group": CodeSpec(1, 5, 8, scale_nbits=16, group_channels=False),
     "value_tables": CodeSpec(2, 4, 4, codebook_value_nbits=3, codebook_value_num_groups=2),
     "out_groups": CodeSpec(2, 4, 4, out_group_size=2),
-    "variable": CodeSpec(1, 5, 4, shared_codebooks="bank", row_bits=23, input_channel_scales=True),
+    "variable": CodeSpec(1, 5, 4, shared_codebooks="shared", row_bits=23, input_channel_scales=True),
     "trellis": CodeSpec(
-        1, 4, 1, shared_codebooks="bank", segment_rows=16, segment_bits=16 * 60, input_channel_scales=True
+        1, 4, 1, shared_codebooks="shared", segment_rows=16, segment_bits=16 * 60, input_channel_scales=True
     ),
 }
 

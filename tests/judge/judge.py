@@ -1,4 +1,4 @@
-"""The judge: a small classifier, trained on renders, that says what a 64×64 picture of the shapes world shows.
+"""The judge: a small classifier, trained on renders, that says what a 64×64 image of the shapes world shows.
 
 `assets/make/train_judge.py` trains it. It reads the fields of `train_text.labels_of`, so `assets/make` has to be on
 the import path. Things stand in canonical order: the left or upper one first; index 0 means that a thing is absent.

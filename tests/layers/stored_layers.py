@@ -9,12 +9,12 @@ from vqdm.layers.decode import Stored
 
 WIDTHS = [CodeSpec(M, b, 4) for b in range(1, 17) for M in (1, 3)]
 VARIABLE = [
-    CodeSpec(1, 12, 4, shared_codebooks="bank", row_bits=31),
-    CodeSpec(1, 5, 8, shared_codebooks="bank", row_bits=7, input_channel_scales=True, scale_nbits=3),
-    CodeSpec(1, 7, 2, out_group_size=3, shared_codebooks="bank", row_bits=16, scale_nbits=16),
-    CodeSpec(1, 16, 8, shared_codebooks="bank", row_bits=1),
-    CodeSpec(1, 12, 2, shared_codebooks="bank", row_bits=91, input_channel_scales=True),
-    CodeSpec(1, 12, 1, shared_codebooks="bank", row_bits=150, input_channel_scales=True),
+    CodeSpec(1, 12, 4, shared_codebooks="shared", row_bits=31),
+    CodeSpec(1, 5, 8, shared_codebooks="shared", row_bits=7, input_channel_scales=True, scale_nbits=3),
+    CodeSpec(1, 7, 2, out_group_size=3, shared_codebooks="shared", row_bits=16, scale_nbits=16),
+    CodeSpec(1, 16, 8, shared_codebooks="shared", row_bits=1),
+    CodeSpec(1, 12, 2, shared_codebooks="shared", row_bits=91, input_channel_scales=True),
+    CodeSpec(1, 12, 1, shared_codebooks="shared", row_bits=150, input_channel_scales=True),
 ]
 FORMATS = [
     *SPECS,
@@ -27,8 +27,8 @@ FORMATS = [
 
 def stored_of(spec, rows, columns):
     code = random_code(spec, rows, columns)
-    bank = code.codebooks.half() if spec.shared_codebooks else None
-    return Stored.of(spec, (rows, columns), code.pack(), bank), code
+    codebooks = code.codebooks.half() if spec.shared_codebooks else None
+    return Stored.of(spec, (rows, columns), code.pack(), codebooks), code
 
 
 def random_states(rows: int, widths: torch.Tensor, L: int, generator: torch.Generator) -> torch.Tensor:

@@ -77,11 +77,11 @@ def test_long_rows_of_every_scale(M, groupwise):
 @pytest.mark.parametrize("row_bits", [1, 2801, 2808, 3600])
 @pytest.mark.parametrize("g", [1, 2, 4])
 def test_long_rows_of_variable_rate(row_bits, g):
-    spec = CodeSpec(1, 12, g, shared_codebooks="bank", row_bits=row_bits, input_channel_scales=True)
+    spec = CodeSpec(1, 12, g, shared_codebooks="shared", row_bits=row_bits, input_channel_scales=True)
     stored, code = stored_of(spec, 21, g * 300)
-    for bank in (stored.codebooks, stored.codebooks.float()):
+    for codebooks in (stored.codebooks, stored.codebooks.float()):
         out = torch.full((21, g * 300), torch.nan)
-        native.decode_additive(stored._replace(codebooks=bank), out)
+        native.decode_additive(stored._replace(codebooks=codebooks), out)
         assert torch.equal(out, code.dequantize())
 
 
@@ -101,13 +101,13 @@ def test_codes_past_the_end_are_zero(spec):
 @needs_compiler
 @pytest.mark.parametrize("width", [6, 16, 255])
 def test_widths_that_no_codebook_has_do_not_lead_past_its_end(width):
-    spec = CodeSpec(1, 5, 4, shared_codebooks="bank", row_bits=200)
+    spec = CodeSpec(1, 5, 4, shared_codebooks="shared", row_bits=200)
     stored, _ = stored_of(spec, 8, 160)
-    bank = torch.full((1, 2**17, 1, 4), torch.nan)
-    bank[:, : spec.entries] = stored.codebooks
+    codebooks = torch.full((1, 2**17, 1, 4), torch.nan)
+    codebooks[:, : spec.entries] = stored.codebooks
     crafted = stored._replace(
         codes=torch.full_like(stored.codes, 255),
-        codebooks=bank[:, : spec.entries],
+        codebooks=codebooks[:, : spec.entries],
         code_widths=torch.full_like(stored.code_widths, width),
     )
     out = torch.empty(8, 160)

@@ -34,8 +34,8 @@ def random_code(spec: CodeSpec, rows: int, columns: int) -> AdditiveCode:
     """A code of random values."""
     generator = torch.Generator().manual_seed(0)
     R, G = rows // spec.out_group_size, columns // spec.in_group_size
-    banks = (G,) if spec.groupwise_codebooks else ()
-    shape = (*banks, spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size)
+    sets = (G,) if spec.groupwise_codebooks else ()
+    shape = (*sets, spec.num_codebooks, spec.entries, spec.out_group_size, spec.in_group_size)
     codes, widths = torch.randint(0, 2**spec.nbits_per_codebook, (R, G, spec.num_codebooks), generator=generator), None
     if spec.row_bits:
         widths = random_widths(G, spec.row_bits, spec.nbits_per_codebook, generator)
@@ -43,7 +43,7 @@ def random_code(spec: CodeSpec, rows: int, columns: int) -> AdditiveCode:
     return AdditiveCode(
         spec,
         codes,
-        torch.randn(shape, generator=generator).half().float(),  # what a bank holds
+        torch.randn(shape, generator=generator).half().float(),  # what shared codebooks hold
         torch.rand(R, G if spec.scale_nbits else 1, generator=generator) + 0.5,
         torch.rand(columns, generator=generator) + 0.5 if spec.input_channel_scales else None,
         widths,
@@ -161,11 +161,11 @@ def test_a_model_compiles_to_one_graph(learned):
 def test_a_call_uses_the_codebooks_that_the_layer_is_given():
     class Borrowing(QuantizedLinear):
         def _codebooks(self):
-            return self.bank
+            return self.books
 
     layer, code = Borrowing.like(nn.Linear(16, 8), SPECS[0]), random_code(SPECS[0], 8, 16)
     layer.set_code(code)
-    layer.bank = nn.Parameter(code.codebooks.float() * 2)
+    layer.books = nn.Parameter(code.codebooks.float() * 2)
     x = torch.randn(3, 16)
     wanted = nn.functional.linear(x, 2 * code.dequantize(), layer.bias)
     torch.testing.assert_close(layer(x), wanted)
@@ -173,7 +173,7 @@ def test_a_call_uses_the_codebooks_that_the_layer_is_given():
     with torch.no_grad():
         torch.testing.assert_close(layer(x), wanted)
     layer(x).sum().backward()
-    assert layer.bank.grad.abs().sum() > 0
+    assert layer.books.grad.abs().sum() > 0
 
 
 def trellis_spec(rows, columns, **changes):

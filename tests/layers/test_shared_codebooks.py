@@ -18,7 +18,7 @@ SPEC = CodeSpec(2, 4, 4, shared_codebooks="unet_2x4_1x4")
 
 
 def share(model, names):
-    """Swap layers to random codes with one bank; returns their dequantized matrices."""
+    """Swap layers to random codes that share codebooks; returns their dequantized matrices."""
     matrices = {}
     for name in names:
         layer = swap(model, name, SPEC)
@@ -45,7 +45,7 @@ def test_the_model_holds_one_copy(model):
     assert all("codebooks" not in layer.stored_tensors() for layer in quantized_layers(model).values())
 
 
-def test_a_copy_has_its_own_bank(model):
+def test_a_copy_has_its_own_codebooks(model):
     share(model, ["0"])
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_casting_leaves_shared_codebooks_and_dequantizing_drops_them(model):
     torch.testing.assert_close(model[0].weight.float(), matrices["0"], rtol=2e-3, atol=2e-3)
 
 
-def test_a_unet_keeps_its_bank_in_its_files(tmp_path):
+def test_a_unet_keeps_its_shared_codebooks_in_its_files(tmp_path):
     unet = tiny_unet("sdxl")
     prefix = "mid_block.attentions.0.transformer_blocks.0.attn1."
     share(unet, [prefix + "to_q", prefix + "to_k"])
@@ -93,7 +93,7 @@ def test_a_unet_keeps_its_bank_in_its_files(tmp_path):
     assert not quantized_layers(again) and "codebook_banks" not in dict(again.named_children())
 
 
-def test_a_missing_bank_is_an_error_that_names_it(tmp_path):
+def test_missing_shared_codebooks_are_an_error_that_names_it(tmp_path):
     unet = tiny_unet("sdxl")
     share(unet, ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"])
     mark_quantized(unet)

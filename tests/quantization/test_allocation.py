@@ -69,7 +69,7 @@ def counted_bits(unet):
     """Bits per weight of all quantized layers and what they share, as the model holds them."""
     layers = quantized_layers(unet)
     bits = sum(layer.stored_bits for layer in layers.values())
-    bits += sum(16 * bank.numel() for bank in unet.codebook_banks.parameters())
+    bits += sum(16 * codebooks.numel() for codebooks in unet.codebook_banks.parameters())
     return bits / sum(layer._rows * layer._columns for layer in layers.values())
 
 
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(planned, pipelines, prompt_file,
     assert {name for name in first if first[name] != second[name]} <= {"work"}
 
 
-def test_codes_are_loaded_only_where_the_bank_is_the_same(pipelines, prompt_file, tmp_path, capsys):
+def test_codes_are_loaded_only_where_the_shared_codebooks_are_the_same(pipelines, prompt_file, tmp_path, capsys):
     share = [*ONLY, "--share_codebooks", "unet"]
     assert run_script(main, [*command(pipelines["sdxl"], prompt_file, tmp_path / "first"), *share]) == 0
     for seed, taken in (("0", 6), ("1", 0)):
@@ -205,7 +205,7 @@ def test_contradictions_are_one_line(flags, words, pipelines, prompt_file, tmp_p
     assert words in err and len(err.strip().splitlines()) == 1
 
 
-def reach(line):
+def allowed(line):
     """The number of bits that a complaint advises to choose."""
     return re.search(r"choose (\d+\.\d+) or (more|less)", line)[1]
 
@@ -222,7 +222,7 @@ def reach(line):
 def test_a_target_out_of_reach_is_refused_before_anything_is_recorded(
     bits, words, more, pipelines, prompt_file, tmp_path, capsys
 ):
-    """With and without --dry_run; and the bound that the message names is in reach."""
+    """With and without --dry_run; and the bound that the message names is allowed."""
     plan = tmp_path / "plan.json"
     plan.write_text('{".*to_q": {"num_codebooks": 3, "nbits_per_codebook": 2, "in_group_size": 2}}')
     out, more = tmp_path / "out", [str(plan) if word == "PLAN" else word for word in more]
@@ -231,7 +231,7 @@ def test_a_target_out_of_reach_is_refused_before_anything_is_recorded(
         err = capsys.readouterr().err
         assert err.splitlines()[-1].startswith(f"error: {words}") and not out.exists()
         assert ("overridden layers" in err) == bool(more) and ("larger --state_bits" in err) == (bits == "15")
-    fits = ["--target_bits", reach(err), "--dry_run"]
+    fits = ["--target_bits", allowed(err), "--dry_run"]
     assert run_script(main, target(pipelines, prompt_file, out, *more, *fits)) == 0
 
 
@@ -245,7 +245,7 @@ def test_a_target_without_a_layer_to_allocate_bits_to_is_refused(pipelines, prom
 def test_the_most_that_a_target_can_be_is_allocated(pipelines, prompt_file, tmp_path, capsys):
     """Every layer gets all state bits."""
     assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", "--target_bits", "16")) == 2
-    most = ["--target_bits", reach(capsys.readouterr().err), "--sensitivity_points", "2"]
+    most = ["--target_bits", allowed(capsys.readouterr().err), "--sensitivity_points", "2"]
     assert run_script(main, target(pipelines, prompt_file, tmp_path / "out", *most)) == 0
     layers = quantized_layers(DiffusionPipeline.from_pretrained(tmp_path / "out").unet).values()
     assert min(layer.spec.code_bits_per_weight(layer._columns) for layer in layers) > 7.9

@@ -24,25 +24,25 @@ def problems():
 
 
 @pytest.fixture(scope="module")
-def bank():
+def codebooks():
     return train_shared_codebooks(
         [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()], CONFIG, generator()
     )
 
 
-def test_shared_codebooks_hold_what_float16_keeps_and_are_the_same_again(bank):
+def test_shared_codebooks_hold_what_float16_keeps_and_are_the_same_again(codebooks):
     again = train_shared_codebooks(
         [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()], CONFIG, generator()
     )
-    assert bank.shape == SPEC.codebooks_shape
-    assert torch.equal(bank, bank.half().float()) and torch.equal(bank, again)
+    assert codebooks.shape == SPEC.codebooks_shape
+    assert torch.equal(codebooks, codebooks.half().float()) and torch.equal(codebooks, again)
 
 
-def test_training_lowers_the_error_of_the_sample(bank):
+def test_training_lowers_the_error_of_the_sample(codebooks):
     samples = [sample_layer(W, H, 24, CONFIG, generator()) for W, H in problems()]
-    start = torch.randn(bank.shape, generator=generator()) * 0.7
+    start = torch.randn(codebooks.shape, generator=generator()) * 0.7
     errors = [
-        sum(relative_error(s.W, encode_sample(s, books, CONFIG), s.H) for s in samples) for books in (start, bank)
+        sum(relative_error(s.W, encode_sample(s, books, CONFIG), s.H) for s in samples) for books in (start, codebooks)
     ]
     assert errors[1] < 0.7 * errors[0]
 
@@ -69,25 +69,25 @@ def test_codebooks_are_fitted_to_all_layers_at_once():
     torch.testing.assert_close(refit_codebooks(parts, 30, ridge=0.0), whole, rtol=1e-3, atol=1e-3)
 
 
-def test_solving_keeps_the_shared_codebooks_and_stores_no_codebooks(bank):
+def test_solving_keeps_the_shared_codebooks_and_stores_no_codebooks(codebooks):
     W, H = problems()[2]
-    code, report = solve_layer(W, H, CONFIG, generator(), shared=SharedCodebooks(bank, 10_000))
-    assert torch.equal(code.codebooks.float(), bank)
+    code, report = solve_layer(W, H, CONFIG, generator(), shared=SharedCodebooks(codebooks, 10_000))
+    assert torch.equal(code.codebooks.float(), codebooks)
     assert set(code.pack()) == {"codes", "scales"}
     assert stored_bits(code.pack()) / W.numel() == 2 + 16 / 16
-    assert report.bits_per_weight == pytest.approx(3 + 16 * bank.numel() / 10_000)
+    assert report.bits_per_weight == pytest.approx(3 + 16 * codebooks.numel() / 10_000)
     assert report.error == pytest.approx(relative_error(W, code, H))
     plain = (W.view(24, 4, 4) / W.square().mean(1).sqrt()[:, None, None]).reshape(-1, 4)
-    sums = (bank[0][:, None] + bank[1][None]).view(-1, 4)  # all 256 pairs of entries
+    sums = (codebooks[0][:, None] + codebooks[1][None]).view(-1, 4)  # all 256 pairs of entries
     nearest = sums[torch.cdist(plain, sums).argmin(1)].view(24, 16) * W.square().mean(1, keepdim=True).sqrt()
     assert report.error <= weighted_error(W - nearest, H) / weighted_error(W, H)
 
 
-def test_more_epochs_are_never_worse(bank):
+def test_more_epochs_are_never_worse(codebooks):
     W, H = problems()[0]
     configs = [replace(CONFIG, max_epochs=n, relative_mse_tolerance=0.0) for n in (1, 2, 4)]
     errors = [
-        solve_layer(W, H, config, generator(), shared=SharedCodebooks(bank, 10_000))[1].error for config in configs
+        solve_layer(W, H, config, generator(), shared=SharedCodebooks(codebooks, 10_000))[1].error for config in configs
     ]
     assert errors[0] > errors[1] >= errors[2]
 

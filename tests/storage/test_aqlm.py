@@ -82,7 +82,7 @@ def test_signed_codes_come_back_modulo_their_range(nbits):
     ("spec", "words"),
     [
         (CodeSpec(2, 4, 4, scale_nbits=4), "layer 0 has scale_nbits 4; aqlm holds 0 only"),
-        (CodeSpec(1, 4, 4, shared_codebooks="bank", row_bits=5), "layer 0 has row_bits 5; aqlm holds 0 only"),
+        (CodeSpec(1, 4, 4, shared_codebooks="shared", row_bits=5), "layer 0 has row_bits 5; aqlm holds 0 only"),
         (CodeSpec(2, 4, 4, groupwise_codebooks=True), "layer 0 has groupwise_codebooks True"),
         (CodeSpec(2, 4, 4, input_channel_scales=True), "layer 0 has input_channel_scales True"),
         (CodeSpec(3, 4, 4), "layer 1 has num_codebooks 2, 0 has 3; aqlm holds one for all layers"),

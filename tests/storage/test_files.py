@@ -252,7 +252,7 @@ def test_every_part_of_a_component_counts(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(weights if step < 4 else weights + b"x")
         seen.add(folder_fingerprint(tmp_path))
     assert len(seen) == 5
-    (tmp_path / "picture.png").write_bytes(b"x")
+    (tmp_path / "image.png").write_bytes(b"x")
     assert folder_fingerprint(tmp_path) in seen
 
 

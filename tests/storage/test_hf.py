@@ -44,7 +44,7 @@ def run(unet) -> torch.Tensor:
         return unet(sample, 500, tokens, added_cond_kwargs=added).sample
 
 
-def picture(pipeline) -> torch.Tensor:
+def image_of(pipeline) -> torch.Tensor:
     """Final latents of one prompt."""
     settings = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     return pipeline("a red star", **settings).images
@@ -77,7 +77,7 @@ def test_whole_pipeline_with_stock_diffusers(tmp_path, pipelines):
     again = StableDiffusionXLPipeline.from_pretrained(tmp_path)
     assert isinstance(again.unet.mid_block.resnets[0].conv1, QuantizedConv2d)
     assert_same_tensors(again.unet, pipeline.unet)
-    assert_close_outputs(picture(again), picture(pipeline))
+    assert_close_outputs(image_of(again), image_of(pipeline))
 
 
 def test_without_the_format_known_loading_fails_and_names_it(tmp_path, pipelines, monkeypatch):
@@ -138,15 +138,15 @@ def test_a_file_is_of_the_oldest_version_that_holds_it(tmp_path, rest_nbits, ver
 
 
 def variable_unet() -> UNet2DConditionModel:
-    """A tiny SDXL UNet with random codes of variable rate that share one bank."""
+    """A tiny SDXL UNet with random codes of variable rate that share codebooks."""
     unet = tiny_unet("sdxl")
     spec = CodeSpec(1, 6, 4, shared_codebooks="unet_0to6_1x4")
-    bank = torch.randn(CodeSpec(1, 6, 4, shared_codebooks="bank", row_bits=1).codebooks_shape).half()
+    codebooks = torch.randn(CodeSpec(1, 6, 4, shared_codebooks="shared", row_bits=1).codebooks_shape).half()
     for layer in select_layers(unet, "default", 0, spec, {}):
         own = spec.changed(row_bits=2 * (layer.columns // 4) + 1)
         quantized = swap(unet, layer.name, own)
-        quantized.shared[0].fill(own.shared_codebooks, bank)
-        quantized.set_code(replace(random_code(own, layer.rows, layer.columns), codebooks=bank))
+        quantized.shared[0].fill(own.shared_codebooks, codebooks)
+        quantized.set_code(replace(random_code(own, layer.rows, layer.columns), codebooks=codebooks))
     mark_quantized(unet)
     return unet
 
@@ -157,7 +157,7 @@ def test_variable_rate_is_version_3_and_round_trips(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 3
     again = UNet2DConditionModel.from_pretrained(tmp_path)
     assert_same_tensors(again, unet)
-    assert_close_outputs(run(again), run(unet), gain=100)  # the bank's entries are of size one
+    assert_close_outputs(run(again), run(unet), gain=100)  # the entries are of size one
 
 
 @pytest.mark.parametrize("change", [lambda widths: widths.flip(0) + 1, lambda widths: widths * 0 + 255])
@@ -281,7 +281,7 @@ def test_a_whole_pipeline_in_shards_of_a_variant(tmp_path, pipelines):
     again = StableDiffusionXLPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.bfloat16)
     layer = again.unet.mid_block.resnets[0].conv1
     assert layer.codes.dtype == torch.uint8 and layer.bias.dtype == again.vae.dtype == torch.bfloat16
-    assert picture(again).isfinite().all()
+    assert image_of(again).isfinite().all()
 
 
 def test_a_pickled_checkpoint_is_refused(tmp_path):

@@ -7,7 +7,7 @@ from conftest import tiny_pipeline
 from diffusers import StableDiffusionXLPipeline
 from numerics import assert_close_outputs, assert_same_tensors
 from safetensors.torch import load_file, save_file
-from test_hf import picture, quantized_unet
+from test_hf import image_of, quantized_unet
 from test_quantized import SPECS, random_code
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -135,5 +135,5 @@ def test_a_pipeline_with_everything_quantized_comes_back(tmp_path):
     assert isinstance(again.text_encoder.get_submodule("encoder.layers.0.mlp.fc1"), QuantizedLinear)
     for part in ("unet", "vae", *KINDS):
         assert_same_tensors(getattr(again, part), getattr(pipeline, part))
-    assert_close_outputs(picture(again), picture(pipeline))
+    assert_close_outputs(image_of(again), image_of(pipeline))
     assert json.loads((tmp_path / "model_index.json").read_text())["text_encoder"][0] == "transformers"

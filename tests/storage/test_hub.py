@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from numerics import assert_close_outputs, assert_same_tensors
-from test_hf import picture, quantized_unet
+from test_hf import image_of, quantized_unet
 
 from vqdm.cli import run_script
 from vqdm.errors import RunError, UserError
@@ -76,7 +76,7 @@ def test_what_is_pushed_loads_and_has_its_card_and_no_data_of_the_run(remote, tm
     assert "base_model: some/model\nbase_model_relation: quantized\n" in card and "import vqdm" in card
     again = StableDiffusionXLPipeline.from_pretrained(remote / name)
     assert_same_tensors(again.unet, pipeline.unet)
-    assert_close_outputs(picture(again), picture(pipeline))
+    assert_close_outputs(image_of(again), image_of(pipeline))
 
 
 def test_a_card_for_a_folder_names_no_model_of_the_hub(tmp_path):

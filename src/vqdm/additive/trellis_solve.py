@@ -56,13 +56,13 @@ class Rates:
         widths: int64 [n], ascending, the first is 0.
         errors: float64 [n], mean squared error of a unit Gaussian.
         gains: float64 [n], the best scale of the table for it.
-        reach: the largest value of the table.
+        largest: the largest value of the table.
     """
 
     widths: Tensor
     errors: Tensor
     gains: Tensor
-    reach: float
+    largest: float
 
     def index(self, widths: Tensor) -> Tensor:
         """Where `widths` are among all."""
@@ -88,7 +88,7 @@ class Demand:
         factors: float32 [I], D_j, by which errors of column j count in coding.
         weights: float32 [I], by which they count in the layer's error: D_j less the part of it that is λ's.
         energies: float32 [I], E_j = Σ_r w².
-        clipped: float32 [I, n], the energy beyond the table's reach at each of the n `STRETCHES`, at a best scale of 1.
+        clipped: float32 [I, n], the energy beyond the largest value at each of the n `STRETCHES`, at a best scale of 1.
         spread: float32 [I, I], the squares of V⁻¹: what an error D_i·e² of column i adds to E_j for j > i by feedback.
         rows: float32 [R, I], random combinations of the rows: of the same energies, and as much alike as the columns.
         gain: of rows that differ: the search gives the small rows of a window of the trellis more of the error, so that
@@ -106,14 +106,14 @@ class Demand:
     energy: float
 
     @classmethod
-    def of(cls, W: Tensor, H: Tensor, V: Tensor, reach: float) -> Demand:
+    def of(cls, W: Tensor, H: Tensor, V: Tensor, largest: float) -> Demand:
         """Of W [O, I] and H [I, I] in the order of coding, and the factor V [I, I] of the damped H."""
         spread = torch.linalg.solve_triangular(V, torch.eye(len(V)).to(V), upper=True).square()
         damping = (V.square().sum(1) - H.diagonal()).mean().clamp(min=0)
         factors = V.diagonal().square()
         weights = factors * (1 - damping * spread.sum(1)).clamp(min=0)
         energy, energies = ((W @ H) * W).sum().item(), W.square().sum(0)
-        some = factors, weights, energies, clipped_energies(W, reach), spread, combined_rows(W, energies)
+        some = factors, weights, energies, clipped_energies(W, largest), spread, combined_rows(W, energies)
         return cls(*some, rows_gain(row_scales(W)), max(0.0, energy))
 
 
@@ -272,12 +272,12 @@ def rows_gain(scales: Tensor) -> float:
     return (logarithms.mean(1).exp().mean() / squares.mean()).item()
 
 
-def clipped_energies(W: Tensor, reach: float) -> Tensor:
-    """The energy of every column of W [O, I] beyond a table's reach at each of the `STRETCHES`: [I, n]."""
+def clipped_energies(W: Tensor, largest: float) -> Tensor:
+    """The energy of every column of W [O, I] beyond a table's largest value at each of the `STRETCHES`: [I, n]."""
     scales = row_scales(W)
     relative = W.abs() / torch.where(scales == 0, 1.0, scales)[:, None]
     rms = weighted_rms(relative, scales)  # [I]
-    return torch.stack([over(relative, rms * stretch * reach, scales) for stretch in STRETCHES.tolist()], 1)
+    return torch.stack([over(relative, rms * stretch * largest, scales) for stretch in STRETCHES.tolist()], 1)
 
 
 def over(values: Tensor, limits: Tensor, scales: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ class Ordered:
 
     def demand(self, spec: CodeSpec) -> Demand:
         """What the columns need of bits."""
-        return Demand.of(self.W, self.H, self.V, rates(spec.segment_rows, spec.nbits_per_codebook).reach)
+        return Demand.of(self.W, self.H, self.V, rates(spec.segment_rows, spec.nbits_per_codebook).largest)
 
 
 def layer_curves(W: Tensor, H: Tensor, spec: CodeSpec, others: Sequence[CodeSpec] = ()) -> list[Curve]:
@@ -354,7 +354,7 @@ def layer_curves(W: Tensor, H: Tensor, spec: CodeSpec, others: Sequence[CodeSpec
     demand, plain = ordered.demand(spec), []
     for one in (spec, *others):
         known = rates(one.segment_rows, one.nbits_per_codebook)
-        demand = replace(demand, clipped=clipped_energies(ordered.W, known.reach))
+        demand = replace(demand, clipped=clipped_energies(ordered.W, known.largest))
         widths, errors = widths_at(demand, known, spread_prices(demand))
         plain.append(rate_distortion(widths, errors))
         if one is spec:
@@ -487,7 +487,7 @@ def _native_encode(
     original = W.T.contiguous()  # [I, O]
     targets, states, columns = original.clone(), torch.empty(W.T.shape, dtype=torch.int32), torch.empty(W.shape[1])
     for block in column_blocks(W.shape[1], 1):
-        choice = table(L), gains[block], errors[block], STRETCHES, levels, known.reach
+        choice = table(L), gains[block], errors[block], STRETCHES, levels, known.largest
         some = targets[block], original[block], feedback[block, block], (scales, weights), widths[block].to(torch.int32)
         difference, columns[block], states[block] = feedback_block(*some, choice, T)
         targets[block.stop :] += feedback[block, block.stop :].T @ difference
@@ -514,14 +514,14 @@ def _states(units: Tensor, weights: Tensor, values: Tensor, widths: Tensor, laye
 def column_scale(relative: Tensor, scales: Tensor, known: Rates, picks: Tensor, exponent: int) -> Tensor:
     """The stored scale [...] of a column of values [..., O] in units of row scales, at the widths of `picks` [...].
 
-    The table is stretched beyond its best scale as long as that costs less than what lies out of its reach.
+    The table is stretched beyond its best scale as long as that costs less than what lies beyond its largest value.
     """
     rms = weighted_rms(relative[..., None], scales)[..., 0]
     gains = known.gains.to(relative)[picks.to(relative.device)]
     errors = known.errors.to(relative)[picks.to(relative.device)]
     tries = (gains * rms)[..., None] * STRETCHES.to(relative)  # [..., n]
     squares = scales.square()
-    beyond = (relative.abs()[..., None] - tries[..., None, :] * known.reach).clamp(min=0).square()  # [..., O, n]
+    beyond = (relative.abs()[..., None] - tries[..., None, :] * known.largest).clamp(min=0).square()  # [..., O, n]
     clipped = (beyond * squares[..., None]).sum(-2)
     expected = (errors * rms.square() * squares.sum(-1))[..., None] * STRETCHES.to(relative) + clipped
     best = tries.gather(-1, expected.argmin(-1, keepdim=True))[..., 0]

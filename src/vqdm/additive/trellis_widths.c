@@ -7,7 +7,7 @@ typedef struct {
     const float *factors;   /* [I], D_j */
     const float *weights;   /* [I], of a column's error in the layer's */
     const float *energies;  /* [I], E_j */
-    const float *clipped;   /* [I, n], beyond the table's reach at each of n stretches */
+    const float *clipped;   /* [I, n], beyond the table's largest value at each of n stretches */
     const float *spread;    /* [I, I], what an error of column i adds to the energy of column j > i */
     const float *prices;    /* [P] */
     const float *errors;    /* [W], of a unit Gaussian at each width */

@@ -220,7 +220,7 @@ typedef struct {
     float *units;             /* [O], memory for the search */
     int64_t columns, O, T, L;
     int64_t memory, stretch_count;
-    float reach; /* the largest value of the table */
+    float largest; /* the largest value of the table */
 } Block;
 
 /* The level nearest to a scale, by logarithms: levels are spaced evenly there, but for the first, which is 0. */
@@ -247,7 +247,7 @@ static float column_scale(const Block *b, const float *relative, int64_t j) {
     if (!(energy > 0)) return 0;
     float best = 0, rms = (float)__builtin_sqrt(energy / squares);
     for (int64_t n = 0; n < b->stretch_count; n++) {
-        float scale = b->gains[j] * rms * b->stretches[n], limit = scale * b->reach;
+        float scale = b->gains[j] * rms * b->stretches[n], limit = scale * b->largest;
         double expected = (double)b->errors[j] * energy * b->stretches[n], beyond = 0;
         for (int64_t r = 0; r < b->O; r++) {
             float over = (relative[r] < 0 ? -relative[r] : relative[r]) - limit;

@@ -157,7 +157,7 @@ class _Block(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("gains", "errors", "stretches", "levels", "widths")),
         *((name, ctypes.c_void_p) for name in ("difference", "column_scales", "states", "units")),
         *((name, ctypes.c_int64) for name in ("columns", "O", "T", "L", "memory", "stretch_count")),
-        ("reach", ctypes.c_float),
+        ("largest", ctypes.c_float),
     )
 
 
@@ -177,19 +177,19 @@ def feedback_block(
         feedback: [n, n].
         rows: scales [O], and weights [O] of squared errors in units of these.
         widths: int32 [n].
-        choice: values [2^L], gains [n] and errors [n] of the widths, stretches, levels [256], reach; see viterbi.c.
+        choice: values [2^L], gains [n] and errors [n] of the widths, stretches, levels [256], largest; see viterbi.c.
         T: rows of a ring.
 
     Returns differences [n, O], column scales [n], and states int32 [n, O].
     """
     n, O = targets.shape  # noqa: E741
-    *tensors, reach = choice
+    *tensors, largest = choice
     L = state_bits(tensors[0])
     found = torch.empty(n, O), torch.empty(n), torch.empty(n, O, dtype=torch.int32)
     inputs = [one.contiguous() for one in (targets, original, feedback, *rows, *tensors, widths)]
     memory = torch.empty(O)
     pointers = [tensor.data_ptr() for tensor in (*inputs, *found, memory)]
-    block = _Block(*pointers, n, O, T, L, MEMORY * UNITS * L, len(tensors[3]), reach)
+    block = _Block(*pointers, n, O, T, L, MEMORY * UNITS * L, len(tensors[3]), largest)
     costs, choices = _workspace(T, L)
     library().vqdm_feedback_block(
         ctypes.byref(block), ctypes.c_void_p(costs.data_ptr()), ctypes.c_void_p(choices.data_ptr())

@@ -27,6 +27,7 @@ from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.quantization.block import quantize_shard
+from vqdm.quantization.config import FAST_STATE_BITS, STATE_BITS, QuantizeConfig
 from vqdm.quantization.plan import layer_bits, shared_codebook_bits
 from vqdm.quantization.recording import teacher_trajectories, unet_calls
 from vqdm.quantization.shared_codebooks import trellis_codebooks, trellis_table_name
@@ -35,7 +36,6 @@ from vqdm.storage.run_folder import Tensors, layer_generator, read_shard
 from vqdm.tracking import log_info, progress_bar
 
 if TYPE_CHECKING:
-    from vqdm.quantization.config import FAST_STATE_BITS, STATE_BITS, QuantizeConfig
     from vqdm.quantization.job import Job
 
 
@@ -226,7 +226,7 @@ def divide(
 ) -> tuple[list[Layer], float]:
     """The layers with the bits that cost the least at the output, and that cost, for the job's target.
 
-    `costs`: what a unit of a layer's relative error costs at the output. `check_target` has found the target in reach.
+    `costs`: what a unit of a layer's relative error costs at the output. `check_target` has found the target possible.
     """
     choices = [offered(layer) for layer in layers]
     bits = [[layer_bits(layer) for layer in options] for options in choices]

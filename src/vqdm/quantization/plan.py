@@ -206,7 +206,7 @@ def seconds(
     prompts: tuple[int, int],
     rates: MatmulRates,
 ) -> dict[str, float]:
-    """Return a guess of the seconds of each phase, at measured rates; reading and writing are left out.
+    """Return an estimate of the seconds of each phase, at measured rates; reading and writing are left out.
 
     Args:
         recordings: passes over the calibration points in which Hessians are recorded.
