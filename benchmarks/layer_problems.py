@@ -12,7 +12,7 @@ from vqdm.diffusion.blocks import matrix_of, select_layers
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.job import Job, choose_prompts, read_prompts
-from vqdm.quantization.plan import Rest
+from vqdm.quantization.plan import Int8Totals
 from vqdm.quantization.recording import teacher_hessians
 from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import Stopwatch, Tracker
@@ -56,7 +56,7 @@ def model_layers(model: str, cache: str, device: str) -> Iterator[tuple[str, Ten
     layers = select_layers(pipeline.unet, "default", 0, config.spec, {})
     folder, tracker = RunFolder(config.output_dir), Tracker("none", "", None, {})
     calibration, _ = choose_prompts(config, *read_prompts(config))
-    job = Job(config, pipeline, layers, calibration, [], folder, tracker, Stopwatch(), 0, Rest())
+    job = Job(config, pipeline, layers, calibration, [], folder, tracker, Stopwatch(), 0, Int8Totals())
     store = teacher_hessians(job)
     for layer in layers:
         W = matrix_of(pipeline.unet.get_submodule(layer.name), layer.spec.group_channels).float()

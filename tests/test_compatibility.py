@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("compatibility")
     pipeline = tiny_pipeline("sdxl")
     parts = {part: quantized_text_encoder(part) for part in ("text_encoder", "text_encoder_2")}
-    pipeline.register_modules(unet=quantized_unet(rest_nbits=8), **parts)
+    pipeline.register_modules(unet=quantized_unet(unquantized_nbits=8), **parts)
     pipeline.save_pretrained(path)
     return path
 

@@ -34,7 +34,7 @@ def quantized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert") / "quantized"
     pipeline = tiny_pipeline("sdxl")
     pipeline.register_modules(
-        unet=quantized_unet(rest_nbits=8),
+        unet=quantized_unet(unquantized_nbits=8),
         text_encoder=quantized_text_encoder("text_encoder", CodeSpec(1, 8, 8)),
         text_encoder_2=quantized_text_encoder("text_encoder_2", CodeSpec(2, 4, 4)),
     )

@@ -7,7 +7,7 @@ from conftest import FAMILIES, tiny_unet
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
-from vqdm.diffusion.blocks import block_of, matrix_of, rest_layers, select_layers
+from vqdm.diffusion.blocks import block_of, matrix_of, select_layers, unquantized_layers
 from vqdm.errors import UserError
 
 SPEC = CodeSpec(num_codebooks=2, nbits_per_codebook=4, in_group_size=4)
@@ -45,7 +45,7 @@ def test_the_rest_is_what_is_neither_quantized_nor_an_end(family):
     unet = tiny_unet(family)
     layers = select_layers(unet, "default", 0, SPEC, {r"mid_block.*conv1": None})
     every = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    rest = rest_layers(unet, layers)
+    rest = unquantized_layers(unet, layers)
     assert set(rest) | {layer.name for layer in layers} | {"conv_in", "conv_out"} == every
     assert all(any(word in name for word in (*LEFT_ALONE[2:], "mid_block")) for name in rest)
     assert len(rest) == len(set(rest)) and "mid_block.resnets.0.conv1" in rest

@@ -7,13 +7,13 @@ import json
 import signal
 
 import pytest
-from gpu_programs import CHAINS, TARGET, finetuned, generated, quantized
+from gpu_programs import CHAINS, OWN, TARGET, finetuned, generated, quantized
 from programs import digests
 
 ONCE = "--finetune_max_epochs 1 "
 QUICK = {
     "quantize": quantized(
-        "--num_codebooks 1 --nbits_per_codebook 3 --in_group_size 4 --device cuda:1 --dtype float16 --rest_nbits 8 "
+        OWN + "--device cuda:1 --dtype float16 --unquantized_nbits 8 "
         "--num_intermediate_finetunes 1 --finetune_nsamples 2 --finetune_batch_size 2"
     ),
     "quantize to a target": quantized(TARGET + "--dtype auto"),

@@ -231,7 +231,7 @@ def test_hessians_hold_for_the_type_that_is_computed_in(pipelines):
 
 
 def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
-    extra = ["--rest_nbits", "8", "--layer_filter", r".*attn1\.to_q"]
+    extra = ["--unquantized_nbits", "8", "--layer_filter", r".*attn1\.to_q"]
     out = tmp_path / "out"
     assert run_script(main, command(pipelines["sdxl"], prompt_file, out, *extra)) == 0
     summary, unet = json.loads((out / "summary.json").read_text()), DiffusionPipeline.from_pretrained(out).unet

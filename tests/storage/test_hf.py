@@ -13,7 +13,7 @@ from test_quantized import SPECS, random_code
 
 from vqdm.additive import trellis
 from vqdm.additive.code import CodeSpec
-from vqdm.diffusion.blocks import rest_layers, select_layers
+from vqdm.diffusion.blocks import select_layers, unquantized_layers
 from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedConv2d, cast_plain, float_scales, quantized_layers, swap
 from vqdm.storage.hf import VqdmConfig, mark_quantized
@@ -23,14 +23,14 @@ VICTIM = "mid_block.resnets.0.conv1.codebooks"
 ROUNDED_VICTIM = "time_embedding.linear_1.values"
 
 
-def quantized_unet(spec=SPECS[0], overrides=None, rest_nbits=16) -> UNet2DConditionModel:
+def quantized_unet(spec=SPECS[0], overrides=None, unquantized_nbits=16) -> UNet2DConditionModel:
     """A tiny SDXL UNet with random codes."""
     unet = tiny_unet("sdxl")
     layers = select_layers(unet, "default", 0, spec, overrides or {})
     for layer in layers:
         swap(unet, layer.name, layer.spec).set_code(random_code(layer.spec, layer.rows, layer.columns))
-    if rest_nbits == 8:
-        for name in rest_layers(unet, layers):
+    if unquantized_nbits == 8:
+        for name in unquantized_layers(unet, layers):
             quantize_int8(unet, name)
     mark_quantized(unet)
     return unet
@@ -92,7 +92,7 @@ def test_without_the_format_known_loading_fails_and_names_it(tmp_path, pipelines
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
 def test_device_maps(tmp_path, device_map):
-    unet = quantized_unet(rest_nbits=8)
+    unet = quantized_unet(unquantized_nbits=8)
     unet.save_pretrained(tmp_path)
     again = UNet2DConditionModel.from_pretrained(tmp_path, device_map=device_map, dtype=torch.float32)
     assert_close_outputs(run(again), run(unet))
@@ -118,7 +118,7 @@ def test_half_precision_load(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}, {"variant": "fp16"}])
 def test_layers_in_8_bit_come_back(tmp_path, options):
-    unet = quantized_unet(overrides={".*conv1": None}, rest_nbits=8)
+    unet = quantized_unet(overrides={".*conv1": None}, unquantized_nbits=8)
     unet.save_pretrained(tmp_path, **options)
     again = UNet2DConditionModel.from_pretrained(tmp_path, variant=options.get("variant"))
     names = set(int8_layers(again))
@@ -130,9 +130,9 @@ def test_layers_in_8_bit_come_back(tmp_path, options):
     assert not int8_layers(unet) and (run(unet.float()) - run(again)).norm() < 0.02 * run(again).norm()
 
 
-@pytest.mark.parametrize(("rest_nbits", "version"), [(16, 1), (8, 2)])
-def test_a_file_is_of_the_oldest_version_that_holds_it(tmp_path, rest_nbits, version):
-    quantized_unet(rest_nbits=rest_nbits).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("unquantized_nbits", "version"), [(16, 1), (8, 2)])
+def test_a_file_is_of_the_oldest_version_that_holds_it(tmp_path, unquantized_nbits, version):
+    quantized_unet(unquantized_nbits=unquantized_nbits).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert written["format_version"] == version and ("rounded" in written) == (version == 2)
 
@@ -231,7 +231,7 @@ def test_widths_that_no_trellis_has_are_refused(tmp_path, change):
 
 
 def test_casting_what_is_plain_leaves_stored_tensors_alone():
-    unet = quantized_unet(rest_nbits=8)
+    unet = quantized_unet(unquantized_nbits=8)
     cast_plain(unet, torch.bfloat16)
     assert unet.time_embedding.linear_1.scales.dtype == unet.mid_block.resnets[0].conv1.codebooks.dtype == torch.float16
     assert unet.time_embedding.linear_1.bias.dtype == unet.conv_in.weight.dtype == torch.bfloat16
@@ -249,7 +249,7 @@ def test_casting_what_is_plain_leaves_stored_tensors_alone():
     ids=["missing 8 bit", "wrong shape 8 bit", "missing", "extra", "wrong shape"],
 )
 def test_a_wrong_checkpoint_is_an_error_that_names_the_tensor(tmp_path, change, words):
-    quantized_unet(rest_nbits=8).save_pretrained(tmp_path)
+    quantized_unet(unquantized_nbits=8).save_pretrained(tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -344,6 +344,6 @@ def test_bad_configurations_are_refused(tmp_path, change, words):
 
 
 def test_config_is_plain_json():
-    config = VqdmConfig.of(quantized_unet(rest_nbits=8))
+    config = VqdmConfig.of(quantized_unet(unquantized_nbits=8))
     text = json.dumps(config.to_dict())
     assert VqdmConfig(**json.loads(text)).to_dict() == config.to_dict()

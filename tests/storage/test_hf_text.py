@@ -128,7 +128,7 @@ def test_dequantize_gives_a_plain_model(tmp_path, part):
 
 def test_a_pipeline_with_everything_quantized_comes_back(tmp_path):
     pipeline = tiny_pipeline("sdxl")
-    parts = {part: quantized_text_encoder(part) for part in KINDS} | {"unet": quantized_unet(rest_nbits=8)}
+    parts = {part: quantized_text_encoder(part) for part in KINDS} | {"unet": quantized_unet(unquantized_nbits=8)}
     pipeline.register_modules(**parts)
     pipeline.save_pretrained(tmp_path)
     again = StableDiffusionXLPipeline.from_pretrained(tmp_path)

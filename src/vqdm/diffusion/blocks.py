@@ -85,7 +85,7 @@ def select_layers(
     return layers
 
 
-def rest_layers(unet: nn.Module, quantized: list[Layer]) -> list[str]:
+def unquantized_layers(unet: nn.Module, quantized: list[Layer]) -> list[str]:
     """Return the names of every other Linear and Conv2d but `conv_in` and `conv_out`, in module order.
 
     They may become int8.

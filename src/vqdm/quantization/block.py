@@ -20,7 +20,7 @@ from vqdm.errors import RunError
 from vqdm.parallel import shares
 from vqdm.quantization.plan import layer_line
 from vqdm.quantization.recording import HessianRecorder
-from vqdm.storage.run_folder import SolvedLayer, layer_generator, wait_for_file
+from vqdm.storage.run_folder import LayerResult, layer_generator, wait_for_file
 from vqdm.tracking import JsonLines, log_info, progress_bar
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ ROWS_PER_BATCH = 2**15  # of layers that are quantized together; more would not 
 
 def quantize_block(
     job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories | None
-) -> dict[str, SolvedLayer]:
+) -> dict[str, LayerResult]:
     """Quantize the layers `todo` of a block, spread over the ranks; each batch is on disk before the next begins.
 
     Their Hessians are the stored ones of the full-precision model where the job has them, else those of the student
@@ -75,7 +75,7 @@ def student_hessians(
 
 def quantize_groups(
     job: Job, store: HessianStore, groups: list[list[Layer]], tick: Callable[[], None]
-) -> dict[str, SolvedLayer]:
+) -> dict[str, LayerResult]:
     """Quantize layers together with the other ranks, and load the results of all of them."""
     layers, rows = [layer for group in groups for layer in group], []
     for layer, code, report in quantize_shard(job, store, layers, job.config.solver, job.shared_codebooks):
@@ -89,7 +89,7 @@ def quantize_groups(
     return {layer.name: load_quantized(job, layer) for layer in layers}
 
 
-def load_quantized(job: Job, layer: Layer) -> SolvedLayer:
+def load_quantized(job: Job, layer: Layer) -> LayerResult:
     """Load a layer that some rank has quantized."""
     wait_for_file(job.folder.layer_path(layer.name))
     return job.folder.load_layer(layer)

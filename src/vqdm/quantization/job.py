@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
 from vqdm.devices import BatchSize, MatmulRates, MemoryClock, Need, budgeted, check_float64, on, pick_dtype
-from vqdm.diffusion.blocks import Layer, rest_layers, select_layers
+from vqdm.diffusion.blocks import Layer, select_layers, unquantized_layers
 from vqdm.diffusion.hessians import HessianStore
 from vqdm.diffusion.model_folders import check_loaded, check_supported, find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import (
@@ -65,7 +65,7 @@ from vqdm.quantization.allocation import allocated, check_target
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import (
-    Rest,
+    Int8Totals,
     blocks_before_finetuning,
     hessian_bytes,
     layer_table,
@@ -88,7 +88,7 @@ from vqdm.quantization.shared_codebooks import make_shared_codebooks, shared
 from vqdm.storage.files import save_json, save_text
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card, stored_sizes
-from vqdm.storage.run_folder import RunFolder, SolvedLayer, check_disk
+from vqdm.storage.run_folder import LayerResult, RunFolder, check_disk
 from vqdm.tracking import Tracker, log_info, own_command, progress_bar, redacted, versions
 
 OUT_OF_MEMORY = "try smaller --height and --width, or --hessian_memory_gb"
@@ -100,7 +100,7 @@ class Job:
 
     Attributes:
         parameters: number of those of the whole UNet.
-        rest: what becomes int8.
+        int8: what becomes int8.
         stored: types of the model's components in their files.
         original_bytes: of the UNet's files, or of its tensors where it was given in memory; None if unknown.
         fingerprint: of the weights of a pipeline that was given in memory, else None.
@@ -122,7 +122,7 @@ class Job:
     tracker: Tracker
     clock: MemoryClock
     parameters: int
-    rest: Rest
+    int8: Int8Totals
     stored: dict[str, torch.dtype] = field(default_factory=dict)
     original_bytes: int | None = None
     fingerprint: str | None = None
@@ -198,8 +198,9 @@ def quantize(
         stored, original_bytes = model_files(config, pipeline, given)
         layers = chosen_layers(config, pipeline.unet)
         parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-        rest = Rest.of(pipeline.unet, rest_layers(pipeline.unet, layers) if config.unquantized_nbits == 8 else [])
-        log_info(planned_size(config, layers, parameters, rest, plain_bits(pipeline.unet, stored.get("unet"))))
+        names = unquantized_layers(pipeline.unet, layers) if config.unquantized_nbits == 8 else []
+        int8 = Int8Totals.of(pipeline.unet, names)
+        log_info(planned_size(config, layers, parameters, int8, plain_bits(pipeline.unet, stored.get("unet"))))
         steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
         check_timestep_range(pipeline.scheduler, steps, *limits)
         blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
@@ -226,7 +227,7 @@ def quantize(
             about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
             tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
             clock = MemoryClock(ranks.device)
-            job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, clock, parameters, rest)
+            job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, clock, parameters, int8)
             job.needs = needs
             job.stored, job.original_bytes, job.fingerprint = stored, original_bytes, fingerprint
             job.ranks, job.finetune_blocks = ranks, finetune_blocks
@@ -317,12 +318,12 @@ def keeps_hessians(config: QuantizeConfig, layers: list[Layer]) -> bool:
     return bool(config.hessian_cache or config.target_bits is not None or shared_codebook_users(layers))
 
 
-def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
+def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, int8: Int8Totals, plain: int) -> str:
     """Return the table of layers, or its totals where `target_bits` are still to be allocated."""
     if config.target_bits is None:
-        return layer_table(layers, parameters, rest, plain)
+        return layer_table(layers, parameters, int8, plain)
     bits = config.target_bits * sum(layer.rows * layer.columns for layer in layers)
-    return totals(layers, parameters, rest, plain, bits) + "; allocated after calibration"
+    return totals(layers, parameters, int8, plain, bits) + "; allocated after calibration"
 
 
 def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
@@ -383,7 +384,7 @@ def run(job: Job) -> dict | None:
         teacher, teacher_images = teacher_evaluation(job)
         finetuned_on = finetuning_trajectories(job) if config.intermediate.num_intermediate_finetunes else []
     if config.unquantized_nbits == 8:
-        for name in rest_layers(job.unet, job.layers):  # before Hessians are recorded
+        for name in unquantized_layers(job.unet, job.layers):  # before Hessians are recorded
             try:
                 quantize_int8(job.unet, name)
             except ValueError as error:  # a weight is not finite
@@ -394,7 +395,7 @@ def run(job: Job) -> dict | None:
     if config.target_bits is not None:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
-            log_info(layer_table(job.layers, job.parameters, job.rest, plain_bits(job.unet, job.stored.get("unet"))))
+            log_info(layer_table(job.layers, job.parameters, job.int8, plain_bits(job.unet, job.stored.get("unet"))))
     with job.clock("shared_codebooks"):
         job.shared_codebooks = make_shared_codebooks(job, job.store) if shared_codebook_users(job.layers) else {}
     quantized = load_codes(job) | finished_layers(job)
@@ -429,13 +430,13 @@ def calibration_points(job: Job, block: str) -> Trajectories | None:
 # ------------------------------------------------------------------------------------------- layers
 
 
-def finished_layers(job: Job) -> dict[str, SolvedLayer]:
+def finished_layers(job: Job) -> dict[str, LayerResult]:
     """Return the layers that an interrupted run left, as the first rank sees them: all ranks continue with the same."""
     done = job.ranks.broadcast([layer for layer in job.layers if job.folder.layer_path(layer.name).is_file()])
     return {layer.name: load_quantized(job, layer) for layer in done}
 
 
-def load_codes(job: Job) -> dict[str, SolvedLayer]:
+def load_codes(job: Job) -> dict[str, LayerResult]:
     """Return the layers of an earlier result that `--load` names, where name, format and shared codebooks agree."""
     if job.config.load is None:
         return {}
@@ -444,7 +445,7 @@ def load_codes(job: Job) -> dict[str, SolvedLayer]:
     for layer in job.layers:
         if layer.name in held and held[layer.name].spec == layer.spec and same_shared_codebooks(job, held[layer.name]):
             tensors = held[layer.name].code().pack()
-            found[layer.name] = SolvedLayer(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
+            found[layer.name] = LayerResult(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
     log_info(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from it")
     return found
 
@@ -455,7 +456,7 @@ def same_shared_codebooks(job: Job, layer: QuantizedLayer) -> bool:
     return books is None or torch.equal(layer.code().codebooks.float().cpu(), books.codebooks.cpu())
 
 
-def swap_block(job: Job, layers: list[Layer], quantized: dict[str, SolvedLayer]) -> None:
+def swap_block(job: Job, layers: list[Layer], quantized: dict[str, LayerResult]) -> None:
     """Replace the weights of a block by their codes."""
     for layer in layers:
         done = quantized[layer.name]
@@ -497,7 +498,7 @@ def compare_pairs(job: Job, teacher: list[Image.Image], student: list[Image.Imag
     return compare_images(teacher, student, job.evaluation, "quantized")
 
 
-def finish(job: Job, quantized: dict[str, SolvedLayer], errors: tuple[list, list], scores: dict) -> dict:
+def finish(job: Job, quantized: dict[str, LayerResult], errors: tuple[list, list], scores: dict) -> dict:
     """Write the pipeline folder, the card and the summary, then drop the working data."""
     staged = job.folder.work / "pipeline"
     with job.clock("saving"), saved_types(job.pipeline, job.stored):

@@ -61,7 +61,7 @@ def layer_bits(layer: Layer) -> int:
 
 
 @dataclass(frozen=True)
-class Rest:
+class Int8Totals:
     """The layers that become int8: how many, their weights, and the bits of these."""
 
     layers: int = 0
@@ -69,7 +69,7 @@ class Rest:
     bits: int = 0
 
     @classmethod
-    def of(cls, unet: nn.Module, names: list[str]) -> Rest:
+    def of(cls, unet: nn.Module, names: list[str]) -> Int8Totals:
         weights = [unet.get_submodule(name).weight for name in names]
         sizes = [weight.numel() for weight in weights]
         return cls(len(names), sum(sizes), 8 * sum(sizes) + 16 * sum(map(len, weights)))
@@ -81,12 +81,12 @@ def plain_bits(unet: nn.Module, stored: torch.dtype | None) -> int:
     return 8 * (min(computed, stored.itemsize) if stored else computed)
 
 
-def layer_table(layers: list[Layer], parameters: int, rest: Rest, plain: int) -> str:
+def layer_table(layers: list[Layer], parameters: int, int8: Int8Totals, plain: int) -> str:
     """Format one line per layer: shape, code and stored bits per weight; then the totals and the predicted size.
 
     Args:
         parameters: number of those of the whole UNet.
-        rest: what becomes int8.
+        int8: what becomes int8.
         plain: bits of every other value.
     """
     width = max(len(layer.name) for layer in layers)
@@ -98,17 +98,17 @@ def layer_table(layers: list[Layer], parameters: int, rest: Rest, plain: int) ->
             code = f"trellis {spec.nbits_per_codebook}"
         shape = f"{layer.rows:5d} × {layer.columns:<7d}"
         lines.append(f"{layer.name:{width}}  {layer.kind:6s} {shape}  {code:10s} {layer_bits(layer) / weights:6.3f}")
-    if rest.layers:
-        each = rest.bits / rest.weights
-        lines.append(f"{rest.layers} other layers, {rest.weights / 1e6:.2f} M weights: {each:.3f} bits each")
-    lines.append(totals(layers, parameters, rest, plain, sum(map(layer_bits, layers)) + shared_codebook_bits(layers)))
+    if int8.layers:
+        each = int8.bits / int8.weights
+        lines.append(f"{int8.layers} other layers, {int8.weights / 1e6:.2f} M weights: {each:.3f} bits each")
+    lines.append(totals(layers, parameters, int8, plain, sum(map(layer_bits, layers)) + shared_codebook_bits(layers)))
     return "\n".join(lines)
 
 
-def totals(layers: list[Layer], parameters: int, rest: Rest, plain: int, bits: float) -> str:
+def totals(layers: list[Layer], parameters: int, int8: Int8Totals, plain: int, bits: float) -> str:
     """Format the last line of the table, for layers that take `bits` together; also before bits are allocated."""
     weights = sum(layer.rows * layer.columns for layer in layers)
-    whole = bits + rest.bits + plain * (parameters - weights - rest.weights)
+    whole = bits + int8.bits + plain * (parameters - weights - int8.weights)
     return (
         f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
         f"{bits / weights:.3f} stored bits per weight, {whole / parameters:.3f} over the whole UNet, "
@@ -181,20 +181,22 @@ def plan(
     hardest = max(solver_bytes(layer, config.code == "trellis") for layer in layers)
     solving = max(map(squares, in_block)) * 2 * MEAN + hardest
     changes = shapes.itemsize * sum(layer.rows * layer.columns for layer in layers)
-    rest, kept = shapes.text + shapes.vae, hessian_bytes(groups, config.hessian_memory_gb, all_kept)
+    others, kept = shapes.text + shapes.vae, hessian_bytes(groups, config.hessian_memory_gb, all_kept)
     times = seconds(config, shapes, groups, len(recorded), prompts, rates)
     needs = [
-        Need("teacher", shapes.unet + sampling, rest + shapes.points, shapes.points),
-        Need("hessians", shapes.unet + hessians, rest + shapes.points, shapes.points + kept),
-        Need("layers", shapes.unet + solving, rest, shapes.points + kept),
-        Need("evaluation", shapes.unet + sampling, rest + shapes.points, shapes.points + kept),
-        Need("saving", shapes.unet, rest + shapes.unet, 2 * shapes.pipeline + shapes.points + kept),
+        Need("teacher", shapes.unet + sampling, others + shapes.points, shapes.points),
+        Need("hessians", shapes.unet + hessians, others + shapes.points, shapes.points + kept),
+        Need("layers", shapes.unet + solving, others, shapes.points + kept),
+        Need("evaluation", shapes.unet + sampling, others + shapes.points, shapes.points + kept),
+        Need("saving", shapes.unet, others + shapes.unet, 2 * shapes.pipeline + shapes.points + kept),
     ]
     if config.target_bits is not None:
         # Backward with checkpointing: about one call's activations again, and a gradient.
         widest = max(layer.rows * layer.columns for layer in layers)
         effects = max(2 * (shapes.step + shapes.itemsize * widest), solving)
-        needs.insert(2, Need("allocation", shapes.unet + effects, rest + changes + shapes.points, shapes.points + kept))
+        needs.insert(
+            2, Need("allocation", shapes.unet + effects, others + changes + shapes.points, shapes.points + kept)
+        )
     return [replace(need, seconds=times.get(need.phase, 0.0)) for need in needs]
 
 

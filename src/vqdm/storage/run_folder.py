@@ -53,7 +53,7 @@ SECONDS_TO_APPEAR = 60.0  # for a network disk to show one machine the files of 
 
 
 @dataclass(frozen=True)
-class SolvedLayer:
+class LayerResult:
     """A layer's code as stored, and its report."""
 
     tensors: dict[str, Tensor]
@@ -137,7 +137,7 @@ class RunFolder:
         metadata = {"spec": json.dumps(layer.spec.to_dict()), "report": json.dumps(report)}
         save_checked(code.pack(), self.layer_path(layer.name), metadata)
 
-    def load_layer(self, layer: Layer) -> SolvedLayer | None:
+    def load_layer(self, layer: Layer) -> LayerResult | None:
         """Load a quantized layer; None if it is not done yet. Raises RunError if its file is damaged."""
         path = self.layer_path(layer.name)
         if not path.is_file():
@@ -148,7 +148,7 @@ class RunFolder:
             if spec != layer.spec:
                 raise ValueError("it is in another format than the layer")
             spec.check_tensors(layer.rows, layer.columns, tensors)
-            return SolvedLayer(tensors, spec, dict(parse_json(metadata["report"])))
+            return LayerResult(tensors, spec, dict(parse_json(metadata["report"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it and run again with --resume") from None
 

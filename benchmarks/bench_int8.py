@@ -1,11 +1,11 @@
-"""What `--rest_nbits 8` costs: the error of a UNet's output with the layers that are left alone in 8 bit.
+"""What `--unquantized_nbits 8` costs: the error of a UNet's output with its unquantized layers in 8 bit.
 
-    python benchmarks/bench_rest.py assets/shapes-xl prompts/shapes_test.csv
-    python benchmarks/bench_rest.py assets/shapes-xl prompts/shapes_test.csv --quantized out/demo
+    python benchmarks/bench_int8.py assets/shapes-xl prompts/shapes_test.csv
+    python benchmarks/bench_int8.py assets/shapes-xl prompts/shapes_test.csv --quantized out/demo
 
 The full-precision model samples the first prompts of the file; its UNet's inputs and outputs are recorded. One JSON
-line a row: the error on them, in dB of the outputs' energy, with the rest in 16 and in 8 bit, and the stored bits a
-parameter.
+line per row: the error on them, in dB of the outputs' energy, with unquantized layers in 16 and in 8 bit, and the
+stored bits per parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from rivals import bits_on_disk
 
 from vqdm.additive.code import CodeSpec
-from vqdm.diffusion.blocks import rest_layers, select_layers
+from vqdm.diffusion.blocks import select_layers, unquantized_layers
 from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import output_error, record_evaluation
@@ -26,20 +26,20 @@ from vqdm.layers.quantized import decoded_once, quantized_layers
 from vqdm.prompts import load_prompts
 
 
-def rest_of(unet: torch.nn.Module) -> list[str]:
-    """What `--rest_nbits 8` rounds: all but the quantized layers, or but the default ones where none is quantized."""
+def int8_candidates(unet: torch.nn.Module) -> list[str]:
+    """Names of what `--unquantized_nbits 8` stores in 8 bit, where no layer is quantized in a run of the defaults."""
     default = [layer.name for layer in select_layers(unet, "default", 0, CodeSpec(1, 1, 1), {})]
     names = list(quantized_layers(unet)) or default
-    return [name for name in rest_layers(unet, []) if name not in names]
+    return [name for name in unquantized_layers(unet, []) if name not in names]
 
 
-def row(unet: torch.nn.Module, recorded, parameters: int, rest_nbits: int, size: int) -> dict:
-    """One measured state of the UNet, as it is printed; full-precision tensors count 16 bits a value."""
+def row(unet: torch.nn.Module, recorded, parameters: int, unquantized_nbits: int, size: int) -> dict:
+    """One measured state of the UNet, as it is printed; full-precision tensors count 16 bits per value."""
     with decoded_once(unet):
         error = output_error(unet, recorded, size)
     return {
         "quantized_layers": len(quantized_layers(unet)),
-        "rest_nbits": rest_nbits,
+        "unquantized_nbits": unquantized_nbits,
         "unet_output_error_db": round(error, 3),
         "stored_bits_per_parameter": round(bits_on_disk(unet) / parameters, 4),
     }
@@ -63,12 +63,12 @@ def main() -> None:
     unet, parameters = pipeline.unet, sum(tensor.numel() for tensor in pipeline.unet.parameters())
     if arguments.quantized:
         unet = load_quantized_unet(find_quantized_unet(arguments.quantized), torch.float32).to(arguments.device)
-    rest = rest_of(unet)
-    for rest_nbits in (16, 8):
-        if rest_nbits == 8:
-            for name in rest:
+    names = int8_candidates(unet)
+    for unquantized_nbits in (16, 8):
+        if unquantized_nbits == 8:
+            for name in names:
                 quantize_int8(unet, name)
-        print(json.dumps(row(unet, recorded, parameters, rest_nbits, arguments.limit)), flush=True)
+        print(json.dumps(row(unet, recorded, parameters, unquantized_nbits, arguments.limit)), flush=True)
 
 
 if __name__ == "__main__":
