@@ -52,7 +52,7 @@ def remote(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "HfApi", Client)
     monkeypatch.setattr(hub, "get_token", lambda: "token")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     return tmp_path / "hub"
 
 
@@ -103,7 +103,7 @@ def test_what_stands_in_the_way_is_said_before_the_work(remote, monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(UserError, match="--push_to_hub needs a token"):
         hub.open_repository("small", private=False)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "yes")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         hub.open_repository("small", private=False)
     monkeypatch.setenv("RANK", "1")

@@ -22,13 +22,13 @@ from vqdm.diffusion.single_files import (
     QUANTIZED_KEYS,
     check_single_file,
     configuration_folder,
-    is_offline,
     parts_of,
 )
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import UserError
 from vqdm.layers.quantized import quantized_layers
 from vqdm.storage.hf import Method
+from vqdm.storage.hub import is_offline
 from vqdm.tracking import log_info
 
 # name, variant, number of a shard, variant where it follows the number, as older files have it

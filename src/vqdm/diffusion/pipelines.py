@@ -31,7 +31,6 @@ from vqdm.diffusion.model_folders import (
 from vqdm.diffusion.single_files import (
     bytes_of,
     configuration_folder,
-    is_offline,
     load_single_file,
     parts_of,
     quiet_diffusers,
@@ -41,6 +40,7 @@ from vqdm.errors import RunError, UserError
 from vqdm.images import generated_images
 from vqdm.layers.quantized import narrowed
 from vqdm.storage.files import pipeline_fingerprint, single_file_fingerprint
+from vqdm.storage.hub import is_offline
 from vqdm.tracking import log, log_info
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors spells them

@@ -8,7 +8,6 @@ and in the configurations, before weights are loaded; diffusers would take what 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from torch import nn
 from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
 from vqdm.storage.hf import tensors_in
+from vqdm.storage.hub import is_offline
 
 INDEX = "model_index.json"
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
@@ -179,11 +179,6 @@ def configuration_folder(
     if V_PREDICTION in names and scheduler.get("prediction_type") != "v_prediction":
         raise UserError(f"MODEL {model} predicts v, by its key {V_PREDICTION}, and the scheduler of {flag} does not")
     return folder
-
-
-def is_offline(local_files_only: bool) -> bool:
-    """Return whether the hub is not to be asked, by a flag or by the user's environment."""
-    return local_files_only or os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
 def _downloaded(model: str, name: str, given: bool, revision: str | None, local_files_only: bool) -> Path:

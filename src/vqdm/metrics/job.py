@@ -53,6 +53,7 @@ from vqdm.metrics.results import (
 )
 from vqdm.parallel import Ranks, launched
 from vqdm.storage.files import locked, probe, save_json, save_text, sweep
+from vqdm.storage.hub import is_offline
 from vqdm.tracking import Tracker, log_info, own_command, versions
 
 # ----------------------------------------------------------------------------------------------------------------- plan
@@ -139,7 +140,7 @@ def find_network(config: MetricsConfig, slot: str, download: bool) -> Network:
     try:
         return finders[slot]()
     except Unavailable as reason:
-        advice = "" if download or networks.offline(config.local_files_only) else ", --metrics downloads it"
+        advice = "" if download or is_offline(config.local_files_only) else ", --metrics downloads it"
         raise Unavailable(f"{reason}; {FLAGS[slot]} names another{advice}") from None
 
 

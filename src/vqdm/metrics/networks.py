@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from vqdm.documents import first_line
 from vqdm.fidelity import LPIPS_FILES
 from vqdm.storage.files import file_sha256
+from vqdm.storage.hub import is_offline
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
@@ -56,10 +56,6 @@ class Network:
     options: dict = field(default_factory=dict)
 
 
-def offline(local_files_only: bool) -> bool:
-    return local_files_only or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
 def digest(files: Iterable[Path]) -> str:
     """Return the SHA-256 of a file, or over those of several in order of their names."""
     parts = [file_sha256(path) for path in sorted(files, key=lambda path: path.name)]
@@ -93,7 +89,7 @@ def _from_hub(name: str, local_files_only: bool, *choices: tuple[str, ...]) -> P
 
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise Unavailable(f"{name} is not found; give a folder, or a hub name like owner/name")
-    here = offline(local_files_only)
+    here = is_offline(local_files_only)
     for patterns in choices:
         fetch = partial(snapshot_download, name, allow_patterns=[*SMALL_FILES, *patterns], local_files_only=here)
         folder = _fetched(name, here, fetch)
@@ -105,7 +101,7 @@ def _from_hub(name: str, local_files_only: bool, *choices: tuple[str, ...]) -> P
 def _hub_file(repository: str, name: str, local_files_only: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
-    here = offline(local_files_only)
+    here = is_offline(local_files_only)
     fetch = partial(hf_hub_download, repository, name, local_files_only=here)
     return _fetched(f"{repository}/{name}", here, fetch)
 
@@ -116,7 +112,7 @@ def _torch_hub_file(url: str, names: Iterable[str], local_files_only: bool) -> P
     found = next((folder / one for one in names if (folder / one).is_file()), None)
     if found:
         return found
-    if offline(local_files_only):
+    if is_offline(local_files_only):
         raise Unavailable(f"{name} is not in the folder of torch.hub, {folder}")
 
     def fetch() -> Path:

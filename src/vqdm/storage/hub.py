@@ -19,6 +19,12 @@ KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.js
 KEPT_HERE += ["work/*", "snapshots/*", "images/*", "wandb/*", "vqdm-*/*", "runs/*"]
 
 
+def is_offline(local_files_only: bool = False) -> bool:
+    """Return whether the hub is not to be asked, by a flag or by the user's environment, in the hub's own words."""
+    given = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return local_files_only or given.upper() in constants.ENV_VARS_TRUE_VALUES
+
+
 def open_repository(name: str, private: bool) -> str:
     """Create or find the repository, before the work starts; return its whole name, `owner/name`.
 
@@ -29,7 +35,7 @@ def open_repository(name: str, private: bool) -> str:
     """
     if not _first_process():
         return name
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         raise UserError("--push_to_hub needs the hub, but HF_HUB_OFFLINE is set")
     if get_token() is None:
         raise UserError("--push_to_hub needs a token: log in with `hf auth login`, or set HF_TOKEN")
