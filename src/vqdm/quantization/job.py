@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -181,62 +182,106 @@ def quantize(
     if config.intermediate.num_intermediate_finetunes and finetune_blocks is None:
         raise UserError("--num_intermediate_finetunes is above 0, but quantize() was called without finetune_blocks")
     calibration, evaluation = choose_prompts(config, *(prompts or read_prompts(config)))
-    if config.load is not None:
-        find_quantized_unet(config.load, name="--load")
     given = pipeline is not None
-    if not given:
-        check_configured(config)
-        where = (config.revision, config.local_files_only)
-        check_supported(config.model, *where, single_file_config=config.single_file_config)
+    check_sources(config, given)
     with launched(config.device) as ranks:
         check_float64(ranks.device)
-        if not given:
-            dtype = pick_dtype(config.dtype, ranks.device)
-            pipeline = skeleton(config, dtype) if config.dry_run else None
-            pipeline = pipeline or configured_pipeline(config, ranks.device, dtype)
-        check_loaded(pipeline.unet, config.model)
-        stored, original_bytes = model_files(config, pipeline, given)
-        layers = chosen_layers(config, pipeline.unet)
-        parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-        names = unquantized_layers(pipeline.unet, layers) if config.unquantized_nbits == 8 else []
-        int8 = Int8Totals.of(pipeline.unet, names)
-        log_info(planned_size(config, layers, parameters, int8, plain_bits(pipeline.unet, stored.get("unet"))))
-        steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
-        check_timestep_range(pipeline.scheduler, steps, *limits)
-        blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
-        if ranks.main:
-            log_truncated(pipeline, calibration + evaluation)
-        groups = groups_by_input(config, pipeline, layers)
-        needs = planned_needs(config, pipeline, groups, ranks.device, (len(calibration), len(evaluation)))
-        fingerprint = weights_fingerprint(pipeline) if given else None
-        settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-        settings["full_precision_hessians"] = keeps_hessians(config, layers)
-        settings |= {"weights_sha256": fingerprint} if given else {}
-        folder = RunFolder(config.output_dir)
+        pipeline = pipeline or loaded_pipeline(config, ranks.device)
+        planned = plan_run(config, pipeline, given, calibration, evaluation, ranks)
+        folder, settings = RunFolder(config.output_dir), planned.settings
         if config.dry_run:
             folder.check(settings, config.resume, ranks)
             return pipeline, None
         with folder.lock(ranks):
             if ranks.main:
                 need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-                need += hessians_to_come(config, groups, folder)
-                need = 0 if config.ignore_budget else need
-                folder.open(settings, versions(), config.resume, need)
+                need += hessians_to_come(config, planned.groups, folder)
+                folder.open(settings, versions(), config.resume, 0 if config.ignore_budget else need)
             if ranks.broadcast(folder.finished):
                 return load_finished(folder, pipeline, ranks)
             about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
             tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
-            clock = MemoryClock(ranks.device)
-            job = Job(config, pipeline, layers, calibration, evaluation, folder, tracker, clock, parameters, int8)
-            job.needs = needs
-            job.stored, job.original_bytes, job.fingerprint = stored, original_bytes, fingerprint
-            job.ranks, job.finetune_blocks = ranks, finetune_blocks
+            work = (folder, tracker, MemoryClock(ranks.device))
+            job = Job(
+                config, pipeline, planned.layers, calibration, evaluation, *work, planned.parameters, planned.int8
+            )
+            job.needs, job.ranks, job.finetune_blocks = planned.needs, ranks, finetune_blocks
+            job.stored, job.original_bytes, job.fingerprint = (
+                planned.stored,
+                planned.original_bytes,
+                planned.fingerprint,
+            )
             job.codebook_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
             try:
                 with resting_on_cpu(pipeline):
                     return pipeline, run(job)
             finally:
                 tracker.finish()
+
+
+def check_sources(config: QuantizeConfig, given: bool) -> None:
+    """Check the folders and hub names of the flags, where no loaded pipeline is given. Raises UserError."""
+    if config.load is not None:
+        find_quantized_unet(config.load, name="--load")
+    if not given:
+        check_configured(config)
+        where = (config.revision, config.local_files_only)
+        check_supported(config.model, *where, single_file_config=config.single_file_config)
+
+
+def loaded_pipeline(config: QuantizeConfig, device: torch.device) -> DiffusionPipeline:
+    """Load MODEL; for a dry run without its weights, where that can be."""
+    dtype = pick_dtype(config.dtype, device)
+    pipeline = skeleton(config, dtype) if config.dry_run else None
+    return pipeline or configured_pipeline(config, device, dtype)
+
+
+class RunPlan(NamedTuple):
+    """What is known of a run before anything slow starts: as in `Job`, the layers by input, and the run's record."""
+
+    layers: list[Layer]
+    parameters: int
+    int8: Int8Totals
+    groups: list[list[Layer]]
+    needs: list[Need]
+    stored: dict[str, torch.dtype]
+    original_bytes: int | None
+    fingerprint: str | None
+    settings: dict
+
+
+def plan_run(
+    config: QuantizeConfig,
+    pipeline: DiffusionPipeline,
+    given: bool,
+    calibration: list[str],
+    evaluation: list[str],
+    ranks: Ranks,
+) -> RunPlan:
+    """Choose the layers, and log and check what the run will need.
+
+    Raises:
+        UserError: settings and model do not fit each other, or the run does not fit the machine.
+    """
+    check_loaded(pipeline.unet, config.model)
+    stored, original_bytes = model_files(config, pipeline, given)
+    layers = chosen_layers(config, pipeline.unet)
+    parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
+    names = unquantized_layers(pipeline.unet, layers) if config.unquantized_nbits == 8 else []
+    int8 = Int8Totals.of(pipeline.unet, names)
+    log_info(planned_size(config, layers, parameters, int8, plain_bits(pipeline.unet, stored.get("unet"))))
+    steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
+    check_timestep_range(pipeline.scheduler, steps, *limits)
+    blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
+    if ranks.main:
+        log_truncated(pipeline, calibration + evaluation)
+    groups = groups_by_input(config, pipeline, layers)
+    needs = planned_needs(config, pipeline, groups, ranks.device, (len(calibration), len(evaluation)))
+    fingerprint = weights_fingerprint(pipeline) if given else None
+    settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+    settings["full_precision_hessians"] = keeps_hessians(config, layers)
+    settings |= {"weights_sha256": fingerprint} if given else {}
+    return RunPlan(layers, parameters, int8, groups, needs, stored, original_bytes, fingerprint, settings)
 
 
 def model_files(
