@@ -20,7 +20,7 @@ LABELS = {"plain": "published procedure, own codebooks", "ours": "vqdm --target_
 
 
 def row(folder: str, kind: str) -> dict:
-    """What a run's summary says."""
+    """What a run's summary holds."""
     summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
     layers = summary["layers"]
     return {
@@ -41,7 +41,7 @@ def plot(rows: list[dict], path: str) -> None:
     for kind, style in (("plain", "s--"), ("ours", "o-")):
         points = sorted((row["stored_bits"], row["unet_output_error_db"]) for row in rows if row["kind"] == kind)
         axes.plot(*zip(*points, strict=True), style, label=LABELS[kind])
-    axes.set_xlabel("stored bits a weight, codebooks and scales included")
+    axes.set_xlabel("stored bits per weight, codebooks and scales included")
     axes.set_ylabel("UNet-output error on held-out prompts, dB")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,4 +1,4 @@
-"""Milliseconds of decoding a weight in each way, beside those of the layer itself: one JSON line a row.
+"""Milliseconds of decoding a weight by each decode backend, beside those of the layer itself: one JSON line per row.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_decode.py --shapes 1280x1280 1280x1280x3x3 --codes 3x8g8 2x6g4
     OMP_NUM_THREADS=1 python benchmarks/bench_decode.py --unet assets/shapes-xl/unet --batches 2 32
@@ -7,7 +7,7 @@
 A shape is OxI of a linear layer or OxCxhxw of a convolution; a code is MxbgG: M codebooks of b bits, groups of G. The
 layer runs on T tokens, a convolution on a square image of T positions. With --unet a row is a UNet's step on noise,
 all its default layers coded. Codes are random: decoding takes the same time whatever they say. Every figure is the
-least of --repeats, the ways taking turns.
+least of --repeats, the backends taking turns.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def fill(layer: QuantizedLayer, generator: torch.Generator) -> QuantizedLayer:
 
 
 def layer_row(shape: str, code: str, arguments: argparse.Namespace) -> dict:
-    """One layer: each way to decode it, and the plain layer on each number of tokens."""
+    """One layer: each decode backend, and the plain layer on each number of tokens."""
     rows, columns, *kernel = map(int, shape.split("x"))
     if kernel:
         plain = nn.Conv2d(columns, rows, kernel, padding="same", bias=False)
@@ -83,7 +83,7 @@ def layer_row(shape: str, code: str, arguments: argparse.Namespace) -> dict:
     plain, layer = plain.to(arguments.device, dtype), fill(layer, torch.Generator().manual_seed(0)).to(arguments.device)
     stored = layer._stored()
     out = torch.empty(stored.shape, dtype=dtype, device=arguments.device)
-    runs = {path: partial(decode, stored, dtype, out, path) for path in ways(arguments)}
+    runs = {path: partial(decode, stored, dtype, out, path) for path in decode_backends(arguments)}
     runs |= {f"plain_{T}": partial(plain, inputs(plain, T, out)) for T in arguments.tokens}
     ms = least_ms(runs, arguments.repeats, arguments.device)
     return {"shape": shape, "code": code, "bits": layer.stored_bits / out.numel(), "ms": ms}
@@ -97,20 +97,20 @@ def inputs(plain: nn.Module, tokens: int, like: Tensor) -> Tensor:
     return like.new_ones(1, plain.in_channels, side, side).normal_()
 
 
-def ways(arguments: argparse.Namespace) -> list[str]:
-    """The ways that the command line asks for, or all of the device."""
+def decode_backends(arguments: argparse.Namespace) -> list[str]:
+    """The backends that the command line asks for, or all of the device."""
     found = [*CANDIDATES.get(arguments.device.split(":")[0], ("torch",)), "compile"]
-    return arguments.paths or [way for way in found if way != "native" or compiler()]
+    return arguments.paths or [name for name in found if name != "native" or compiler()]
 
 
 def unet_row(unet: UNet2DConditionModel, batch: int, code: str, arguments: argparse.Namespace) -> dict:
-    """One UNet step: plain, coded in each way, and coded with the decoded weights kept."""
+    """One UNet step: plain, coded with each backend, and coded with the decoded weights kept."""
     coded, generator = copy.deepcopy(unet), torch.Generator().manual_seed(0)
     for found in select_layers(unet, "default", 0, spec_of(code), {}):
         fill(swap(coded, found.name, found.spec), generator).to(arguments.device)
     step = unet_inputs(unet, batch)
     runs = {"plain": partial(unet, **step)}
-    runs |= {path: partial(forced, path, partial(coded, **step)) for path in (*ways(arguments), "auto")}
+    runs |= {path: partial(forced, path, partial(coded, **step)) for path in (*decode_backends(arguments), "auto")}
     ms = least_ms(runs, arguments.repeats, arguments.device)
     with decoded_once(coded):
         ms |= least_ms({"decoded_once": partial(coded, **step)}, arguments.repeats, arguments.device)
@@ -118,7 +118,7 @@ def unet_row(unet: UNet2DConditionModel, batch: int, code: str, arguments: argpa
 
 
 def forced(path: str, run: Callable[[], object]) -> None:
-    """Run with all weights decoded in one way."""
+    """Run with all weights decoded by one backend."""
     set_decode_backend(path)
     run()
     set_decode_backend(None)

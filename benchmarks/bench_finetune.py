@@ -1,7 +1,7 @@
-"""UNet-output error before and after fine-tuning, with codes as they are and changing: one JSON line a row.
+"""UNet-output error before and after fine-tuning, with codes as they are and changing: one JSON line per row.
 
     OMP_NUM_THREADS=2 python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 out/bits/ours-3
-    python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 --steps 60 --batch 8 --ways codebooks codes
+    python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 --steps 60 --batch 8 --methods codebooks codes
 
 The teacher is sampled once, on training prompts and on held-out ones; errors are on the held-out ones. Ways to train:
 
@@ -51,7 +51,7 @@ from vqdm.parallel import launched
 from vqdm.prompts import choose, load_prompts
 from vqdm.storage.files import save_json
 
-WAYS = ("codebooks", "codes", "codebooks_as_long", "unquantized")
+METHODS = ("codebooks", "codes", "codebooks_as_long", "unquantized")
 PROMPTS = {"learned": ("prompts/shapes_calibration.csv", 192, 0)}
 PROMPTS["held_out"] = ("prompts/shapes_evaluation.csv", 24, EVALUATION_SEED_OFFSET)
 
@@ -65,14 +65,14 @@ def record(arguments: argparse.Namespace, folder: Path) -> None:
         record_evaluation(pipeline, prompts, seed, settings, 16)[0].save(folder / f"{name}.safetensors")
 
 
-def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, folder: Path) -> dict:
-    """The row of `steps` steps in one way."""
+def train(method: str, quantized: str, steps: int, arguments: argparse.Namespace, folder: Path) -> dict:
+    """The row of `steps` steps by one method."""
     learned, held_out = (Points([Trajectories.load(folder / f"{name}.safetensors")]) for name in PROMPTS)
     with launched(arguments.device) as ranks:
-        unet = starting_unet(way, quantized, arguments).to(ranks.device)
+        unet = starting_unet(method, quantized, arguments).to(ranks.device)
         loss_fn = DistillationLoss(unet, None, torch.float32, arguments.local_batch, ranks)
         before = errors(unet, held_out.parts[0], "before")
-        trainer = make_trainer(loss_fn, steps, way == "codes", arguments)
+        trainer = make_trainer(loss_fn, steps, method == "codes", arguments)
         found = evaluate(loss_fn, learned, spread(learned, 128))
         trainer.learning_rate = choose_learning_rate(trainer.config, found.median_db)
         order = [point for epoch in range(steps) for point in shuffled(learned, None, str(epoch))]
@@ -81,9 +81,9 @@ def train(way: str, quantized: str, steps: int, arguments: argparse.Namespace, f
             changed += trainer.step(learned, chosen).codes.get("groups_changed", 0)
         seconds = time.perf_counter() - began
         after = errors(unet, held_out.parts[0], "after")
-    if arguments.keep and way != "unquantized":
-        keep(unet, quantized, Path(arguments.keep) / f"{Path(quantized).name}-{way}")
-    row = {"quantized": quantized, "way": way, "steps": steps, **before, **after}
+    if arguments.keep and method != "unquantized":
+        keep(unet, quantized, Path(arguments.keep) / f"{Path(quantized).name}-{method}")
+    row = {"quantized": quantized, "method": method, "steps": steps, **before, **after}
     row["learning_rate"] = trainer.learning_rate
     return row | {"seconds": seconds, "step_seconds": seconds / steps, "changed": changed, "peak": peak_memory()}
 
@@ -96,8 +96,8 @@ def errors(unet: nn.Module, recorded: Trajectories, when: str) -> dict[str, floa
     return {f"{when}_db": decibels(sum(found), sum(energies)), f"{when}_median_db": median}
 
 
-def starting_unet(way: str, quantized: str, arguments: argparse.Namespace) -> nn.Module:
-    if way == "unquantized":
+def starting_unet(method: str, quantized: str, arguments: argparse.Namespace) -> nn.Module:
+    if method == "unquantized":
         return load_pipeline(arguments.model, torch.device("cpu"), torch.float32).unet
     return load_quantized_unet(find_quantized_unet(quantized), torch.float32)
 
@@ -122,30 +122,30 @@ def make_trainer(loss_fn: DistillationLoss, steps: int, change_codes: bool, argu
 
 
 def rows(quantized: str, arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:
-    """A row for each of the ways."""
+    """A row for each of the methods."""
     took = {}
-    for way in arguments.ways:
+    for method in arguments.methods:
         steps = arguments.steps
-        if way == "unquantized":
+        if method == "unquantized":
             steps = 3
-        elif way == "codebooks_as_long":
+        elif method == "codebooks_as_long":
             steps = round(steps * took["codes"] / took["codebooks"])
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            row = process.submit(train, way, quantized, steps, arguments, folder).result()
-        took[way] = row["step_seconds"]
-        yield row | {"batch": arguments.batch, "step_ratio": ratio(took, way)}
+            row = process.submit(train, method, quantized, steps, arguments, folder).result()
+        took[method] = row["step_seconds"]
+        yield row | {"batch": arguments.batch, "step_ratio": ratio(took, method)}
 
 
-def ratio(took: dict[str, float], way: str) -> float | None:
+def ratio(took: dict[str, float], method: str) -> float | None:
     """Of the time of a step to that of the unquantized UNet; None where that was not measured before."""
-    return took[way] / took["unquantized"] if "unquantized" in took else None
+    return took[method] / took["unquantized"] if "unquantized" in took else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("quantized", nargs="+", metavar="QUANTIZED")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["unquantized", *WAYS[:3]])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["unquantized", *METHODS[:3]])
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--local_batch", type=int, default=8)
@@ -153,12 +153,12 @@ def main() -> None:
     parser.add_argument("--finetune_lr", type=float)
     parser.add_argument("--code_lr", type=float)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--points", metavar="FOLDER", help="keep what the teacher says here, or find it here")
+    parser.add_argument("--points", metavar="FOLDER", help="keep the teacher outputs here, or find them here")
     parser.add_argument("--keep", metavar="FOLDER", help="save the trained UNets below it")
     arguments = parser.parse_args()
-    missing = {"codes", "codebooks"} - set(arguments.ways)
-    if "codebooks_as_long" in arguments.ways and missing:
-        parser.error("--ways codebooks_as_long needs codebooks and codes before it")
+    missing = {"codes", "codebooks"} - set(arguments.methods)
+    if "codebooks_as_long" in arguments.methods and missing:
+        parser.error("--methods codebooks_as_long needs codebooks and codes before it")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.points or temporary)
         if not all((folder / f"{name}.safetensors").is_file() for name in PROMPTS):

@@ -1,4 +1,4 @@
-"""Memory of this process over a long run: one JSON line a sample, then one that says how much it grew.
+"""Memory of this process over a long run: one JSON line per sample, then one with the growth.
 
     python benchmarks/bench_memory.py generate assets/shapes-xl prompts/shapes_test.csv --batches 500
     python benchmarks/bench_memory.py quantize assets/shapes-xl prompts/shapes_test.csv

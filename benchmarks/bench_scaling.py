@@ -4,8 +4,8 @@
     python benchmarks/bench_solver.py --model assets/shapes-xl --codes 3x8g8 > times.jsonl
     python benchmarks/bench_scaling.py simulate times.jsonl --solver_speedup 50
 
-`measure` starts main_text2image.py under torchrun with one thread a process, and prints a JSON line a run: seconds by
-phase, the speed-up over the first, and whether the UNet's files are the same bytes.
+`measure` starts main_text2image.py under torchrun with one thread per process, and prints a JSON line per run: seconds
+by phase, the speed-up over the first, and whether the UNet's files are the same bytes.
 
 `simulate` takes rows of `bench_solver.py` and fits seconds = a·O·I + b·O·I² + c·I³ to those (see `sdxl.py`), for SDXL's
 layers without a row of their own shape. It then plays the work as `quantization/block.py` orders it: blocks in order,
@@ -96,8 +96,8 @@ class Machine:
     Attributes:
         unet_seconds: of one batch of the whole UNet on one GPU.
         batches: of a recording.
-        reduce_gbs: bytes a second, in 10⁹, that every rank adds up over all of them.
-        disk_gbs: bytes a second, in 10⁹, that the run's folder takes from all ranks together.
+        reduce_gbs: bytes per second, in 10⁹, that every rank adds up over all of them.
+        disk_gbs: bytes per second, in 10⁹, that the run's folder takes from all ranks together.
         memory_gb: of Hessians in a pass.
     """
 
@@ -224,8 +224,8 @@ def main() -> None:
     two.add_argument("--solver_speedup", type=float, default=1.0, help="of a GPU over the machine of FILE")
     two.add_argument("--unet_seconds", type=float, default=1.0, help="a batch of the whole UNet")
     two.add_argument("--batches", type=int, default=800, help="of a recording: 256 prompts × 50 steps / 16")
-    two.add_argument("--reduce_gbs", type=float, default=20.0, help="10⁹ bytes a second, over all ranks")
-    two.add_argument("--disk_gbs", type=float, default=1.0, help="10⁹ bytes a second, of the run's folder")
+    two.add_argument("--reduce_gbs", type=float, default=20.0, help="10⁹ bytes per second, over all ranks")
+    two.add_argument("--disk_gbs", type=float, default=1.0, help="10⁹ bytes per second, of the run's folder")
     two.add_argument("--hessian_memory_gb", type=float, default=8.0, help="as of main_text2image.py")
     arguments = parser.parse_args()
     found = []

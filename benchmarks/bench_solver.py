@@ -1,4 +1,4 @@
-"""Error and time of the layer solver: one JSON line a row.
+"""Error and time of the layer solver: one JSON line per row.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --shapes 256x256 --codes 2x8g8 3x8g8 --encoders ldl beam
     OMP_NUM_THREADS=1 python benchmarks/bench_solver.py --model assets/shapes-xl --codes 3x8g8 --encoders ldl beam plain
@@ -11,11 +11,11 @@ X = (randn(N, I) · logspace(0, −2, I)) Aᵀ · 8 + 0.1 · randn(N, I); one ch
 held-out H is that of another X, drawn after all of this. With --model: all layers that are quantized by default, on
 Hessians of its own sampling, which stay in --hessian_cache.
 
-The encoder `plain` is the published procedure as it is written down, `beam` the same codes in a shorter way. A whole
-run of `plain` takes hours: one layer of every shape is timed for an epoch, and `beam` says how many epochs it takes.
+The encoder `plain` is the published procedure as it is written down, `beam` the same codes in less time. A whole run of
+`plain` takes hours: one layer of every shape is timed for an epoch, for as many epochs as `beam` takes.
 
 With --batch L: L synthetic layers of every shape, of the seeds from --seed on, first one by one and then all at once;
-a row has the mean over the layers of seconds, errors and epochs. Both ways are run for an epoch before they are timed.
+a row has the mean over the layers of seconds, errors and epochs. Both are run for an epoch before they are timed.
 """
 
 from __future__ import annotations

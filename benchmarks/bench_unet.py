@@ -1,4 +1,4 @@
-"""A UNet step's time and peak memory: full precision, ours by each way to decode, and other packages. JSON lines.
+"""A UNet step's time and peak memory: full precision, ours by each decode backend, and other packages. JSON lines.
 
     python benchmarks/bench_unet.py --model sdxl-random                        # a GPU: 1024², guidance batch 2
     python benchmarks/bench_unet.py --model out/demo --threads 2               # a CPU, the small pipeline
@@ -92,8 +92,8 @@ def load(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     return plain, unet
 
 
-def ways(arguments: argparse.Namespace) -> list[str]:
-    """The ways to decode that the command line asks for, or all of the device; the compiler's own with --compile."""
+def decode_backends(arguments: argparse.Namespace) -> list[str]:
+    """The decode backends that the command line asks for, or all of the device; the compiler's own with --compile."""
     return arguments.paths or [*CANDIDATES.get(arguments.device.split(":")[0], ("torch",)), "auto"]
 
 
@@ -103,7 +103,7 @@ def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, Variant | str
     step = unet_inputs(plain, arguments.batch, arguments.height, arguments.width, arguments.tokens)
     yield PLAIN, attempt(arguments, plain, step)
     facts = {"stored_bits": round(stored_bits(ours), 3)}
-    for path in ["auto"] if arguments.compile else ways(arguments):
+    for path in ["auto"] if arguments.compile else decode_backends(arguments):
         yield f"ours {path}", attempt(arguments, ours, step, partial(forced, path), facts)
     for name in arguments.backends:
         try:
@@ -125,7 +125,7 @@ def attempt(
     call = partial(torch.compile(unet, dynamic=False) if arguments.compile else unet, **step)
     variant = Variant(partial(around, call) if around else call, held_bytes(unet), facts or {})
     try:
-        variant.run()  # compiles, and measures ways to decode
+        variant.run()  # compiles, and measures decode backends
         variant.working = working_bytes(variant.run, arguments.device)
     except Exception as error:
         return reason(error)
@@ -214,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="repetitions")
     parser.add_argument("--compile", action="store_true", help="every UNet by torch.compile")
     parser.add_argument(
-        "--paths", nargs="+", choices=BACKENDS, help="ways to decode (default: all that the device has)"
+        "--paths", nargs="+", choices=BACKENDS, help="decode backends (default: all that the device has)"
     )
     parser.add_argument("--backends", nargs="*", choices=RIVALS, default=list(RIVALS), metavar="NAME")
     parser.add_argument("--plot", metavar="FILE.png")

@@ -1,4 +1,4 @@
-"""The published procedure as it is written down, for its cost: what `--encoder beam` does a shorter way.
+"""The published procedure as it is written down, for its cost: what `--encoder beam` computes in less time.
 
 AQLM's beam search (arXiv 2401.06118, §3.1) with whole hypotheses: at every column group and codebook all B weight
 matrices are held, multiplied with the group's columns of H, and copied for the best of their continuations. Adam takes
@@ -38,7 +38,7 @@ def adam(W: Tensor, H: Tensor, code: AdditiveCode, steps: int, lr: float) -> Add
 
 
 def beam_search(W: Tensor, H: Tensor, code: AdditiveCode, beam: int, generator: torch.Generator) -> AdditiveCode:
-    """New codes for W [O, I], groups and codebooks in random order; out_group_size 1, one scale a row."""
+    """New codes for W [O, I], groups and codebooks in random order; out_group_size 1, one scale per row."""
     codes = code.codes.long()[:, None]  # [O, B, G, M]
     coded = code.dequantize()[:, None]  # [O, B, I]
     losses = (((W - coded[:, 0]) @ H) * (W - coded[:, 0])).sum(1, keepdim=True)  # [O, B]

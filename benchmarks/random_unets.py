@@ -33,7 +33,7 @@ def empty_coded(config: dict, spec: CodeSpec, dtype: torch.dtype) -> UNet2DCondi
 
 
 def stored_bits(unet: nn.Module) -> float:
-    """Stored bits a weight of the coded layers, shared codebooks included."""
+    """Stored bits per weight of the coded layers, shared codebooks included."""
     layers = quantized_layers(unet).values()
     shared = {id(module): module for layer in layers for module in layer.shared}
     bits = sum(layer.stored_bits for layer in layers)

@@ -289,7 +289,7 @@ def _reader(one: Setting) -> Callable[[str], Any]:
 def run_script(
     main: Callable[[list[str] | None], None],
     argv: list[str] | None = None,
-    after_interrupt: str = "the same command with --resume goes on",
+    after_interrupt: str = "the same command with --resume continues",
 ) -> int:
     """Run a script's main function; one line on standard error and the exit status for whatever goes wrong.
 

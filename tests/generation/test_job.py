@@ -163,7 +163,7 @@ def test_interrupted_run_resumes_where_it_was(finished, pipelines, prompts, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(job, "generate", tired)
         assert run(*words, out=out) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume continues" in capsys.readouterr().err
     part = next(out.glob("manifest.*.jsonl"))
     part.write_text(part.read_text()[:-20])
     (out / "000000_00.png").write_bytes(b"damaged")

@@ -36,7 +36,7 @@ def test_every_linear_of_the_transformer_is_quantized_and_reported_on(part):
     assert all(0 < report.error < 0.2 and report.held_out_error > 0 for report in reports.values())
     ids = tokenizer(PROMPTS[:4], padding="max_length", max_length=24, return_tensors="pt").input_ids
     expected, got = hidden(original, ids), hidden(model, ids)
-    assert 0 < (got - expected).norm() < 0.3 * expected.norm()  # two bits a weight
+    assert 0 < (got - expected).norm() < 0.3 * expected.norm()  # two bits per weight
 
 
 def test_equal_seeds_give_equal_codes_and_others_do_not():

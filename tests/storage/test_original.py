@@ -17,7 +17,7 @@ SETTINGS = {
     "wide codes": dict(code_dtype=torch.int64),
     "groupwise": dict(groupwise=True),
     "input scales": dict(input_scales=True),
-    "a scale a group": dict(scale_nbits=16),
+    "a scale per group": dict(scale_nbits=16),
     "few scales": dict(scale_nbits=2, straight_through=True),
     "indexed scales": dict(scale_nbits=1),
     "lossless scales": dict(scale_nbits=3),

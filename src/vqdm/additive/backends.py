@@ -166,7 +166,7 @@ def _reason(error: Exception) -> str:
 
 @cache
 def _say(device: torch.device, path: str) -> None:
-    """Once a device: what is used, and where that is not the fast way, why."""
+    """Once a device: what is used, and where that is not the fast backend, why."""
     if device.type == "cuda" and path == "torch":
         log.warning("scoring on %s: torch, slower than Triton, which fails: %s", device, _failure(device, "triton"))
     elif path == "torch" and device.type == "cpu":

@@ -5,8 +5,8 @@
 AQLM (arXiv 2401.06118, eq. 6) takes Adam steps on L; both problems are least squares, so conjugate gradients on their
 normal equations get further with a tenth of the products with H.
 
-Letters: O rows, I columns; R = O/p row groups, G = I/g column groups; d = p·g values a codebook entry; M codebooks
-of K entries, C = M·K entries in all (G·M·K when groupwise); S scales a row group, 1 or G.
+Letters: O rows, I columns; R = O/p row groups, G = I/g column groups; d = p·g values per codebook entry; M codebooks
+of K entries, C = M·K entries in all (G·M·K when groupwise); S scales per row group, 1 or G.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def refit_codebooks(fits: list[Fit], iterations: int, ridge: float) -> Tensor:
 
 
 def refit_scales(W: Tensor, H: Tensor, code: AdditiveCode, iterations: int) -> AdditiveCode:
-    """`code` with the scales that minimise L: with one scale a row group, s = ⟨u, w⟩_H / ⟨u, u⟩_H."""
+    """`code` with the scales that minimise L: with one scale per row group, s = ⟨u, w⟩_H / ⟨u, u⟩_H."""
     p, g = code.codebooks.shape[-2:]
     unscaled = replace(code, scales=torch.ones_like(code.scales)).dequantize()
     shape = (*code.scales.shape, -1)

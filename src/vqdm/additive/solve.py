@@ -1,7 +1,7 @@
 """A layer, or several of one shape at once: from weights and second moments of inputs to additive codes.
 
 Letters: O rows, I columns; p, g = out and in group size; R = O/p row groups, G = I/g column groups; d = p·g;
-M codebooks of K entries; S scales a row group, 1 or G; L layers.
+M codebooks of K entries; S scales per row group, 1 or G; L layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Shared codebooks: their names, their training on recorded Hessians, their files.
 
 Small layers pay more for codebooks of their own than for codes; a shared set costs next to nothing, so that its
-codebooks can be larger (up to 16 bits an entry)."""
+codebooks can be larger (up to 16 bits per entry)."""
 
 from __future__ import annotations
 

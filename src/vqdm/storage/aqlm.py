@@ -1,6 +1,6 @@
 """Text encoders in the `aqlm` format, which stock transformers loads beside the `aqlm` package.
 
-It holds Linear layers of one shape of code, with codebooks of the layer's own and a scale a row (arXiv 2401.06118).
+It holds Linear layers of one shape of code, with codebooks of the layer's own and a scale per row (arXiv 2401.06118).
 
 Letters: R, G row and column groups; M codebooks of K = 2^b entries; p, g out and in group size.
 """
