@@ -8,8 +8,15 @@ from unittest.mock import patch
 
 from vqdm.config import all_settings, inner, unmet_needs
 
-# What looks at every setting, whatever it does: checks, records, and comparisons of settings (compiled from a string).
-EVERYWHERE = ("/config.py", "dataclasses.py", "copy.py", "<string>")
+# Functions that look at every setting, whatever it does: checks, records, copies.
+EVERYWHERE = ("__post_init__", "check_fields", "image_pairs", "_check_codes", "to_dict", "generate_command", "replace")
+
+
+def counts(frame) -> bool:
+    """Whether a read is the program's own: not of a function above, nor of a comparison (compiled from a string)."""
+    while frame.f_code.co_filename.endswith(("dataclasses.py", "copy.py")) and frame.f_code.co_name != "replace":
+        frame = frame.f_back
+    return frame.f_code.co_name not in EVERYWHERE and frame.f_code.co_filename != "<string>"
 
 
 @contextmanager
@@ -20,7 +27,7 @@ def settings_read(kind: type, read: set[str]) -> Iterator[None]:
     kinds += [part for held in kinds[1:] for part in inner(held).values()]
 
     def noted(self, name):
-        if not sys._getframe(1).f_code.co_filename.endswith(EVERYWHERE):
+        if counts(sys._getframe(1)):
             read.add(switches.get(name, name))
         return object.__getattribute__(self, name)
 
