@@ -12,11 +12,12 @@ from vqdm.config import all_settings, inner, unmet_needs
 EVERYWHERE = ("__post_init__", "check_fields", "image_pairs", "_check_codes", "to_dict", "generate_command", "replace")
 
 
-def counts(frame) -> bool:
+def counts(frame, kinds: tuple[type, ...]) -> bool:
     """Whether a read is the program's own: not of a function above, nor of a comparison (compiled from a string)."""
     while frame.f_code.co_filename.endswith(("dataclasses.py", "copy.py")) and frame.f_code.co_name != "replace":
         frame = frame.f_back
-    return frame.f_code.co_name not in EVERYWHERE and frame.f_code.co_filename != "<string>"
+    its_own = isinstance(frame.f_locals.get("self"), kinds) or "self" not in frame.f_locals
+    return not (frame.f_code.co_name in EVERYWHERE and its_own) and frame.f_code.co_filename != "<string>"
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def settings_read(kind: type, read: set[str]) -> Iterator[None]:
     kinds += [part for held in kinds[1:] for part in inner(held).values()]
 
     def noted(self, name):
-        if counts(sys._getframe(1)):
+        if counts(sys._getframe(1), tuple(kinds)):
             read.add(switches.get(name, name))
         return object.__getattribute__(self, name)
 

@@ -18,9 +18,9 @@ from vqdm.finetuning.trainer import DistillationLoss, Trainer, stored_types, tra
 FAST = shlex.split(
     "--num_codebooks 2 --nbits_per_codebook 3 --in_group_size 4 --calibration_nsamples 6 --evaluation_nsamples 2 "
     "--visualize_nsamples 0 --num_inference_steps 2 --max_epochs 1 --beam_size 1 --init_max_iter 1 --xtx_batch_size 6 "
-    "--layer_filter (down_blocks.0.resnets.0|mid_block.resnets.0|up_blocks.1.resnets.0).conv1 "
-    "--finetune_batch_size 4 --finetune_lr 0.02"
+    "--layer_filter (down_blocks.0.resnets.0|mid_block.resnets.0|up_blocks.1.resnets.0).conv1"
 )
+TWICE = shlex.split("--num_intermediate_finetunes 2 --finetune_batch_size 4 --finetune_lr 0.02")
 
 
 def test_blocks_that_are_done_move_and_their_codes_stay(pipelines, prompt_file, tmp_path, monkeypatch):
@@ -45,9 +45,9 @@ def test_blocks_that_are_done_move_and_their_codes_stay(pipelines, prompt_file, 
     assert run(tmp_path / "plain") == 0
     with monkeypatch.context() as patch:
         patch.setattr("vqdm.quantization.job.finish", interrupt)
-        assert run(tmp_path / "out", "--num_intermediate_finetunes", "2") == 130
+        assert run(tmp_path / "out", *TWICE) == 130
     assert len(done) == 2
-    assert run(tmp_path / "out", "--num_intermediate_finetunes", "2", "--resume") == 0
+    assert run(tmp_path / "out", *TWICE, "--resume") == 0
     assert len(done) == 2
     first, second = ({name.partition(".")[0] for name in moved} for moved in done)
     assert first == {"down_blocks"} and second == {"down_blocks", "mid_block"}

@@ -45,7 +45,7 @@ class MetricsConfig(ProgramConfig):
         metavar="NAME",
         common=True,
     )
-    force: bool = _images(False, "compare pairs although their settings differ", common=True, needs=("reference",))
+    force: bool = _images(False, "score pairs although their settings differ, and images with NaN", common=True)
     save_stats: str | None = _images(
         None, "write the statistics of IMAGES for a later --fid_reference", metavar="FILE.npz", common=True
     )
