@@ -112,7 +112,19 @@ def _unquoted(text: str) -> Table:
             for _, row in table.rows:
                 if len(row) > column and QUOTED.fullmatch(row[column]):
                     row[column] = _bare(row[column])
+    table.notes += _several_lines(table.rows)
     return table
+
+
+def _several_lines(rows: list[tuple[int, list[str]]]) -> list[str]:
+    """A note where a cell opens a double quote and a later line closes one, as in a cell of several lines."""
+    odd = [(number, cell.strip()) for number, cells in rows for cell in cells if cell.count('"') % 2]
+    opens = [number for number, cell in odd if cell.startswith('"')]
+    closes = [number for number, cell in odd if cell.endswith('"') and not cell.startswith('"')]
+    closed = next((number for number in closes if number > opens[0]), None) if opens else None
+    if closed is None:
+        return []
+    return [f"line {opens[0]} opens a double quote that line {closed} may close; each line is read as a row"]
 
 
 def _is_quoted(cells: list[str]) -> bool:
@@ -147,11 +159,24 @@ def _checked(table: Table, separator: str) -> Table:
     table.names = [name.strip() or f"column {k}" for k, name in enumerate(names, start=1)]
     while table.rows and not any(cell.strip() for cell in table.rows[-1][1]):
         table.rows.pop()
+    repeated = [number for number, cells in table.rows if _plain(cells) == _plain(names)]  # where files were joined
+    if repeated:
+        count = f"{len(repeated)} of {len(table.rows)} rows"
+        table.notes.append(f"{count} repeat the header and are left out, the first is line {repeated[0]}")
+        table.rows = [(number, cells) for number, cells in table.rows if _plain(cells) != _plain(names)]
     short = [number for number, cells in table.rows if any(map(str.strip, cells)) and len(cells) < len(names)]
     if short:
         count = f"{len(short)} of {len(table.rows)} rows"
         table.notes.append(f"{count} have fewer cells than the header, the first is line {short[0]}")
     return table
+
+
+def _plain(cells: list[str]) -> list[str]:
+    """Cells without blanks, the byte order mark of a joined file, and empty cells at the end."""
+    plain = [cell.strip().strip("\ufeff") for cell in cells]
+    while plain and not plain[-1]:
+        plain.pop()
+    return plain
 
 
 def check_names(names: list, where: str) -> None:
