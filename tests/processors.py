@@ -12,6 +12,7 @@ What is computed twice in one way is equal also here; what is computed in two wa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -186,6 +187,7 @@ def from_environment() -> None:
     for switch in wanted:
         _KEPT.enter_context(switch())
     if wanted:
+        atexit.register(_KEPT.close)  # while the modules still have their names
         os.environ["PYTHONPATH"] = path_of_started_programs()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vqdm import devices
-from vqdm.devices import BatchSize, matmul_rate
+from vqdm.devices import BatchSize, matmul_rate, use_device
 from vqdm.errors import RunError
 
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")]
@@ -56,3 +56,9 @@ def test_the_rate_of_matrix_products_is_their_operations_over_the_time(tick, siz
     monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
     elapsed = 10 * tick if size == 1024 else tick
     assert matmul_rate(torch.device("cpu"), torch.float32) == pytest.approx(2 * size**3 / elapsed)
+
+
+def test_the_cpu_has_no_number_so_that_weights_stay_where_they_are():
+    """Tensors on "cpu" are copied where they are moved to the "cpu:0" of a launch of several processes."""
+    weight = torch.zeros(3)
+    assert weight.to(use_device(torch.device("cpu:0"))) is weight

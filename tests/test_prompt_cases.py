@@ -78,6 +78,12 @@ FILES = {
     "tsv, all quoted": ("tsv", '"id"\t"prompt"\n"1"\t"a ""red"" circle"\n', ['a "red" circle'], ["taken off"]),
     "tsv, some quoted": ("tsv", 'prompt\n"a ""red"" one"\na blue star\n', ['a "red" one', TWO[1]], ["taken off"]),
     "tsv, a quoted sign": ("tsv", 'prompt\n"hello"\na blue star\n', ['"hello"', TWO[1]], []),
+    "tsv, a cell of two lines": (
+        "tsv",
+        'id\tprompt\n1\t"a red\ncircle"\n',
+        ['"a red'],
+        ["line 2 opens", "line 3 may close", "1 of 2 rows without a prompt"],
+    ),
     # --- headers
     "case and blanks": ("csv", " Prompt , ID\na red circle,1\n", TWO[:1], []),
     "no header": ("csv", "a red circle\na blue star\n", "no column named prompt", ["first line must name"]),
@@ -87,6 +93,13 @@ FILES = {
     "a name twice but for case": ("csv", "Prompt,prompt\na,b\n", "its header has two columns of one name", ["Prompt"]),
     "plural": ("csv", "prompts\na red circle\n", TWO[:1], []),
     "byte order mark": ("csv", "\ufeffprompt\na red circle\n", TWO[:1], []),
+    "joined tables": (
+        "csv",
+        "id,prompt\n1,a red circle\n\ufeffid,prompt\nid, prompt,\n2,a blue star\n",
+        TWO,
+        ["2 of 4 rows repeat the header", "line 3"],
+    ),
+    "joined tables, tsv": ("tsv", "prompt\na red circle\nprompt\na blue star\n", TWO, ["1 of 3 rows repeat", "line 3"]),
     # --- rows
     "several missing values": ("csv", "prompt\nnan\na\nNone\n", ["nan", "a", "None"], ["2 of 3", "'nan' or 'None'"]),
     "short rows": ("csv", "prompt,id,n\na red circle,1,2\na blue star\n", TWO, ["1 of 2 rows have fewer", "line 3"]),
@@ -114,7 +127,29 @@ FILES = {
     "latin-1 json": ("json", '["a",\n"é"]'.encode("latin-1"), "line 2: byte 0xe9", ["save it as UTF-8"]),
     "latin-1 yaml": ("yaml", "- a\n- é\n".encode("latin-1"), "line 2: byte 0xe9", ["save it as UTF-8"]),
     "cp1252 Mac": ("csv", b"prompt\ra red circle\r\x93a\x94\r", "line 3: byte 0x93", ["save it as UTF-8"]),
+    "gzip": ("csv", b"\x1f\x8b\x08\0", "it is a gzip file; unpack it", []),
+    "a spreadsheet": ("csv", b"PK\x03\x04\x14\0", "a spreadsheet", ["save it as UTF-8"]),
+    "Parquet by another name": ("csv", b"PAR1\x15", "it is a Parquet file", ["rename"]),
     # --- text
+    "characters lost": (
+        "txt",
+        "a caf\ufffd\na blue star\n",
+        ["a caf\ufffd", TWO[1]],
+        ["1 of 2 rows hold U+FFFD", "line 1"],
+    ),
+    "objects as text": (
+        "txt",
+        '{"prompt": "a"}\n{b}\n',
+        ['{"prompt": "a"}', "{b}"],
+        ["1 of 2 rows look like JSON", "line 1"],
+    ),
+    "quotes around lines": (
+        "txt",
+        '"a"\n\n"b"\n',
+        ['"a"', '"b"'],
+        ["all prompts are in double quotes", "part of them"],
+    ),
+    "some quotes": ("txt", '"a"\nb\n', ['"a"', "b"], []),
     "blank lines": ("txt", "a red circle\n\n \na blue star\n\n", TWO, ["2 of 4 rows without a prompt", "line 2"]),
     "comments": ("txt", "# colours\na red circle\n", ["# colours", TWO[0]], ["1 of 2 rows begin with #", "line 1"]),
     "a table as text": ("txt", "id,prompt\n1,a\n", ["id,prompt", "1,a"], ["looks like the header"]),
@@ -128,7 +163,49 @@ FILES = {
     "unknown keys in lines": ("jsonl", '"a"\n{"words": "b"}', "line 2: no column named prompt", ["are words"]),
     "texts and objects": ("json", '["a red circle", {"prompt": "a blue star"}]', TWO, []),
     "columns by turns": ("json", '[{"prompt": "a red circle"}, {"caption": "a blue star"}]', TWO, ["caption (1 rows)"]),
-    "a key twice": ("json", '[{"prompt": "a", "prompt": "b"}]', "names 'prompt' twice", []),
+    "a key twice": (
+        "json",
+        '[{"prompt": "a"},\n{"prompt": "a", "prompt": "b"}]',
+        "line 2: an object names 'prompt' twice",
+        [],
+    ),
+    "a key twice, deep": (
+        "json",
+        '[{"prompt": "a",\n"x": [\n{"y": 1,\n"y": 2}]}]',
+        "line 3: an object names 'y' twice",
+        [],
+    ),
+    "a key twice in lines": (
+        "jsonl",
+        '"a"\n{"text": "a", "text": "b"}',
+        "line 2: an object names 'text' twice",
+        ["leave"],
+    ),
+    "a comma too many": (
+        "json",
+        '["a",\n"b",\n]',
+        "line 3, column 1: Expecting value",
+        ["take out the comma before it"],
+    ),
+    "a comma too many, object": (
+        "jsonl",
+        '"a"\n{"prompt": "b",}',
+        "line 2, column 16",
+        ["take out the comma before it"],
+    ),
+    "commas between lines": (
+        "jsonl",
+        '{"prompt": "a"},\n{"prompt": "b"}',
+        "line 1, column 16",
+        ["each line", "nothing else"],
+    ),
+    "objects of several lines": (
+        "jsonl",
+        '{\n"prompt": "a"\n}\n{\n"prompt": "b"\n}',
+        "line 1",
+        ["one whole JSON value"],
+    ),
+    "joined lines": ("jsonl", '{"prompt": "a red circle"}\n\ufeff{"prompt": "a blue star"}\n', TWO, []),
     "two cases of a key": ("json", '[{"prompt": "a", "Prompt": "b"}]', "row 1 has two columns of one name", []),
     "prompts: [...]": ("json", '{"prompts": ["a red circle", "a blue star"], "n": 2}', TWO, ["left out", "n"]),
     "prompts: [{...}]": ("json", '{"prompts": [{"text": "a red circle"}]}', TWO[:1], []),
@@ -218,6 +295,13 @@ def test_columns_that_only_generate_reads_are_named(tmp_path, caplog):
     assert [record.getMessage().partition(".csv: ")[2] for record in caplog.records] == [
         "columns that only generate.py uses: seed"
     ]
+
+
+@pytest.mark.parametrize("row", ["a red circle, big", "a red circle, 5, big"])
+def test_a_comma_that_moves_the_rest_of_a_prompt_into_a_column_of_numbers_is_named(tmp_path, row):
+    (tmp_path / "p.csv").write_text(f"prompt,seed,Guidance Scale\na blue star,1,7.5\n{row}\n")
+    with pytest.raises(UserError, match=r"^PROMPTS: .*p\.csv: line 3: its .* is 'big', text; .*double quotes$"):
+        load_prompts(str(tmp_path / "p.csv"), "PROMPTS")
 
 
 def test_a_folder_is_refused(tmp_path):

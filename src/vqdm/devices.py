@@ -41,9 +41,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def use_device(device: torch.device) -> torch.device:
-    """Make a GPU the current one, which `torch.cuda` uses without a number; return the device with its number."""
+    """Make a GPU the current one, which `torch.cuda` uses without a number; return the device with its number.
+
+    The CPU has none: moving a model to the "cpu:0" that accelerate names would copy all weights, to other addresses.
+    """
     if device.type not in ("cuda", "xpu"):
-        return device
+        return torch.device("cpu") if device.type == "cpu" else device
     module = getattr(torch, device.type)
     index = module.current_device() if device.index is None else device.index
     module.set_device(index)

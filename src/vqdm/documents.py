@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# How files begin that are no text whatever they are called → what they are, and what to do.
+NO_TEXT = {
+    b"\x1f\x8b": "it is a gzip file; unpack it",
+    b"PK\x03\x04": "it is a zip file or a spreadsheet; unpack it, or save it as UTF-8 text",
+    b"PAR1": "it is a Parquet file; rename it to .parquet",
+    b"%PDF-": "it is a PDF; save it as UTF-8 text",
+    b"\xd0\xcf\x11\xe0": "it is a spreadsheet or document of Office; save it as UTF-8 text",
+}
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
@@ -49,6 +58,9 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
 
 def decoded(data: bytes) -> str:
     """Decode the text of a file's bytes. Raises ValueError as `read_text`."""
+    for mark, advice in NO_TEXT.items():
+        if data.startswith(mark):
+            raise ValueError(advice)
     encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -95,15 +107,42 @@ def parse_json(text: str, unique: bool = False, first: int = 1) -> Any:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         line = f"line {first + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{line}: {error.msg}; it is not JSON, or was cut off") from None
+        advice = "it is not JSON, or was cut off"
+        if error.doc[: error.pos].rstrip().endswith(",") and error.doc[error.pos :][:1] in ("]", "}"):
+            advice = "take out the comma before it"
+        raise ValueError(f"{line}: {error.msg}; {advice}") from None
+    except _NamedTwice as error:
+        line = first + _lines_before(text[: _start_of_object(text)])
+        raise ValueError(f"line {line}: an object names {shortened(error.args[0])} twice; leave one out") from None
+
+
+class _NamedTwice(Exception):
+    """An object has this name twice."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"an object names {shortened(twice)} twice; leave one out")
+        raise _NamedTwice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
     return found
+
+
+def _start_of_object(text: str) -> int:
+    """Return where the object begins in which `_unique` finds a name twice; the fast parser does not know."""
+    starts: list[int] = []
+
+    def parse_object(start: tuple[str, int], *rest):
+        starts.append(start[1] - 1)
+        found = json.decoder.JSONObject(start, *rest)
+        starts.pop()
+        return found
+
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    decoder.parse_object = parse_object
+    decoder.scan_once = json.scanner.py_make_scanner(decoder)
+    with suppress(_NamedTwice, RecursionError):
+        decoder.decode(text)
+    return starts[-1] if starts else 0
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -298,7 +337,19 @@ def _unquoted(text: str) -> Table:
             for _, row in table.rows:
                 if len(row) > column and QUOTED.fullmatch(row[column]):
                     row[column] = _bare(row[column])
+    table.notes += _several_lines(table.rows)
     return table
+
+
+def _several_lines(rows: list[tuple[int, list[str]]]) -> list[str]:
+    """A note where a cell opens a double quote and a later line closes one, as in a cell of several lines."""
+    odd = [(number, cell.strip()) for number, cells in rows for cell in cells if cell.count('"') % 2]
+    opens = [number for number, cell in odd if cell.startswith('"')]
+    closes = [number for number, cell in odd if cell.endswith('"') and not cell.startswith('"')]
+    closed = next((number for number in closes if number > opens[0]), None) if opens else None
+    if closed is None:
+        return []
+    return [f"line {opens[0]} opens a double quote that line {closed} may close; each line is read as a row"]
 
 
 def _is_quoted(cells: list[str]) -> bool:
@@ -333,11 +384,24 @@ def _checked(table: Table, separator: str) -> Table:
     table.names = [name.strip() or f"column {k}" for k, name in enumerate(names, start=1)]
     while table.rows and not any(cell.strip() for cell in table.rows[-1][1]):
         table.rows.pop()
+    repeated = [number for number, cells in table.rows if _plain(cells) == _plain(names)]  # where files were joined
+    if repeated:
+        count = f"{len(repeated)} of {len(table.rows)} rows"
+        table.notes.append(f"{count} repeat the header and are left out, the first is line {repeated[0]}")
+        table.rows = [(number, cells) for number, cells in table.rows if _plain(cells) != _plain(names)]
     short = [number for number, cells in table.rows if any(map(str.strip, cells)) and len(cells) < len(names)]
     if short:
         count = f"{len(short)} of {len(table.rows)} rows"
         table.notes.append(f"{count} have fewer cells than the header, the first is line {short[0]}")
     return table
+
+
+def _plain(cells: list[str]) -> list[str]:
+    """Cells without blanks, the byte order mark of a joined file, and empty cells at the end."""
+    plain = [cell.strip().strip("\ufeff") for cell in cells]
+    while plain and not plain[-1]:
+        plain.pop()
+    return plain
 
 
 def check_names(names: list, where: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vqdm.documents import (
     LINE_END,
+    QUOTED,
     check_names,
     described,
     first_line,
@@ -47,6 +48,7 @@ EXPECTED = {
 LIST = re.compile(r"""\[\s*(['"]).*\1\s*,?\s*\]""", re.DOTALL)  # a list of texts that a program wrote into a cell
 # In JSON: an escaped NUL, and half of a surrogate pair. Tokenizers, PNG and UTF-8 take neither.
 NO_CHARACTER = re.compile(r"(?<!\\)(?:\\\\)*(\\u0000)|([\ud800-\udfff])")
+JSON_OBJECT = re.compile(r"\{\s*\".*\}\s*,?")
 NOT_A_PROMPT = ("nan", "none", "null", "<na>", "n/a")  # how programs write a missing text
 MOST_CHARACTERS = 2**30  # of all cells of a Parquet file, which may say one long text a billion times in a few bytes
 ROWS_AT_ONCE = 256
@@ -85,8 +87,24 @@ def load_prompts(source: str, flag: str) -> list[str]:
     unused = [name for name in SETTING_COLUMNS if name in filled]
     if unused:
         notes.append(f"columns that only generate.py uses: {', '.join(unused)}")
+    try:
+        for row in rows:
+            _check_numbers(row)
+    except UserError as error:
+        raise UserError(f"{flag}: {source}: {error}") from None
     log_notes(notes, source, flag)
     return [row["prompt"] for row in rows]
+
+
+def _check_numbers(row: Row) -> None:
+    """Raise UserError where a column of numbers holds none: an unquoted comma in the prompt moves its rest there."""
+    for name, value in row.items():
+        if plain_name(name) in SETTING_COLUMNS and plain_name(name) != "negative_prompt" and str(value or "").strip():
+            try:
+                float(value)
+            except (ValueError, TypeError, OverflowError):
+                advice = "allowed are numbers; put a prompt that holds a separator in double quotes"
+                raise UserError(f"{row.place}: its {name} is {described(value)}; {advice}") from None
 
 
 def check_prompts(prompts: Sequence[str], flag: str) -> list[str]:
@@ -189,6 +207,10 @@ def _checked(rows: list[Row], notes: list[str]) -> list[Row]:
         values = " or ".join(repr(value) for value in dict.fromkeys(row["prompt"] for row in missing))
         first = f"which looks like missing data, the first is {missing[0].place}"
         notes.append(f"{_count(missing, len(filled))} read as the prompt {values}, {first}")
+    lost = [row for row in filled if "\ufffd" in row["prompt"]]
+    if lost:
+        first = f"the mark of characters that an earlier conversion lost, the first is {lost[0].place}"
+        notes.append(f"{_count(lost, len(filled))} hold U+FFFD, {first}")
     lists = [row for row in filled if LIST.fullmatch(row["prompt"])]
     if lists:
         first = f"the first is {lists[0].place}; give each prompt a row"
@@ -290,6 +312,13 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
     cells = [cell.strip(BLANKS + '"').lower() for cell in re.split(r"[,;\t|]", lines[0])] if lines else []
     if set(cells) & set(COLUMNS):
         notes.append("line 1 is a prompt, but looks like the header of a table; name a table .csv or .tsv")
+    objects = [row for row in rows if JSON_OBJECT.fullmatch(row["prompt"].strip(BLANKS))]
+    if objects:
+        first = f"the first is {objects[0].place}; name such a file .jsonl"
+        notes.append(f"{_count(objects, len(rows))} look like JSON and are prompts, {first}")
+    filled = [row["prompt"].strip(BLANKS) for row in rows if row["prompt"].strip(BLANKS)]
+    if filled and all(QUOTED.fullmatch(prompt) for prompt in filled):
+        notes.append("all prompts are in double quotes, which are part of them; name a table .csv or .tsv")
     return rows
 
 
@@ -343,10 +372,18 @@ def _read_json_lines(path: Path, notes: list[str]) -> list[Row]:
 
 
 def _from_lines(text: str) -> list[Row]:
-    lines = enumerate(LINE_END.split(text), start=1)
-    return [
-        _entry(parse_json(line, unique=True, first=number), f"line {number}") for number, line in lines if line.strip()
-    ]
+    rows = []
+    for number, line in enumerate(LINE_END.split(text), start=1):
+        line = line.strip("\ufeff")  # where files were joined
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line, unique=True, first=number)
+        except ValueError as error:
+            more = "; each line must hold one whole JSON value and nothing else" if "is not JSON" in str(error) else ""
+            raise ValueError(f"{error}{more}") from None
+        rows.append(_entry(value, f"line {number}"))
+    return rows
 
 
 def _read_yaml(path: Path, notes: list[str]) -> list[Row]:

@@ -56,6 +56,7 @@ def test_misspelt_names(pipelines, monkeypatch):
     folder = pipelines["sdxl"].parent.name
     for model in (f"./{folder}/sdxI", str(pipelines["sdxl"].parent / "sdxI")):
         assert f"is not found (did you mean {model.removeprefix('./')[:-1]}l?)" in refusal(model)
+    assert "did you mean" not in refusal("/dev/null")
     with pytest.raises(UserError, match=r"is not a folder here \(did you mean .*/sdxl\?\), and cannot be loaded from"):
         load_pipeline(f"{folder}/sdxI", torch.device("cpu"), torch.float32, local_files_only=True)
     with pytest.raises(

@@ -7,7 +7,7 @@ import pytest
 import tiny_students
 import torch
 from conftest import tiny_pipeline
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vqdm import images
 from vqdm.devices import BatchSize
@@ -123,6 +123,34 @@ def test_images_that_are_left_out_are_counted_and_named(folder, caplog):
     assert "in formats that are not read: 1 .heic (the first is '2.heic')" in line
     (folder / "metadata.csv").write_text("file_name,text\n1.png,second\n")
     assert "without a caption in metadata.csv: 1 .png (the first is '0.png')" in left_out(caplog, folder)
+
+
+def test_images_that_generate_marked_are_not_trained_on(folder, caplog):
+    rows = [{"file": f"{k}.png", "prompt": "a star", "problem": problem} for k, problem in enumerate([None, "nan"])]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "left out, black, NaN or replaced by a safety checker: 1 .png (the first is '1.png')" in left_out(
+        caplog, folder
+    )
+    assert [image.file.name for image in load_captioned_images(str(folder))] == ["0.png"]
+
+
+def test_links_that_are_not_followed_are_counted(folder, caplog):
+    for k in range(2):
+        (folder / f"{k}.txt").write_text("a star")
+    (folder / "more").symlink_to(folder.parent)
+    (folder / "2.png").symlink_to("nothing.png")
+    assert "not followed: 1 .png, 1 without an ending (the first is '2.png')" in left_out(caplog, folder)
+
+
+def test_a_photograph_is_trained_on_upright(tmp_path, pipelines):
+    image = Image.new("RGB", (64, 64), "red")
+    image.paste("blue", (0, 0, 64, 32))
+    image.save(tmp_path / "upright.png")
+    image.getexif()[ExifTags.Base.Orientation] = 3  # upside down
+    image.rotate(180).save(tmp_path / "turned.png", exif=image.getexif())
+    pipeline = load_pipeline(str(pipelines["sdxl"]), torch.device("cpu"), torch.float32)
+    upright, turned = encode_images(pipeline, [tmp_path / "upright.png", tmp_path / "turned.png"], {})
+    torch.testing.assert_close(upright, turned)
 
 
 def test_nothing_is_logged_of_a_folder_that_is_used_whole(folder, caplog):

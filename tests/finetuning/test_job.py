@@ -12,7 +12,7 @@ import tiny_students
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from settings_read import settings_read, undeclared
 
 from vqdm.cli import run_script
@@ -232,6 +232,16 @@ def test_not_a_number_ends_training_and_the_best_is_kept(run, tmp_path, capsys, 
     best = next(row["held_out_db"] for row in log(tmp_path / "out") if row["step"] == 4 and "held_out_db" in row)
     assert summary["best"]["db"] == best
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values() if tensor.is_floating_point())
+
+
+def test_a_student_that_gives_infinity_is_refused_before_training(run, quantized, tmp_path, capsys):
+    large = tmp_path / "large"
+    shutil.copytree(quantized, large)
+    tensors = weights(large)
+    tensors["conv_out.weight"].fill_(torch.finfo(tensors["conv_out.weight"].dtype).max)
+    save_file(tensors, large / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert run(tmp_path / "out", "--finetune_lr", "auto", source=large) == 1
+    assert "large gives NaN or infinity before training; use another --dtype" in capsys.readouterr().err
 
 
 def test_keep_best_takes_the_best_and_not_the_last(run, tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -136,14 +135,8 @@ def test_two_processes_generate_the_same_bytes(finished, pipelines, prompts, tmp
     words = [pipelines["sdxl"], prompts, "--num_samples_per_prompt", "2", "--bs", "1", "--device", "cpu", *FAST]
     subprocess.run([*launch, *map(str, words), "--output_dir", str(out)], check=True, capture_output=True, timeout=300)
     rows, expected = read_rows(out / "manifest.jsonl"), read_rows(finished / "manifest.jsonl")
-    if os.environ.get("VQDM_TEST_PERTURB"):  # images of two processes are equal within rounding there
-        for row, other in zip(rows, expected, strict=True):
-            assert {**row, "sha256": ""} == {**other, "sha256": ""}
-            images = [np.asarray(Image.open(folder / row["file"])).astype(int) for folder in (out, finished)]
-            assert np.abs(images[0] - images[1]).max() <= 1
-    else:
-        assert rows == expected
-        assert all((out / row["file"]).read_bytes() == (finished / row["file"]).read_bytes() for row in rows)
+    assert rows == expected
+    assert all((out / row["file"]).read_bytes() == (finished / row["file"]).read_bytes() for row in rows)
     assert json.loads((out / "run.json").read_text())["processes"] == 2
     assert not list(out.glob("manifest.*.jsonl"))
 

@@ -42,11 +42,13 @@ def random_states(rows: int, widths: torch.Tensor, L: int, generator: torch.Gene
     return states
 
 
-def trellis_of(rows: int, columns: int, L: int, log_scales: bool) -> tuple[Stored, AdditiveCode]:
-    """A random layer whose columns have all kinds of widths."""
+def trellis_of(
+    rows: int, columns: int, L: int, log_scales: bool, widest: int = UNITS * 16
+) -> tuple[Stored, AdditiveCode]:
+    """A random layer whose columns have all kinds of widths, to `widest` quarter bits."""
     generator = torch.Generator().manual_seed(rows * columns + L)
     T = segment_rows(rows)
-    allowed = torch.tensor(allowed_widths(T, L))
+    allowed = torch.tensor([q for q in allowed_widths(T, L) if q <= widest])
     widths = allowed[torch.randint(len(allowed), (columns,), generator=generator)]
     widths[-1] = allowed[-1]
     spec = CodeSpec(

@@ -1,11 +1,15 @@
 """The C loop against the definition, to the last bit."""
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from compilers import compiles
 from stored_layers import FORMATS, VARIABLE, WIDTHS, stored_of, trellis_of
 
 from vqdm.additive.code import CodeSpec, pack_codes
+from vqdm.compiled import build
 from vqdm.layers import decode_cpu as native
 from vqdm.layers.decode import Stored, decode, pointwise
 
@@ -153,6 +157,22 @@ def test_native_and_pointwise_are_exact(rows, columns, L, log_scales):
     native.decode_trellis(stored, out)
     assert torch.equal(out, expected) and torch.equal(pointwise(stored), expected)
     assert not expected[:, code.widths == 0].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("left_out", ["-mno-avx2", "-mno-avx512f", None])
+def test_a_trellis_on_processors_with_shorter_vectors(left_out, monkeypatch):
+    if left_out and platform.machine() != "x86_64":
+        pytest.skip("of x86 processors")
+    flags = (*native.FLAGS, left_out) if left_out else native.FLAGS
+    built = build(Path(native.__file__).with_name("decode_cpu_trellis.c"), flags)
+    monkeypatch.setattr(native, "library", lambda name: built)
+    for rows, columns in (640, 144), (521, 130):  # whole tiles and vectors; neither, and rows beyond one tile
+        for L, widest in (12, 12), (12, 25), (12, 26), (16, 54):  # words of 8, 8, 4 and 4 rows
+            stored, code = trellis_of(rows, columns, L, True, widest)
+            out = torch.full((rows, columns), torch.nan)
+            native.decode_trellis(stored, out)
+            assert torch.equal(out, code.dequantize())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

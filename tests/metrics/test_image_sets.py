@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 
 from vqdm.errors import RunError, UserError
 from vqdm.metrics.image_sets import open_images
@@ -145,6 +145,12 @@ def files_of(folder, *names):
         Image.new("RGB", (8, 8)).save(folder / name, format="PNG")
 
 
+def turned():
+    image = Image.new("RGB", (16, 8))
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    return image
+
+
 NOTES = {
     "other formats": (lambda f: files_of(f, "b.heic", "c.HEIC", "d.svg"), "formats that are not read: 2 .heic, 1 .svg"),
     "no ending": (lambda f: files_of(f, "b"), "not read: 1 without an ending (the first is 'b')"),
@@ -157,6 +163,12 @@ NOTES = {
     "animated png": (lambda f: frames(f / "b.png"), "animated, of which the first frame is taken: 1 .png"),
     "animated webp": (lambda f: frames(f / "b.webp"), "animated, of which the first frame is taken: 1 .webp"),
     "pages": (lambda f: frames(f / "b.tiff"), "animated, of which the first frame is taken: 1 .tiff"),
+    "transparency": (lambda f: Image.new("RGBA", (8, 8)).save(f / "b.webp"), "the colours alone are taken: 1 .webp"),
+    "a transparent colour": (
+        lambda f: Image.new("P", (8, 8)).save(f / "b.png", transparency=0),
+        "with transparency, of which the colours alone are taken: 1 .png",
+    ),
+    "turned": (lambda f: turned().save(f / "b.jpg", exif=turned().getexif()), "not applied: 1 .jpg"),
     "broken link": (lambda f: (f / "b.png").symlink_to("nowhere.png"), "not followed: 1 .png"),
     "linked folder": (lambda f: (f / "more").symlink_to(f.parent), "not followed: 1 without an ending"),
 }

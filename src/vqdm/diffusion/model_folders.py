@@ -77,6 +77,8 @@ def check_place(model: str, flag: str = "MODEL") -> None:
 def not_found(model: str) -> str:
     """Return the nearest name in the folder of a MODEL that is not found, in words."""
     path = Path(model)
+    if path.exists():
+        return " (it is neither a file nor a folder)"
     try:
         names = sorted(entry.name for entry in path.parent.iterdir()) if path.name else []
     except OSError:

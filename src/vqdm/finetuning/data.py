@@ -39,7 +39,8 @@ from vqdm.tracking import log_info, progress_bar
 
 T = TypeVar("T")
 FLAG = "--real_images"
-TABLES = ("metadata.jsonl", "metadata.csv", "manifest.jsonl")
+MANIFEST = "manifest.jsonl"  # of generate.py
+TABLES = ("metadata.jsonl", "metadata.csv", MANIFEST)
 NAME_COLUMNS = ("file_name", "file")
 
 
@@ -138,17 +139,19 @@ def load_captioned_images(folder: str) -> list[CaptionedImage]:
     if not root.is_dir():
         raise UserError(f"{FLAG} {folder} is not a folder")
     table = next((root / name for name in TABLES if (root / name).is_file()), None)
-    names = _names(root)
+    names, links = _names(root)
     images = [name for name in names if name.lower().endswith(SUFFIXES) and not is_hidden(name)]
-    found = _from_table(root, table) if table else _from_text_files(root, images)
-    used = {os.path.relpath(image.file, root) for image in found}
+    found, faulty = _from_table(root, table) if table else (_from_text_files(root, images), [])
+    used = {os.path.relpath(image.file, root) for image in found} | set(faulty)
     captions = table.name if table else "a .txt file of its name"
     reasons = {
+        "black, NaN or replaced by a safety checker": faulty,
         f"without a caption in {captions}": [name for name in images if name not in used and not is_sheet(name)],
         "hidden": [name for name in names if name.lower().endswith(SUFFIXES) and is_hidden(name)],
         "in formats that are not read": [
             name for name in names if not name.lower().endswith(SUFFIXES + BESIDE) and not is_hidden(name)
         ],
+        "links to folders or to nothing, which are not followed": links,
     }
     notes = [f"left out, {reason}: {listed(left)}" for reason, left in reasons.items() if left]
     if not found:
@@ -164,17 +167,22 @@ def load_captioned_images(folder: str) -> list[CaptionedImage]:
     return sorted(found)
 
 
-def _names(root: Path) -> list[str]:
-    """Return all files at any depth, as sorted paths relative to `root`."""
+def _names(root: Path) -> tuple[list[str], list[str]]:
+    """Return all files at any depth, and links to folders or to nothing, as sorted paths relative to `root`."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"{FLAG}: {error.filename} cannot be read: {error.strerror}")
 
-    walk = os.walk(root, onerror=fail)
-    return sorted(Path(folder, name).relative_to(root).as_posix() for folder, _, files in walk for name in files)
+    names, links = [], []
+    for folder, folders, files in os.walk(root, onerror=fail):
+        paths = [Path(folder, name) for name in (*folders, *files)]
+        names += [path.relative_to(root).as_posix() for path in paths if path.is_file()]
+        links += [path.relative_to(root).as_posix() for path in paths if path.is_symlink() and not path.is_file()]
+    return sorted(names), sorted(links)
 
 
-def _from_table(root: Path, table: Path) -> list[CaptionedImage]:
+def _from_table(root: Path, table: Path) -> tuple[list[CaptionedImage], list[str]]:
+    """Return the images of a table, and the names of those that generate.py marked as faulty."""
     rows = load_rows(str(table), FLAG)
     column = next((name for name in NAME_COLUMNS if any(row.get(name) for row in rows)), None)
     if column is None:
@@ -182,12 +190,13 @@ def _from_table(root: Path, table: Path) -> list[CaptionedImage]:
     unnamed = next((row for row in rows if not row.get(column)), None)
     if unnamed is not None:
         raise UserError(f"{FLAG}: {table}, {unnamed.place}: no {column}")
-    found = [CaptionedImage(root / str(row[column]), row["prompt"]) for row in rows]
+    faulty = [str(row[column]) for row in rows if table.name == MANIFEST and row.get("problem")]
+    found = [CaptionedImage(root / str(row[column]), row["prompt"]) for row in rows if str(row[column]) not in faulty]
     missing = [image.file for image in found if not image.file.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
         raise UserError(f"{FLAG}: {table} names {missing[0]}{more}: not found")
-    return found
+    return found, faulty
 
 
 def _from_text_files(root: Path, images: list[str]) -> list[CaptionedImage]:
@@ -254,7 +263,7 @@ def encode_images(pipeline: DiffusionPipeline, files: list[Path], settings: dict
 def _pixels(file: Path, size: tuple[int, int]) -> Tensor:
     """Return the largest centre crop of the right aspect ratio, resized: float32 [3, H, W] in [-1, 1]."""
     try:
-        image = ImageOps.fit(read_image(file), size, Image.Resampling.LANCZOS)
+        image = ImageOps.fit(ImageOps.exif_transpose(read_image(file)), size, Image.Resampling.LANCZOS)
     except ValueError as error:
         raise RunError(f"{FLAG}: {file} cannot be read: {error}") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # [H, W, 3] → [3, H, W]

@@ -7,6 +7,7 @@ folder of the same format (arXiv 2409.00492, §4: the student's outputs are regr
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -220,6 +221,9 @@ def run(job: FinetuneJob, trained: TrainedParameters) -> dict | None:
         teacher_images = job.recorder.teacher_images() if job.ranks.main else []
     with job.clock("evaluation"):
         before = evaluate(job.loss_fn, evaluation, evaluation.all())
+    if not math.isfinite(before.loss):
+        advice = "use another --dtype (float32 or bfloat16)"
+        raise RunError(f"QUANTIZED {job.config.quantized} gives NaN or infinity before training; {advice}")
     log_info(
         f"UNet-output error on {len(job.datasets.evaluation)} evaluation prompts before training: {before.db:.2f} dB, "
         f"median {before.median_db:.2f} dB"

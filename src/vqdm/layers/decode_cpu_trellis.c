@@ -4,6 +4,10 @@
 #include <stddef.h>
 #include <stdlib.h>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "decode_cpu.h"
 
 enum { LOGARITHM = FLOAT16 + 1 }; /* of scales: bytes that stand for the values of a table */
@@ -25,107 +29,189 @@ typedef struct {
 
 _Static_assert(offsetof(Trellis, next) == 128 && sizeof(Trellis) == 168, "decode_cpu.py packs 128 bytes and 40");
 
-/* A word holds WORD bits at least from any bit on. From row LATE on no window begins at the end of its ring. The bits of a
-   tile's columns, a line of cache each, and the table should fit in the first-level cache. */
-enum { PERIOD = 4, WORD = 57, LATE = 16, ROWS = 256, COLUMNS = 128 };
+/* A word holds WORD bits at least from any bit on. The bits of a tile's columns, a line of cache each, and the table should
+   fit in the first-level cache. */
+enum { PERIOD = 4, WORD = 57, MOST = 2 * PERIOD, ROWS = 512, COLUMNS = 128 };
 
-/* Columns of a tile in one segment. Bits count from `codes` on. */
+/* Vectors as wide as the processor's: numbers of LANES columns, words of WIDE. */
+#ifdef __AVX512F__
+enum { LANES = 16, WIDE = LANES / 2 };
+#else
+enum { LANES = 8, WIDE = LANES / 2 };
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Integers __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint32_t Half __attribute__((vector_size(4 * WIDE), may_alias));
+typedef int64_t Bits __attribute__((vector_size(8 * WIDE), may_alias));
+typedef uint64_t Words __attribute__((vector_size(8 * WIDE)));
+
+/* Columns of a tile in one segment; those after its last have no bits. A column's word begins with the window of a row; it
+   holds those of `rows` rows, and 32 bits of it those of half of them. Bits count from `codes` on. */
 typedef struct {
+    Bits bit[COLUMNS / WIDE];              /* where the word begins: before the ring where the window begins at its end */
+    Bits first[COLUMNS / WIDE];            /* where the ring begins */
+    Bits ring[COLUMNS / WIDE];             /* bits of it, and of `rows` rows */
+    Bits step[COLUMNS / WIDE];
+    Bits middle[COLUMNS / WIDE];           /* from the window of the first row to that of the middle one */
+    Half coded[COLUMNS / WIDE];            /* all bits set where the column has bits */
+    Integers half[2][COLUMNS / LANES];     /* of the word, from the window of the first row and from that of the middle one */
+    Integers later[MOST][COLUMNS / LANES]; /* from the window of the first row of a half to that of a row */
     const uint8_t *codes;
-    uint64_t bytes;                   /* that there are, 8 at least */
-    int n, per_word;                  /* columns; rows whose windows one word holds */
-    uint64_t first[COLUMNS];          /* where a ring begins */
-    uint64_t width[COLUMNS];          /* bits of PERIOD rows */
-    uint64_t later[PERIOD][COLUMNS];  /* bits by which the window of a row of a period is after that of the first */
-    uint64_t word[COLUMNS];
+    int64_t last;                          /* the last byte where eight can be read */
+    uint32_t narrowest;                    /* bits of PERIOD rows, of columns that have any */
+    int n, rows;                           /* columns, rows of a word */
 } Tile;
 
-static void begin(const Trellis *trellis, int64_t segment, int64_t column, Tile *tile) {
-    const uint64_t most = PERIOD * trellis->L, rings = segment * trellis->segment_bits;
-    const uint64_t from = (rings + trellis->first[column]) / 8, last = trellis->bytes - 8, byte = from < last ? from : last;
-    uint32_t widest = 0;
+/* The tile from row t of a segment and a column on. */
+static void begin(const Trellis *trellis, int64_t segment, uint32_t t, int64_t column, Tile *tile) {
+    const uint32_t L = trellis->L, most = PERIOD * L, T = trellis->T;
+    const int64_t rings = segment * trellis->segment_bits, last = trellis->bytes - 8;
+    const int64_t from = (rings + trellis->first[column]) / 8, byte = from < last ? from : last;
+    uint32_t width[COLUMNS] = {0}, widest = 0, narrowest = most, *coded = (uint32_t *)tile->coded;
+    int64_t *bit = (int64_t *)tile->bit, *first = (int64_t *)tile->first, *ring = (int64_t *)tile->ring;
+    int64_t *step = (int64_t *)tile->step, *middle = (int64_t *)tile->middle;
     tile->codes = trellis->codes + byte;
-    tile->bytes = trellis->bytes - byte;
+    tile->last = last - byte;
     tile->n = trellis->I - column < COLUMNS ? trellis->I - column : COLUMNS;
+    memset(first, 0, sizeof tile->first);
     for (int j = 0; j < tile->n; j++) {
         const uint32_t wanted = trellis->widths[column + j], q = wanted < PERIOD ? 0 : wanted < most ? wanted : most;
-        tile->first[j] = rings + trellis->first[column + j] - 8 * byte;
-        tile->width[j] = q;
-        for (uint32_t i = 0; i < PERIOD; i++) tile->later[i][j] = (i + 1) * q / PERIOD - q / PERIOD;
+        width[j] = q;
+        first[j] = rings + trellis->first[column + j] - 8 * byte;
         widest = q > widest ? q : widest;
+        narrowest = q && q < narrowest ? q : narrowest;
     }
-    const uint32_t beyond = widest - widest / PERIOD + trellis->L; /* bits that the windows of PERIOD rows take */
-    tile->per_word = widest + beyond <= WORD ? 2 * PERIOD : beyond <= WORD ? PERIOD : PERIOD / 2;
+    const uint32_t kept = L - widest / PERIOD; /* bits of the first row's window that rows before it have added */
+    const uint32_t fitting = widest + kept <= 32 && 2 * widest + kept <= WORD ? MOST : PERIOD;
+    const uint32_t rows = widest + kept <= WORD ? fitting : 1, half = rows / 2;
+    tile->narrowest = narrowest;
+    tile->rows = rows;
+    for (int j = 0; j < COLUMNS; j++) {
+        const uint32_t q = width[j];
+        bit[j] = first[j] + (t + 1) * q / PERIOD - (q ? L : 0);
+        ring[j] = T * q / PERIOD;
+        step[j] = rows * q / PERIOD;
+        middle[j] = (half + 1) * q / PERIOD - q / PERIOD;
+        coded[j] = q ? -1 : 0;
+    }
+    for (uint32_t i = 0; i < rows; i++) {
+        const uint32_t start = i < half ? 0 : half;
+        uint32_t *later = (uint32_t *)tile->later[i];
+        for (int j = 0; j < COLUMNS; j++) later[j] = (i + 1) * width[j] / PERIOD - (start + 1) * width[j] / PERIOD;
+    }
 }
 
-/* Bits from a bit on. No byte outside of the codes is read, wherever the bit is. */
-static uint64_t bits_at(const Tile *tile, uint64_t bit) {
-    const uint64_t last = tile->bytes - 8, byte = bit >> 3 < last ? bit >> 3 : last;
-    uint64_t word; /* little end first, as on every machine that torch runs on */
-    memcpy(&word, tile->codes + byte, 8);
-    return word >> ((bit - 8 * byte) & 63);
+/* Eight bytes from each of some bytes on. A gather waits for the register that it fills, unless that has just been cleared;
+   compilers leave that out where they know that all lanes are filled. */
+INLINE Words words_at(const uint8_t *codes, Bits bytes) {
+#if defined(__AVX512F__)
+    __mmask8 all = -1;
+    __asm__("" : "+Yk"(all));
+    return (Words)_mm512_mask_i64gather_epi64(_mm512_setzero_si512(), all, (__m512i)bytes, codes, 1);
+#elif defined(__AVX2__)
+    __m256i all = _mm256_set1_epi64x(-1);
+    __asm__("" : "+x"(all));
+    return (Words)_mm256_mask_i64gather_epi64(_mm256_setzero_si256(), (const void *)codes, (__m256i)bytes, all, 1);
+#else
+    uint64_t words[WIDE]; /* little end first, as on every machine that torch runs on */
+    Words found;
+    for (int k = 0; k < WIDE; k++) memcpy(words + k, codes + bytes[k], 8);
+    memcpy(&found, words, sizeof found);
+    return found;
+#endif
 }
 
-/* Words that begin with the windows of row t of a segment of T, in the way that is always right. */
-static void find_first_words(Tile *tile, uint32_t t, uint64_t T, uint32_t L) {
-    for (int j = 0; j < tile->n; j++) {
-        const uint32_t stop = (t + 1) * (uint32_t)tile->width[j] / PERIOD;
-        const uint64_t first = tile->first[j], ring = T * tile->width[j] / PERIOD;
-        if (!stop) {
-            tile->word[j] = 0; /* the state where there are no bits */
-        } else if (stop >= L) {
-            tile->word[j] = bits_at(tile, first + stop - L);
-        } else { /* the window begins at the end of the ring */
-            const uint32_t early = L - stop;
-            const uint64_t end = bits_at(tile, first + ring - early) & ((1u << early) - 1);
-            tile->word[j] = end | bits_at(tile, first) << early;
+/* Values of the table at LANES states. */
+INLINE Floats look_up(const float *table, Integers states) {
+#if defined(__AVX512F__)
+    __mmask16 all = -1;
+    __asm__("" : "+Yk"(all));
+    return (Floats)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), all, (__m512i)states, table, 4);
+#elif defined(__AVX2__)
+    __m256 all = (__m256)_mm256_set1_epi32(-1);
+    __asm__("" : "+x"(all));
+    return (Floats)_mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, (__m256i)states, all, 4);
+#else
+    Floats values;
+    for (int k = 0; k < LANES; k++) values[k] = table[states[k]];
+    return values;
+#endif
+}
+
+INLINE Bits larger(Bits a, Bits b) {
+    const Bits above = a > b;
+    return (a & above) | (b & ~above);
+}
+
+/* Bits from some bits on. No byte outside of the codes is read, wherever they are. */
+INLINE Words bits_at(const Tile *tile, Bits bit) {
+    const Bits byte = -larger(-(bit >> 3), (Bits){} - tile->last);
+    return words_at(tile->codes, byte) >> (Words)((bit - (byte << 3)) & 63);
+}
+
+/* The halves of the words, which then move on. `edge`: windows may begin at the end of their rings, or words reach beyond
+   the codes. */
+INLINE void find_halves(Tile *tile, const int edge) {
+    Half *first_half = (Half *)tile->half[0], *second_half = (Half *)tile->half[1];
+    for (int k = 0; k < COLUMNS / WIDE; k++) {
+        const Bits bit = tile->bit[k];
+        Words word;
+        if (edge) {
+            const Bits first = tile->first[k], start = larger(bit, first), early = start - bit;
+            const Words end = bits_at(tile, larger(bit + tile->ring[k], first));
+            word = (end & ((((Words){} + 1) << (Words)early) - 1)) | bits_at(tile, start) << (Words)early;
+        } else {
+            word = words_at(tile->codes, bit >> 3) >> (Words)(bit & 7);
         }
+        first_half[k] = __builtin_convertvector(word, Half) & tile->coded[k];
+        second_half[k] = __builtin_convertvector(word >> (Words)tile->middle[k], Half) & tile->coded[k];
+        tile->bit[k] = bit + tile->step[k];
     }
 }
 
-/* Likewise from row LATE on, and not near the end of the codes. */
-static void find_words(Tile *tile, uint32_t t, uint32_t L) {
-    const uint8_t *codes = tile->codes;
-    for (int j = 0; j < tile->n; j++) {
-        const uint32_t stop = (t + 1) * (uint32_t)tile->width[j] / PERIOD;
-        const uint64_t bit = tile->first[j] + (stop < L ? 0 : stop - L);
-        memcpy(tile->word + j, codes + (bit >> 3), 8);
-        tile->word[j] = stop ? tile->word[j] >> (bit & 7) : 0;
+/* Weights of the first n rows of the words, from a row and column on. */
+INLINE void decode_rows(const Trellis *trellis, const Tile *tile, int64_t row, int64_t column, const int rows, const int n) {
+    const Integers mask = (Integers){} + ((1u << trellis->L) - 1);
+    const float *table = trellis->table, *factors = trellis->factors + column;
+    Floats scales[MOST];
+    for (int i = 0; i < n; i++) scales[i] = (Floats){} + trellis->rows[row + i];
+    for (int j = 0; j < tile->n; j += LANES) {
+        const int64_t place = row * trellis->I + column + j;
+        const int wide = tile->n - j < LANES ? tile->n - j : LANES, direct = trellis->out_type == FLOAT32 && wide == LANES;
+        float values[MOST * LANES], *to = direct ? (float *)trellis->out + place : values;
+        const int64_t stride = direct ? trellis->I : LANES;
+        const Integers first = tile->half[0][j / LANES], second = tile->half[1][j / LANES];
+        const Floats factor = *(const Floats *)(factors + j);
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) {
+            const Integers states = (i < rows / 2 ? first : second) >> tile->later[i][j / LANES] & mask;
+            *(Floats *)(to + i * stride) = look_up(table, states) * scales[i] * factor;
+        }
+        for (int i = 0; i < n && !direct; i++)
+            write(trellis->out, trellis->out_type, place + i * trellis->I, wide, values + i * LANES);
     }
-}
-
-/* Weights [n] of a row. */
-INLINE void decode_row(const Trellis *trellis, const Tile *tile, int64_t t, float scale, const float *restrict factors,
-                       float *restrict to) {
-    const float *restrict table = trellis->table;
-    const uint64_t *restrict later = tile->later[t % PERIOD], *restrict since = tile->later[t % PERIOD / 2 * 2];
-    const int n = tile->n, mask = (1 << trellis->L) - 1;
-    if (tile->per_word < PERIOD)
-        for (int j = 0; j < n; j++) to[j] = table[(int)(tile->word[j] >> (later[j] - since[j])) & mask] * scale * factors[j];
-    else
-        for (int j = 0; j < n; j++) to[j] = table[(int)(tile->word[j] >> later[j]) & mask] * scale * factors[j];
 }
 
 /* Weights from row t of a segment and a column on. */
 static void decode_tile(const Trellis *trellis, int64_t segment, int64_t t, int64_t column) {
-    const int64_t T = trellis->T, I = trellis->I, stop = T - t < ROWS ? T : t + ROWS;
+    const int64_t T = trellis->T, stop = T - t < ROWS ? T : t + ROWS;
     Tile tile;
-    begin(trellis, segment, column, &tile);
-    const int n = tile.n, per_word = tile.per_word;
-    const uint64_t end = tile.first[n - 1] + T * tile.width[n - 1] / PERIOD;
-    const int last = end / 8 + 2 * sizeof(uint64_t) > tile.bytes;
-    for (; t < stop; t++) {
-        const int64_t r = segment * T + t, place = r * I + column;
-        float row[COLUMNS], *to = trellis->out_type == FLOAT32 ? (float *)trellis->out + place : row;
-        if (t % per_word) {
-            if (t % PERIOD == 0)
-                for (int j = 0; j < n; j++) tile.word[j] >>= tile.width[j];
-        } else if (t < LATE || last)
-            find_first_words(&tile, t, T, trellis->L);
+    begin(trellis, segment, t, column, &tile);
+    const int64_t *end = (const int64_t *)tile.bit + tile.n - 1; /* the last of all words, but for bits of a window */
+    for (const int rows = tile.rows; t < stop; t += rows) {
+        const int n = stop - t < rows ? stop - t : rows;
+        if (rows == 1) { /* after which no window need begin at a whole bit */
+            begin(trellis, segment, t, column, &tile);
+            find_halves(&tile, 1);
+        } else if ((t + 1) * tile.narrowest / PERIOD < trellis->L || (*end + trellis->L) / 8 > tile.last) {
+            find_halves(&tile, 1);
+        } else {
+            find_halves(&tile, 0);
+        }
+        if (n == MOST)
+            decode_rows(trellis, &tile, segment * T + t, column, MOST, MOST);
         else
-            find_words(&tile, t, trellis->L);
-        decode_row(trellis, &tile, t, trellis->rows[r], trellis->factors + column, to);
-        if (to == row) write(trellis->out, trellis->out_type, place, n, row);
+            decode_rows(trellis, &tile, segment * T + t, column, rows, n);
     }
 }
 
@@ -151,8 +237,9 @@ static void read_scales(const void *from, int type, const float *values, int64_t
 int vqdm_trellis(const Trellis *given, Team *team, int threads) {
     Trellis trellis = *given;
     const int64_t O = trellis.O, I = trellis.I, K = (int64_t)1 << trellis.L;
-    int64_t *first = malloc(I * sizeof(int64_t) + (O + I + K) * sizeof(float)), bit = 0;
-    float *rows = (float *)(first + I), *factors = rows + O, *table = factors + I;
+    /* Factors are read in whole vectors. */
+    int64_t *first = malloc(I * sizeof(int64_t) + (O + I + LANES + K) * sizeof(float)), bit = 0;
+    float *rows = (float *)(first + I), *factors = rows + O, *table = factors + I + LANES;
     if (!first) return 1;
     uint8_t few[8] = {0};
     if (trellis.bytes < 8) {

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vqdm.documents import decoded, first_line, parse_json, read_text, shortened
 from vqdm.errors import RunError, UserError
@@ -37,7 +37,6 @@ from vqdm.images import (
 from vqdm.parallel import Ranks
 from vqdm.tracking import progress_bar
 
-ANIMATED = (".png", ".apng", ".gif", ".webp", ".tif", ".tiff", ".avif")  # endings of files that may hold several images
 MOST_TEXT = 2**28  # bytes of a text file once unpacked
 MANIFEST = "manifest.jsonl"
 # What two images of one prompt must share, so that only the denoiser differs between them.
@@ -257,21 +256,29 @@ def _left_out(files: ImageFiles, used: set[str]) -> list[str]:
 
 
 def _unexpected(files: ImageFiles, names: list[str]) -> list[str]:
-    """Return lines about images of a set without a manifest that are in folders below, or animated."""
+    """Return lines about images of a set without a manifest: in folders below, or not read as a viewer shows them."""
     depths = [len(PurePosixPath(name).parts) for name in names]
     below = [name for name, depth in zip(names, depths, strict=True) if depth > min(depths)]
-    animated = [name for name in names if name.lower().endswith(ANIMATED) and _frames(files, name) > 1]
-    lines = [f"in folders below the others: {listed(below)}"] if below else []
-    return lines + ([f"animated, of which the first frame is taken: {listed(animated)}"] if animated else [])
+    peculiar: dict[str, list[str]] = {"in folders below the others": below}
+    for name in names:
+        for words in _peculiarities(files, name):
+            peculiar.setdefault(words, []).append(name)
+    return [f"{words}: {listed(some)}" for words, some in peculiar.items() if some]
 
 
-def _frames(files: ImageFiles, name: str) -> int:
-    """Count the frames of a file; 1 for one that cannot be read, which `ImageSet.load` refuses."""
+def _peculiarities(files: ImageFiles, name: str) -> list[str]:
+    """Return what of a file is not read; nothing for one that cannot be read, which `ImageSet.load` refuses."""
     try:
         with files.open(name) as source, Image.open(source, formats=FORMATS) as image:
-            return getattr(image, "n_frames", 1)
+            found = {
+                "animated, of which the first frame is taken": getattr(image, "n_frames", 1) > 1,
+                "with transparency, of which the colours alone are taken": image.has_transparency_data,
+                "with an EXIF orientation, which is not applied": image.format != "TIFF"  # Pillow applies that
+                and image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+            }
+            return [words for words, is_so in found.items() if is_so]
     except Exception:  # as in `load`
-        return 1
+        return []
 
 
 def _of_manifest(files: ImageFiles, flag: str) -> dict[Key, ImageEntry]:
