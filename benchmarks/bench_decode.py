@@ -4,10 +4,11 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_decode.py --unet assets/shapes-xl/unet --batches 2 32
     python benchmarks/bench_decode.py --device cuda --dtype float16
 
-A shape is OxI of a linear layer or OxCxhxw of a convolution; a code is MxbgG: M codebooks of b bits, groups of G. The
-layer runs on T tokens, a convolution on a square image of T positions. With --unet a row is a UNet's step on noise,
-all its default layers coded. Codes are random: decoding takes the same time whatever they say. Every figure is the
-least of --repeats, the backends taking turns.
+A shape is OxI of a linear layer or OxCxhxw of a convolution; a code is MxbgG: M codebooks of b bits, groups of G; or,
+of linear layers, tB: a trellis of 12 state bits, B bits per weight, in columns that differ by up to two. The layer runs
+on T tokens, a convolution on a square image of T positions. With --unet a row is a UNet's step on noise, all its
+default layers coded. Codes are random: decoding takes the same time whatever they say. Every figure is the least of
+--repeats, the backends and the codes of a shape taking turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from itertools import product
 
@@ -25,15 +26,26 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.additive.trellis import UNITS
 from vqdm.compiled import compiler
-from vqdm.diffusion.blocks import select_layers
+from vqdm.diffusion.blocks import Layer, select_layers
 from vqdm.layers.decode import BACKENDS, CANDIDATES, decode, set_decode_backend
-from vqdm.layers.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear, decoded_once, swap
+from vqdm.layers.quantized import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    SharedCodebookModule,
+    decoded_once,
+    swap,
+)
+from vqdm.quantization.allocation import trellis_layer, width_total
+from vqdm.quantization.shared_codebooks import trellis_codebooks
 
+STATE_BITS = 12
 LATENT = 8  # pixels of a side that one latent stands for
 
 
-def least_ms(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+def least_ms(runs: dict[Hashable, Callable[[], object]], repeats: int, device: str) -> dict[Hashable, float]:
     """The shortest time of each of `runs`, which take turns, after one that does not count."""
     seconds = dict.fromkeys(runs, float("inf"))
     for repeat in range(repeats + 1):
@@ -57,6 +69,24 @@ def spec_of(code: str) -> CodeSpec:
     return CodeSpec(*map(int, code.replace("g", "x").split("x")))
 
 
+def trellis_linear(plain: nn.Linear, bits: float, generator: torch.Generator) -> QuantizedLinear:
+    """The layer as a random trellis code of about `bits` per weight."""
+    O, I = plain.weight.shape  # noqa: E741
+    found = trellis_layer(Layer("", "", "linear", O, I, CodeSpec()), STATE_BITS, bits)
+    layer = QuantizedLinear.like(plain, found.spec)
+    layer.shared = (SharedCodebookModule(),)
+    layer.shared[0].reserve(found.spec, plain.weight.device)
+    layer.shared[0].fill(found.spec.shared_codebooks, trellis_codebooks(STATE_BITS))
+    for name, tensor in layer.stored_tensors().items():
+        low, high = (0, 256) if name == "codes" else (100, 150)
+        tensor.copy_(torch.randint(low, high, tensor.shape, generator=generator))
+    mean, more = divmod(width_total(found), I)
+    apart = torch.randint(min(UNITS, mean - UNITS) + 1, (I // 2,), generator=generator)
+    widths = mean + torch.cat([apart, -apart, apart.new_zeros(I % 2)]) + (torch.arange(I) < more)
+    layer.code_widths.copy_(widths[torch.randperm(I, generator=generator)])
+    return layer
+
+
 def fill(layer: QuantizedLayer, generator: torch.Generator) -> QuantizedLayer:
     """Random codes; codebooks and scales that keep activations in range."""
     for name, tensor in layer.stored_tensors().items():
@@ -70,23 +100,30 @@ def fill(layer: QuantizedLayer, generator: torch.Generator) -> QuantizedLayer:
     return layer
 
 
-def layer_row(shape: str, code: str, arguments: argparse.Namespace) -> dict:
-    """One layer: each decode backend, and the plain layer on each number of tokens."""
+def layer_rows(shape: str, arguments: argparse.Namespace) -> Iterator[dict]:
+    """One layer in all codes: each decode backend, and the plain layer on each number of tokens."""
     rows, columns, *kernel = map(int, shape.split("x"))
-    if kernel:
-        plain = nn.Conv2d(columns, rows, kernel, padding="same", bias=False)
-        layer = QuantizedConv2d.like(plain, spec_of(code))
-    else:
-        plain = nn.Linear(columns, rows, bias=False)
-        layer = QuantizedLinear.like(plain, spec_of(code))
-    dtype = getattr(torch, arguments.dtype)
-    plain, layer = plain.to(arguments.device, dtype), fill(layer, torch.Generator().manual_seed(0)).to(arguments.device)
-    stored = layer._stored()
-    out = torch.empty(stored.shape, dtype=dtype, device=arguments.device)
-    runs = {path: partial(decode, stored, dtype, out, path) for path in decode_backends(arguments)}
-    runs |= {f"plain_{T}": partial(plain, inputs(plain, T, out)) for T in arguments.tokens}
+    dtype, generator = getattr(torch, arguments.dtype), torch.Generator().manual_seed(0)
+    runs, bits, out = {}, {}, None  # one buffer for all, as in a model
+    for code in arguments.codes:
+        if kernel:
+            plain = nn.Conv2d(columns, rows, kernel, padding="same", bias=False)
+            layer = fill(QuantizedConv2d.like(plain, spec_of(code)), generator)
+        else:
+            plain = nn.Linear(columns, rows, bias=False)
+            trellis = code.startswith("t")
+            layer = trellis_linear(plain, float(code[1:]), generator) if trellis else None
+            layer = layer or fill(QuantizedLinear.like(plain, spec_of(code)), generator)
+        stored = layer.to(arguments.device)._stored()
+        out = torch.empty(stored.shape, dtype=dtype, device=arguments.device) if out is None else out
+        runs |= {(code, path): partial(decode, stored, dtype, out, path) for path in decode_backends(arguments)}
+        bits[code] = layer.stored_bits / out.numel()
+    plain = plain.to(arguments.device, dtype)
+    runs |= {("plain", f"{T}"): partial(plain, inputs(plain, T, out)) for T in arguments.tokens}
     ms = least_ms(runs, arguments.repeats, arguments.device)
-    return {"shape": shape, "code": code, "bits": layer.stored_bits / out.numel(), "ms": ms}
+    for code in (*arguments.codes, "plain"):
+        found = {name: time for (one, name), time in ms.items() if one == code}
+        yield {"shape": shape, "code": code, "bits": bits.get(code), "ms": found}
 
 
 def inputs(plain: nn.Module, tokens: int, like: Tensor) -> Tensor:
@@ -143,7 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = ["224x224", "640x640", "1280x1280", "1280x5120", "320x320x3x3", "1280x1280x3x3"]
     parser.add_argument("--shapes", nargs="+", default=shapes, metavar="OxI|OxCxhxw")
-    parser.add_argument("--codes", nargs="+", default=["2x6g4", "2x8g8", "3x8g8", "4x8g8", "2x12g8"], metavar="MxbgG")
+    parser.add_argument(
+        "--codes", nargs="+", default=["2x6g4", "2x8g8", "3x8g8", "4x8g8", "2x12g8"], metavar="MxbgG|tB"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 1024, 4096])
     parser.add_argument("--paths", nargs="+", choices=BACKENDS[1:])
     parser.add_argument("--unet", metavar="DIR", help="a UNet's steps instead of single layers")
@@ -160,8 +199,9 @@ def main() -> None:
             for batch, code in product(arguments.batches, arguments.codes):
                 print(json.dumps(unet_row(unet, batch, code, arguments)), flush=True)
         else:
-            for shape, code in product(arguments.shapes, arguments.codes):
-                print(json.dumps(layer_row(shape, code, arguments)), flush=True)
+            for shape in arguments.shapes:
+                for row in layer_rows(shape, arguments):
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

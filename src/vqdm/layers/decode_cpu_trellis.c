@@ -30,8 +30,8 @@ typedef struct {
 _Static_assert(offsetof(Trellis, next) == 128 && sizeof(Trellis) == 168, "decode_cpu.py packs 128 bytes and 40");
 
 /* A word holds WORD bits at least from any bit on. The bits of a tile's columns, a line of cache each, and the table should
-   fit in the first-level cache. */
-enum { PERIOD = 4, WORD = 57, MOST = 2 * PERIOD, ROWS = 512, COLUMNS = 128 };
+   fit in the first-level cache, whose lines are of LINE bytes. */
+enum { PERIOD = 4, WORD = 57, MOST = 2 * PERIOD, ROWS = 512, COLUMNS = 128, LINE = 64 };
 
 /* Vectors as wide as the processor's: numbers of LANES columns, words of WIDE. */
 #ifdef __AVX512F__
@@ -198,8 +198,12 @@ static void decode_tile(const Trellis *trellis, int64_t segment, int64_t t, int6
     Tile tile;
     begin(trellis, segment, t, column, &tile);
     const int64_t *end = (const int64_t *)tile.bit + tile.n - 1; /* the last of all words, but for bits of a window */
+    const int64_t bytes = (((int64_t *)tile.first)[tile.n - 1] + ((int64_t *)tile.ring)[tile.n - 1]) / 8;
+    const uint8_t *next = tile.codes + bytes;
     for (const int rows = tile.rows; t < stop; t += rows) {
         const int n = stop - t < rows ? stop - t : rows;
+        /* Meanwhile, as much of the next tile's codes. */
+        for (; next < tile.codes + bytes + bytes * (t + n) / T; next += LINE) __builtin_prefetch(next);
         if (rows == 1) { /* after which no window need begin at a whole bit */
             begin(trellis, segment, t, column, &tile);
             find_halves(&tile, 1);
