@@ -277,6 +277,13 @@ def test_forced_comparisons_say_so(folders, tmp_path, capsys):
     assert result(tmp_path / "out")["mismatches"] == ["seed is 9, the reference's 3 (8 of 8 images)"]
 
 
+def test_a_quantized_model_is_no_reference_without_a_word(folders, tmp_path, capsys):
+    for name in ("QUANTIZED", "FULL"):
+        assert score(folders[name], "--reference", folders[name], "--metrics", "psnr", "--dry_run", out=tmp_path) == 0
+        words = f"--reference: {folders[name]} holds images of a quantized UNet, not of the full-precision model"
+        assert (words in capsys.readouterr().out) == (name == "QUANTIZED")
+
+
 def test_problems_of_images_are_counted(tmp_path, capsys):
     folder = write_folder(tmp_path / "black", 0, True, problem="black")
     assert score(folder, *SHAPES, "--metrics", "clip", out=tmp_path / "out") == 0
@@ -415,6 +422,10 @@ def test_unfinished_and_damaged_folders(folders, tmp_path, capsys):
     assert "is not finished; run the same generate.py with --resume" in capsys.readouterr().err
     (folder / "manifest.0of1.rank0.jsonl").unlink()
     (folder / "000001_00.png").write_bytes(b"damaged")
+    assert score(folder, *SHAPES, "--metrics", "clip", out=tmp_path / "out") == 2
+    assert "000001_00.png cannot be read as an image" in capsys.readouterr().err
+    whole = (folders["FULL"] / "000001_00.png").read_bytes()
+    (folder / "000001_00.png").write_bytes(whole[: len(whole) // 2])  # the header is sound
     assert score(folder, *SHAPES, "--metrics", "clip", out=tmp_path / "out") == 1
     assert "000001_00.png cannot be read as an image" in capsys.readouterr().err
     (folder / "000001_00.png").unlink()

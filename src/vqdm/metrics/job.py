@@ -209,12 +209,14 @@ def score_images(config: MetricsConfig) -> ScoreResult | None:
     given = {"IMAGES": images, "--reference": reference, "--fid_reference": target}
     sets = {flag: one for flag, one in given.items() if isinstance(one, ImageSet)}
     notes = [note for one in sets.values() for note in one.notes] + check_problems(sets, config.force)
+    if reference and reference.run.get("full_precision") is False:
+        notes.append(f"--reference: {reference.path} holds images of a quantized UNet, not of the full-precision model")
     with launched(config.device) as ranks:
         plan = ranks.broadcast(make_plan(config, images, reference, target) if ranks.main else None)
         log_info(describe(config, images, ranks, plan))
+        for flag, one in sets.items() if ranks.main else ():
+            one.check(flag)
         if config.dry_run:
-            for flag, one in sets.items():
-                one.check(flag)
             for note in notes:
                 log_info(f"warning: {note}")
             return None
