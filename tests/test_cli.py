@@ -355,7 +355,7 @@ def test_spellings_of_the_original_work():
 
 def test_config_file_lies_beneath_the_flags(tmp_path):
     path = tmp_path / "flags.yaml"
-    path.write_text("num_codebooks: 5\nseed: 9\nresume: true\nlr: 1e-3\n")
+    path.write_text("num_codebooks: 5\nseed: 9\nresume: true\nencoder: beam\nlr: 1e-3\n")
     config = config_of("--config", str(path), "--seed", "2")
     assert (config.spec.num_codebooks, config.seed, config.resume, config.solver.lr) == (5, 2, True, 0.001)
 
