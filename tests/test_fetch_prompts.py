@@ -103,7 +103,7 @@ def test_the_file_is_plain_csv(tmp_path, mjhq):
 @pytest.mark.parametrize(
     ("name", "file", "content", "words"),
     [
-        ("coco", "nowhere.json", None, "is not there"),
+        ("coco", "nowhere.json", None, "is not found"),
         ("coco", "a.json", '{"annotations": [{"id": 1}]}', "is not COCO's file of captions"),
         ("coco", "a.json", "{", "cannot be read: line 1, column 2"),
         ("coco", "a.zip", "not a zip", "cannot be read"),

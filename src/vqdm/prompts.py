@@ -275,7 +275,7 @@ def _note_columns(rows: list[Row], columns: list[str | None], notes: list[str]) 
 
 
 def _pick_column(names: list) -> str | None:
-    """The name that stands for the prompt, the first of COLUMNS that is there."""
+    """The name that stands for the prompt, the first of COLUMNS that exists."""
     plain = {str(name).strip().lower(): name for name in reversed(names)}
     return next((plain[wanted] for wanted in COLUMNS if wanted in plain), None)
 

@@ -337,7 +337,7 @@ def find_quantized_unet(path: str, optional: bool = False, name: str = "QUANTIZE
         name: of the flag or argument that gives it, for messages.
 
     Raises:
-        UserError: no UNet is there, or it is not quantized.
+        UserError: no UNet is found, or it is not quantized.
     """
     if Path(path).is_file():
         raise UserError(f"{name} {path} is a file; {GIVE}")

@@ -456,7 +456,7 @@ def record_points(
 
 @dataclass(frozen=True)
 class TrajectoryRecorder:
-    """Records the points of a fine-tuning into the run's working folder, and loads those that are there.
+    """Records the points of a fine-tuning into the run's working folder, and loads those that exist.
 
     Attributes:
         pipeline: with the teacher as its UNet.

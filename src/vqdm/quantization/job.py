@@ -346,7 +346,7 @@ def planned_needs(
 
 
 def hessians_to_come(config: QuantizeConfig, groups: list[list[Layer]], folder: RunFolder) -> int:
-    """Return the bytes of Hessians that a run will write, beyond those that are there; 0 if on another disk.
+    """Return the bytes of Hessians that a run will write, beyond those that exist; 0 if on another disk.
 
     Raises:
         UserError: the disk of `hessian_cache` has less free.
