@@ -135,8 +135,16 @@ FILES = {
         "txt",
         "a caf\ufffd\na blue star\n",
         ["a caf\ufffd", TWO[1]],
-        ["1 of 2 rows hold U+FFFD", "line 1"],
+        ["1 of 2 rows hold", "U+FFFD in line 1"],
     ),
+    "colours of a terminal": (
+        "txt",
+        "a\n\x1b[31mb\n",
+        ["a", "\x1b[31mb"],
+        ["1 of 2 rows hold control", "U+001B in line 2"],
+    ),
+    "end of a DOS file": ("csv", "prompt\r\na red circle\r\n\x1a", TWO[:1], ["1 of 2 rows without a prompt", "line 3"]),
+    "no visible character": ("txt", "a red circle\n\u200b\n", TWO[:1], []),
     "objects as text": (
         "txt",
         '{"prompt": "a"}\n{b}\n',

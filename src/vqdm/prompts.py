@@ -38,8 +38,8 @@ COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 # Columns by which a row overrules the flags of generate.py; see `generation.requests`.
 SETTING_COLUMNS = ("seed", "negative_prompt", "guidance_scale", "num_inference_steps", "height", "width")
 ID_COLUMNS = ("id", "item_id")
-# Around prompts; a byte order mark stands where two files were joined.
-BLANKS = " \t\r\n\v\f\x1c\x1d\x1e\x1f\x85\xa0\u2028\u2029\u3000\ufeff"
+# Around prompts; a byte order mark stands where two files were joined, \x1a at the end of files of DOS.
+BLANKS = " \t\r\n\v\f\x1a\x1c\x1d\x1e\x1f\x85\xa0\u2028\u2029\u200b\u3000\ufeff"
 ACTING = {*COLUMNS, *SETTING_COLUMNS, *ID_COLUMNS}
 EXPECTED = {
     False: 'a list, ["a prompt", "another"]',
@@ -49,6 +49,7 @@ LIST = re.compile(r"""\[\s*(['"]).*\1\s*,?\s*\]""", re.DOTALL)  # a list of text
 # In JSON: an escaped NUL, and half of a surrogate pair. Tokenizers, PNG and UTF-8 take neither.
 NO_CHARACTER = re.compile(r"(?<!\\)(?:\\\\)*(\\u0000)|([\ud800-\udfff])")
 JSON_OBJECT = re.compile(r"\{\s*\".*\}\s*,?")
+UNUSUAL = re.compile(r"[\x01-\x08\x0e-\x1b\x7f\ufffd]")  # what a conversion or a terminal left behind
 NOT_A_PROMPT = ("nan", "none", "null", "<na>", "n/a")  # how programs write a missing text
 MOST_CHARACTERS = 2**30  # of all cells of a Parquet file, which may say one long text a billion times in a few bytes
 ROWS_AT_ONCE = 256
@@ -207,10 +208,10 @@ def _checked(rows: list[Row], notes: list[str]) -> list[Row]:
         values = " or ".join(repr(value) for value in dict.fromkeys(row["prompt"] for row in missing))
         first = f"which looks like missing data, the first is {missing[0].place}"
         notes.append(f"{_count(missing, len(filled))} read as the prompt {values}, {first}")
-    lost = [row for row in filled if "\ufffd" in row["prompt"]]
-    if lost:
-        first = f"the mark of characters that an earlier conversion lost, the first is {lost[0].place}"
-        notes.append(f"{_count(lost, len(filled))} hold U+FFFD, {first}")
+    odd = [(row, found[0]) for row in filled if (found := UNUSUAL.search(row["prompt"]))]
+    if odd:
+        first = f"the first is U+{ord(odd[0][1]):04X} in {odd[0][0].place}"
+        notes.append(f"{len(odd)} of {len(filled)} rows hold control characters or U+FFFD, a lost character, {first}")
     lists = [row for row in filled if LIST.fullmatch(row["prompt"])]
     if lists:
         first = f"the first is {lists[0].place}; give each prompt a row"
