@@ -5,7 +5,7 @@
     python convert.py pickle unet.pickle --model stabilityai/stable-diffusion-xl-base-1.0 --trust_pickle \\
         --output_dir out/sdxl-converted
 
-dequantize: every quantized layer of a pipeline, UNet or text encoder becomes the plain layer of its decoded weight.
+dequantize: every quantized layer of a pipeline, denoiser or text encoder becomes the plain layer of its decoded weight.
 aqlm: text encoders for stock transformers with the aqlm package; what the format cannot hold is refused.
 pickle: a UNet that the original code saved with torch.save becomes a quantized folder. The pickle is read in another
 process that knows tensors and refuses unexpected names; still, give only files whose source you trust.

@@ -1,4 +1,4 @@
-"""Fine-tune a quantized UNet towards the full-precision one.
+"""Fine-tune a quantized denoiser (UNet or transformer) towards the full-precision one.
 
     python finetune.py assets/shapes-xl out/shapes-2bit prompts/shapes_calibration.csv prompts/shapes_evaluation.csv \\
         --num_inference_steps 20 --guidance_scale 3 --output_dir out/shapes-2bit-tuned
@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 
 from vqdm.cli import Parser, run_script
-from vqdm.config import generate_command
+from vqdm.config import generate_command, label
 from vqdm.finetuning.config import UNSUPPORTED_FLAGS, FinetuneConfig
 from vqdm.finetuning.job import finetune
 
@@ -34,7 +34,8 @@ def report(config: FinetuneConfig, summary: dict) -> str:
     """Return where the result is, and in the last line what was gained."""
     changed = summary["groups_changed"] / summary["groups"] if summary["groups"] else 0
     codes = f", {100 * changed:.2f} % of the groups have other codes" if config.code_updates else ""
-    names = {"sum": "unet_output_error_db", "median": "unet_output_error_median_db"}
+    component = summary.get("component", "unet")
+    names = {"sum": f"{component}_output_error_db", "median": f"{component}_output_error_median_db"}
     pairs = {name: (summary[f"{key}_before"], summary[f"{key}_after"]) for name, key in names.items()}
     errors = "; ".join(f"{name} {pair[0]:.2f} dB before, {pair[1]:.2f} dB after" for name, pair in pairs.items())
     learning_rate = f"learning rate {summary['learning_rate']:g}"
@@ -45,7 +46,7 @@ def report(config: FinetuneConfig, summary: dict) -> str:
     return (
         f"result: {config.output_dir}, image pairs: {config.output_dir}/image_pairs.png\n"
         f"generate images with it: {generate_command(config, config.evaluation_prompts)}\n"
-        f"UNet-output error on evaluation prompts: {errors}; {learning_rate}; kept {kept}{codes}"
+        f"{label(component)}-output error on evaluation prompts: {errors}; {learning_rate}; kept {kept}{codes}"
         f"{advice if risen else ''}"
     )
 

@@ -1,10 +1,10 @@
-"""Generate images for a prompt file, with a quantized UNet or in full precision.
+"""Generate images for a prompt file, with a quantized denoiser or in full precision.
 
     python generate.py assets/shapes-xl out/shapes-3bit prompts/shapes_test.csv --output_dir out/images-3bit
     python generate.py assets/shapes-xl prompts/shapes_test.csv --output_dir out/images-full
     accelerate launch generate.py stabilityai/stable-diffusion-xl-base-1.0 out/sdxl-3bit coco.csv --bs 16
 
-Without QUANTIZED, MODEL's own UNet is used. Columns seed, negative_prompt, guidance_scale, num_inference_steps, height
+Without QUANTIZED, MODEL's own is used. Columns seed, negative_prompt, guidance_scale, num_inference_steps, height
 and width of the prompt file override the flags for their row. The noise of an image depends only on --seed, the id of
 its prompt and its number, not on the batch size or the number of GPUs.
 """

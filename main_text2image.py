@@ -1,4 +1,4 @@
-"""Quantize the UNet of a text-to-image pipeline to 2-4 bits per weight.
+"""Quantize the UNet or transformer of a text-to-image pipeline to 2-4 bits per weight.
 
     python main_text2image.py stabilityai/stable-diffusion-xl-base-1.0 --target_bits 3 --output_dir out/sdxl-3bit
     python main_text2image.py assets/shapes-xl prompts/shapes_calibration.csv prompts/shapes_evaluation.csv \\
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from vqdm.cli import Parser, run_script
-from vqdm.config import generate_command
+from vqdm.config import generate_command, label
 from vqdm.finetuning.intermediate import block_finetuner
 from vqdm.prompts import default_file
 from vqdm.quantization.config import UNSUPPORTED_FLAGS, QuantizeConfig
@@ -34,9 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     _, summary = quantize(config, finetune_blocks)
     if summary:
         prompts = config.evaluation_prompts or default_file("evaluation")
+        component = summary.get("component", "unet")
+        named, whole = label(component), summary[f"effective_bits_{component}"]
         print(
-            f"{summary['effective_bits_layers']:.3f} bits per weight ({summary['effective_bits_unet']:.3f} over the "
-            f"whole UNet), UNet-output error {summary['unet_output_error_db']:.2f} dB\n"
+            f"{summary['effective_bits_layers']:.3f} bits per weight ({whole:.3f} over the whole {named}), "
+            f"{named}-output error {summary[f'{component}_output_error_db']:.2f} dB\n"
             f"result: {config.output_dir}, image pairs: {config.output_dir}/image_pairs.png\n"
             f"generate images with it: {generate_command(config, prompts)}"
         )

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from vqdm.devices import peak_memory
-from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_denoiser, load_denoiser
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
@@ -99,12 +99,12 @@ def errors(unet: nn.Module, recorded: Trajectories, when: str) -> dict[str, floa
 def starting_unet(method: str, quantized: str, arguments: argparse.Namespace) -> nn.Module:
     if method == "unquantized":
         return load_pipeline(arguments.model, torch.device("cpu"), torch.float32).unet
-    return load_quantized_unet(find_quantized_unet(quantized), torch.float32)
+    return load_denoiser(find_denoiser(quantized), torch.float32)
 
 
 def keep(unet: nn.Module, quantized: str, folder: Path) -> None:
     """The UNet in the types it is stored in, as `generate.py MODEL FOLDER` takes it, and its size as it was."""
-    write_back(unet, types_on_disk(find_quantized_unet(quantized)))
+    write_back(unet, types_on_disk(find_denoiser(quantized)))
     unet.save_pretrained(folder)
     if (summary := Path(quantized) / "summary.json").is_file():
         sizes = {

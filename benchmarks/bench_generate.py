@@ -63,7 +63,7 @@ def rounds(config: GenerateConfig, count: int) -> tuple[list[Seconds], list[Seco
     device = pick_device(config.device)
     pipeline = load_pipeline(config.model, device, pick_dtype(config.dtype, device))
     prompts = load_prompts(config.prompts, "PROMPTS")[: config.limit]
-    settings, home = call_settings(pipeline, config.sampling.call()), Path(config.output_dir)
+    settings, home = call_settings(pipeline, config.sampling.call(), config.bs), Path(config.output_dir)
     bare_loop(pipeline, prompts[: config.bs], config.bs, settings, home / "warm")
     loops, tools = [], []
     for number in range(count):

@@ -18,7 +18,7 @@ from rivals import bits_on_disk
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import select_layers, unquantized_layers
-from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_denoiser, load_denoiser
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import output_error, record_evaluation
 from vqdm.layers.int8 import quantize_int8
@@ -62,7 +62,7 @@ def main() -> None:
     recorded, _ = record_evaluation(pipeline, prompts, arguments.seed, settings, arguments.limit)
     unet, parameters = pipeline.unet, sum(tensor.numel() for tensor in pipeline.unet.parameters())
     if arguments.quantized:
-        unet = load_quantized_unet(find_quantized_unet(arguments.quantized), torch.float32).to(arguments.device)
+        unet = load_denoiser(find_denoiser(arguments.quantized), torch.float32).to(arguments.device)
     names = int8_candidates(unet)
     for unquantized_nbits in (16, 8):
         if unquantized_nbits == 8:

@@ -21,7 +21,7 @@ import torch
 from rivals import RIVALS, bits_on_disk
 from torch import nn
 
-from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_denoiser, load_denoiser
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
 from vqdm.diffusion.trajectories import Trajectories
@@ -64,7 +64,7 @@ def rows(plain: nn.Module, recorded: Trajectories, arguments: argparse.Namespace
         except Exception as error:  # whatever a package raises where it cannot
             yield {"unet": name, "unable": f"{type(error).__name__}: {first_line(error)}"}
     for folder in arguments.quantized:
-        unet = load_quantized_unet(find_quantized_unet(folder), torch.float32).to(arguments.device)
+        unet = load_denoiser(find_denoiser(folder), torch.float32).to(arguments.device)
         with decoded_once(unet):
             yield row(f"vqdm {Path(folder).name}", unet)
 

@@ -19,7 +19,7 @@ from layer_problems import model_layers
 from vqdm.additive import encode
 from vqdm.additive.code import SharedCodebooks
 from vqdm.additive.solve import SolverConfig, Task, solve_layers
-from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_denoiser, load_denoiser
 from vqdm.layers.quantized import quantized_layers
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--hessian_cache", required=True, metavar="FOLDER")
     parser.add_argument("--limit", type=int, help="layers at most")
     arguments = parser.parse_args()
-    unet = load_quantized_unet(find_quantized_unet(str(Path(arguments.run))), torch.float32)
+    unet = load_denoiser(find_denoiser(str(Path(arguments.run))), torch.float32)
     specs = {name: layer.spec for name, layer in quantized_layers(unet).items()}
     shared = {
         name: SharedCodebooks(values.detach().float(), 1) for name, values in unet.codebook_banks.named_parameters()

@@ -21,13 +21,15 @@ PROMPT = "a big plain red circle left of a small striped blue star on a white ba
 
 def table(summary: dict) -> str:
     """Format the figures in two columns."""
-    original, now = summary["bytes_of_original_unet"], summary["bytes_of_unet"]
+    component = summary.get("component", "unet")
+    label, now = {"unet": "UNet"}.get(component, component), summary[f"bytes_of_{component}"]
+    original = summary[f"bytes_of_original_{component}"]
     psnr = summary["images"]["psnr_db"]
     rows = {
         "stored bits per weight, quantized layers": f"{summary['effective_bits_layers']:.3f}",
-        "stored bits per parameter, whole UNet": f"{summary['effective_bits_unet']:.3f}",
-        "UNet on disk": f"{now / 1e6:.2f} MB" + (f" (was {original / 1e6:.2f} MB)" if original else ""),
-        "UNet-output error, held-out prompts": f"{summary['unet_output_error_db']:.2f} dB",
+        f"stored bits per parameter, whole {label}": f"{summary[f'effective_bits_{component}']:.3f}",
+        f"{label} on disk": f"{now / 1e6:.2f} MB" + (f" (was {original / 1e6:.2f} MB)" if original else ""),
+        f"{label}-output error, held-out prompts": f"{summary[f'{component}_output_error_db']:.2f} dB",
         "PSNR of images, equal seeds": "none: all images have problems" if psnr is None else f"{psnr:.2f} dB",
         "time": f"{summary['seconds']['total']:.0f} s",
     }

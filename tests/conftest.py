@@ -21,6 +21,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from train_text import known_words, make_tokenizer
+from vqdm.diffusion.shapes import meta_denoiser
 
 processors.from_environment()
 pytest_plugins = ["emulated_stage", "stage"]
@@ -56,6 +57,11 @@ def tiny_unet(family: str) -> UNet2DConditionModel:
     torch.manual_seed(0)
     shared = dict(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)
     return UNet2DConditionModel(**shared, **_UNETS["sdxl" if family == "turbo" else family])
+
+
+def meta_unet(config: dict, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A UNet of a configuration without weights."""
+    return meta_denoiser(UNet2DConditionModel, config, dtype)
 
 
 def tiny_pipeline(family: str) -> StableDiffusionXLPipeline | StableDiffusionPipeline:

@@ -14,7 +14,7 @@ from test_quantized import SPECS, random_code
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.hessians import HessianStore
-from vqdm.diffusion.model_folders import find_quantized_unet
+from vqdm.diffusion.model_folders import find_denoiser
 from vqdm.diffusion.pipelines import check_model
 from vqdm.documents import parse_json, parse_yaml, read_text
 from vqdm.errors import RunError, UserError
@@ -138,7 +138,7 @@ def test_shared_codebooks_are_named_by_words():
 def test_unet_configs(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="QUANTIZED"):
-        find_quantized_unet(str(tmp_path))
+        find_denoiser(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"../up": ["diffusers", "X"]}', DEEP])

@@ -43,7 +43,7 @@ from test_quantized import SPECS, random_code
 
 from vqdm.diffusion.blocks import Layer, select_layers
 from vqdm.diffusion.hessians import HessianStore
-from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_denoiser, load_denoiser
 from vqdm.errors import RunError, UserError
 from vqdm.generation.requests import make_requests
 from vqdm.images import ImageFolder, check_layout
@@ -172,13 +172,13 @@ def unet_config(draw, folder: Path) -> None:
     (folder / "unet").mkdir()
     (folder / "unet" / "config.json").write_bytes(broken_json(draw, UNET_CONFIG))
     (folder / "unet" / WEIGHTS).write_bytes(UNET_BYTES)
-    load_quantized_unet(find_quantized_unet(str(folder)), torch.float32)
+    load_denoiser(find_denoiser(str(folder)), torch.float32)
 
 
 def unet_tensors(draw, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(UNET_CONFIG))
     (folder / WEIGHTS).write_bytes(broken_safetensors(draw, UNET_BYTES))
-    load_quantized_unet(find_quantized_unet(str(folder)), torch.float32)
+    load_denoiser(find_denoiser(str(folder)), torch.float32)
 
 
 def picture_bytes(kind: str = "PNG") -> bytes:

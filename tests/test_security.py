@@ -30,7 +30,7 @@ from PIL import Image
 from test_hf import quantized_unet
 
 from vqdm.cli import run_script
-from vqdm.diffusion.model_folders import find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import find_denoiser, load_denoiser
 from vqdm.documents import parse_yaml, printable
 from vqdm.errors import RunError, UserError
 from vqdm.images import is_inside
@@ -230,7 +230,7 @@ def test_absurd_shapes_are_refused_before_anything_is_allocated(tmp_path, good, 
     config |= ABSURD[name] | {"quantization_config": config["quantization_config"] | {"code": code}}
     (tmp_path / "absurd" / "config.json").write_text(json.dumps(config))
     with little_memory(2**28), pytest.raises(UserError, match="QUANTIZED"):
-        load_quantized_unet(find_quantized_unet(str(tmp_path / "absurd")), torch.float32)
+        load_denoiser(find_denoiser(str(tmp_path / "absurd")), torch.float32)
 
 
 def test_a_zip_bomb_of_statistics_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from vqdm.config import all_settings, build
+from vqdm.diffusion.denoisers import denoiser_name, denoiser_of
 from vqdm.diffusion.model_folders import check_supported_pipeline
 from vqdm.diffusion.pipelines import set_scheduler
 from vqdm.documents import kind_of
@@ -36,10 +37,10 @@ class QuantizationReport:
 
     Attributes:
         bits_per_weight: stored bits per weight of the quantized layers, with scales, codebooks and all.
-        bits_per_parameter: the same over the whole UNet.
-        bytes_before, bytes_after: of the UNet's files; of its tensors where the pipeline was given in memory.
-        error_db: squared error of the UNet's outputs on the evaluation prompts over the energy of the full-precision
-            outputs, summed over all recorded points, in dB.
+        bits_per_parameter: the same over the whole denoiser.
+        bytes_before, bytes_after: of the denoiser's files; of its tensors where the pipeline was given in memory.
+        error_db: squared error of the outputs on the evaluation prompts over the energy of the full-precision outputs,
+            summed over all recorded points, in dB.
         median_error_db: the median of the points, in dB.
         psnr_db: between the images of both models from the same noise; None if no pair can be compared.
         layers: a dict per quantized layer: name, block, kind, rows, columns, bits_per_weight, error, ...
@@ -59,13 +60,14 @@ class QuantizationReport:
     @classmethod
     def of(cls, summary: dict) -> QuantizationReport:
         """Take the figures from the content of a run's `summary.json`."""
+        component = summary.get("component", "unet")
         return cls(
             summary["effective_bits_layers"],
-            summary["effective_bits_unet"],
-            summary["bytes_of_original_unet"],
-            summary["bytes_of_unet"],
-            summary["unet_output_error_db"],
-            summary["unet_output_error_db_by_point"]["median"],
+            summary[f"effective_bits_{component}"],
+            summary[f"bytes_of_original_{component}"],
+            summary[f"bytes_of_{component}"],
+            summary[f"{component}_output_error_db"],
+            summary[f"{component}_output_error_db_by_point"]["median"],
             summary["images"]["psnr_db"],
             tuple(summary["layers"]),
             summary["seconds"],
@@ -80,13 +82,13 @@ def quantize(
     output_dir: str | Path | None = None,
     **settings,
 ) -> tuple[DiffusionPipeline, QuantizationReport | None]:
-    """Quantize the UNet of a text-to-image pipeline.
+    """Quantize the denoiser of a text-to-image pipeline: its UNet or transformer.
 
         pipeline = DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", dtype=torch.float16)
         quantized, report = vqdm.quantize(pipeline.to("cuda"), target_bits=3)
         quantized.save_pretrained("sdxl-3bit")
 
-    A pipeline that is given is not changed: its UNet is copied. The result shares its text encoders and its VAE.
+    A pipeline that is given is not changed: its denoiser is copied. The result shares its text encoders and its VAE.
 
     Args:
         pipeline: a loaded full-precision pipeline, quantized on its device in its dtype; or a folder or hub name.
@@ -166,12 +168,12 @@ def _counts(calibration: int, evaluation: int) -> dict:
 
 
 def _working_copy(pipeline: DiffusionPipeline, scheduler: str) -> DiffusionPipeline:
-    """Return a pipeline with copies of the UNet, the scheduler and the tokenizers, and the same other models."""
+    """Return a pipeline with copies of the denoiser, the scheduler and the tokenizers, and the same other models."""
     copied = copy.copy(pipeline)
     for name, part in pipeline.components.items():
-        if name == "unet" or not isinstance(part, nn.Module):
+        if name == denoiser_name(pipeline) or not isinstance(part, nn.Module):
             setattr(copied, name, copy.deepcopy(part))
     set_scheduler(copied, scheduler)
-    copied.unet.requires_grad_(False).eval()
+    denoiser_of(copied).requires_grad_(False).eval()
     copied.set_progress_bar_config(disable=True)
     return copied

@@ -18,6 +18,7 @@ from vqdm.errors import UserError
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 TRACKERS = ("none", "wandb", "tensorboard")
+COMPONENTS = ("unet", "transformer")  # names of denoisers in pipelines, and of their folders
 SCHEDULERS = {  # name → class of diffusers
     "default": None,
     "ddpm": "DDPMScheduler",
@@ -278,6 +279,11 @@ def check_flags(config: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------- shared settings
+
+
+def label(component: str) -> str:
+    """Return what a denoiser is called in messages, given the name of its component."""
+    return {"unet": "UNet"}.get(component, component)
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from vqdm.config import DTYPES, argument, check_flags, flag, output_dir, single_file_config
+from vqdm.diffusion.denoisers import denoiser_name
 from vqdm.diffusion.model_folders import (
     check_full_precision,
     check_loaded,
     check_place,
     check_variant,
+    denoiser_class,
     found_variant,
     not_found,
     only_variant,
 )
-from vqdm.diffusion.pipelines import check_model, load_pipeline, saved_types, stored_dtypes
+from vqdm.diffusion.pipelines import absent_parts, check_model, load_pipeline, saved_types, stored_dtypes
 from vqdm.documents import first_line, read_json
 from vqdm.errors import UserError
 from vqdm.layers.int8 import int8_layers
@@ -120,7 +122,7 @@ def new_folder(path: str) -> Iterator[Path]:
 
 
 def dequantize(config: ConvertConfig, folder: Path) -> str:
-    """Write the plain model of a quantized pipeline, or of its UNet's or a text encoder's own folder."""
+    """Write the plain model of a quantized pipeline, or of its denoiser's or a text encoder's own folder."""
     source = load_source(config.source, config.variant)
     parts = models_of(source)
     quantized = {name: part for name, part in parts.items() if quantized_layers(part) or int8_layers(part)}
@@ -151,7 +153,7 @@ def _stored(module: nn.Module) -> list[torch.Tensor]:
 
 
 def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn.Module:
-    """Load a pipeline, a UNet or a text encoder from its folder, in its stored types.
+    """Load a pipeline, a denoiser or a text encoder from its folder, in its stored types.
 
     Raises:
         UserError: none of these is found, it lacks the variant, or it cannot be loaded.
@@ -169,14 +171,16 @@ def load_source(path: str, variant: str | None = None) -> DiffusionPipeline | nn
             variant = found_variant(folder, variant)
             named = read_json(folder / "model_index.json")
             stored = {name: dtype for name, dtype in stored_dtypes(path, variant).items() if name in named}
-            dtypes = stored | {"default": torch.float32}
-            return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, variant=variant, local_files_only=True)
+            dtypes, absent = stored | {"default": torch.float32}, dict.fromkeys(absent_parts(path, None, True))
+            where = {"variant": variant, "local_files_only": True, **absent}
+            return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, **where)
         config = read_json(folder / "config.json")
         variant = variant or only_variant(folder)
         own = folder.resolve()
         dtype = stored_dtypes(str(own.parent), variant, component=own.name).get(own.name, torch.float32)
         if "_class_name" in config:
-            return UNet2DConditionModel.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
+            kind = denoiser_class(folder)
+            return kind.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
         kind = TEXT_CLASSES.get((config.get("architectures") or [None])[0], AutoModel)
         return kind.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
     except UserError:
@@ -224,6 +228,8 @@ def from_pickle(config: ConvertConfig, folder: Path) -> str:
         local_files_only=config.local_files_only,
         single_file_config=config.single_file_config,
     )
+    if denoiser_name(pipeline) != "unet":
+        raise UserError(f"--model {config.model} has no UNet; the original quantized UNets only")
     check_loaded(pipeline.unet, config.model, "--model")
     fill(pipeline.unet, config.source)
     mark_quantized(pipeline.unet)

@@ -7,7 +7,8 @@ from conftest import FAMILIES, tiny_unet
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
-from vqdm.diffusion.blocks import block_of, matrix_of, select_layers, unquantized_layers
+from vqdm.diffusion.blocks import matrix_of, select_layers, unquantized_layers
+from vqdm.diffusion.denoisers import block_of
 from vqdm.errors import UserError
 
 SPEC = CodeSpec(num_codebooks=2, nbits_per_codebook=4, in_group_size=4)
@@ -32,11 +33,11 @@ def test_default_is_every_matrix_of_the_blocks_but_the_time_projections(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_run_down_mid_up_in_module_order(family):
     unet = tiny_unet(family)
-    blocks = list(dict.fromkeys(block_of(name) for name in names(unet)))
+    blocks = list(dict.fromkeys(block_of(unet, name) for name in names(unet)))
     assert blocks == ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     tree = [name for name, _ in unet.named_modules()]
     for block in blocks:
-        inside = [tree.index(name) for name in names(unet) if block_of(name) == block]
+        inside = [tree.index(name) for name in names(unet) if block_of(unet, name) == block]
         assert inside == sorted(inside)
 
 

@@ -12,10 +12,10 @@ from vqdm.devices import BatchSize
 from vqdm.diffusion import hessians
 from vqdm.diffusion.blocks import Layer, matrix_of, select_layers
 from vqdm.diffusion.hessians import (
+    DenoiserCall,
     HessianAccumulator,
     HessianStore,
     InputRows,
-    UnetCall,
     passes,
     record_hessians,
     shared_inputs,
@@ -147,7 +147,7 @@ def test_counted_samples_are_a_fair_share():
     assert (part.mean() - whole.mean()).norm() < 0.15 * whole.mean().norm()
 
 
-def points_call(points: list[int], branches: int = 2) -> UnetCall:
+def points_call(points: list[int], branches: int = 2) -> DenoiserCall:
     """A UNet call on points of their own inputs, branches outermost."""
 
     def make(some: list[int]) -> dict:
@@ -157,7 +157,7 @@ def points_call(points: list[int], branches: int = 2) -> UnetCall:
         joined = {name: torch.cat([one[name] for one in every]) for name in names}
         return joined | {"added_cond_kwargs": {name: torch.cat([one[name] for one in added]) for name in added[0]}}
 
-    return UnetCall(make, points, points)
+    return DenoiserCall(make, points, points)
 
 
 @pytest.mark.parametrize("samples_per_input", [0, 1])
@@ -313,7 +313,12 @@ def test_inputs_that_grow_are_recorded_on_a_coarser_grid(monkeypatch):
     groups = shared_inputs(unet, block, call(0))
     plain = record_hessians(unet, groups, call(0), [lambda: call(1)], [lambda: call(2)])
     grids, first_grids = [], hessians.first_grids
-    monkeypatch.setattr(hessians, "first_grids", lambda *args: {k: v * 2.0**-40 for k, v in first_grids(*args).items()})
+
+    def finer(*args) -> tuple:
+        found, single = first_grids(*args)
+        return {name: grid * 2.0**-40 for name, grid in found.items()}, single
+
+    monkeypatch.setattr(hessians, "first_grids", finer)
     init = HessianAccumulator.__init__
     monkeypatch.setattr(
         HessianAccumulator, "__init__", lambda self, n, d, grid: grids.append(grid) or init(self, n, d, grid)

@@ -17,7 +17,7 @@ from vqdm.diffusion.model_folders import (
     check_supported,
     check_supported_pipeline,
     check_variant,
-    find_quantized_unet,
+    find_denoiser,
     found_variant,
     only_variant,
     quantized_by,
@@ -62,7 +62,7 @@ def test_misspelt_names(pipelines, monkeypatch):
     with pytest.raises(
         UserError, match=r"not a folder \(did you mean .*sdxl\?\); give the folder that quantizing wrote"
     ):
-        find_quantized_unet(f"{folder}/sdxI")
+        find_denoiser(f"{folder}/sdxI")
 
 
 # ------------------------------------------------------------------------------------------- variants
@@ -250,7 +250,7 @@ def test_a_quantized_text_encoder_stays_and_is_logged(changed, caplog):
 
 
 REFUSED = {
-    "no UNet": ("model_index.json", {"unet": [None, None]}, "has no UNet; vqdm quantizes UNets"),
+    "no UNet": ("model_index.json", {"unet": [None, None]}, "has neither unet nor transformer"),
     "another UNet": (
         "model_index.json",
         {"unet": ["diffusers", "UNetMotionModel"]},

@@ -1,13 +1,13 @@
 import re
 
 import pytest
+import recorded
 import torch
 from conftest import tiny_unet
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import matrix_of, select_layers, weight_of
 from vqdm.diffusion.sensitivity import following, output_effects, spread_over_noise
-from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import RunError
 
 SPEC = CodeSpec(1, 2, 4)
@@ -119,7 +119,7 @@ def test_what_no_scale_helps_is_an_error_that_names_the_layer(overflowing, where
     names = list(changes)
     if where == "output":
         unet.conv_out.bias += torch.inf
-        words = "the UNet's output holds NaN or infinity in float16; use --dtype bfloat16 or float32"
+        words = "the denoiser's output holds NaN or infinity in float16; use --dtype bfloat16 or float32"
     else:
         unet.get_submodule(names[5]).weight.requires_grad_().register_hook(lambda gradient: gradient * torch.nan)
         words = f"layer {names[5]}: the gradient of its weight holds NaN or infinity in float16"
@@ -140,7 +140,7 @@ def test_nothing_stays_behind_after_an_exception(unet):
 
 @pytest.mark.parametrize(("prompts", "steps", "count"), [(5, 10, 4), (2, 20, 16), (1, 3, 16)])
 def test_points_are_spread_over_prompts_and_steps(prompts, steps, count):
-    trajectories = Trajectories(torch.zeros(prompts, steps, 1, 1, 1), torch.arange(steps), {})
+    trajectories = recorded.made(torch.zeros(prompts, steps, 1, 1, 1), torch.arange(steps))
     points = spread_over_noise(trajectories, count)
     assert len(points) == min(count, prompts * steps)
     assert {n for n, _ in points} == set(range(min(count, prompts)))

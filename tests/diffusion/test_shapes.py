@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_unet
+from conftest import FAMILIES, meta_unet, tiny_unet
 from sdxl import CONFIG
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import select_layers
 from vqdm.diffusion.hessians import shared_inputs
-from vqdm.diffusion.shapes import input_groups, meta_call, meta_unet
+from vqdm.diffusion.shapes import input_groups, meta_call
 from vqdm.quantization.plan import hessian_bytes
 
 SPEC = CodeSpec(1, 3, 4)

@@ -1,7 +1,7 @@
-from dataclasses import replace
 from functools import wraps
 
 import pytest
+import recorded
 import torch
 from conftest import tiny_unet
 from diffusers import AutoencoderKL, StableDiffusionXLPAGPipeline, UNet2DConditionModel
@@ -35,7 +35,7 @@ def test_replaying_recorded_points_gives_the_recorded_outputs(pipelines, family,
     pipeline = load(pipelines[family])
     settings = {"guidance_scale": guidance, "num_inference_steps": 3}
     trajectories, images = record_evaluation(pipeline, PROMPTS, 0, settings, size=2)
-    assert len(images) == 3 and trajectories.outputs.shape[:3] == (3, 3, branches)
+    assert len(images) == 3 and recorded.outputs(trajectories).shape[:3] == (3, 3, branches)
     points = [(2, 0), (0, 2), (1, 1)]
     with torch.no_grad():
         again = pipeline.unet(**trajectories.inputs(points, "cpu", torch.float32)).sample
@@ -43,7 +43,12 @@ def test_replaying_recorded_points_gives_the_recorded_outputs(pipelines, family,
     assert output_error(pipeline.unet, trajectories, size=4) < -80
     errors, energies = point_errors(pipeline.unet, trajectories, size=4)
     assert len(errors) == len(energies) == 9 * branches
-    assert sum(energies) == pytest.approx(trajectories.outputs.double().square().sum().item())
+    assert sum(energies) == pytest.approx(recorded.outputs(trajectories).double().square().sum().item())
+
+
+def moved(whole: Trajectories) -> Trajectories:
+    found = recorded.outputs(whole) + 0.1
+    return whole.with_outputs({(n, s): found[n, s] for n, s in whole.points()})
 
 
 def test_batches_are_halved_where_memory_ends(pipelines, monkeypatch):
@@ -51,12 +56,13 @@ def test_batches_are_halved_where_memory_ends(pipelines, monkeypatch):
     pipeline, settings = load(pipelines["sdxl"]), {"num_inference_steps": 2}
 
     def results(size) -> list:
-        recorded, images = record_evaluation(pipeline, PROMPTS, 0, settings, size)
+        whole, images = record_evaluation(pipeline, PROMPTS, 0, settings, size)
         part = record_trajectories(pipeline, PROMPTS, 0, settings, size, 0, 1000)
         again = generate_images(pipeline, PROMPTS, 0, settings, size)
-        errors = point_errors(pipeline.unet, replace(recorded, outputs=recorded.outputs + 0.1), size)
+        errors = point_errors(pipeline.unet, moved(whole), size)
         pixels = to_tensor([*images, *again])
-        return [recorded.latents, recorded.outputs, part.latents, pixels, *map(torch.tensor, errors)]
+        held = [recorded.latents(whole), recorded.outputs(whole), recorded.latents(part)]
+        return [*held, pixels, *map(torch.tensor, errors)]
 
     wanted, forward = results(1), UNet2DConditionModel.forward
 
@@ -113,7 +119,8 @@ def test_timestep_range(pipelines):
     part = record_trajectories(pipeline, PROMPTS, 0, settings, 3, 300, 700)
     keep = (whole.timesteps >= 300) & (whole.timesteps <= 700)
     assert 0 < keep.sum() < 5
-    assert torch.equal(part.latents, whole.latents[:, keep]) and torch.equal(part.timesteps, whole.timesteps[keep])
+    assert torch.equal(recorded.latents(part), recorded.latents(whole)[:, keep])
+    assert torch.equal(part.timesteps, whole.timesteps[keep])
     with pytest.raises(UserError, match="--min_timestep"):
         check_timestep_range(pipeline.scheduler, 5, 2, 3)
 
@@ -121,25 +128,26 @@ def test_timestep_range(pipelines):
 def random_trajectories() -> Trajectories:
     torch.manual_seed(0)
     conditioning = {"encoder_hidden_states": torch.randn(12, 2, 4, 8), "text_embeds": torch.randn(12, 2, 6)}
-    return Trajectories(torch.randn(12, 5, 4, 2, 2), torch.arange(5.0), conditioning, torch.randn(12, 5, 2, 4, 2, 2))
+    return recorded.made(torch.randn(12, 5, 4, 2, 2), torch.arange(5.0), conditioning, torch.randn(12, 5, 2, 4, 2, 2))
 
 
 def test_save_load_and_join(tmp_path):
     whole = random_trajectories()
     whole.save(tmp_path / "t.safetensors")
     again = Trajectories.load(tmp_path / "t.safetensors")
-    assert torch.equal(again.latents, whole.latents) and torch.equal(again.outputs, whole.outputs)
-    assert again.conditioning.keys() == whole.conditioning.keys()
-    assert join([whole, again]).latents.shape[0] == 24
+    assert torch.equal(recorded.latents(again), recorded.latents(whole))
+    assert torch.equal(recorded.outputs(again), recorded.outputs(whole))
+    assert again.groups[0].calls == whole.groups[0].calls
+    assert join([whole, again]).shape == (24, 5) and len(join([whole, again]).groups) == 1
 
 
 def test_branches_are_outermost():
     whole = random_trajectories()
     call = whole.inputs([(3, 1), (5, 4)], "cpu", torch.float32)
-    tokens = whole.conditioning["encoder_hidden_states"]
+    tokens = recorded.conditioning(whole, "encoder_hidden_states")
     expected = torch.stack([tokens[3, 0], tokens[5, 0], tokens[3, 1], tokens[5, 1]])
     assert torch.equal(call["encoder_hidden_states"], expected)
-    assert torch.equal(call["sample"][2], whole.latents[3, 1])
+    assert torch.equal(call["sample"][2], recorded.latents(whole)[3, 1])
     assert call["added_cond_kwargs"]["text_embeds"].shape == (4, 6)
 
 
@@ -190,47 +198,66 @@ def positional(unet, call: dict):
     return unet(*(call[name] for name in first), return_dict=False, **rest)[0]
 
 
-@pytest.mark.parametrize("make", [lambda unet, call: unet(**call).sample, positional], ids=["keywords", "positions"])
-def test_every_recorded_argument_is_replayed(make):
-    unet, outputs = rich_unet(), []
+def with_residuals(call: dict) -> dict:
+    """What a ControlNet adds, other at every step."""
+    shapes, generator = [(16, 8), (16, 8), (16, 4), (32, 4)], torch.Generator().manual_seed(int(call["timestep"]))
+    residuals = tuple(torch.randn(6, channels, side, side, generator=generator) for channels, side in shapes)
+    added = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": torch.ones(6, 32, 4, 4)}
+    return call | added | {"cross_attention_kwargs": {"scale": 0.5}}
+
+
+CALLS = {
+    "keywords": lambda unet, call: unet(**call).sample,
+    "positions": positional,
+    "residuals": lambda unet, call: unet(**with_residuals(call)).sample,
+}
+
+
+@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
+def test_calls_are_replayed_as_they_were_made(make):
+    unet = rich_unet()
     with CallRecorder(unet, 3, outputs=True) as recorder:
         outputs = [make(unet, rich_call(step)) for step in range(2)]
-    recorded = recorder.trajectories()
-    assert len(recorded.conditioning) == 6
+    found = recorder.trajectories()
+    assert torch.equal(found.timesteps, torch.tensor([900.0, 600.0]))
     for step, output in enumerate(outputs):
         points = [(n, step) for n in range(3)]
-        torch.testing.assert_close(recorded.expected(points, "cpu"), output)
-        torch.testing.assert_close(unet(**recorded.inputs(points, "cpu", torch.float32)).sample, output)
-    for name in recorded.conditioning:  # each of them changes the output
-        changed = Trajectories(recorded.latents, recorded.timesteps, {**recorded.conditioning})
-        changed.conditioning[name] = changed.conditioning[name].flip(0, 1)
-        changed.conditioning[name] = (
-            changed.conditioning[name] * 2 if name == "time_ids" else changed.conditioning[name]
-        )
-        other = unet(**changed.inputs(points, "cpu", torch.float32)).sample
-        assert not torch.allclose(other, outputs[1], atol=1e-4), name
+        torch.testing.assert_close(found.expected(points, "cpu"), output)
+        torch.testing.assert_close(unet(**found.inputs(points, "cpu", torch.float32)).sample, output)
+    mixed = unet(**found.inputs([(2, 0), (0, 1)], "cpu", torch.float32)).sample  # [A·B, ...]
+    torch.testing.assert_close(mixed, torch.stack([outputs[0][2], outputs[1][0], outputs[0][5], outputs[1][3]]))
+    held = sum(name.startswith("encoder_hidden_states") for name in found.groups[0].batched)
+    assert held == 1  # what is the same at every step is kept once
 
 
-def with_residuals(call: dict) -> dict:
-    shapes = [(16, 8), (16, 8), (16, 4), (32, 4)]
-    residuals = tuple(torch.randn(6, channels, side, side) for channels, side in shapes)
-    return call | {
-        "down_block_additional_residuals": residuals,
-        "mid_block_additional_residual": torch.ones(6, 32, 4, 4),
-    }
+CHANGES = {
+    "another text": lambda call: call | {"encoder_hidden_states": call["encoder_hidden_states"] * 2},
+    "no guidance embedding": lambda call: {name: value for name, value in call.items() if name != "timestep_cond"},
+    "fewer branches": lambda _: rich_call(1, branches=1),
+    "latents of each branch": lambda call: call | {"sample": torch.randn(6, 4, 8, 8)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_calls_may_change_from_step_to_step(change, tmp_path):
+    unet, calls = rich_unet(), [rich_call(), change(rich_call(1))]
+    with CallRecorder(unet, 3, outputs=True) as recorder:
+        outputs = [unet(**call).sample for call in calls]
+    recorder.trajectories().save(tmp_path / "calls.safetensors")
+    found = Trajectories.load(tmp_path / "calls.safetensors")
+    for batch in found.batches(found.points(), 4):
+        again = unet(**found.inputs(batch, "cpu", torch.float32)).sample
+        torch.testing.assert_close(again, found.expected(batch, "cpu"), rtol=1e-4, atol=1e-5)
+    points = [(n, 1) for n in range(3)]
+    torch.testing.assert_close(found.expected(points, "cpu"), outputs[1])
 
 
 UNRECORDED = {
-    "cross_attention_kwargs": lambda call: call | {"cross_attention_kwargs": {"scale": 0.5}},
-    "down_block_additional_residuals": with_residuals,
-    "image_embeds": lambda call: (
-        call | {"added_cond_kwargs": call["added_cond_kwargs"] | {"image_embeds": [torch.ones(6, 4)]}}
-    ),
-    "sample, which differs": lambda call: call | {"sample": torch.randn(6, 4, 8, 8)},
     "timestep, which differs": lambda call: call | {"timestep": torch.arange(6)},
-    "encoder_hidden_states, which has shape": lambda call: (
-        {name: value[:4] if isinstance(value, torch.Tensor) and value.dim() else value for name, value in call.items()}
-        | {"sample": call["sample"][:6]}
+    "encoder_hidden_states, which has shape": lambda call: call | {"encoder_hidden_states": torch.ones(4, 5, 64)},
+    "sample, which has 4 samples": lambda call: call | {"sample": call["sample"][:4]},
+    "cross_attention_kwargs.processor, which is a object": lambda call: (
+        call | {"cross_attention_kwargs": {"processor": object()}}
     ),
 }
 
@@ -239,38 +266,17 @@ UNRECORDED = {
 def test_what_is_not_recorded_is_refused_by_name(words):
     """Given to the recorder alone; a UNet may complain of them first."""
     recorder, output = CallRecorder(rich_unet(), 3), UNet2DConditionOutput(torch.zeros(6, 4, 8, 8))
-    recorder._record(recorder.unet, (), rich_call(), output)
-    with pytest.raises(UserError, match=f"^MODEL's pipeline calls its UNet with {words}"):
-        CallRecorder(rich_unet(), 3)._record(recorder.unet, (), UNRECORDED[words](rich_call()), output)
+    recorder._record(recorder.denoiser, (), rich_call(), output)
+    with pytest.raises(UserError, match=f"^MODEL's pipeline calls its denoiser with {words}"):
+        CallRecorder(rich_unet(), 3)._record(recorder.denoiser, (), UNRECORDED[words](rich_call()), output)
 
 
-CHANGES = {
-    "encoder_hidden_states": lambda call: call | {"encoder_hidden_states": call["encoder_hidden_states"] * 2},
-    "text_embeds": lambda call: (
-        call | {"added_cond_kwargs": call["added_cond_kwargs"] | {"text_embeds": torch.zeros(6, 32)}}
-    ),
-    "timestep_cond": lambda call: {name: value for name, value in call.items() if name != "timestep_cond"},
-    "encoder_hidden_states of fewer branches": lambda _: rich_call(1, branches=1),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_conditioning_that_changes_from_step_to_step_is_refused(name):
-    unet = rich_unet()
-    with CallRecorder(unet, 3) as recorder:
-        unet(**rich_call())
-        recorder._hook.remove()
-        with pytest.raises(UserError, match=f"with {name.split()[0]}, which changes from step to step"):
-            recorder._record(unet, (), CHANGES[name](rich_call(1)), None)
-
-
-def test_an_ip_adapters_images_are_refused_while_the_pipeline_samples(pipelines):
+def test_an_ip_adapters_images_are_recorded(pipelines):
     pipeline = load(pipelines["sdxl"])
-    weights = ip_adapter(pipeline.unet)
-    pipeline.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
-    settings = {"num_inference_steps": 1, "ip_adapter_image_embeds": [torch.ones(2, 1, 32)]}
-    with pytest.raises(UserError, match="image_embeds, which is not recorded"):
-        record_trajectories(pipeline, PROMPTS[:1], 0, settings, 1, 0, 1000)
+    pipeline.load_ip_adapter(ip_adapter(pipeline.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    settings = {"num_inference_steps": 1, "ip_adapter_image_embeds": [torch.randn(2, 1, 32)]}
+    found, _ = record_evaluation(pipeline, PROMPTS, 0, settings, 3)
+    assert output_error(pipeline.unet, found, 2) < -80
 
 
 def test_a_unet_that_is_another_while_the_pipeline_samples_is_refused(pipelines):

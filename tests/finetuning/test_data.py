@@ -4,6 +4,7 @@ import json
 
 import finetune
 import pytest
+import recorded
 import tiny_students
 import torch
 from conftest import tiny_pipeline
@@ -34,7 +35,7 @@ from vqdm.finetuning.data import (
     split_held_out,
     spread,
     timestep_weights,
-    with_unet,
+    with_denoiser,
 )
 from vqdm.finetuning.trainer import trainable
 
@@ -225,23 +226,14 @@ def test_noise_is_mixed_in_as_the_scheduler_does(folder, pipelines):
             scheduler._step_index = scheduler._begin_index = None
             noisy = scheduler.add_noise(latents[n : n + 1], noise[s : s + 1], t[None])
             wanted = scheduler.scale_model_input(noisy, t)[0]
-            torch.testing.assert_close(found.latents[n, s], wanted, rtol=1e-3, atol=1e-3)
-    assert found.conditioning["encoder_hidden_states"].shape[:2] == (2, 2)
+            torch.testing.assert_close(recorded.latents(found)[n, s], wanted, rtol=1e-3, atol=1e-3)
+    assert recorded.conditioning(found, "encoder_hidden_states").shape[:2] == (2, 2)
     assert not pipeline.unet._forward_hooks
 
 
 def two_parts() -> Points:
     whole = tiny_students.points(tiny_students.teacher(), prompts=3, steps=4).parts[0]
-    first, second = (
-        Trajectories(
-            whole.latents[part],
-            whole.timesteps,
-            {k: v[part] for k, v in whole.conditioning.items()},
-            whole.outputs[part],
-        )
-        for part in (slice(0, 2), slice(2, 3))
-    )
-    return Points([first, second])
+    return Points([recorded.some(whole, part) for part in (slice(0, 2), slice(2, 3))])
 
 
 def test_a_batch_over_several_parts_is_that_of_the_parts_joined():
@@ -256,7 +248,7 @@ def test_a_batch_over_several_parts_is_that_of_the_parts_joined():
     assert torch.equal(batch.call["encoder_hidden_states"], wanted["encoder_hidden_states"])
     assert torch.equal(batch.call["added_cond_kwargs"]["text_embeds"], wanted["added_cond_kwargs"]["text_embeds"])
     assert torch.equal(batch.teacher_output, whole.expected(pairs, "cpu")) and batch.count == 3
-    points.parts[1].outputs = None
+    points.parts[1] = recorded.without_outputs(points.parts[1])
     assert points.batch(chosen, tiny_students.CPU, torch.float32).teacher_output is None
 
 
@@ -292,7 +284,7 @@ def test_a_spread_has_all_prompts_and_different_timesteps():
 )
 def test_prompts_are_split_whole_where_there_are_several(prompts, steps, wanted):
     latents = torch.zeros(prompts, steps, 1, 1, 1)
-    points = Points([Trajectories(latents, torch.arange(float(steps)), {})])
+    points = Points([recorded.made(latents, torch.arange(float(steps)))])
     training, held_out = split_held_out(points)
     assert sorted(training + held_out) == points.all() and training and held_out
     assert {point.prompt for point in held_out} == wanted
@@ -300,20 +292,16 @@ def test_prompts_are_split_whole_where_there_are_several(prompts, steps, wanted)
 
 
 def test_a_single_point_is_trained_and_evaluated_on():
-    points = Points([Trajectories(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1), {})])
+    points = Points([recorded.made(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1))])
     assert split_held_out(points) == ([Point(0, 0, 0)], [Point(0, 0, 0)])
 
 
 def test_a_spread_does_not_depend_on_how_trajectories_are_batched():
     whole = join(two_parts().parts)
 
-    def cut(first: int, last: int) -> Trajectories:
-        held = {name: value[first:last] for name, value in whole.conditioning.items()}
-        return Trajectories(whole.latents[first:last], whole.timesteps, held)
-
     chosen = [[(n, s) for _, n, s in spread(Points([whole]), 6)]]
     for size in (1, 2):
-        parts = Points([cut(k, k + size) for k in range(0, 3, size)])
+        parts = Points([recorded.some(whole, slice(k, k + size)) for k in range(0, 3, size)])
         chosen.append([(size * k + n, s) for k, n, s in spread(parts, 6)])
     assert chosen[0] == chosen[1] == chosen[2]
 
@@ -352,7 +340,7 @@ def test_the_student_alone_is_under_autocast(pipeline, student):
         part.register_forward_hook(lambda *_, name=name: seen.update({name: torch.is_autocast_enabled("cpu")}))
         for name, part in parts.items()
     ]
-    with with_unet(pipeline, student):
+    with with_denoiser(pipeline, student):
         assert pipeline.unet is student
         assert len(generate_images(pipeline, ["a red circle"], 0, SETTINGS, 1)) == 1
     for hook in hooks:
@@ -364,7 +352,7 @@ def test_the_student_alone_is_under_autocast(pipeline, student):
 def test_points_have_the_type_of_the_pipeline(pipeline, student):
     for unet in (pipeline.unet, student):
         points = sample_points(pipeline, unet, ["a red circle", "a star"], 0, SETTINGS, True)
-        assert points.latents.dtype == points.outputs.dtype == torch.bfloat16
+        assert recorded.latents(points).dtype == recorded.outputs(points).dtype == torch.bfloat16
         assert "forward" not in vars(unet)
 
 
@@ -376,14 +364,12 @@ def test_points_are_recorded_in_halves_where_memory_ends(tmp_path):
         tried.append(chunk.count)
         if chunk.count > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        some = slice(chunk.first, chunk.first + chunk.count)
-        conditioning = {name: value[some] for name, value in whole.conditioning.items()}
-        return Trajectories(whole.latents[some], whole.timesteps, conditioning, whole.outputs[some])
+        return recorded.some(whole, slice(chunk.first, chunk.first + chunk.count))
 
-    count, size = len(whole.latents), BatchSize(len(whole.latents))
+    count, size = whole.shape[0], BatchSize(whole.shape[0])
     assert count > 2
     for _ in range(2):
         points = record_points(tmp_path, [Chunk("teacher", 0, count)], size, record, tiny_students.ALONE)
-        assert torch.equal(join(points.parts).latents, whole.latents)
-        assert torch.equal(join(points.parts).outputs, whole.outputs)
+        assert torch.equal(recorded.latents(join(points.parts)), recorded.latents(whole))
+        assert torch.equal(recorded.outputs(join(points.parts)), recorded.outputs(whole))
     assert tried[0] == count and max(tried[1:]) <= 2 and size.value <= 2 and sum(tried[1:]) == count

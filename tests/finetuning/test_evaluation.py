@@ -2,11 +2,11 @@ import json
 import statistics
 
 import pytest
+import recorded
 import tiny_students
 from PIL import Image
 
 from vqdm.diffusion.sampling import error_spread, output_error, point_errors
-from vqdm.diffusion.trajectories import Trajectories
 from vqdm.finetuning.evaluation import BINS, Throughput, duration, evaluate, read_log, save_loss_plot
 
 
@@ -18,23 +18,19 @@ def test_errors_are_those_of_the_whole_and_of_each_quarter():
     assert errors.db == pytest.approx(output_error(unet, part, 4), abs=1e-3)
     for k, db in enumerate(errors.db_by_timestep):  # timesteps 49, 366, 682 and 999
         assert db == pytest.approx(output_error(unet, part.between(250 * k, 250 * k + 250), 4), abs=1e-3)
-    few = evaluate(trainer.loss_fn, points, [point for point in points.all() if point.step == 0])
+    few = evaluate(trainer.loss_fn, points, [point for point in points.all() if point.call == 0])
     assert few.db_by_timestep[:3] == [None] * 3 and few.loss_by_timestep == pytest.approx([few.loss] * BINS)
 
 
 def test_the_median_is_over_prompts_and_the_spread_over_outputs():
     points, unet = tiny_students.points(tiny_students.teacher()), tiny_students.student(tiny_students.FORMATS["own"])
-    points.parts[0].outputs[0] *= 30  # an outlier
+    group = points.parts[0].groups[0]
+    for call in group.calls:
+        group.batched[call.output][0] *= 30  # an outlier
     trainer = tiny_students.trainer(unet)
     errors, part = evaluate(trainer.loss_fn, points, points.all()), points.parts[0]
     assert errors.by_point == pytest.approx(error_spread(*point_errors(unet, part, 4)), abs=1e-3)
-    each = []
-    for n in range(len(part.latents)):
-        one = Trajectories(
-            part.latents[n : n + 1], part.timesteps, {k: v[n : n + 1] for k, v in part.conditioning.items()}
-        )
-        one.outputs = part.outputs[n : n + 1]
-        each.append(output_error(unet, one, 4))
+    each = [output_error(unet, recorded.some(part, slice(n, n + 1)), 4) for n in range(part.shape[0])]
     assert errors.median_db == pytest.approx(statistics.median(each), abs=1e-3)
     assert errors.figures == {"db": errors.db, "median_db": errors.median_db} and errors.median_db < errors.db - 1
 

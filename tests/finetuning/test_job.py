@@ -8,6 +8,7 @@ from pathlib import Path
 
 import finetune
 import pytest
+import recorded
 import tiny_students
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -24,7 +25,6 @@ from vqdm.diffusion.sampling import (
     point_errors,
     record_evaluation,
 )
-from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import UserError
 from vqdm.finetuning.config import FinetuneConfig
 from vqdm.finetuning.trainer import Trainer
@@ -97,11 +97,6 @@ def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
 
 
-def one_prompt(points: Trajectories, n: int) -> Trajectories:
-    conditioning = {name: value[n : n + 1] for name, value in points.conditioning.items()}
-    return Trajectories(points.latents[n : n + 1], points.timesteps, conditioning, points.outputs[n : n + 1])
-
-
 def test_the_result_is_the_same_pipeline_with_other_numbers(finished, quantized):
     before, after = weights(quantized), weights(finished)
     assert {name: (one.shape, one.dtype) for name, one in before.items()} == {
@@ -132,7 +127,7 @@ def test_summary_measures_what_was_saved(finished, quantized, pipelines, prompt_
         assert summary[f"unet_output_error_db_{when}"] == pytest.approx(output_error(unet, points, 4), abs=0.01)
         spread = error_spread(*point_errors(unet, points, 4))
         assert summary[f"unet_output_error_db_by_point{key}"] == pytest.approx(spread, abs=0.01)
-        prompts = [one_prompt(points, n) for n in (0, 1)]
+        prompts = [recorded.some(points, slice(n, n + 1)) for n in (0, 1)]
         median = sum(output_error(unet, one, 4) for one in prompts) / 2
         assert summary[f"unet_output_error_median_db_{when}"] == pytest.approx(median, abs=0.01)
     assert summary["unet_output_error_db"] == summary["unet_output_error_db_after"]

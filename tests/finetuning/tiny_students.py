@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import recorded
 import torch
 from conftest import tiny_unet
 from numerics import random_widths
@@ -9,9 +10,8 @@ from torch import nn
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.trellis import UNITS
-from vqdm.diffusion.trajectories import Trajectories
 from vqdm.finetuning.config import OptimizerConfig
-from vqdm.finetuning.data import Points, teacher_outputs
+from vqdm.finetuning.data import Points, with_teacher_outputs
 from vqdm.finetuning.trainer import DistillationLoss, Trainer, trainable
 from vqdm.layers.int8 import quantize_int8
 from vqdm.layers.quantized import quantized_layers, shared_codebook_module, swap
@@ -84,9 +84,8 @@ def points(unet: nn.Module, prompts: int = 6, steps: int = 4) -> Points:
         "time_ids": torch.full((prompts, 2, 6), 16.0),
     }
     latents = torch.randn(prompts, steps, 4, 8, 8, generator=generator)
-    part = Trajectories(latents, torch.linspace(999, 49, steps), conditioning)
-    part.outputs = teacher_outputs(unet, part, 8)
-    return Points([part])
+    part = recorded.made(latents, torch.linspace(999, 49, steps), conditioning)
+    return Points([with_teacher_outputs(unet, part, 8)])
 
 
 def trainer(

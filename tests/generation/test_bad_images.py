@@ -66,4 +66,4 @@ def test_a_teacher_whose_unet_gives_nan_is_the_end(pipelines, prompt_file, tmp_p
     pipeline.save_pretrained(tmp_path / "model")
     words = [tmp_path / "model", prompt_file, prompt_file, "--output_dir", tmp_path / "out"]
     assert run_script(main_text2image.main, [*map(str, words), *SAMPLING, *QUANTIZE]) == 1
-    assert "the UNet gave NaN or infinity while sampling" in capfd.readouterr().err
+    assert "the denoiser gave NaN or infinity while sampling" in capfd.readouterr().err

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from generate import PARSER, main
 from PIL import Image
 from settings_read import settings_read, undeclared
+from torch import nn
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.solve import SolverConfig, solve_layer
@@ -271,7 +272,7 @@ def test_some_nan_is_marked_and_fails_at_the_end(pipelines, prompts, tmp_path, m
 def test_dry_run_writes_nothing(pipelines, quantized, prompts, tmp_path, capsys):
     words = [pipelines["sdxl"], quantized, prompts, "--dry_run", "--num_samples_per_prompt", 3]
     assert run(*words, out=tmp_path / "out") == 0
-    assert f"15 images of 5 prompts, UNet of {quantized}" in capsys.readouterr().out
+    assert f"15 images of 5 prompts, denoiser of {quantized}" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -296,6 +297,8 @@ def test_compile_and_offload_are_handed_to_diffusers():
         "--offload sequential": ["enable_sequential_cpu_offload"],
     }.items():
         pipeline = MagicMock()
+        pipeline.unet = MagicMock(spec=nn.Module)
+        pipeline.attach_mock(pipeline.unet, "unet")
         placed(pipeline, PARSER.parse(["M", "P", *words.split()]), device)
         assert [call[0] for call in pipeline.mock_calls] == wanted
 

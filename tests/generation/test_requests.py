@@ -186,7 +186,7 @@ def test_one_side_alone_gets_the_other_from_the_unet(own, given, expected):
     """Its sample_size may be a number, two, or nothing, in which case both sides are given."""
     pipeline = tiny_pipeline("sdxl")
     pipeline.unet.register_to_config(sample_size=own)
-    assert call_settings(pipeline, NONE | given) == expected
+    assert call_settings(pipeline, NONE | given, 1) == expected
     sampling = SamplingConfig(height=expected.get("height"), width=expected.get("width"), num_inference_steps=2)
     height, width = expected.get("height", 16), expected.get("width", 16)
     points = [predicted_bytes(pipeline, sampling, count, 0) for count in (0, 1)]
@@ -198,7 +198,7 @@ def test_a_size_that_nobody_names_is_asked_for():
     pipeline.unet.register_to_config(sample_size=None)
     for given in ({}, {"height": 16}):
         with pytest.raises(UserError, match="names no size of its images; give --height and --width"):
-            call_settings(pipeline, NONE | given)
+            call_settings(pipeline, NONE | given, 1)
     with pytest.raises(UserError, match="give --height and --width"):
         predicted_bytes(pipeline, SamplingConfig(), 1, 1)
 

@@ -223,7 +223,9 @@ def test_hessians_hold_for_the_type_that_is_computed_in(pipelines):
     """Also where the first layer is in 8 bit, whose scales are float16."""
     pipeline = DiffusionPipeline.from_pretrained(pipelines["sdxl"], dtype=torch.float32)
     settings = dict(model=str(pipelines["sdxl"]), calibration_prompts="", evaluation_prompts="", output_dir="")
-    job = SimpleNamespace(config=QuantizeConfig(**settings), unet=pipeline.unet, calibration=["a"], fingerprint=None)
+    job = SimpleNamespace(
+        config=QuantizeConfig(**settings), denoiser=pipeline.unet, calibration=["a"], fingerprint=None
+    )
     before = hessian_settings(job)
     quantize_int8(pipeline.unet, "conv_in")
     assert hessian_settings(job) == before and before["dtype"] == "torch.float32"
@@ -244,7 +246,7 @@ def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
     assert f"{len(others)} others are int8" in (out / "README.md").read_text()
     said = capsys.readouterr().out
     assert f"{len(others)} other layers" in said
-    assert f"{bits / parameters:.3f} over the whole UNet" in said
+    assert f"{bits / parameters:.3f} over the whole denoiser" in said
     assert json.loads((finished / "summary.json").read_text())["layers_in_8_bit"] == 0
 
 
@@ -338,7 +340,10 @@ def test_a_dry_run_checks_the_output_folder_as_a_run_does(finished, pipelines, p
 def test_load_is_checked_at_the_start(pipelines, prompt_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("vqdm.quantization.job.configured_pipeline", None)  # nothing is loaded
     for load, words in (
-        ("nosuch", "--load nosuch holds neither unet/config.json nor config.json, since it is not a folder"),
+        (
+            "nosuch",
+            "--load nosuch holds neither unet/config.json nor transformer/config.json nor config.json, since it is",
+        ),
         (str(tmp_path), f"--load {tmp_path} holds neither"),
         (str(pipelines["sdxl"]), "is not quantized: its config.json has no quantization_config of vqdm; give the"),
     ):

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import meta_unet, tiny_unet
 from main_text2image import main
 from sdxl import CONFIG
 from tiny_runs import command
@@ -14,7 +14,7 @@ from vqdm import devices
 from vqdm.additive.code import CodeSpec
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import select_layers
-from vqdm.diffusion.shapes import LiveBytes, Shapes, forward_cost, input_groups, meta_call, meta_unet
+from vqdm.diffusion.shapes import LiveBytes, Shapes, forward_cost, input_groups, meta_call
 from vqdm.errors import UserError
 from vqdm.quantization import block, job, plan, recording
 from vqdm.quantization.config import QuantizeConfig
@@ -59,8 +59,8 @@ def test_planned_are_the_tensors_that_live(pipelines, prompt_file, tmp_path, mon
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one layer at a time
     assert run_script(main, command(pipelines["sdxl"], prompt_file, tmp_path / "out", *WIDE, *code)) == 0
     (shapes, needs), *_ = found
-    assert shapes.unet + max(hessians) == pytest.approx(needs["hessians"], rel=0.15)
-    assert shapes.unet + max(layers) == pytest.approx(needs["layers"], rel=0.15)
+    assert shapes.denoiser + max(hessians) == pytest.approx(needs["hessians"], rel=0.15)
+    assert shapes.denoiser + max(layers) == pytest.approx(needs["layers"], rel=0.15)
     phases = json.loads((tmp_path / "out" / "summary.json").read_text())["peak_memory_bytes_by_phase"]
     assert all(phases[name]["planned"]["ram"] > 1e9 and phases[name]["reached"]["host"] > 0 for name in needs)
 

@@ -1,7 +1,7 @@
-"""Select the layers of a UNet to quantize, in the order of the data.
+"""Select the layers of a denoiser to quantize, in the order of the data.
 
-Blocks run in the order of the data: the stem, `down_blocks.*`, `mid_block`, `up_blocks.*`, the head; layers inside a
-block in the order of the module tree (VQDM, arXiv 2409.00492, §4: each block is calibrated after the ones before it).
+Blocks are in the order of the data: the stem, those of `denoisers.block_names`, the head; layers inside a block in the
+order of the module tree (VQDM, arXiv 2409.00492, §4: each block is calibrated after the ones before it).
 
 Letters: O outputs, I = kh·kw·C inputs of the layer seen as a matrix.
 """
@@ -14,18 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.diffusion.denoisers import EDGES, block_names, block_of, family_of, in_float32
 from vqdm.errors import UserError
 from vqdm.layers.quantized import Layer
 
-VQDM_LAYERS = (
-    r".*\.(to_q|to_k|to_v|to_out\.0)",
-    r".*\.ff\.net\.(0\.proj|2)",
-    r".*\.(proj_in|proj_out)",
-    r".*\.(conv1|conv2|conv_shortcut)",
-    r".*\.(downsamplers|upsamplers)\.\d+\.conv",
-)
 PRESETS = ("default", "all", "linear_only", "conv_only")
-_BLOCK = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")
 
 
 def matrix_of(layer: nn.Linear | nn.Conv2d, group_channels: bool) -> Tensor:
@@ -44,16 +37,8 @@ def weight_of(matrix: Tensor, shape: torch.Size, group_channels: bool) -> Tensor
     return matrix.view(shape)
 
 
-def block_of(name: str) -> str:
-    """Return the block that a layer name belongs to; "stem" before the first, "head" after the last."""
-    found = _BLOCK.match(name)
-    if found:
-        return found.group(1)
-    return "head" if name.startswith("conv_out") else "stem"
-
-
 def select_layers(
-    unet: nn.Module,
+    denoiser: nn.Module,
     layer_filter: str,
     min_channels: int,
     spec: CodeSpec,
@@ -63,8 +48,9 @@ def select_layers(
     """Select the layers to quantize, in order.
 
     Args:
-        layer_filter: a preset ("default" is VQDM's set, "linear_only" and "conv_only" its halves, "all" every Linear
-            and Conv2d inside the blocks) or a regular expression, searched for in the name as VQDM does.
+        layer_filter: a preset ("default" is VQDM's set of a UNet, and every Linear and ungrouped Conv2d inside the
+            blocks of another denoiser; "linear_only" and "conv_only" are its halves; "all" is every Linear and Conv2d
+            inside the blocks) or a regular expression, searched for in the name as VQDM does.
         min_channels: layers with fewer input or output channels are left alone.
         overrides: full-match pattern → settings that replace those of `overridden_spec` (`spec` where it is None), or
             None to leave the layer alone; the first pattern that matches counts.
@@ -72,45 +58,63 @@ def select_layers(
     Raises:
         UserError: nothing matches, an override matches nothing, or a layer does not divide into groups.
     """
-    names = [name for name, module in _plain_layers(unet) if _wanted(name, module, layer_filter, min_channels)]
-    names = _in_block_order(unet, names)
+    every = [name for name, module in _plain_layers(denoiser) if _least_channels(module) >= min_channels]
+    if layer_filter in PRESETS:
+        preset = _in_preset(denoiser, layer_filter)
+        names = [name for name in every if name in preset]
+    else:
+        pattern = _compiled(layer_filter)
+        names = [name for name in every if pattern.search(name)]
+    names = _in_block_order(denoiser, names)
     if not names:
-        known = ", ".join(name for name, _ in _plain_layers(unet)[:3])
-        raise UserError(f"--layer_filter {layer_filter} matches no layer of the UNet (its names look like {known})")
+        known = ", ".join(name for name, _ in _plain_layers(denoiser)[:3])
+        raise UserError(f"--layer_filter {layer_filter} matches no layer of the denoiser (its names look like {known})")
     _check_overrides_used(names, overrides)
     chosen = [(name, _spec_for(name, spec, overrides, overridden_spec or spec)) for name in names]
-    layers = [_describe(unet, name, layer_spec) for name, layer_spec in chosen if layer_spec is not None]
+    layers = [_describe(denoiser, name, layer_spec) for name, layer_spec in chosen if layer_spec is not None]
     if not layers:
         raise UserError("--overrides leaves no layer to quantize")
     return layers
 
 
-def unquantized_layers(unet: nn.Module, quantized: list[Layer]) -> list[str]:
-    """Return the names of every other Linear and Conv2d but `conv_in` and `conv_out`, in module order.
+def unquantized_layers(denoiser: nn.Module, quantized: list[Layer]) -> list[str]:
+    """Return the names of every other Linear and Conv2d that may become int8, in module order.
 
-    They may become int8.
-
-    In VQDM's default set these are the time and size embeddings and the `time_emb_proj` of every resnet.
+    Not those that take or give the latents, nor those that diffusers keeps in float32. In VQDM's default set of a UNet
+    these are the time and size embeddings and the `time_emb_proj` of every resnet.
     """
-    taken = {layer.name for layer in quantized} | {"conv_in", "conv_out"}
-    return [name for name, _ in _plain_layers(unet) if name not in taken]
+    taken = {layer.name for layer in quantized}
+    names = [name for name, _ in _plain_layers(denoiser) if name not in taken and not in_float32(denoiser, name)]
+    return [name for name in names if not (EDGES.fullmatch(name) and _outside(denoiser, name))]
 
 
-def _plain_layers(unet: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+def _outside(denoiser: nn.Module, name: str) -> bool:
+    return block_of(denoiser, name) in ("stem", "head")
 
 
-def _wanted(name: str, module: nn.Module, layer_filter: str, min_channels: int) -> bool:
-    linear = isinstance(module, nn.Linear)
-    channels = (module.in_features, module.out_features) if linear else (module.in_channels, module.out_channels)
-    if min(channels) < min_channels:
-        return False
-    if layer_filter == "all":
-        return bool(_BLOCK.match(name))
-    if layer_filter not in PRESETS:
-        return _compiled(layer_filter).search(name) is not None
-    kinds = {"linear_only": linear, "conv_only": not linear}
-    return kinds.get(layer_filter, True) and any(re.fullmatch(pattern, name) for pattern in VQDM_LAYERS)
+def _plain_layers(denoiser: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def _in_preset(denoiser: nn.Module, preset: str) -> set[str]:
+    """Return the names of the layers of a preset; of convolutions in groups, only "all" has those."""
+    patterns, blocks = family_of(denoiser).layers, tuple(f"{block}." for block in block_names(denoiser))
+    inside = {name: module for name, module in _plain_layers(denoiser) if name.startswith(blocks)}
+    if preset == "all":
+        return set(inside)
+    if patterns:
+        inside = {name: one for name, one in inside.items() if any(re.fullmatch(some, name) for some in patterns)}
+    else:
+        whole = {name: one for name, one in inside.items() if getattr(one, "groups", 1) == 1}
+        inside = {name: one for name, one in whole.items() if not in_float32(denoiser, name)}
+    kind = {"linear_only": nn.Linear, "conv_only": nn.Conv2d}.get(preset, nn.Module)
+    return {name for name, one in inside.items() if isinstance(one, kind)}
+
+
+def _least_channels(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return min(module.in_features, module.out_features)
+    return min(module.in_channels, module.out_channels)
 
 
 def _compiled(pattern: str) -> re.Pattern:
@@ -120,12 +124,10 @@ def _compiled(pattern: str) -> re.Pattern:
         raise UserError(f"--layer_filter {pattern} is not a regular expression: {error}") from None
 
 
-def _in_block_order(unet: nn.Module, names: list[str]) -> list[str]:
-    """Stem, down, mid, up, head; the module tree's order inside each (UNets register `mid_block` after `up_blocks`)."""
-    down = [f"down_blocks.{i}" for i in range(len(getattr(unet, "down_blocks", ())))]
-    up = [f"up_blocks.{i}" for i in range(len(getattr(unet, "up_blocks", ())))]
-    place = {block: index for index, block in enumerate(["stem", *down, "mid_block", *up, "head"])}
-    return sorted(names, key=lambda name: place[block_of(name)])
+def _in_block_order(denoiser: nn.Module, names: list[str]) -> list[str]:
+    """Stem, blocks, head; the module tree's order inside each (UNets register `mid_block` after `up_blocks`)."""
+    place = {block: index for index, block in enumerate(["stem", *block_names(denoiser), "head"])}
+    return sorted(names, key=lambda name: place[block_of(denoiser, name)])
 
 
 def _spec_for(
@@ -150,12 +152,12 @@ def _check_overrides_used(names: list[str], overrides: dict[str, dict | None]) -
             raise UserError(f"--overrides: {pattern} matches none of the {len(names)} selected layers")
 
 
-def _describe(unet: nn.Module, name: str, spec: CodeSpec) -> Layer:
-    module = unet.get_submodule(name)
+def _describe(denoiser: nn.Module, name: str, spec: CodeSpec) -> Layer:
+    module = denoiser.get_submodule(name)
     rows, columns = matrix_of(module, spec.group_channels).shape
     kind = "linear" if isinstance(module, nn.Linear) else "conv"
     _check_layer(name, module, rows, columns, spec)
-    return Layer(name, block_of(name), kind, rows, columns, spec)
+    return Layer(name, block_of(denoiser, name), kind, rows, columns, spec)
 
 
 def _check_layer(name: str, module: nn.Module, rows: int, columns: int, spec: CodeSpec) -> None:

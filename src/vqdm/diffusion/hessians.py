@@ -38,12 +38,13 @@ ROWS_PER_PRODUCT = 1024  # of H: only its upper triangle is computed, in strips 
 FINENESS = 2.0**-20  # the grid, over the largest mean square of an input; leaves room for 2^32 samples as large
 COARSER = 2.0**12
 EXACT_BELOW = 2.0**52  # half of what float64 counts to, for what rounding adds
+MOST_BRANCHES = 2  # samples of a call on one point
 LEAST_EXPONENT = -100  # of a mean square: the grid is a normal number in float32
 
 
 @dataclass(frozen=True)
-class UnetCall:
-    """Makes the keyword arguments of a UNet call.
+class DenoiserCall:
+    """Makes the keyword arguments of a denoiser's call.
 
     Attributes:
         make: makes them for some of the points.
@@ -56,14 +57,14 @@ class UnetCall:
     points: Sequence[int]
 
     @classmethod
-    def of(cls, index: int, call: Callable[[], dict]) -> UnetCall:
+    def of(cls, index: int, call: Callable[[], dict]) -> DenoiserCall:
         """Return a call itself, or one of a plain function, on the point `index` alone."""
-        return call if isinstance(call, UnetCall) else cls(lambda _: call(), (index,), (index,))
+        return call if isinstance(call, DenoiserCall) else cls(lambda _: call(), (index,), (index,))
 
     def __call__(self) -> dict:
         return self.make(self.batch)
 
-    def divided(self, size: int) -> Iterator[UnetCall]:
+    def divided(self, size: int) -> Iterator[DenoiserCall]:
         """Yield calls on at most `size` of the points each."""
         for start in range(0, len(self.points), size):
             some = slice(start, start + size)
@@ -91,6 +92,7 @@ class HessianAccumulator:
             parts = [slice(start, min(start + step, inputs.count)) for start in range(0, inputs.count, step)]
         else:
             images = inputs.count // inputs.each
+            points = points if images % len(points) == 0 else points[:1]  # an input that all points share
             parts = sampled_rows(len(self.total), points, images, inputs.each, share).split(step)
         for part in parts:
             samples = inputs.rows(part)  # [N, I]
@@ -207,12 +209,12 @@ def geometry(module: nn.Linear | nn.Conv2d, group_channels: bool) -> tuple:
 
 
 @contextmanager
-def input_hooks(unet: nn.Module, names: list[str], seen: Callable[[str, nn.Module, Tensor], None]):
+def input_hooks(denoiser: nn.Module, names: list[str], seen: Callable[[str, nn.Module, Tensor], None]):
     """Call `seen(name, module, input)` whenever a named layer runs; no hook is left, also after an exception."""
     handles = []
     try:
         for name in names:
-            module = unet.get_submodule(name)
+            module = denoiser.get_submodule(name)
             handles.append(module.register_forward_pre_hook(lambda m, args, name=name: seen(name, m, args[0])))
         yield
     finally:
@@ -225,48 +227,68 @@ class _BlockDone(Exception):
 
 
 @contextmanager
-def stopping_after(unet: nn.Module, block: str):
-    """Inside, `run(call)` runs the UNet up to the end of `block` only; "stem" and "head" run it whole."""
+def stopping_after(denoiser: nn.Module, layers: list[Layer]):
+    """Inside, `run(call)` runs the denoiser until the blocks of the layers are done; whole for "stem" and "head"."""
+    blocks = {layer.block for layer in layers}
+    remaining: set[str] = set()
 
-    def stop(*_):
-        raise _BlockDone
+    def done(block: str) -> None:
+        remaining.discard(block)
+        if not remaining:
+            raise _BlockDone
 
-    handle = None if block in ("stem", "head") else unet.get_submodule(block).register_forward_hook(stop)
+    inner = [] if blocks & {"stem", "head"} else [(block, denoiser.get_submodule(block)) for block in blocks]
+    handles = [module.register_forward_hook(lambda *_, block=block: done(block)) for block, module in inner]
 
     @torch.no_grad()
     def run(call: dict) -> None:
+        remaining.update(blocks)
         with suppress(_BlockDone):
-            unet(**call)
+            denoiser(**call)
 
     try:
         yield run
     finally:
-        if handle:
+        for handle in handles:
             handle.remove()
 
 
-def shared_inputs(unet: nn.Module, layers: list[Layer], call: dict) -> list[list[Layer]]:
-    """Group layers by the input they see in one UNet call; groups and members keep the order of `layers`.
+def shared_inputs(denoiser: nn.Module, layers: list[Layer], call: dict) -> list[list[Layer]]:
+    """Group layers by the input they see in one call; groups and members keep the order of `layers`.
 
-    Inputs stay alive during the call: an address never means two tensors. On the meta device, where tensors have none,
-    it is the tensor that counts, not its data.
+    Inputs are equal where their values are: every block of a transformer may make the same vector of the timestep. On
+    the meta device, where tensors have no values, it is the tensor that counts; it stays alive during the call.
     """
     by_name, groups, alive = {layer.name: layer for layer in layers}, {}, []
 
     def seen(name: str, module: nn.Module, x: Tensor) -> None:
-        alive.append(x)
-        key = (x.data_ptr() or id(x), tuple(x.shape), x.stride(), geometry(module, by_name[name].spec.group_channels))
+        key = (input_key(name, x, alive), tuple(x.shape), geometry(module, by_name[name].spec.group_channels))
         groups.setdefault(key, []).append(name)
 
-    with stopping_after(unet, layers[-1].block) as run, input_hooks(unet, list(by_name), seen):
+    with stopping_after(denoiser, layers) as run, input_hooks(denoiser, list(by_name), seen):
         run(call)
     place = {layer.name: index for index, layer in enumerate(layers)}
     reached = {name for names in groups.values() for name in names}
     missing = [name for name in by_name if name not in reached]
     if missing:
-        raise RunError(f"layer {missing[0]} does not run when the UNet samples; leave it out with --layer_filter")
+        raise RunError(f"layer {missing[0]} does not run when the denoiser samples; leave it out with --layer_filter")
     ordered = [sorted(set(names), key=place.get) for names in groups.values()]
     return [[by_name[name] for name in names] for names in sorted(ordered, key=lambda names: place[names[0]])]
+
+
+def input_key(name: str, x: Tensor, alive: list[Tensor]) -> tuple:
+    """Return what two inputs share only if they are equal: their sums with two sets of weights that suit no pattern.
+
+    Inputs of zeros alone, as those of a model that is not trained yet, are equal by chance; they share nothing.
+    """
+    if x.device.type == "meta":
+        alive.append(x)
+        return (id(x),)
+    rows = x.detach().reshape(-1, x.shape[-1]).double()  # [N, C]
+    across = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=x.device).sqrt()
+    down = torch.arange(1, len(rows) + 1, dtype=torch.float64, device=x.device).log1p()
+    sums = rows.sum().item(), (down @ rows @ across).item(), (down @ rows.square() @ across).item()
+    return sums if any(sums) else (name,)
 
 
 def passes(groups: list[list[Layer]], memory_gb: float) -> list[list[list[Layer]]]:
@@ -283,7 +305,7 @@ def passes(groups: list[list[Layer]], memory_gb: float) -> list[list[list[Layer]
 
 
 def record_hessians(
-    unet: nn.Module,
+    denoiser: nn.Module,
     groups: list[list[Layer]],
     first: dict,
     training: list[Callable[[], dict]],
@@ -292,32 +314,37 @@ def record_hessians(
     tick: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
     size: BatchSize | None = None,
+    other_timesteps: list[DenoiserCall] = (),
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Run the UNet on recorded batches and return, for the first layer of each group, H [I, I] and a held-out H.
+    """Run the denoiser on recorded batches and return, for the first layer of each group, H [I, I] and a held-out H.
 
     Args:
         groups: layers that share an input, as `shared_inputs` finds them.
-        first: keyword arguments of a UNet call that shows how large inputs are; every rank makes it.
-        training, held_out: functions that make the keyword arguments of one UNet call each; one that is no `UnetCall`
+        first: keyword arguments of a call that shows how large inputs are; every rank makes it.
+        training, held_out: functions that make the keyword arguments of one call each; one that is no `DenoiserCall`
             counts as a single point. Ranks share the calls, and have the same result.
         samples_per_input: about this many samples count for every input of a layer, spread over all points; a second
             moment needs a small multiple of its size. 0 counts all.
         tick: called after every batch of this rank.
         size: of batches; calls on more points are divided.
+        other_timesteps: calls that count, beside `training`, for layers that see one vector per sample and not one per
+            token, such as modulations by the timestep. Their H has the rank of the number of timesteps: at one that
+            was never recorded any error of the layer might appear.
 
     Raises:
         RunError: an input holds NaN or infinity; names the first layer that saw it. Or out of memory at batch size 1.
     """
     ranks, leaders = ranks or Ranks(), [group[0] for group in groups]
-    training, held_out = ([UnetCall.of(*one) for one in enumerate(calls)] for calls in (training, held_out))
+    training, held_out = ([DenoiserCall.of(*one) for one in enumerate(calls)] for calls in (training, held_out))
     size = size or BatchSize(max(len(call.points) for call in (*training, *held_out)))
-    grids = first_grids(unet, leaders, first)
+    grids, single = first_grids(denoiser, leaders, first)
     results = []
-    for calls in (training, held_out):
+    for calls, more in ((training, list(other_timesteps)), (held_out, [])):
         results.append({})
         left = leaders if calls else []
         while left:
-            sums = accumulated(unet, left, grids, calls, samples_per_input, tick, ranks, size)
+            extra = (more, [layer for layer in left if layer.name in single])
+            sums = accumulated(denoiser, left, grids, calls, extra, samples_per_input, tick, ranks, size)
             exact = [name for name, hessian in sums.items() if hessian.exact]
             results[-1] |= {name: sums.pop(name).mean() for name in exact}  # each sum is freed in turn
             left = [layer for layer in left if layer.name not in results[-1]]
@@ -326,10 +353,11 @@ def record_hessians(
 
 
 def accumulated(
-    unet: nn.Module,
+    denoiser: nn.Module,
     leaders: list[Layer],
     grids: dict[str, float],
-    calls: list[UnetCall],
+    calls: list[DenoiserCall],
+    extra: tuple[list[DenoiserCall], list[Layer]],
     samples_per_input: int,
     tick: Callable[[], None],
     ranks: Ranks,
@@ -339,6 +367,9 @@ def accumulated(
 
     A rank that is out of memory begins again with smaller batches: the layers before that which had no memory have
     counted the batch already. The first batch is as large as any other, so that little is lost.
+
+    Args:
+        extra: further calls, and the layers that they count for.
     """
     per_point = samples_per_input / sum(len(call.points) for call in calls)
     own, ticks = [calls[index] for index in ranks.shard(range(len(calls)))], 0
@@ -349,7 +380,8 @@ def accumulated(
             ticks = count
             tick()
 
-    record = partial(own_sums, unet, leaders, grids, own, per_point, tick_once)
+    more = [extra[0][index] for index in ranks.shard(range(len(extra[0])))] if extra[1] else []
+    record = partial(own_sums, denoiser, leaders, grids, own, (more, extra[1]), per_point, tick_once)
     while (found := unless_out_of_memory(record, size.value)) is None:
         size.halve(min(size.value, max((len(call.points) for call in own), default=1)))
     (sums,) = found
@@ -360,10 +392,11 @@ def accumulated(
 
 
 def own_sums(
-    unet: nn.Module,
+    denoiser: nn.Module,
     leaders: list[Layer],
     grids: dict[str, float],
-    calls: list[UnetCall],
+    calls: list[DenoiserCall],
+    extra: tuple[list[DenoiserCall], list[Layer]],
     per_point: float,
     tick: Callable[[int], None],
     size: int,
@@ -371,9 +404,10 @@ def own_sums(
     """Return by layer name the sums over calls, on at most `size` points at once; `tick` gets the number of the done.
 
     Args:
+        extra: further calls, and the layers that they count for.
         per_point: samples of a point for every input of a layer; 0 counts all.
     """
-    device, channels = next(unet.parameters()).device, {one.name: one.spec.group_channels for one in leaders}
+    device, channels = next(denoiser.parameters()).device, {one.name: one.spec.group_channels for one in leaders}
     sums = {one.name: HessianAccumulator(one.columns, device, grids[one.name]) for one in leaders}
 
     def seen(points: tuple[int, ...], name: str, module: nn.Module, x: Tensor) -> None:
@@ -381,33 +415,41 @@ def own_sums(
         wanted = per_point * len(hessian.total) * len(points)
         hessian.add(inputs, points, wanted / inputs.count if wanted else 1.0)
 
-    with stopping_after(unet, leaders[-1].block) as run:
+    with stopping_after(denoiser, leaders) as run:
         for count, call in enumerate(calls, start=1):
             for part in call.divided(size):
-                with input_hooks(unet, list(sums), partial(seen, tuple(part.points))):
+                with input_hooks(denoiser, list(sums), partial(seen, tuple(part.points))):
                     run(part())
             _check_finite(sums)  # now rather than after a pass that takes hours
             tick(count)
+    more, layers = extra
+    with stopping_after(denoiser, layers) as run:
+        for part in (part for call in more for part in call.divided(size)):
+            with input_hooks(denoiser, [one.name for one in layers], partial(seen, tuple(part.points))):
+                run(part())
     return sums
 
 
-def first_grids(unet: nn.Module, leaders: list[Layer], call: dict) -> dict[str, float]:
-    """Return by layer name a grid that suits the inputs of one UNet call.
+def first_grids(denoiser: nn.Module, leaders: list[Layer], call: dict) -> tuple[dict[str, float], set[str]]:
+    """Return by layer name a grid that suits the inputs of one call on one point; and who sees a vector per sample.
 
     Raises:
         RunError: as `record_hessians`.
     """
-    grids, channels = {}, {layer.name: layer.spec.group_channels for layer in leaders}
+    grids, single, channels = {}, set(), {layer.name: layer.spec.group_channels for layer in leaders}
 
     def seen(name: str, module: nn.Module, x: Tensor) -> None:
-        square = InputRows(module, x, channels[name]).mean_square()
+        inputs = InputRows(module, x, channels[name])
+        square = inputs.mean_square()
+        if inputs.count <= MOST_BRANCHES:
+            single.add(name)
         if not math.isfinite(square):
             raise _not_finite(name)
         grids[name] = FINENESS * 2.0 ** max(LEAST_EXPONENT, math.frexp(square)[1])
 
-    with stopping_after(unet, leaders[-1].block) as run, input_hooks(unet, list(channels), seen):
+    with stopping_after(denoiser, leaders) as run, input_hooks(denoiser, list(channels), seen):
         run(call)
-    return grids
+    return grids, single
 
 
 def _check_finite(sums: dict[str, HessianAccumulator]) -> None:

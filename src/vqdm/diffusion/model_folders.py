@@ -1,21 +1,24 @@
-"""Read model folders: which are pipelines, which can be calibrated, and the UNet of a quantized one.
+"""Read model folders: which are pipelines, which can be calibrated, and the denoiser of a quantized one.
 
 A path that is no pipeline folder is refused with the way to make one of it. A model that is quantized already would be
-compared with itself, and seem perfect; one that calls its UNet with inputs that are not recorded would be calibrated on
-others. Both are found in config.json files, before weights are loaded, and again in what was loaded.
+compared with itself, and seem perfect; one that needs more than a prompt cannot be sampled. Both are found in
+config.json files, before weights are loaded, and again in what was loaded.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from vqdm.config import COMPONENTS, label
+from vqdm.diffusion.denoisers import denoiser_name
 from vqdm.diffusion.single_files import (
     FIRST_LAYER,
     INDEX,
@@ -37,7 +40,27 @@ WEIGHTS = re.compile(
 )
 MOST_DECLARED = 2**20  # the largest number in a component's config.json, and
 MOST_ENTRIES = 64  # the longest list
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline", "KolorsPipeline")
+PIPELINES = {
+    "unet": (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "LatentConsistencyModelPipeline",
+        "KolorsPipeline",
+    ),
+    "transformer": (
+        "FluxPipeline",
+        "StableDiffusion3Pipeline",
+        "PixArtAlphaPipeline",
+        "PixArtSigmaPipeline",
+        "SanaPipeline",
+        "QwenImagePipeline",
+        "ZImagePipeline",
+        "Flux2Pipeline",
+        "Flux2KleinPipeline",
+    ),
+}
+# Arguments of pipelines that make an image, or frames, of something else than a prompt.
+MORE_THAN_A_PROMPT = ("image", "mask_image", "control_image", "video", "audio", "images", "input_image")
 # Setting of a UNet → the values with which all that it is called with is recorded.
 RECORDED = {
     "class_embed_type": (None,),
@@ -47,8 +70,11 @@ RECORDED = {
 }
 FULL_PRECISION = {"F16", "BF16", "F32", "F64"}  # as safetensors spells them
 QUANTIZED_FILES = ("quantization_config.json", "quantize_config.json", "quanto_qmap.json")
-# Settings that a UNet must share with the pipeline it is put into.
+# Settings that a denoiser must share with the pipeline it is put into, where it has them.
 SHARED_SETTINGS = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
+SHARED_SETTINGS += ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "patch_size")
+SHARED_SETTINGS += ("joint_attention_dim", "pooled_projection_dim", "caption_channels", "guidance_embeds", "n_layers")
+NO_DENOISER = f"which has neither {' nor '.join(COMPONENTS)}: there is nothing to quantize"
 
 
 def check_place(model: str, flag: str = "MODEL") -> None:
@@ -168,7 +194,7 @@ def check_variant(folder: Path, variant: str | None, name: str) -> None:
 def check_full_precision(
     model: str, revision: str | None, local_files_only: bool, name: str = "MODEL", role: str = ""
 ) -> None:
-    """Raise UserError where the files of a pipeline, or its one file, say that its UNet is quantized already.
+    """Raise UserError where the files of a pipeline, or its one file, say that its denoiser is quantized already.
 
     Args:
         name: of the argument or flag that gives the model.
@@ -178,7 +204,8 @@ def check_full_precision(
         kinds = {kind for key, (_, kind) in parts_of(model)["unet"].items() if key.endswith("weight")}
         method = ", ".join(sorted(kinds - FULL_PRECISION))
     else:
-        method = _quantization(model, "unet", _component(model, "unet", revision, local_files_only))
+        name_of = _named_denoiser(_index(model, revision, local_files_only) or {}) or COMPONENTS[0]
+        method = _quantization(model, name_of, _component(model, name_of, revision, local_files_only))
     if method:
         raise UserError(f"{name} {model} is quantized itself ({method}); give the full-precision model{role}")
 
@@ -202,12 +229,14 @@ def check_supported(
         return
     _check_pipeline(f"{name} {model}", index)
     check_full_precision(model, revision, local_files_only, name, role)
-    parts = [part for part, value in index.items() if isinstance(value, list) and part != "unet"]
+    denoiser = _named_denoiser(index)
+    parts = [part for part, value in index.items() if isinstance(value, list) and part != denoiser]
     configs = {part: _component(place, part, revision, local_files_only) for part in parts}
-    unet = _component(place, "unet", revision, local_files_only)
+    config = _component(place, denoiser, revision, local_files_only)
     if one_file:  # the file decides: inpainting models are named by it alone
-        unet = (unet or {}) | {"in_channels": parts_of(model)["unet"][FIRST_LAYER][0][1]}
-    _check_unet(f"{name} {model}", unet, configs.get("vae") or {})
+        config = (config or {}) | {"in_channels": parts_of(model)["unet"][FIRST_LAYER][0][1]}
+    if denoiser == "unet":
+        _check_unet(f"{name} {model}", config, configs.get("vae") or {})
     for part, config in configs.items():
         method = _quantization(place, part, config)
         if method:
@@ -216,18 +245,22 @@ def check_supported(
 
 def check_supported_pipeline(pipeline: DiffusionPipeline, name: str) -> None:
     """Raise UserError, naming the argument, where a loaded pipeline cannot be calibrated."""
-    unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
-    part = None if unet is None else ["diffusers", type(unet).__name__]
-    _check_pipeline(name, {"_class_name": type(pipeline).__name__, "unet": part})
-    check_loaded(unet, type(pipeline).__name__, name)
-    if hasattr(unet, "peft_config"):
-        raise UserError(f"{name} has LoRA weights beside its UNet; call fuse_lora() and unload_lora_weights() first")
-    _check_unet(name, dict(unet.config), {} if vae is None else dict(vae.config))
+    own, vae = denoiser_name(pipeline), getattr(pipeline, "vae", None)
+    denoiser = getattr(pipeline, own) if own else None
+    parts = {own: ["diffusers", type(denoiser).__name__]} if own else {}
+    _check_pipeline(name, {"_class_name": type(pipeline).__name__, **parts})
+    check_loaded(denoiser, type(pipeline).__name__, name)
+    if hasattr(denoiser, "peft_config"):
+        raise UserError(
+            f"{name} has LoRA weights beside its {label(own)}; call fuse_lora() and unload_lora_weights() first"
+        )
+    if own == "unet":
+        _check_unet(name, dict(denoiser.config), {} if vae is None else dict(vae.config))
 
 
-def check_loaded(unet: nn.Module, model: str, name: str = "MODEL", role: str = "") -> None:
-    """Raise UserError where a UNet was quantized by any library, whatever its files said."""
-    method = quantized_by(unet)
+def check_loaded(denoiser: nn.Module, model: str, name: str = "MODEL", role: str = "") -> None:
+    """Raise UserError where a denoiser was quantized by any library, whatever its files said."""
+    method = quantized_by(denoiser)
     if method:
         raise UserError(f"{name} {model} is quantized itself ({method}); give the full-precision model{role}")
 
@@ -248,18 +281,30 @@ def quantized_by(model: nn.Module) -> str | None:
     return None
 
 
+def _named_denoiser(index: dict) -> str | None:
+    """Return the name of the denoiser in the content of a `model_index.json`."""
+    held = (name for name in COMPONENTS if isinstance(index.get(name), list) and index[name][-1:] not in ([], [None]))
+    return next(held, None)
+
+
 def _check_pipeline(model: str, index: dict) -> None:
-    kind = index.get("_class_name")
-    unet = index.get("unet")
-    if not isinstance(unet, list) or unet[-1:] in ([], [None]):
-        raise UserError(f"{model} is a {kind}, which has no UNet; vqdm quantizes UNets")
-    if unet[0] == "diffusers" and unet[-1] != "UNet2DConditionModel":
-        raise UserError(f"{model} has a {unet[-1]} as its UNet, which is unsupported; allowed is UNet2DConditionModel")
-    if kind not in PIPELINES and hasattr(diffusers, str(kind)):
+    kind, denoiser = index.get("_class_name"), _named_denoiser(index)
+    if denoiser is None:
+        raise UserError(f"{model} is a {kind}, {NO_DENOISER}")
+    library, own = index[denoiser][0], index[denoiser][-1]
+    if denoiser == "unet" and library == "diffusers" and own != "UNet2DConditionModel":
+        raise UserError(f"{model} has a {own} as its UNet, which is unsupported; allowed is UNet2DConditionModel")
+    known = PIPELINES[denoiser]
+    if kind in known or not hasattr(diffusers, str(kind)):
+        return
+    asked = inspect.signature(getattr(diffusers, kind).__call__).parameters.values()
+    more = [one.name for one in asked if one.name in MORE_THAN_A_PROMPT]
+    if denoiser == "unet" or more or "prompt" not in {one.name for one in asked}:
         raise UserError(
-            f"{model} is a {kind}, which is unsupported: it needs more than a prompt, or calls its UNet with what is "
-            f"not recorded; allowed are {', '.join(PIPELINES)}"
+            f"{model} is a {kind}, which is unsupported: it needs more than a prompt, or calls its {label(denoiser)} "
+            f"with what is not recorded; allowed are {', '.join(known)}"
         )
+    log_info(f"{model} is a {kind}, which vqdm has never been tried with; what is needed of it is derived")
 
 
 def _check_unet(model: str, config: dict | None, vae: dict) -> None:
@@ -291,7 +336,7 @@ def _index(model: str, revision: str | None, local_files_only: bool) -> dict | N
 
 
 def _component(model: str, part: str, revision: str | None, local_files_only: bool) -> dict | None:
-    return _config(UNet2DConditionModel, model, f"{part}/config.json", part, revision, local_files_only)
+    return _config(ModelMixin, model, f"{part}/config.json", part, revision, local_files_only)
 
 
 def _config(
@@ -329,22 +374,23 @@ LEAVE_OUT = "for full precision leave QUANTIZED out"
 GIVE = "give the folder that quantizing wrote"
 
 
-def find_quantized_unet(path: str, optional: bool = False, name: str = "QUANTIZED") -> Path:
-    """Return the UNet's folder, given it or the pipeline folder around it.
+def find_denoiser(path: str, optional: bool = False, name: str = "QUANTIZED") -> Path:
+    """Return the denoiser's folder, given it or the pipeline folder around it.
 
     Args:
         optional: whether the program does without one, for messages.
         name: of the flag or argument that gives it, for messages.
 
     Raises:
-        UserError: no UNet is found, or it is not quantized.
+        UserError: no denoiser is found, or it is not quantized.
     """
     if Path(path).is_file():
         raise UserError(f"{name} {path} is a file; {GIVE}")
-    candidates = [folder for folder in (Path(path) / "unet", Path(path)) if (folder / "config.json").is_file()]
+    places = [*(Path(path) / part for part in COMPONENTS), Path(path)]
+    candidates = [folder for folder in places if (folder / "config.json").is_file()]
     if not candidates:
         what = "" if Path(path).is_dir() else f", since it is not a folder{not_found(path)}"
-        files = "neither unet/config.json nor config.json"
+        files = f"neither {' nor '.join(f'{part}/config.json' for part in COMPONENTS)} nor config.json"
         raise UserError(f"{name} {path} holds {files}{what}; {GIVE}")
     try:
         config = read_json(candidates[0] / "config.json")
@@ -360,29 +406,40 @@ def find_quantized_unet(path: str, optional: bool = False, name: str = "QUANTIZE
     return candidates[0]
 
 
-def load_quantized_unet(
-    folder: Path, dtype: torch.dtype, optional: bool = False, name: str = "QUANTIZED"
-) -> UNet2DConditionModel:
-    """Load a frozen UNet on the CPU with at least one quantized layer; `optional`, `name` as for `find_quantized_unet`.
+def denoiser_class(folder: Path) -> type[ModelMixin]:
+    """Return the diffusers class that a component's config.json names. Raises ValueError for any other."""
+    name = read_json(folder / "config.json").get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, ModelMixin)):
+        raise ValueError(f"its _class_name is {shortened(str(name))}, which is no model of diffusers")
+    return found
+
+
+def load_denoiser(folder: Path, dtype: torch.dtype, optional: bool = False, name: str = "QUANTIZED") -> ModelMixin:
+    """Load a frozen denoiser on the CPU with at least one quantized layer; `optional`, `name` as for `find_denoiser`.
 
     Raises:
         UserError: the folder cannot be loaded, or nothing in it is quantized.
     """
     variant = only_variant(folder)  # no flag is needed for the only one that there is
     try:
-        unet = UNet2DConditionModel.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
+        kind = denoiser_class(folder)
+        denoiser = kind.from_pretrained(folder, dtype=dtype, variant=variant, local_files_only=True)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever diffusers answers to a config.json of wrong types or weights of wrong shapes
         raise UserError(f"{name} {folder} cannot be loaded: {first_line(error)}") from None
-    if not quantized_layers(unet):
+    if not quantized_layers(denoiser):
         raise UserError(f"{name} {folder} holds no quantized layer; {LEAVE_OUT if optional else GIVE}")
-    return unet.requires_grad_(False).eval()
+    return denoiser.requires_grad_(False).eval()
 
 
-def check_fits(unet: UNet2DConditionModel, original: UNet2DConditionModel, path: str, model: str) -> None:
-    """Raise UserError where a quantized UNet comes from another kind of model than the pipeline's own."""
+def check_fits(denoiser: ModelMixin, original: ModelMixin, path: str, model: str) -> None:
+    """Raise UserError where a quantized denoiser comes from another kind of model than the pipeline's own."""
+    ours, theirs = type(denoiser).__name__, type(original).__name__
+    if ours != theirs:
+        raise UserError(f"QUANTIZED {path} does not fit MODEL {model}: it is a {ours}, MODEL has a {theirs}")
     for name in SHARED_SETTINGS:
-        ours, theirs = unet.config.get(name), original.config.get(name)
+        ours, theirs = denoiser.config.get(name), original.config.get(name)
         if ours != theirs:
             raise UserError(f"QUANTIZED {path} does not fit MODEL {model}: its {name} is {ours}, MODEL's is {theirs}")

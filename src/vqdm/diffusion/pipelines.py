@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import re
 import zipfile
@@ -20,7 +21,9 @@ from safetensors import safe_open
 from torch import nn
 
 from vqdm.config import SCHEDULERS, RunConfig
+from vqdm.diffusion.denoisers import denoiser_name, denoiser_of, family_of
 from vqdm.diffusion.model_folders import (
+    NO_DENOISER,
     check_declared,
     check_place,
     check_variant,
@@ -58,10 +61,10 @@ def load_pipeline(
     local_files_only: bool = False,
     single_file_config: str | None = None,
 ) -> DiffusionPipeline:
-    """Load a frozen pipeline with a UNet, from a folder, one file, or the hub.
+    """Load a frozen pipeline with a denoiser, from a folder, one file, or the hub.
 
     Raises:
-        UserError: MODEL is not a pipeline folder or file, or cannot be had from the hub, or has no UNet.
+        UserError: MODEL is not a pipeline folder or file, or cannot be had from the hub, or has no denoiser.
     """
     check_model(model, variant, revision, local_files_only, single_file_config)
     diffusers.utils.logging.disable_progress_bar()
@@ -74,6 +77,7 @@ def load_pipeline(
         else:
             variant = _logged_variant(model, variant, revision, offline)
             where = {"variant": variant, "revision": revision, "local_files_only": offline}
+            where |= dict.fromkeys(absent_parts(model, revision, offline))
             with quiet_diffusers() if _logged_bins(model, revision) else nullcontext():
                 pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, **where)
     except (MemoryError, torch.OutOfMemoryError):
@@ -83,8 +87,8 @@ def load_pipeline(
             raise UserError(f"MODEL {model} cannot be loaded: {first_line(error)}") from None
         place = f"is not a folder here{not_found(model)}, and cannot be loaded from the hub"
         raise UserError(f"MODEL {model} {place}: {first_line(error)}") from None
-    if not isinstance(getattr(pipeline, "unet", None), nn.Module):
-        raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, which has no UNet; vqdm quantizes UNets")
+    if denoiser_name(pipeline) is None:
+        raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, {NO_DENOISER}")
     pipeline.set_progress_bar_config(disable=True)
     set_scheduler(pipeline, scheduler)
     for part in pipeline.components.values():
@@ -103,12 +107,13 @@ def slice_vae(pipeline: DiffusionPipeline) -> None:
 
 @contextmanager
 def parts_in_use(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Inside, the pipeline may be called: all parts are on the UNet's device, text encoders until its first call.
+    """Inside, the pipeline may be called: all parts are on the denoiser's device, text encoders until its first call.
 
     The VAE works image by image. Afterwards each part is where it was, and in the type that it had: a call that fails
     may leave the VAE in another. Parts with hooks of accelerate move without this.
     """
-    device, sliced = pipeline.unet.device, getattr(getattr(pipeline, "vae", None), "use_slicing", None)
+    denoiser = denoiser_of(pipeline)
+    device, sliced = denoiser.device, getattr(getattr(pipeline, "vae", None), "use_slicing", None)
     parts = {name: part for name, part in other_parts(pipeline).items() if not hasattr(part, "_hf_hook")}
     away = {name: part.device for name, part in parts.items() if part.device != device}
     types = {name: part.dtype for name, part in parts.items() if name == "vae"}
@@ -118,7 +123,7 @@ def parts_in_use(pipeline: DiffusionPipeline) -> Iterator[None]:
             if name != "vae":
                 parts[name].to(place)
 
-    hook = pipeline.unet.register_forward_pre_hook(leave) if away else None
+    hook = denoiser.register_forward_pre_hook(leave) if away else None
     slice_vae(pipeline)
     try:
         for name in away:
@@ -138,7 +143,7 @@ def parts_in_use(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 @contextmanager
 def resting_on_cpu(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Inside, all parts but the UNet are on the CPU, except while `parts_in_use`; afterwards where they were."""
+    """Inside, all parts but the denoiser are on the CPU, except while `parts_in_use`; afterwards where they were."""
     parts = [part for part in other_parts(pipeline).values() if not hasattr(part, "_hf_hook")]
     places = [part.device for part in parts]
     try:
@@ -151,13 +156,13 @@ def resting_on_cpu(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def networks(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """Return the networks of a pipeline, such as text encoders, UNet and VAE, by name."""
+    """Return the networks of a pipeline, such as text encoders, denoiser and VAE, by name."""
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
 def other_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """Return the networks of a pipeline other than its UNet, by name."""
-    return {name: part for name, part in networks(pipeline).items() if name != "unet"}
+    """Return the networks of a pipeline other than its denoiser, by name."""
+    return {name: part for name, part in networks(pipeline).items() if name != denoiser_name(pipeline)}
 
 
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
@@ -216,6 +221,23 @@ def _logged_variant(model: str, variant: str | None, revision: str | None, offli
     if found:
         log_info(f"MODEL {model} has {found} files only; they are read, as with --variant {found}")
     return found
+
+
+def absent_parts(model: str, revision: str | None, offline: bool) -> list[str]:
+    """Return, and log, the parts that MODEL's class takes and its `model_index.json` lacks, or has as null.
+
+    diffusers wants None passed for them, as for the T5 of Stable Diffusion 3 that people leave out.
+    """
+    index = DiffusionPipeline.load_config(model, revision=revision, local_files_only=offline)
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        return []
+    expected = inspect.signature(kind.__init__).parameters.values()
+    needed = [one.name for one in expected if one.name != "self" and one.default is inspect.Parameter.empty]
+    absent = [name for name in needed if name not in index or index[name] in ([], [None, None])]
+    if absent:
+        log_info(f"MODEL {model} has no {', '.join(absent)}; it is used without")
+    return absent
 
 
 def _check_index(index: Path, model: str) -> None:
@@ -355,13 +377,42 @@ def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | Non
     """Return height and width in pixels, the pipeline's own where None.
 
     Raises:
-        UserError: one is None, and the UNet's configuration names no size.
+        UserError: one is None, and neither the pipeline nor its denoiser's configuration names a size.
     """
-    side, scale = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
-    if side is None and None in (height, width):
-        raise UserError("MODEL's UNet names no size of its images; give --height and --width")
-    own = (side, side) if isinstance(side, int) else side or (0, 0)
-    return height or own[0] * scale, width or own[1] * scale
+    scale, denoiser = pipeline.vae_scale_factor, denoiser_of(pipeline)
+    side = denoiser.config.get("sample_size", getattr(pipeline, "default_sample_size", None))
+    own = [one * scale for one in ((side, side) if isinstance(side, int) else side or ())]
+    if not own and family_of(denoiser).side:
+        own = [family_of(denoiser).side] * 2
+    if not own and None in (height, width):
+        raise UserError("MODEL's denoiser names no size of its images; give --height and --width")
+    return height or own[0], width or own[1]
+
+
+def call_arguments(pipeline: DiffusionPipeline, settings: dict, prompts: int) -> dict:
+    """Return settings, without those that are None, as keyword arguments of the pipeline's call on so many prompts.
+
+    Raises:
+        UserError: the pipeline takes no negative prompt.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    row, known = family_of(denoiser_of(pipeline)), inspect.signature(pipeline.__call__).parameters
+    if "guidance_scale" in given:
+        given[row.guidance] = given.pop("guidance_scale")
+    if row.negative is not None:
+        given.setdefault("negative_prompt", [row.negative] * prompts)
+    if "negative_prompt" in given and "negative_prompt" not in known:
+        raise UserError(f"negative_prompt: a {type(pipeline).__name__} takes none; leave it out")
+    if "use_resolution_binning" in known and {"height", "width"} <= given.keys():
+        given["use_resolution_binning"] = False  # the size that was asked for, not one of its own that is near
+    return given
+
+
+def latent_values(pipeline: DiffusionPipeline, height: int, width: int) -> int:
+    """Return the number of values of the latents of one image of a size in pixels."""
+    config = pipeline.vae.config
+    channels = config.get("latent_channels") or config.get("z_dim") or denoiser_of(pipeline).config.in_channels
+    return channels * (height * width // pipeline.vae_scale_factor**2)
 
 
 def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
@@ -400,8 +451,7 @@ def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: in
     Raises:
         RunError: latents hold NaN or infinity.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
-    given.setdefault("output_type", "pt")
+    given = {"output_type": "pt"} | call_arguments(pipeline, settings, len(prompts))
     noise = generators(seed, range(first, first + len(prompts)))
     with parts_in_use(pipeline):
         result = pipeline(prompt=prompts, generator=noise, **given)

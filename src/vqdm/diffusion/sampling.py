@@ -1,4 +1,4 @@
-"""Sample whole lists of prompts, and compare a student's UNet and images with its teacher's."""
+"""Sample whole lists of prompts, and compare a student's denoiser and images with its teacher's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from PIL import Image
 
 from vqdm.config import SamplingConfig
 from vqdm.devices import BatchSize, as_batch_size
-from vqdm.diffusion.pipelines import image_size, networks, sample
-from vqdm.diffusion.trajectories import CallRecorder, Trajectories, batches, join
+from vqdm.diffusion.denoisers import compute_dtype, denoiser_of, output_of
+from vqdm.diffusion.pipelines import image_size, latent_values, networks, sample
+from vqdm.diffusion.trajectories import CallRecorder, Trajectories, join
 from vqdm.errors import RunError, UserError
 from vqdm.fidelity import PAIR_SCORES, decibels, pair_scores, to_tensor
 from vqdm.images import comparable, problems_of, warn_of_problems
@@ -25,6 +26,7 @@ Result = TypeVar("Result")
 
 # Images for evaluation use seeds far from those of calibration.
 EVALUATION_SEED_OFFSET = 1_000_000
+NOT_FINITE = "the denoiser gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)"
 LARGEST_REPLAY_ERROR = 1e-2  # of the output's energy; rounding in 16 bit is far below
 
 
@@ -65,26 +67,33 @@ def record_trajectories(
     what: str = "calibration trajectories",
     outputs: bool = False,
 ) -> Trajectories:
-    """Record the UNet inputs, and `outputs` on request, of sampling every prompt, at timesteps in [low, high].
+    """Record the denoiser's inputs, and `outputs` on request, of sampling every prompt, at timesteps in [low, high].
 
     Raises:
         RunError: the samples hold NaN.
     """
 
     def record(chunk: list[str], generate: Callable) -> Trajectories:
-        with CallRecorder(pipeline.unet, len(chunk), outputs) as recorder:
+        with CallRecorder(denoiser_of(pipeline), len(chunk), outputs) as recorder:
             generate()
         part = recorder.trajectories().between(low, high)
-        if not part.latents.isfinite().all():
-            raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
+        if not part.is_finite():
+            raise RunError(NOT_FINITE)
         return part
 
     return join(sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what, record))
 
 
+def set_timesteps(scheduler, steps: int) -> None:
+    """Give a scheduler its timesteps; one that shifts them by the size of the image, those of a middling size."""
+    dynamic = scheduler.config.get("use_dynamic_shifting")
+    limits = scheduler.config.get("base_shift", 0.5), scheduler.config.get("max_shift", 1.15)
+    scheduler.set_timesteps(steps, **({"mu": sum(limits) / 2} if dynamic else {}))
+
+
 def check_timestep_range(scheduler, steps: int | None, low: float, high: float) -> None:
     """Raise UserError unless some of the scheduler's timesteps (50 where `steps` is None) lie in [low, high]."""
-    scheduler.set_timesteps(steps or 50)
+    set_timesteps(scheduler, steps or 50)
     if not ((scheduler.timesteps >= low) & (scheduler.timesteps <= high)).any():
         raise UserError(f"no step of the scheduler lies between --min_timestep {low} and --max_timestep {high}")
 
@@ -92,40 +101,41 @@ def check_timestep_range(scheduler, steps: int | None, low: float, high: float) 
 def record_evaluation(
     pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int | BatchSize
 ) -> tuple[Trajectories, list[Image.Image]]:
-    """Record the teacher's UNet inputs and outputs, and its images.
+    """Record the teacher's inputs and outputs, and its images.
 
     Raises:
-        RunError: the UNet gives NaN or infinity: nothing can be compared with it.
+        RunError: the denoiser gives NaN or infinity: nothing can be compared with it.
     """
     size = as_batch_size(size)
 
     def record(chunk: list[str], generate: Callable) -> tuple[Trajectories, list[Image.Image]]:
-        with CallRecorder(pipeline.unet, len(chunk), outputs=True) as recorder:
+        with CallRecorder(denoiser_of(pipeline), len(chunk), outputs=True) as recorder:
             images = generate()
         part = recorder.trajectories()
-        if not (part.latents.isfinite().all() and part.outputs.isfinite().all()):
-            raise RunError("the UNet gave NaN or infinity while sampling; use another --dtype (float32 or bfloat16)")
+        if not part.is_finite():
+            raise RunError(NOT_FINITE)
         return part, images
 
     found = sampled(pipeline, prompts, seed, settings, size, "teacher images", record)
     parts, images = zip(*found, strict=True)
-    check_replay(pipeline.unet, parts[0], size)
+    check_replay(denoiser_of(pipeline), parts[0], size)
     return join(list(parts)), [image for some in images for image in some]
 
 
-def check_replay(unet: torch.nn.Module, recorded: Trajectories, size: BatchSize) -> None:
-    """Call the UNet again on the last step of a recorded batch.
+def check_replay(denoiser: torch.nn.Module, recorded: Trajectories, size: BatchSize) -> None:
+    """Call the denoiser again as it was last called on a recorded batch.
 
     Raises UserError where its output is not the recorded one: something else changed it, such as other attention while
     the pipeline samples.
     """
-    last = [(n, len(recorded.timesteps) - 1) for n in range(len(recorded.latents))]
-    found = size.batches(partial(_errors_and_energies, unet, recorded), last)
-    pairs = [pair for _, some in found for pair in some]
+    prompts, calls = recorded.shape
+    work = partial(_errors_and_energies, denoiser, recorded)
+    alike = recorded.batches([(n, calls - 1) for n in range(prompts)], prompts)
+    pairs = [pair for points in alike for _, some in size.batches(work, points) for pair in some]
     error, energy = (sum(values) for values in zip(*pairs, strict=True))
     if error > LARGEST_REPLAY_ERROR * energy:
         raise UserError(
-            f"MODEL's UNet gives another output ({decibels(error, energy):.1f} dB) when called again as recorded: "
+            f"MODEL's denoiser gives another output ({decibels(error, energy):.1f} dB) when called again as recorded: "
             "the pipeline changes it while it samples, which is unsupported"
         )
 
@@ -155,37 +165,41 @@ def compare_images(
 
 
 def output_error(
-    unet: torch.nn.Module, trajectories: Trajectories, size: int | BatchSize, ranks: Ranks | None = None
+    denoiser: torch.nn.Module, trajectories: Trajectories, size: int | BatchSize, ranks: Ranks | None = None
 ) -> float:
-    """Return the squared error of the UNet's outputs on recorded points over the recorded outputs' energy, in dB."""
-    errors, energies = point_errors(unet, trajectories, size, ranks)
+    """Return the squared error of a denoiser's outputs on recorded points over the recorded energy, in dB."""
+    errors, energies = point_errors(denoiser, trajectories, size, ranks)
     return decibels(sum(errors), sum(energies))
 
 
 def point_errors(
-    unet: torch.nn.Module, trajectories: Trajectories, size: int | BatchSize, ranks: Ranks | None = None
+    denoiser: torch.nn.Module, trajectories: Trajectories, size: int | BatchSize, ranks: Ranks | None = None
 ) -> tuple[list[float], list[float]]:
     """Return the squared error of every output at every point, and the energy of the recorded output.
 
-    Batches are spread over the ranks; the order is that of the points for any number of them.
+    Batches are spread over the ranks; the order is that of the points, of one kind after another, for any number of
+    them.
     """
     size, ranks = as_batch_size(size), ranks or Ranks()
     # All ranks divide the points in the same way, also where one has halved its batches.
-    every = list(batches(trajectories.points(), ranks.broadcast(size.value)))
-    with progress_bar(total=len(ranks.shard(every)), description="UNet-output error") as progress:
+    every = list(trajectories.batches(trajectories.points(), ranks.broadcast(size.value)))
+    with progress_bar(total=len(ranks.shard(every)), description="output errors") as progress:
 
         def sums(batch: list[tuple[int, int]]) -> list[tuple[float, float]]:
             progress.update()
-            found = size.batches(partial(_errors_and_energies, unet, trajectories), batch)
+            found = size.batches(partial(_errors_and_energies, denoiser, trajectories), batch)
             return [pair for _, some in found for pair in some]
 
         return tuple(map(list, zip(*(pair for part in ranks.map(every, sums) for pair in part), strict=True)))
 
 
 @torch.no_grad()
-def _errors_and_energies(unet: torch.nn.Module, trajectories: Trajectories, batch: list) -> list[tuple[float, float]]:
-    expected = trajectories.expected(batch, unet.device).double()
-    student = unet(**trajectories.inputs(batch, unet.device, unet_dtype(unet))).sample.double()
+def _errors_and_energies(
+    denoiser: torch.nn.Module, trajectories: Trajectories, batch: list
+) -> list[tuple[float, float]]:
+    expected = trajectories.expected(batch, denoiser.device).double()
+    call = trajectories.inputs(batch, denoiser.device, compute_dtype(denoiser))
+    student = output_of(denoiser(**call)).double()
     sums = ((student - expected).square().flatten(1).sum(1), expected.square().flatten(1).sum(1))
     return list(zip(*(one.tolist() for one in sums), strict=True))
 
@@ -197,11 +211,6 @@ def error_spread(errors: list[float], energies: list[float]) -> dict[str, float]
     """
     each = torch.tensor([decibels(*pair) for pair in zip(errors, energies, strict=True)], dtype=torch.float64)
     return {"median": each.median().item(), "95%": each.quantile(0.95).item(), "worst": each.max().item()}
-
-
-def unet_dtype(unet: torch.nn.Module) -> torch.dtype:
-    """Return the type a UNet computes in: that of a bias, which is plain also where `conv_in` is quantized."""
-    return unet.conv_in.bias.dtype
 
 
 def predicted_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calibration: int, evaluation: int) -> int:
@@ -217,6 +226,5 @@ def predicted_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calib
 
 def point_bytes(pipeline: DiffusionPipeline, sampling: SamplingConfig, calibration: int, evaluation: int) -> int:
     """Predict the bytes of recorded points. Raises UserError as `predicted_bytes`."""
-    height, width = image_size(pipeline, sampling.height, sampling.width)
-    latents = pipeline.unet.config.in_channels * (height * width // pipeline.vae_scale_factor**2) * 4
+    latents = 4 * latent_values(pipeline, *image_size(pipeline, sampling.height, sampling.width))
     return latents * (sampling.num_inference_steps or 50) * (calibration + 3 * evaluation)

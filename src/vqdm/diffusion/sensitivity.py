@@ -1,4 +1,4 @@
-"""Measure how much the quantization of each layer moves the UNet's output, for all layers at once.
+"""Measure how much the quantization of each layer moves the denoiser's output, for all layers at once.
 
 To first order a change Δ of one layer's weight moves the outputs f by J Δ. For random signs v the expected value of
 (vᵀ J Δ)² is ‖J Δ‖² (Hutchinson, 1990), and one backward pass gives vᵀ J for every layer: one pass per recorded
@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vqdm.diffusion.denoisers import output_of
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import RunError
 from vqdm.parallel import Ranks
@@ -27,24 +28,24 @@ SIGN_SIZES = (1.0, 2.0**-6, 2.0**-12, 2.0**-18)  # of v, tried in turn until no 
 
 def spread_over_noise(trajectories: Trajectories, count: int) -> list[tuple[int, int]]:
     """Return `count` points of different prompts, evenly spread over the steps; all if there are fewer."""
-    prompts, steps = trajectories.latents.shape[:2]
+    prompts, steps = trajectories.shape
     count = min(count, prompts * steps)
     return [(n % prompts, (2 * n + 1) * steps // (2 * count)) for n in range(count)]
 
 
 def output_effects(
-    unet: nn.Module,
+    denoiser: nn.Module,
     changes: dict[str, Tensor],
     calls: list[Callable[[], dict]],
     generator: Callable[[int], torch.Generator],
     tick: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
-    """Return by layer name the squared error of the UNet's outputs over their energy when this layer alone changes.
+    """Return by layer name the squared error of the denoiser's outputs over their energy when this layer alone changes.
 
     Args:
         changes: by layer name, the tensor that is added to the weight, in its shape; on any device.
-        calls: functions that make the keyword arguments of one UNet call each; every call uses one random v.
+        calls: functions that make the keyword arguments of one call each; every call uses one random v.
             They are spread over the ranks, and summed in their order.
         generator: gives the random numbers of the call of a number.
         tick: called after every call of this rank.
@@ -54,26 +55,26 @@ def output_effects(
     """
 
     def effects(index: int) -> tuple[Tensor, float]:
-        found = _effects_of_call(unet, changes, calls[index](), generator(index))
+        found = _effects_of_call(denoiser, changes, calls[index](), generator(index))
         tick()
         return found
 
-    with following(unet, [unet.get_submodule(name).weight for name in changes]):
+    with following(denoiser, [denoiser.get_submodule(name).weight for name in changes]):
         found = (ranks or Ranks()).map(range(len(calls)), effects)
     squares, energies = zip(*found, strict=True)
     return dict(zip(changes, (torch.stack(squares).sum(0) / sum(energies)).tolist(), strict=True))
 
 
 def _effects_of_call(
-    unet: nn.Module, changes: dict[str, Tensor], call: dict, generator: torch.Generator
+    denoiser: nn.Module, changes: dict[str, Tensor], call: dict, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """Return (vᵀ J Δ)² of every change [layers] on the CPU in float64, and the output's energy."""
-    weights = [unet.get_submodule(name).weight for name in changes]
+    weights = [denoiser.get_submodule(name).weight for name in changes]
     signs = None
     moved = torch.full((len(weights),), torch.nan)
     for size in SIGN_SIZES:
         # The graph is rebuilt each time: retaining it would also retain what checkpointing recomputes.
-        output = unet(**call).sample.float()
+        output = output_of(denoiser(**call)).float()
         if signs is None:
             signs = torch.randint(2, output.shape, generator=generator).mul_(2).sub_(1).to(output)
         found = _products(weights, changes, (output * signs * size).sum())
@@ -107,7 +108,7 @@ def _check_finite(moved: dict[str, float], energy: float, dtype: torch.dtype) ->
     """Raise RunError if the output's energy or a layer's effect on it is not finite."""
     advice = f"NaN or infinity in {str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
     if not math.isfinite(energy):
-        raise RunError(f"the UNet's output holds {advice}")
+        raise RunError(f"the denoiser's output holds {advice}")
     # Gradients flow from the last layer to the first: the last one that overflows is where it began.
     for name, value in reversed(moved.items()):
         if not math.isfinite(value):
@@ -115,12 +116,13 @@ def _check_finite(moved: dict[str, float], energy: float, dtype: torch.dtype) ->
 
 
 @contextmanager
-def following(unet: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+def following(denoiser: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """Inside, gradients reach `weights`; on a GPU activations are recomputed, not stored."""
-    checkpointing = weights[0].device.type != "cpu" and not unet.is_gradient_checkpointing
+    able = getattr(denoiser, "_supports_gradient_checkpointing", False) and not denoiser.is_gradient_checkpointing
+    checkpointing = able and weights[0].device.type != "cpu"
     try:
         if checkpointing:
-            unet.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing()
         for weight in weights:
             weight.requires_grad_(True)
         with torch.enable_grad():
@@ -130,4 +132,4 @@ def following(unet: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
             weight.requires_grad_(False)
             weight.grad = None
         if checkpointing:
-            unet.disable_gradient_checkpointing()
+            denoiser.disable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""A UNet without its weights: what shapes alone say of it, within seconds and in little memory.
+"""A denoiser without its weights: what shapes alone say of it, within seconds and in little memory.
 
 Letters: A guidance branches, B points in a batch, C channels.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vqdm.config import SamplingConfig
 from vqdm.diffusion.blocks import Layer
+from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of
 from vqdm.diffusion.hessians import shared_inputs
 from vqdm.diffusion.pipelines import image_size, set_scheduler
-from vqdm.diffusion.sampling import unet_dtype
 from vqdm.documents import read_json
 from vqdm.errors import RunError
 
@@ -40,17 +40,17 @@ class Shapes:
     """What the plan needs of a model, all in bytes.
 
     Attributes:
-        unet, text, vae: weights in the type that is computed in.
-        step: activations of a UNet call on one point, all of its branches.
+        denoiser, text, vae: weights in the type that is computed in.
+        step: activations of a call on one point, all of its branches.
         decode: activations, and weights in float32, while the VAE decodes one image.
         pipeline: all weights.
         points: recorded points of all prompts.
         positions: of the latents of one point, of all branches: a number, not bytes.
         itemsize: of a value in the type that is computed in.
-        step_flops, decode_flops: floating-point operations of that UNet call, and of decoding an image.
+        step_flops, decode_flops: floating-point operations of that call, and of decoding an image.
     """
 
-    unet: int
+    denoiser: int
     text: int
     vae: int
     step: int
@@ -63,12 +63,12 @@ class Shapes:
     decode_flops: int = 0
 
 
-def meta_unet(config: Mapping, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """Return a UNet of a configuration on the meta device: shapes and types, no values."""
+def meta_denoiser(kind: type[ModelMixin], config: Mapping, dtype: torch.dtype = torch.float32) -> ModelMixin:
+    """Return a denoiser of a class and a configuration on the meta device: shapes and types, no values."""
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(plain)
-    return nn.Module.to(unet, dtype).eval().requires_grad_(False)  # diffusers' own warns of nothing
+        denoiser = kind.from_config(plain)
+    return nn.Module.to(denoiser, dtype).eval().requires_grad_(False)  # diffusers' own warns of nothing
 
 
 def meta_copy(part: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -88,7 +88,7 @@ def skeleton_pipeline(folder: Path, dtype: torch.dtype, scheduler: str) -> Diffu
     kinds = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     if any(named.get(name) != kind for name, kind in kinds.items()) or "safety_checker" in named:
         return None
-    unet = meta_unet(UNet2DConditionModel.load_config(folder / "unet"), dtype)
+    unet = meta_denoiser(UNet2DConditionModel, UNet2DConditionModel.load_config(folder / "unet"), dtype)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
     missing = {name: None for name in named if name.startswith(("text_encoder", "image_encoder"))}
@@ -97,14 +97,19 @@ def skeleton_pipeline(folder: Path, dtype: torch.dtype, scheduler: str) -> Diffu
     return pipeline
 
 
-def meta_call(unet: UNet2DConditionModel, height: int, width: int, batch: int = 1) -> dict:
-    """Return the keyword arguments of a UNet call on the meta device.
+def meta_call(denoiser: ModelMixin, height: int, width: int, batch: int = 1) -> dict:
+    """Return the keyword arguments of a denoiser's call on the meta device.
 
     Args:
         height, width: of the latents.
         batch: A·B.
+
+    Raises:
+        NotImplementedError: its arguments are not known.
     """
-    config, dtype = unet.config, unet.dtype
+    if not isinstance(denoiser, UNet2DConditionModel):
+        raise NotImplementedError(f"what a {type(denoiser).__name__} is called with is not known")
+    config, dtype = denoiser.config, denoiser.dtype
     widths = config.cross_attention_dim
     width_of_text = widths if isinstance(widths, int) else max(widths)
     call = {
@@ -121,13 +126,13 @@ def meta_call(unet: UNet2DConditionModel, height: int, width: int, batch: int = 
     return call
 
 
-def input_groups(unet: UNet2DConditionModel, layers: list[Layer], height: int, width: int) -> list[list[Layer]]:
-    """Group layers by the input that they share, as `hessians.shared_inputs`; `unet` is on the meta device.
+def input_groups(denoiser: ModelMixin, layers: list[Layer], height: int, width: int) -> list[list[Layer]]:
+    """Group layers by the input that they share, as `hessians.shared_inputs`; `denoiser` is on the meta device.
 
-    Each layer has a group of its own where the UNet cannot be called with these arguments alone.
+    Each layer has a group of its own where the denoiser cannot be called with these arguments alone.
     """
     try:
-        return shared_inputs(unet, layers, meta_call(unet, height, width))
+        return shared_inputs(denoiser, layers, meta_call(denoiser, height, width))
     except UNCALLABLE:
         return [[layer] for layer in layers]
 
@@ -139,11 +144,11 @@ class Cost(NamedTuple):
     flops: int
 
 
-def forward_cost(unet: UNet2DConditionModel, height: int, width: int, batch: int) -> Cost:
-    """Return what a UNet call without gradients costs, on the meta device."""
-    call = meta_call(unet, height, width, batch)
+def forward_cost(denoiser: ModelMixin, height: int, width: int, batch: int) -> Cost:
+    """Return what a call without gradients costs, on the meta device."""
+    call = meta_call(denoiser, height, width, batch)
     with torch.no_grad():
-        return _cost(lambda: unet(**call))
+        return _cost(lambda: denoiser(**call))
 
 
 def decode_cost(vae: nn.Module, height: int, width: int) -> Cost:
@@ -188,7 +193,8 @@ def shapes_of(
         values: number of those of every part, by name.
         points: bytes of recorded points.
     """
-    dtype, scale = unet_dtype(pipeline.unet), pipeline.vae_scale_factor
+    denoiser, component = denoiser_of(pipeline), denoiser_name(pipeline)
+    dtype, scale = compute_dtype(denoiser), pipeline.vae_scale_factor
     size = [side // scale for side in image_size(pipeline, sampling.height, sampling.width)]
     bytes_of = {name: dtype.itemsize * count for name, count in values.items()}
     guidance = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
@@ -196,14 +202,14 @@ def shapes_of(
     wide = dtype == torch.float16 and pipeline.vae.config.get("force_upcast")
     branches = 2 if (given or 0) > 1 else 1
     try:
-        step = forward_cost(meta_unet(pipeline.unet.config, dtype), *size, branches)
+        step = forward_cost(meta_denoiser(type(denoiser), denoiser.config, dtype), *size, branches)
         vae = meta_copy(pipeline.vae, torch.float32 if wide else dtype)
         decode = decode_cost(vae, *size)
     except UNCALLABLE:
         return None
     return Shapes(
-        unet=bytes_of["unet"],
-        text=sum(count for name, count in bytes_of.items() if name not in ("unet", "vae")),
+        denoiser=bytes_of[component],
+        text=sum(count for name, count in bytes_of.items() if name not in (component, "vae")),
         vae=bytes_of["vae"],
         step=step.bytes,
         decode=sum(tensor.nbytes for tensor in vae.parameters()) + decode.bytes,

@@ -25,12 +25,12 @@ UNSUPPORTED_FLAGS = {
     "--load": "give the quantized folder as the second positional argument",
     "--quantized_model": "give the quantized folder as the second positional argument",
     "--lr": "it is called --finetune_lr, and relative",
-    "--amp_dtype": "--dtype is the type that both UNets compute in; parameters are kept in float32",
+    "--amp_dtype": "--dtype is the type that both models compute in; parameters are kept in float32",
     "--gradient_checkpointing": "it is called --use_checkpointing",
     "--microbatch_size": "it is called --local_batch_size",
     "--devices": "choose GPUs with CUDA_VISIBLE_DEVICES",
     "--offload_activations": "--use_checkpointing and --local_batch_size bound their memory",
-    "--skip_out_loss": "the error of the UNet's output is always reported",
+    "--skip_out_loss": "the error of the output is always reported",
     "--print_frequency": "every step is a line of training.jsonl",
 }
 
@@ -110,7 +110,7 @@ class FinetuneConfig(RunConfig):
     """
 
     model: str = argument("pipeline of the teacher: a folder, or a name on the hub")
-    quantized: str = argument("quantized pipeline folder, or its unet folder")
+    quantized: str = argument("quantized pipeline folder, or its denoiser's folder")
     calibration_prompts: str = argument(PROMPT_FILE)
     evaluation_prompts: str = argument(PROMPT_FILE + "; not trained on")
     output_dir: str = output_dir("out/finetuned")

@@ -24,9 +24,18 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from vqdm.devices import BatchSize
+from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of, output_of
 from vqdm.diffusion.pipelines import image_size, parts_in_use, sample
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, record_evaluation, unet_dtype
-from vqdm.diffusion.trajectories import CallRecorder, Trajectories, batches, join, spread_points, unet_call
+from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, record_evaluation
+from vqdm.diffusion.trajectories import (
+    CallRecorder,
+    Trajectories,
+    by_kind,
+    collate,
+    collate_outputs,
+    join,
+    spread_points,
+)
 from vqdm.documents import first_line, read_text
 from vqdm.errors import RunError, UserError
 from vqdm.finetuning.config import FinetuneConfig, sources
@@ -226,7 +235,7 @@ def check_scheduler(scheduler) -> None:
 def noised_images(pipeline: DiffusionPipeline, images: list[CaptionedImage], seed: int, settings: dict) -> Trajectories:
     """Return the points √ᾱ_t · x + √(1 - ᾱ_t) · ε at every timestep of the scheduler; image k's noise has `seed + k`.
 
-    Schedulers whose noise grows while the signal stays (Euler) scale the UNet's input to the same points.
+    Schedulers whose noise grows while the signal stays (Euler) scale the denoiser's input to the same points.
 
     Raises:
         RunError: an image file cannot be decoded.
@@ -239,12 +248,12 @@ def noised_images(pipeline: DiffusionPipeline, images: list[CaptionedImage], see
     shape = (len(timesteps), *latents.shape[1:])
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) for k in range(len(images))]
     noisy = signal.sqrt() * latents.unsqueeze(1) + (1 - signal).sqrt() * torch.stack(noise)  # [N, S, C, h, w]
-    captions = [image.caption for image in images]
-    return Trajectories(noisy.to(pipeline.unet.dtype), timesteps, conditioning(pipeline, captions, settings))
+    first = first_calls(pipeline, [image.caption for image in images], settings)
+    return first.at(noisy.to(denoiser_of(pipeline).dtype), timesteps)
 
 
 def encode_images(pipeline: DiffusionPipeline, files: list[Path], settings: dict) -> Tensor:
-    """Encode images, cropped to the size of sampling, to the UNet's latents: float32 [N, C, h, w] on the CPU.
+    """Encode images, cropped to the size of sampling, to latents: float32 [N, C, h, w] on the CPU.
 
     The VAE computes in float32, because some overflow in 16 bit.
     """
@@ -270,48 +279,48 @@ def _pixels(file: Path, size: tuple[int, int]) -> Tensor:
 
 
 class _Called(Exception):
-    """The UNet has been called once."""
+    """The denoiser has been called once."""
 
 
-def conditioning(pipeline: DiffusionPipeline, prompts: list[str], settings: dict) -> dict[str, Tensor]:
-    """Return the UNet's inputs other than latents and timestep: name → [N, A, ...], recorded from one sampling step."""
+def first_calls(pipeline: DiffusionPipeline, prompts: list[str], settings: dict) -> Trajectories:
+    """Return the denoiser's first call, recorded from one sampling step."""
 
     def stop(*_) -> None:
         raise _Called
 
-    with CallRecorder(pipeline.unet, len(prompts)) as recorder:
-        hook = pipeline.unet.register_forward_hook(stop)
+    with CallRecorder(denoiser_of(pipeline), len(prompts)) as recorder:
+        hook = denoiser_of(pipeline).register_forward_hook(stop)
         try:
             with suppress(_Called):
                 sample(pipeline, prompts, 0, 0, settings | {"output_type": "latent"})
         finally:
             hook.remove()
-    return recorder.conditioning
+    return recorder.trajectories()
 
 
 # ------------------------------------------------------------------------------------------------------ recorded points
 #
 # How recorded points are made and stored, and in which order training uses them.
 #
-# A point is one step of one sampling trajectory, with all its guidance branches. Trajectories are sampled with the
+# A point is one call of one sampling trajectory, with all its guidance branches. Trajectories are sampled with the
 # teacher or the student, or made from real images by adding noise. They are recorded in chunks of prompts, one file per
 # chunk; the content of a chunk does not depend on the process that records it.
 #
-# Letters: N prompts, S steps of a trajectory, A guidance branches, B points in a batch.
+# Letters: N prompts, J calls of a trajectory, A guidance branches, B points in a batch.
 
 HELD_OUT_SEED_OFFSET, TRAINING_SEED_OFFSET = 2_000_000, 3_000_000  # far from those of calibration and evaluation
 
 
 class Point(NamedTuple):
-    """A step of one of the trajectories of a part."""
+    """A call of one of the trajectories of a part."""
 
     part: int
     prompt: int
-    step: int
+    call: int
 
 
 class Batch(NamedTuple):
-    """B points: keyword arguments of a UNet call, and the teacher's output [A·B, C, h, w], None if not recorded."""
+    """B points: keyword arguments of a call, and the teacher's output [A·B, ...], None if not recorded."""
 
     count: int
     call: dict
@@ -320,7 +329,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Points:
-    """Points of several parts; the parts may come from other models or images, but their tensors have equal shapes."""
+    """Points of several parts, which may come from other models or images."""
 
     parts: list[Trajectories]
 
@@ -330,23 +339,19 @@ class Points:
 
     def timestep(self, point: Point) -> float:
         """Return a point's timestep, from 0 (no noise) to 1000."""
-        return self.parts[point.part].timesteps[point.step].item()
+        return self.parts[point.part].timesteps[point.call].item()
+
+    def alike(self, places: Sequence[int], points: Sequence[Point]) -> list[list[int]]:
+        """Return places in a list of points, divided into those that one call can take; each keeps its order."""
+        return by_kind(places, lambda place: self.parts[points[place].part].kind(points[place][1:]))
 
     def batch(self, points: Sequence[Point], device: torch.device, dtype: torch.dtype) -> Batch:
-        """Collate B points on `device`; floating-point inputs are in `dtype`."""
-        picked = [(self.parts[k], n, s) for k, n, s in points]
-        names = self.parts[0].conditioning
-        call = unet_call(
-            torch.stack([part.latents[n, s] for part, n, s in picked]),
-            torch.stack([part.timesteps[s] for part, _, s in picked]),
-            {name: torch.stack([part.conditioning[name][n] for part, n, _ in picked]) for name in names},
-            device,
-            dtype,
-        )
-        if any(part.outputs is None for part, *_ in picked):
+        """Collate B points of one kind on `device`; floating-point inputs are in `dtype`."""
+        picked = [(self.parts[k], n, j) for k, n, j in points]
+        call = collate(picked, device, dtype)
+        if not all(part.has_outputs for part, *_ in picked):
             return Batch(len(points), call, None)
-        outputs = torch.stack([part.outputs[n, s] for part, n, s in picked])  # [B, A, C, h, w]
-        return Batch(len(points), call, outputs.transpose(0, 1).flatten(0, 1).to(device))
+        return Batch(len(points), call, collate_outputs(picked, device))
 
 
 # ------------------------------------------------------------------------------------------- selection and order
@@ -354,7 +359,7 @@ class Points:
 
 def spread(points: Points, count: int) -> list[Point]:
     """Return about `count` points: equally many per prompt (at least one), at timesteps that shift between prompts."""
-    sizes = [len(part.latents) for part in points.parts]
+    sizes = [part.shape[0] for part in points.parts]
     each, firsts = max(1, count // sum(sizes)), accumulate(sizes, initial=0)
     parts = enumerate(zip(points.parts, firsts, strict=False))
     return [Point(k, n, s) for k, (part, first) in parts for n, s in spread_points(part, each, first)]
@@ -444,7 +449,7 @@ def record_points(
 
     for k in progress_bar(ranks.shard(missing), description=f"recording points: {folder.name}"):
         found = join([part for _, part in size.batches(partial(record_some, chunks[k].source), chunks[k].items)])
-        if not found.latents.isfinite().all():
+        if not found.is_finite():
             source = chunks[k].source
             raise RunError(f"{source} trajectories hold NaN or infinity; use another --dtype (float32 or bfloat16)")
         found.save(files[k])
@@ -459,8 +464,8 @@ class TrajectoryRecorder:
     """Records the points of a fine-tuning into the run's working folder, and loads those that exist.
 
     Attributes:
-        pipeline: with the teacher as its UNet.
-        student: the UNet in training.
+        pipeline: with the teacher as its denoiser.
+        student: the denoiser in training.
         folder: has a folder for the held-out points, one for the evaluation points, and one per epoch.
     """
 
@@ -478,7 +483,9 @@ class TrajectoryRecorder:
 
         def record(chunk: Chunk) -> Trajectories:
             some = prompts[chunk.first : chunk.first + chunk.count]
-            return sample_points(self.pipeline, self.pipeline.unet, some, seed + chunk.first, self._settings, True)
+            return sample_points(
+                self.pipeline, denoiser_of(self.pipeline), some, seed + chunk.first, self._settings, True
+            )
 
         return self._recorded("held_out", divided(["teacher"], 0, len(prompts)), record)
 
@@ -510,24 +517,24 @@ class TrajectoryRecorder:
         """
         first, count = epoch * self.config.finetune_nsamples, self.config.finetune_nsamples
         parts = divided(sources(self.config.finetune_method), first, count)
-        teacher = self.pipeline.unet.to(self.ranks.device)
+        teacher = denoiser_of(self.pipeline).to(self.ranks.device)
         points = self._recorded(f"epoch-{epoch:04d}", parts, lambda chunk: self._training_chunk(chunk, keep_outputs))
-        if all(part.outputs is not None for part in points.parts):  # an interrupted run may have recorded none
+        if all(part.has_outputs for part in points.parts):  # an interrupted run may have recorded none
             teacher.to("cpu")
         return points
 
     def _training_chunk(self, chunk: Chunk, keep_outputs: bool) -> Trajectories:
-        seed, teacher = self.config.seed + TRAINING_SEED_OFFSET + chunk.first, self.pipeline.unet
+        seed, teacher = self.config.seed + TRAINING_SEED_OFFSET + chunk.first, denoiser_of(self.pipeline)
         if chunk.source == "real":
             images = self.datasets.training_images(chunk.first, chunk.count)
             part = noised_images(self.pipeline, images, seed, self._settings)
         else:
-            unet = self.student if chunk.source == "student" else teacher
+            denoiser = self.student if chunk.source == "student" else teacher
             prompts = self.datasets.training_prompts(chunk.first, chunk.count)
-            outputs = keep_outputs and unet is teacher
-            part = sample_points(self.pipeline, unet, prompts, seed, self._settings, outputs)
-        if keep_outputs and part.outputs is None:
-            part.outputs = teacher_outputs(teacher, part, chunk.count)
+            outputs = keep_outputs and denoiser is teacher
+            part = sample_points(self.pipeline, denoiser, prompts, seed, self._settings, outputs)
+        if keep_outputs and not part.has_outputs:
+            part = with_teacher_outputs(teacher, part, chunk.count)
         return part
 
     def delete_epochs(self, before: int) -> None:
@@ -538,8 +545,7 @@ class TrajectoryRecorder:
 
     def keeps_outputs(self, points: Points) -> bool:
         """Return whether the teacher outputs of an epoch of points like these fit --target_cache_gb and the disk."""
-        outputs = points.parts[0].outputs  # [N, S, A, C, h, w]
-        need = outputs[0].nbytes * self.config.finetune_nsamples
+        need = points.parts[0].output_bytes() * self.config.finetune_nsamples
         free = shutil.disk_usage(self.folder).free
         fits = self.ranks.broadcast(need <= 1e9 * self.config.target_cache_gb and 2 * need < free)
         where = "kept on disk" if fits else "computed at every step"
@@ -555,37 +561,38 @@ class TrajectoryRecorder:
 
 
 def sample_points(
-    pipeline: DiffusionPipeline, unet: nn.Module, prompts: list[str], seed: int, settings: dict, outputs: bool
+    pipeline: DiffusionPipeline, denoiser: nn.Module, prompts: list[str], seed: int, settings: dict, outputs: bool
 ) -> Trajectories:
-    """Sample with `unet` in the pipeline, and record its inputs and, on request, outputs; prompt k has `seed + k`."""
-    with with_unet(pipeline, unet), CallRecorder(unet, len(prompts), outputs) as recorder:
+    """Sample with `denoiser` in the pipeline, and record inputs and, on request, outputs; prompt k has `seed + k`."""
+    with with_denoiser(pipeline, denoiser), CallRecorder(denoiser, len(prompts), outputs) as recorder:
         sample(pipeline, prompts, seed, 0, settings | {"output_type": "latent"})
     return recorder.trajectories()
 
 
 @contextmanager
-def with_unet(pipeline: DiffusionPipeline, unet: nn.Module) -> Iterator[None]:
-    """Inside, the pipeline samples with another UNet, with its weights decoded once.
+def with_denoiser(pipeline: DiffusionPipeline, denoiser: nn.Module) -> Iterator[None]:
+    """Inside, the pipeline samples with another denoiser, with its weights decoded once.
 
-    The UNet computes in the type of the one it replaces, under autocast. Text encoders and VAE are not under autocast,
+    It computes in the type of the one it replaces, under autocast. Text encoders and VAE are not under autocast,
     because VAEs that choose float32 (they overflow in 16 bit) would lose it.
     """
-    own, forward = pipeline.unet, unet.forward
-    device, dtype = unet.device, unet_dtype(own)
+    name, own, forward = denoiser_name(pipeline), denoiser_of(pipeline), denoiser.forward
+    device, dtype = denoiser.device, compute_dtype(own)
 
     def autocast_forward(*args, **kwargs):
         with autocast(device, dtype):
             return forward(*args, **kwargs)
 
-    if unet is not own:
-        unet.forward, pipeline.unet = autocast_forward, unet
+    if denoiser is not own:
+        denoiser.forward = autocast_forward
+        setattr(pipeline, name, denoiser)
     try:
-        with torch.no_grad(), decoded_once(unet):
+        with torch.no_grad(), decoded_once(denoiser):
             yield
     finally:
-        if unet is not own:
-            del unet.forward
-            pipeline.unet = own
+        if denoiser is not own:
+            del denoiser.forward
+            setattr(pipeline, name, own)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
@@ -594,10 +601,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @torch.no_grad()
-def teacher_outputs(teacher: nn.Module, part: Trajectories, size: int) -> Tensor:
-    """Return the teacher's outputs at all points, `size` per batch: [N, S, A, C, h, w] on the CPU, typed as latents."""
-    found = []
-    for points in batches(part.points(), size):
-        output = teacher(**part.inputs(points, teacher.device, teacher.dtype)).sample  # [A·B, C, h, w]
-        found.append(output.unflatten(0, (-1, len(points))).transpose(0, 1).to("cpu", part.latents.dtype))
-    return torch.cat(found).unflatten(0, part.latents.shape[:2])  # [N·S, A, ...] → [N, S, A, ...]
+def with_teacher_outputs(teacher: nn.Module, part: Trajectories, size: int) -> Trajectories:
+    """Return the trajectories with the teacher's outputs at all points, `size` per batch, typed as the latents."""
+    found = {}
+    for points in part.batches(part.points(), size):
+        call = part.inputs(points, teacher.device, teacher.dtype)
+        output = output_of(teacher(**call))  # [A·B, ...]
+        output = output.unflatten(0, (-1, len(points))).transpose(0, 1).to("cpu", part.dtype)  # [B, A, ...]
+        found |= dict(zip(points, output, strict=True))
+    return part.with_outputs(found)

@@ -48,7 +48,7 @@ class Errors:
 
     @property
     def db(self) -> float:
-        """UNet-output error in dB: sum of squared errors over the energy of the teacher outputs."""
+        """Output error in dB: sum of squared errors over the energy of the teacher outputs."""
         return decibels(self.squares.sum().item(), self.energy.sum().item())
 
     @property
@@ -89,17 +89,17 @@ def _sums(table: Tensor, groups: Tensor, count: int | None = None) -> list[float
 @torch.no_grad()
 def evaluate(loss_fn: DistillationLoss, points: Points, chosen: Sequence[Point]) -> Errors:
     """Compute the student's errors at the points `chosen`, sharded over the processes; all get the same result."""
-    branches = next(iter(points.parts[0].conditioning.values())).shape[1]
+    branches = max(points.parts[k].branches((n, j)) for k, n, j in chosen)
     table = torch.zeros(3, branches, len(chosen), dtype=torch.float64, device=loss_fn.ranks.device)
-    mine, done = loss_fn.ranks.shard(range(len(chosen))), 0
+    mine = loss_fn.ranks.shard(range(len(chosen)))
     with decoded_once(loss_fn.student):
-        for batch in loss_fn.micro_batches(points, chosen):
+        for batch, places in loss_fn.micro_batches(points, chosen):
             teacher = batch.teacher_output.double()
             error = loss_fn.student_output(batch.call).double() - teacher
             rows = error.square(), teacher.square(), torch.ones_like(teacher)
             found = torch.stack([row.flatten(1).sum(1) for row in rows])  # [3, A·B]
-            table[:, :, list(mine[done : done + batch.count])] = found.unflatten(1, (branches, -1))
-            done += batch.count
+            found = found.unflatten(1, (-1, batch.count))  # [3, A, B]
+            table[:, : found.shape[1], [mine[place] for place in places]] = found
     loss_fn.ranks.all_reduce(table)
     numbers = {key: number for number, key in enumerate(dict.fromkeys((k, n) for k, n, _ in chosen))}
     prompts = torch.tensor([numbers[k, n] for k, n, _ in chosen])
@@ -163,7 +163,7 @@ def save_loss_plot(rows: list[dict], path: Path) -> None:
         label = f"timesteps {k * 1000 // BINS} to {(k + 1) * 1000 // BINS}"
         below.plot(at, [row["held_out_db_by_timestep"][k] for row in evaluations], marker=".", label=label)
     below.plot(at, [row["held_out_db"] for row in evaluations], marker=".", color="black", label="all")
-    below.set(xlabel="step", ylabel="UNet-output error, dB")
+    below.set(xlabel="step", ylabel="output error, dB")
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

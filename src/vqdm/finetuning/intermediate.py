@@ -16,8 +16,7 @@ from typing import Protocol
 
 from torch import nn
 
-from vqdm.diffusion.blocks import block_of
-from vqdm.diffusion.sampling import unet_dtype
+from vqdm.diffusion.denoisers import block_of, compute_dtype
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.finetuning.config import OptimizerConfig
 from vqdm.finetuning.data import Point, Points, split_held_out
@@ -76,7 +75,7 @@ def finetune_blocks(
     """Train the quantized blocks of `student` towards recorded outputs; in place, in the types that parameters have.
 
     Args:
-        student: UNet with the first blocks quantized.
+        student: denoiser with the first blocks quantized.
         trajectories: the full-precision model's, with outputs.
         blocks: names of the quantized blocks.
         ranks: every process must call it.
@@ -90,9 +89,9 @@ def finetune_blocks(
         for name, value in read_shard(file).items():
             held[name].data.copy_(value)
         return
-    types, dtype, points = stored_types(student), unet_dtype(student), Points(trajectories)
+    types, dtype, points = stored_types(student), compute_dtype(student), Points(trajectories)
     trained = trainable(
-        student, optimizer, lambda name: block_of(name) in blocks and not name.startswith(SHARED_CODEBOOKS)
+        student, optimizer, lambda name: block_of(student, name) in blocks and not name.startswith(SHARED_CODEBOOKS)
     )
     loss_fn = DistillationLoss(student, None, dtype, settings.local_batch_size, ranks)
     training, held_out = split_held_out(points)

@@ -1,4 +1,4 @@
-"""Fine-tune a quantized UNet towards the full-precision one: the order of the work.
+"""Fine-tune a quantized denoiser towards the full-precision one: the order of the work.
 
 Evaluate; then, epoch after epoch, record points and train on them; then evaluate the step that is kept, and write a
 folder of the same format (arXiv 2409.00492, §4: the student's outputs are regressed on the teacher's).
@@ -18,13 +18,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from vqdm.config import label
 from vqdm.devices import BatchSize, check_float64, peak_memory, pick_dtype
+from vqdm.diffusion.denoisers import denoiser_name, denoiser_of
 from vqdm.diffusion.model_folders import (
     check_fits,
     check_loaded,
     check_supported,
-    find_quantized_unet,
-    load_quantized_unet,
+    find_denoiser,
+    load_denoiser,
 )
 from vqdm.diffusion.pipelines import (
     check_configured,
@@ -35,11 +37,25 @@ from vqdm.diffusion.pipelines import (
     stored_bytes,
     stored_dtypes,
 )
-from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, compare_images, generate_images, predicted_bytes
+from vqdm.diffusion.sampling import (
+    EVALUATION_SEED_OFFSET,
+    compare_images,
+    generate_images,
+    predicted_bytes,
+    set_timesteps,
+)
 from vqdm.errors import RunError, UserError
 from vqdm.finetuning.code_updates import CodeUpdates
 from vqdm.finetuning.config import AUTO, FinetuneConfig
-from vqdm.finetuning.data import Datasets, Points, TrajectoryRecorder, check_scheduler, load_datasets, spread, with_unet
+from vqdm.finetuning.data import (
+    Datasets,
+    Points,
+    TrajectoryRecorder,
+    check_scheduler,
+    load_datasets,
+    spread,
+    with_denoiser,
+)
 from vqdm.finetuning.evaluation import Errors, evaluate, read_log, save_loss_plot
 from vqdm.finetuning.loop import Checkpoints, EvaluationSchedule, Loop, TrainingSchedule
 from vqdm.finetuning.trainer import (
@@ -76,8 +92,8 @@ class FinetuneJob:
     """State that the steps of one run share.
 
     Attributes:
-        pipeline: with the teacher as its UNet.
-        source: the quantized UNet's folder.
+        pipeline: with the teacher as its denoiser.
+        source: the quantized denoiser's folder.
         types: name → stored type of the student's parameters.
         size: `xtx_batch_size`, or what is left of it.
     """
@@ -99,8 +115,13 @@ class FinetuneJob:
 
     @property
     def loss_fn(self) -> DistillationLoss:
-        teacher, size = self.pipeline.unet, self.config.local_batch_size
+        teacher, size = denoiser_of(self.pipeline), self.config.local_batch_size
         return DistillationLoss(self.student, teacher, teacher.dtype, size, self.ranks)
+
+    @property
+    def component(self) -> str:
+        """The name of the denoiser in the pipeline, which is also that of its folder."""
+        return denoiser_name(self.pipeline)
 
     @property
     def recorder(self) -> TrajectoryRecorder:
@@ -120,11 +141,12 @@ def finetune(config: FinetuneConfig) -> dict | None:
     check_configured(config)
     where = (config.revision, config.local_files_only)
     check_supported(config.model, *where, role=ROLE, single_file_config=config.single_file_config)
-    source = find_quantized_unet(config.quantized)
+    source = find_denoiser(config.quantized)
     with launched(config.device) as ranks, ExitStack() as held:
         check_float64(ranks.device)
         pipeline, student = load_models(config, ranks, source)
-        types = types_on_disk(source) | float_scales(student)
+        stored, parameters = types_on_disk(source), dict(student.named_parameters())  # buffers are stored, not trained
+        types = {name: dtype for name, dtype in stored.items() if name in parameters} | float_scales(student)
         mark_quantized(student)  # its scales may be of another format now
         trained = trainable(student, config.optimizer)
         log_info(training_plan(config, ranks, trained))
@@ -165,16 +187,16 @@ def close_finished(folder: RunFolder) -> dict:
 
 
 def load_models(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionPipeline, nn.Module]:
-    """Load MODEL's pipeline, whose UNet is the teacher, and the student, both to this process's device.
+    """Load MODEL's pipeline, whose denoiser is the teacher, and the student, both to this process's device.
 
     Raises:
         UserError: either cannot be loaded, they do not fit, MODEL is quantized itself, or the settings do not fit it.
     """
-    student = load_quantized_unet(source, torch.float32)
+    student = load_denoiser(source, torch.float32)
     pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
-    check_fits(student, pipeline.unet, config.quantized, config.model)
-    check_loaded(pipeline.unet, config.model, role=ROLE)
-    pipeline.scheduler.set_timesteps(config.sampling.num_inference_steps or 50)
+    check_fits(student, denoiser_of(pipeline), config.quantized, config.model)
+    check_loaded(denoiser_of(pipeline), config.model, role=ROLE)
+    set_timesteps(pipeline.scheduler, config.sampling.num_inference_steps or 50)
     steps_per_epoch(config, len(pipeline.scheduler.timesteps))
     if config.real_images:
         check_scheduler(pipeline.scheduler)
@@ -225,8 +247,8 @@ def run(job: FinetuneJob, trained: TrainedParameters) -> dict | None:
         advice = "use another --dtype (float32 or bfloat16)"
         raise RunError(f"QUANTIZED {job.config.quantized} gives NaN or infinity before training; {advice}")
     log_info(
-        f"UNet-output error on {len(job.datasets.evaluation)} evaluation prompts before training: {before.db:.2f} dB, "
-        f"median {before.median_db:.2f} dB"
+        f"{label(job.component)}-output error on {len(job.datasets.evaluation)} evaluation prompts before training: "
+        f"{before.db:.2f} dB, median {before.median_db:.2f} dB"
     )
     loop = make_loop(job, trained, held_out, teacher_images)
     divergence, whole = None, Stopwatch()
@@ -316,7 +338,7 @@ def generate_pairs(job: FinetuneJob, path: Path, count: int, teacher_images: lis
     if not (job.ranks.main and count):
         return []
     seed, settings = config.seed + EVALUATION_SEED_OFFSET, config.sampling.call()
-    with with_unet(job.pipeline, job.student):
+    with with_denoiser(job.pipeline, job.student):
         images = generate_images(job.pipeline, prompts, seed, settings, job.size)
     shown = config.visualize_nsamples
     if shown:
@@ -337,11 +359,11 @@ def save_result(
     folder, staged = job.folder, job.folder.work / "pipeline"
     images = generate_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples, teacher_images)
     scores = compare_images(teacher_images, images, job.datasets.evaluation, "fine-tuned")
-    parameters = sum(tensor.numel() for tensor in job.pipeline.unet.parameters())
+    parameters = sum(tensor.numel() for tensor in denoiser_of(job.pipeline).parameters())
     write_back(job.student, job.types)
     stage_pipeline(job, staged)
     save_loss_plot(read_log(loop.log.path, loop.trainer.steps_done), folder.path / "loss.png")
-    summary = summary_of(job, loop, step_kept, *errors) | stored_sizes(job.student, parameters, staged)
+    summary = summary_of(job, loop, step_kept, *errors) | stored_sizes(job.student, job.component, parameters, staged)
     summary |= {"images": scores}
     save_text(model_card(job.config.model, summary), staged / "README.md")
     folder.publish(staged)
@@ -353,9 +375,9 @@ def save_result(
 
 
 def stage_pipeline(job: FinetuneJob, staged: Path) -> None:
-    """Write a whole pipeline with the student as its UNet into `staged`.
+    """Write a whole pipeline with the student as its denoiser into `staged`.
 
-    All other components are copied from the folder around the quantized UNet. If there is none, they are the model's,
+    All other components are copied from the folder around the quantized one. If there is none, they are the model's,
     each in the type that it computes in, or a narrower one of its files.
     """
     config, quantized = job.config, job.source.parent
@@ -365,36 +387,41 @@ def stage_pipeline(job: FinetuneJob, staged: Path) -> None:
         staged.mkdir(parents=True)
         shutil.copy(index, staged)
         for name, value in json.loads(index.read_text(encoding="utf-8")).items():
-            if isinstance(value, list) and name != "unet" and (quantized / name).is_dir():
+            if isinstance(value, list) and name != job.component and (quantized / name).is_dir():
                 shutil.copytree(quantized / name, staged / name)
-        job.student.save_pretrained(staged / "unet")
+        job.student.save_pretrained(staged / job.component)
     else:
         stored = stored_dtypes(config.model, config.variant, config.revision)
-        stored.pop("unet", None)
-        job.pipeline.register_modules(unet=job.student)
+        stored.pop(job.component, None)
+        job.pipeline.register_modules(**{job.component: job.student})
         with saved_types(job.pipeline, stored):
             job.pipeline.save_pretrained(staged)
 
 
 def summary_of(job: FinetuneJob, loop: Loop, step_kept: int, before: Errors, after: Errors) -> dict:
-    """Return settings, errors and cost of the run. `unet_output_error_db` is the error after, as in a quantization."""
+    """Return settings, errors and cost of the run. `unet_output_error_db`, or that of another
+    component's name, is the error after, as in a quantization."""
     config, updates = job.config, loop.trainer.updates
     groups, changed = updates.changed_groups() if updates else (0, 0)
+    error = f"{job.component}_output_error"
     return {
         "model": config.model,
         "quantized": config.quantized,
+        "component": job.component,
         "layers_quantized": len(quantized_layers(job.student)),
         "layers_in_8_bit": len(int8_layers(job.student)),
-        "bytes_of_original_unet": stored_bytes(config.model, config.variant, "unet", config.revision),
-        "unet_output_error_db_before": before.db,
-        "unet_output_error_db_after": after.db,
-        "unet_output_error_median_db_before": before.median_db,
-        "unet_output_error_median_db_after": after.median_db,
-        "unet_output_error_db": after.db,
-        "unet_output_error_db_by_point_before": before.by_point,
-        "unet_output_error_db_by_point": after.by_point,
-        "unet_output_error_db_by_timestep_before": before.db_by_timestep,
-        "unet_output_error_db_by_timestep": after.db_by_timestep,
+        f"bytes_of_original_{job.component}": stored_bytes(
+            config.model, config.variant, job.component, config.revision
+        ),
+        f"{error}_db_before": before.db,
+        f"{error}_db_after": after.db,
+        f"{error}_median_db_before": before.median_db,
+        f"{error}_median_db_after": after.median_db,
+        f"{error}_db": after.db,
+        f"{error}_db_by_point_before": before.by_point,
+        f"{error}_db_by_point": after.by_point,
+        f"{error}_db_by_timestep_before": before.db_by_timestep,
+        f"{error}_db_by_timestep": after.db_by_timestep,
         "learning_rate": loop.progress.learning_rate,
         "learning_rate_reductions": loop.progress.reductions,
         "steps": loop.trainer.steps_done,

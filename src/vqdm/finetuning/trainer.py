@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from vqdm.diffusion.denoisers import TIMESTEP_NAMES, output_of
 from vqdm.diffusion.pipelines import dtypes_in
 from vqdm.diffusion.trajectories import batches
 from vqdm.errors import RunError
@@ -184,50 +185,52 @@ class DistillationLoss:
     micro_batch_size: int
     ranks: Ranks
 
-    def micro_batches(self, points: Points, chosen: Sequence[Point]) -> Iterator[Batch]:
-        """Yield this process's shard of `chosen`, every batch with teacher outputs."""
-        for some in batches(self.ranks.shard(chosen), self.micro_batch_size):
-            batch = points.batch(some, self.ranks.device, torch.float32)
-            if batch.teacher_output is None:
-                batch = batch._replace(teacher_output=self.teacher_output(batch.call))
-            yield batch
+    def micro_batches(self, points: Points, chosen: Sequence[Point]) -> Iterator[tuple[Batch, list[int]]]:
+        """Yield this process's shard of `chosen`, every batch with teacher outputs; and the places of its points there.
+
+        Points of other shapes are in other batches.
+        """
+        own = self.ranks.shard(chosen)
+        for some in points.alike(range(len(own)), own):
+            for places in batches(some, self.micro_batch_size):
+                batch = points.batch([own[place] for place in places], self.ranks.device, torch.float32)
+                if batch.teacher_output is None:
+                    batch = batch._replace(teacher_output=self.teacher_output(batch.call))
+                yield batch, places
 
     @torch.no_grad()
     def teacher_output(self, call: dict) -> Tensor:
-        """Return the teacher's output, [A·B, C, h, w], in its own type."""
-        return self.teacher(**_cast(call, self.teacher.dtype)).sample
+        """Return the teacher's output, [A·B, ...], in its own type."""
+        return output_of(self.teacher(**_cast(call, self.teacher.dtype)))
 
     def student_output(self, call: dict) -> Tensor:
-        """Return the student's output, float32 [A·B, C, h, w]."""
+        """Return the student's output, float32 [A·B, ...]."""
         with autocast(self.ranks.device, self.dtype):
-            return self.student(**call).sample.float()
+            return output_of(self.student(**call)).float()
 
     def backward(self, points: Points, chosen: Sequence[Point], scale: float = 1.0) -> float:
         """Add `scale` times this process's part of the gradient to `.grad`, and return its part of the loss.
 
         The parts of all processes sum to the mean squared error over all values of all `chosen` points, and to its
-        gradient.
+        gradient; a point of more branches counts as much as any other.
         """
         loss = 0.0
-        for batch in self.micro_batches(points, chosen):
+        for batch, _ in self.micro_batches(points, chosen):
             values = batch.teacher_output.numel() // batch.count  # per point
-            error = self.student_output(batch.call) - batch.teacher_output.float()  # [A·B, C, h, w]
+            error = self.student_output(batch.call) - batch.teacher_output.float()  # [A·B, ...]
             part = error.square().sum() / (len(chosen) * values)
             (part * scale).backward()
             loss += part.item()
         return loss
 
 
-def _cast(call: dict, dtype: torch.dtype) -> dict:
+def _cast(call, dtype: torch.dtype):
     """Return the arguments in another type; timesteps, labels and masks stay."""
-    return {
-        name: _cast(value, dtype)
-        if isinstance(value, dict)
-        else value
-        if name == "timestep" or not value.is_floating_point()
-        else value.to(dtype)
-        for name, value in call.items()
-    }
+    if isinstance(call, dict):
+        return {name: value if name in TIMESTEP_NAMES else _cast(value, dtype) for name, value in call.items()}
+    if isinstance(call, list | tuple):
+        return type(call)(_cast(value, dtype) for value in call)
+    return call.to(dtype) if isinstance(call, Tensor) and call.is_floating_point() else call
 
 
 # ------------------------------------------------------------------------------------------- learning rate

@@ -23,7 +23,7 @@ class GenerateConfig(RunConfig):
         UserError: a value that is not allowed, or settings that contradict each other, naming the flags.
     """
 
-    quantized: str | None = flag(None, "quantized pipeline folder, or its unet folder", positional=True)
+    quantized: str | None = flag(None, "quantized pipeline folder, or its denoiser's folder", positional=True)
     prompts: str = argument(PROMPT_FILE)
     output_dir: str = output_dir("out/images")
     num_samples_per_prompt: int = _images(1, "images per prompt", ge=1, le=100, common=True)
@@ -35,7 +35,7 @@ class GenerateConfig(RunConfig):
     bs: int = _work(8, "batch size; halved on out of memory", ge=1, common=True, aliases=("batch_size",))
     limit: int = _work(0, "only the first N prompts; 0 = all", ge=0, common=True)
     shard: tuple[int, int] | str = _work("0/1", "every N-th prompt from the I-th, counted from 0", metavar="I/N")
-    compile: bool = _work(False, "torch.compile the UNet")
+    compile: bool = _work(False, "torch.compile the denoiser")
     offload: str = _work(
         "none",
         "keep weights off the GPU until they are needed: whole components, or layer by layer",

@@ -1,7 +1,7 @@
 """Generate images for a prompt file: from prompts to an image folder with a manifest.
 
-Order of work: read prompts, claim the folder, load the pipeline with the quantized UNet in place, generate this rank's
-shard of the missing batches, and merge the manifests of all ranks. No image ever passes between ranks.
+Order of work: read prompts, claim the folder, load the pipeline with the quantized denoiser in place, generate this
+rank's shard of the missing batches, and merge the manifests of all ranks. No image ever passes between ranks.
 
 Requests are put into batches before they are spread over ranks, and an interrupted batch is generated as a whole again:
 an image's last bits can depend on the batch size, and so depend neither on ranks nor on interruptions.
@@ -23,12 +23,13 @@ from huggingface_hub import try_to_load_from_cache
 
 import vqdm
 from vqdm.devices import pick_dtype
+from vqdm.diffusion.denoisers import denoiser_name, denoiser_of
 from vqdm.diffusion.model_folders import (
     check_fits,
     check_full_precision,
     check_loaded,
-    find_quantized_unet,
-    load_quantized_unet,
+    find_denoiser,
+    load_denoiser,
 )
 from vqdm.diffusion.pipelines import check_configured, configured_pipeline, local_fingerprint, log_truncated
 from vqdm.errors import RunError, UserError
@@ -98,17 +99,17 @@ def generate_images(config: GenerateConfig) -> GenerationResult | None:
     check_configured(config)
     if config.teacher:
         check_full_precision(config.model, config.revision, config.local_files_only, "--teacher: MODEL")
-    unet_folder = find_quantized_unet(config.quantized, optional=True) if config.quantized else None
+    denoiser_folder = find_denoiser(config.quantized, optional=True) if config.quantized else None
     with launched(config.device) as ranks:
         check_offload(config.offload, ranks.device)
-        settings = settings_of(config, ranks, rows, unet_folder)
+        settings = settings_of(config, ranks, rows, denoiser_folder)
         folder = ImageFolder(Path(config.output_dir), config.layout, config.shard)
         if ranks.main:
             check_claim(folder.path, settings, config.resume)
         log_info(plan(config, ranks, folder, requests))
         if config.dry_run:
             return None
-        pipeline = load(config, ranks, unet_folder)
+        pipeline = load(config, ranks, denoiser_folder)
         with folder.held(ranks):
             if ranks.main:
                 log_truncated(
@@ -167,21 +168,21 @@ def check_offload(offload: str, device: torch.device) -> None:
         raise UserError(f"--offload {offload} moves weights between CPU and GPU; the device is {device}")
 
 
-def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], unet_folder: Path | None) -> dict:
+def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], denoiser_folder: Path | None) -> dict:
     """Return everything the images depend on, which a resumption must share."""
     own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
     return own | {
         "dtype": str(pick_dtype(config.dtype, ranks.device)).removeprefix("torch."),
         "model_sha256": local_fingerprint(config),
-        "quantized_sha256": folder_fingerprint(unet_folder) if unet_folder else None,
+        "quantized_sha256": folder_fingerprint(denoiser_folder) if denoiser_folder else None,
         "prompts_sha256": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
     }
 
 
 def plan(config: GenerateConfig, ranks: Ranks, folder: ImageFolder, requests: list[Request]) -> str:
-    """Format one line: how many images, by which UNet, where."""
+    """Format one line: how many images, by which denoiser, where."""
     prompts = len({request.index for request in requests})
-    source = f"UNet of {config.quantized}" if config.quantized else f"own UNet of {config.model}"
+    source = f"denoiser of {config.quantized}" if config.quantized else f"own denoiser of {config.model}"
     return (
         f"{len(requests)} images of {prompts} prompts, {source}, batch size {config.bs} on {ranks.world} "
         f"{ranks.device.type} process{'es' if ranks.world > 1 else ''}, "
@@ -205,29 +206,29 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
 # ------------------------------------------------------------------------------------------- the pipeline
 
 
-def load(config: GenerateConfig, ranks: Ranks, unet_folder: Path | None) -> DiffusionPipeline:
-    """Load MODEL with QUANTIZED's UNet in it where one is given, ready to generate.
+def load(config: GenerateConfig, ranks: Ranks, denoiser_folder: Path | None) -> DiffusionPipeline:
+    """Load MODEL with QUANTIZED's denoiser in it where one is given, ready to generate.
 
     Raises:
         UserError: either cannot be loaded, they do not fit, or `--teacher` names a quantized MODEL.
     """
     dtype = pick_dtype(config.dtype, ranks.device)
-    unet = load_quantized_unet(unet_folder, dtype, optional=True) if unet_folder else None
+    quantized = load_denoiser(denoiser_folder, dtype, optional=True) if denoiser_folder else None
     pipeline = configured_pipeline(config, torch.device("cpu"), dtype)
-    if unet is not None:
-        check_fits(unet, pipeline.unet, config.quantized, config.model)
-        pipeline.register_modules(unet=unet)
+    if quantized is not None:
+        check_fits(quantized, denoiser_of(pipeline), config.quantized, config.model)
+        pipeline.register_modules(**{denoiser_name(pipeline): quantized})
     elif config.teacher:
-        check_loaded(pipeline.unet, config.model, "--teacher: MODEL")
-    elif quantized_layers(pipeline.unet):
-        log_info(f"MODEL {config.model} is quantized itself; its own UNet is used")
+        check_loaded(denoiser_of(pipeline), config.model, "--teacher: MODEL")
+    elif quantized_layers(denoiser_of(pipeline)):
+        log_info(f"MODEL {config.model} is quantized itself; its own denoiser is used")
     return placed(pipeline, config, ranks.device)
 
 
 def placed(pipeline: DiffusionPipeline, config: GenerateConfig, device: torch.device) -> DiffusionPipeline:
     """Return the pipeline on its device, or offloaded as `--offload` asks."""
     if config.compile:
-        pipeline.unet.compile()
+        denoiser_of(pipeline).compile()
     if config.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif config.offload == "sequential":
@@ -239,7 +240,7 @@ def placed(pipeline: DiffusionPipeline, config: GenerateConfig, device: torch.de
 
 def record(config: GenerateConfig, settings: dict, ranks: Ranks, pipeline: DiffusionPipeline) -> dict:
     """Return the content of `run.json`: everything needed to repeat the run."""
-    layers = quantized_layers(pipeline.unet)
+    layers = quantized_layers(denoiser_of(pipeline))
     device = ranks.device
     return {
         "settings": settings,
@@ -248,7 +249,7 @@ def record(config: GenerateConfig, settings: dict, ranks: Ranks, pipeline: Diffu
         "options": {name: value for name, value in config.to_dict().items() if name in FREE_FIELDS},
         "model_commit": model_commit(config.model, config.revision),
         "pipeline": type(pipeline).__name__,
-        "scheduler": json.loads(pipeline.scheduler.to_json_string()),
+        "scheduler": json.loads(pipeline.scheduler.to_json_string(), parse_constant=str),  # some have an infinity
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": ranks.world,
         "versions": versions(),

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from vqdm.devices import BatchSize
-from vqdm.diffusion.pipelines import generators, image_size, parts_in_use
+from vqdm.diffusion.pipelines import call_arguments, generators, image_size, parts_in_use
 from vqdm.documents import described, shortened
 from vqdm.errors import UserError
 from vqdm.images import GeneratedImage, generated_images
@@ -232,20 +232,20 @@ def generate(pipeline: DiffusionPipeline, batch: list[Request]) -> list[Generate
     with parts_in_use(pipeline):
         result = pipeline(
             prompt=[request.prompt for request in batch],
-            negative_prompt=negative,
             generator=generators(0, [request.seed for request in batch]),
             output_type="pt",
-            **call_settings(pipeline, batch[0].settings),
+            **call_settings(pipeline, batch[0].settings | {"negative_prompt": negative}, len(batch)),
         )
     return generated_images(result)
 
 
-def call_settings(pipeline: DiffusionPipeline, settings: dict) -> dict:
-    """Return the given settings as keyword arguments of the pipeline call. Raises UserError as `image_size`."""
+def call_settings(pipeline: DiffusionPipeline, settings: dict, prompts: int) -> dict:
+    """Return the given settings as arguments of the call. Raises UserError as `image_size`, `call_arguments`."""
     given = {name: value for name, value in settings.items() if value is not None}
     height, width = image_size(pipeline, given.get("height"), given.get("width"))
     # Some pipelines fall back to their own size unless both sides are given.
-    return given | {"height": height, "width": width} if given.keys() & {"height", "width"} else given
+    given |= {"height": height, "width": width} if given.keys() & {"height", "width"} else {}
+    return call_arguments(pipeline, given, prompts)
 
 
 def settings_used(pipeline: DiffusionPipeline, request: Request, image: Image.Image) -> dict:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vqdm.config import COMPONENTS
 from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.metrics.catalogue import METRICS
@@ -38,10 +39,10 @@ class RunRecord:
     Attributes:
         path: where it was read from.
         source: the quantized folder that generated the images, or the folder of images if that is unknown.
-        bits: stored bits per weight of the whole UNet; None if unknown.
-        megabytes: of the files of the UNet.
-        original: megabytes of the unquantized UNet.
-        full_precision: whether the images are those of an unquantized UNet.
+        bits: stored bits per weight of the whole denoiser; None if unknown.
+        megabytes: of the files of the denoiser.
+        original: megabytes of the unquantized denoiser.
+        full_precision: whether the images are those of an unquantized denoiser.
         floor: whether both sets are of full precision, so that the scores measure rounding alone.
         metrics: name → entry of metrics.json.
     """
@@ -156,6 +157,7 @@ def _run(file: Path, record: dict, name: str | None) -> RunRecord:
         raise ValueError(record["schema"])
     size, settings = record["size"], record["run"].get("settings") or {}
     source = Path(settings.get("quantized") or record["images"])
+    part = next((part for part in COMPONENTS if f"effective_bits_{part}" in size), COMPONENTS[0])
     found = {name: record["metrics"][name] for name in METRICS if name in record["metrics"]}
     for entry in found.values():
         _check_entry(entry)
@@ -165,9 +167,9 @@ def _run(file: Path, record: dict, name: str | None) -> RunRecord:
         path=file,
         source=source,
         name=name or source.name,
-        bits=_number(size.get("effective_bits_unet")),
-        megabytes=_megabytes(size.get("bytes_of_unet")),
-        original=_megabytes(size.get("bytes_of_original_unet")),
+        bits=_number(size.get(f"effective_bits_{part}")),
+        megabytes=_megabytes(size.get(f"bytes_of_{part}")),
+        original=_megabytes(size.get(f"bytes_of_original_{part}")),
         full_precision=full,
         floor=full and alike,
         metrics=found,
@@ -241,7 +243,7 @@ def full_row(runs: Sequence[RunRecord]) -> RunRow | None:
         if run.full_precision:
             cells |= {name: cell for name, cell in cells_of(run).items() if name not in AGAINST_REFERENCE}
     known = next((run for run in runs if run.original and run.bits and run.megabytes), None)
-    # The record holds only the size of the original; its bits per weight follow from those of the quantized UNet.
+    # The record holds only the size of the original; its bits per weight follow from those of the quantized denoiser.
     bits = known and float(round(known.bits * known.original / known.megabytes))
     return RunRow(FULL, FULL, bits, known and known.original, cells) if cells else None
 
@@ -404,7 +406,7 @@ def plot_panel(axes, comparison: Comparison, name: str) -> dict:
         else:
             text = f"{kind} {number(value, METRICS[name].decimals)}"
             axes.annotate(text, (0, 1), (4, -10), xycoords="axes fraction", textcoords="offset points", fontsize=7.5)
-    axes.set_xlabel("stored bits per weight, whole UNet")
+    axes.set_xlabel("stored bits per weight, whole denoiser")
     axes.set_title(comparison.columns[name], fontsize=9)
     axes.margins(x=0.12, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)

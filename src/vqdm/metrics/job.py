@@ -14,6 +14,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+from vqdm.config import COMPONENTS
 from vqdm.documents import read_json
 from vqdm.errors import UserError
 from vqdm.fidelity import SMALLEST_FOR_LPIPS, SMALLEST_FOR_SSIM, load_lpips
@@ -463,7 +464,7 @@ def record(run: ScoreRun) -> dict:
 
 
 def model_size(run: dict) -> dict:
-    """Return bits and bytes of the UNet that generated the images, from its summary.json; empty without that file."""
+    """Return bits and bytes of the denoiser that made the images, from its summary.json; empty without that file."""
     quantized = (run.get("settings") or {}).get("quantized")
     for folder in (Path(quantized), Path(quantized).parent) if quantized else ():
         try:
@@ -471,7 +472,9 @@ def model_size(run: dict) -> dict:
         except (OSError, ValueError):
             continue
         # A run of others may name any folder here; nothing but these numbers is taken from it.
-        names = ("effective_bits_unet", "effective_bits_layers", "bytes_of_unet", "bytes_of_original_unet")
+        names = ["effective_bits_layers"]
+        for part in COMPONENTS:
+            names += [f"effective_bits_{part}", f"bytes_of_{part}", f"bytes_of_original_{part}"]
         held = {name: summary.get(name) for name in names} if isinstance(summary, dict) else {}
         return {name: value for name, value in held.items() if isinstance(value, int | float)}
     return {}

@@ -24,6 +24,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, ImageChops
 
+from vqdm.config import COMPONENTS, label
 from vqdm.metrics.catalogue import METRICS
 from vqdm.metrics.image_sets import ImageEntry, ImageSet, Key, resized
 from vqdm.metrics.results import Score, ScoreTable, interval_text, number, spread_text
@@ -235,10 +236,11 @@ def facts(record: dict) -> str:
     size = record["size"]
     settings = record["run"].get("settings") or {}
     items = {"images": record["num_images"], "prompts": record["num_prompts"]}
-    if "effective_bits_unet" in size:
-        items |= {"bits per weight": f"{size['effective_bits_unet']:.2f}"}
-    if "bytes_of_unet" in size:
-        items |= {"MB UNet": f"{size['bytes_of_unet'] / 1e6:.1f}"}
+    for part in COMPONENTS:
+        if f"effective_bits_{part}" in size:
+            items |= {"bits per weight": f"{size[f'effective_bits_{part}']:.2f}"}
+        if f"bytes_of_{part}" in size:
+            items |= {f"MB {label(part)}": f"{size[f'bytes_of_{part}'] / 1e6:.1f}"}
     lines = [f"<li><b>{escaped(value)}</b> {name}</li>" for name, value in items.items()]
     if settings.get("quantized") and settings.get("model"):
         lines.append(f"<li>from <b>{escaped(settings['model'])}</b></li>")

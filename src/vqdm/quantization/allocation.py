@@ -1,8 +1,8 @@
 """Bit allocation: every layer's bits for a given number of stored bits per weight, as trellis codes.
 
 What a layer's error will be at any bits is known from its Hessian (`additive.trellis_solve`); what that error does to
-the UNet's output is measured by backward passes with the layers coded at `FIRST_BITS`, and measured again at the bits
-that were chosen from it, since effects are first-order. The budget then goes where a bit saves most.
+the denoiser's output is measured by backward passes with the layers coded at `FIRST_BITS`, and again at the bits that
+were chosen from it, since effects are first-order. The budget then goes where a bit saves most.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
 from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows
 from vqdm.additive.trellis_solve import LEAST_ERROR, Curve, layer_curves
+from vqdm.config import label
 from vqdm.diffusion.blocks import Layer, matrix_of, weight_of
 from vqdm.diffusion.hessians import HessianStore, passes
 from vqdm.diffusion.sensitivity import output_effects, spread_over_noise
@@ -29,7 +30,7 @@ from vqdm.errors import RunError, UserError
 from vqdm.quantization.block import quantize_shard
 from vqdm.quantization.config import FAST_STATE_BITS, STATE_BITS, QuantizeConfig
 from vqdm.quantization.plan import layer_bits, shared_codebook_bits
-from vqdm.quantization.recording import teacher_trajectories, unet_calls
+from vqdm.quantization.recording import denoiser_calls, teacher_trajectories
 from vqdm.quantization.shared_codebooks import trellis_codebooks, trellis_table_name
 from vqdm.storage.files import CorruptFileError, load_checked_json, save_checked, save_checked_json, save_json
 from vqdm.storage.run_folder import Tensors, layer_generator, read_shard
@@ -126,7 +127,7 @@ def planned_layers(job: Job, store: HessianStore) -> list[Layer]:
         chosen, expected = divide(job, full, curves, costs)
         bits = {layer.name: layer.spec.code_bits_per_weight(layer.columns) for layer in chosen}
         decibels = 10 * math.log10(max(expected, 1e-12))
-        log_info(f"plan by the {name} effects: expected UNet-output error {decibels:.1f} dB")
+        log_info(f"plan by the {name} effects: expected {label(job.component)}-output error {decibels:.1f} dB")
     found = {layer.name: layer for layer in chosen}
     return [found.get(layer.name, layer) for layer in job.layers]
 
@@ -138,7 +139,7 @@ def overridden(config: QuantizeConfig, layer: Layer) -> bool:
 
 def scale_exponent(job: Job, layer: Layer) -> int:
     """The octave of the layer's weights: stored logarithms of scales count from there."""
-    rms = job.unet.get_submodule(layer.name).weight.detach().float().square().mean().sqrt().item()
+    rms = job.denoiser.get_submodule(layer.name).weight.detach().float().square().mean().sqrt().item()
     return max(-256, min(256, round(math.log2(rms)))) if rms > 0 else 0
 
 
@@ -146,7 +147,7 @@ def expected_curves(job: Job, store: HessianStore, layers: list[Layer]) -> tuple
     """By name, every layer's expected errors as it will be coded, and with `FAST_STATE_BITS`; ranks share the work."""
 
     def curves(layer: Layer) -> list[Curve]:
-        weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
+        weight = matrix_of(job.denoiser.get_submodule(layer.name), layer.spec.group_channels).float()
         full, fast = (trellis_layer(layer, L, FIRST_BITS).spec for L in (job.config.state_bits, FAST_STATE_BITS))
         found = layer_curves(weight, store.load(layer, weight.device)[0], full, [fast])
         progress.update()
@@ -177,15 +178,15 @@ def corrected(
 def layer_effects(
     job: Job, store: HessianStore, layers: list[Layer], name: str
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """By layer name, the UNet's relative output error when this layer alone is coded as it is here; and its own."""
+    """By layer name, the denoiser's relative output error when this layer alone is coded as it is here; and its own."""
     trajectories = teacher_trajectories(job)
     points = spread_over_noise(trajectories, job.config.sensitivity_points)
     log_info(f"effects of {len(layers)} layers on the output, at {len(points)} points")
     changes, errors = coding_errors(job, store, layers, name)
-    calls = [call for point in points for call in unet_calls(job, trajectories, [point])]
+    calls = [call for point in points for call in denoiser_calls(job, trajectories, [point])]
     generator = lambda index: layer_generator(job.config.seed, f"effects:{index}")  # noqa: E731
     with progress_bar(total=len(job.ranks.shard(calls)), description="effects of layers") as progress:
-        return output_effects(job.unet, changes, calls, generator, progress.update, job.ranks), errors
+        return output_effects(job.denoiser, changes, calls, generator, progress.update, job.ranks), errors
 
 
 def coding_errors(
@@ -195,7 +196,7 @@ def coding_errors(
 
     Ranks share the layers, and find each other's codes in the run's folder under `name`.
     """
-    books = SharedCodebooks(trellis_codebooks(FAST_STATE_BITS).to(job.unet.device), 1)
+    books = SharedCodebooks(trellis_codebooks(FAST_STATE_BITS).to(job.denoiser.device), 1)
     shared_codebooks, folder = {trellis_table_name(FAST_STATE_BITS): books}, job.folder.work / f"coded_{name}"
     missing = job.ranks.broadcast([layer for layer in layers if not (folder / f"{layer.name}.safetensors").is_file()])
     for groups in passes(store.groups(missing), job.config.hessian_memory_gb):
@@ -211,7 +212,7 @@ def coding_errors(
 
 def coding_error(job: Job, layer: Layer, packed: Tensors, shared_codebooks: dict[str, SharedCodebooks]) -> Tensor:
     """Coded minus original weight of one layer, from its packed code; on the CPU, where those of all layers are."""
-    weight, books = job.unet.get_submodule(layer.name).weight, shared_codebooks[layer.spec.shared_codebooks]
+    weight, books = job.denoiser.get_submodule(layer.name).weight, shared_codebooks[layer.spec.shared_codebooks]
     packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}
     code = AdditiveCode.unpack(layer.spec, (layer.rows, layer.columns), packed, books.codebooks)
     coded = weight_of(code.dequantize(), weight.shape, layer.spec.group_channels)

@@ -110,9 +110,9 @@ def quantize_shard(
     own = [layers[index] for index in shares([cost(layer) for layer in layers], job.ranks.world)[job.ranks.rank]]
     if not own:
         return
-    found = {group[0].name: store.load(group[0], job.unet.device) for group in store.groups(own)}
+    found = {group[0].name: store.load(group[0], job.denoiser.device) for group in store.groups(own)}
     hessians = {layer.name: found[group[0].name] for group in store.groups(own) for layer in group}
-    together = batches(own, batch_memory(job.unet.device) if solver.encoder == "ldl" else 0)
+    together = batches(own, batch_memory(job.denoiser.device) if solver.encoder == "ldl" else 0)
 
     def quantize_batch(some: list[Layer]) -> list[tuple[AdditiveCode, LayerReport]]:
         return solve_layers([layer_task(job, solver, shared_codebooks, layer, *hessians[layer.name]) for layer in some])
@@ -160,7 +160,7 @@ def cost(layer: Layer) -> float:
 def one_thread_per_layer(job: Job, columns: int) -> Iterator[int]:
     """Inside, torch uses one thread on a CPU; gives how many layers to quantize at once, by threads and memory."""
     threads = torch.get_num_threads()
-    if job.unet.device.type != "cpu":
+    if job.denoiser.device.type != "cpu":
         yield 1
         return
     fitting = int(job.config.hessian_memory_gb * 1e9 / (MATRICES_PER_LAYER * 4 * columns**2))
@@ -204,7 +204,7 @@ def layer_task(
     held_out: Tensor | None,
 ) -> Task:
     """Return a layer as the solver takes it. Raises RunError that names it."""
-    weight = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
+    weight = matrix_of(job.denoiser.get_submodule(layer.name), layer.spec.group_channels).float()
     generator, books = layer_generator(job.config.seed, layer.name), shared_codebooks.get(layer.spec.shared_codebooks)
     try:
         return Task(weight, hessian, solver.with_spec(layer.spec), generator, held_out, books)

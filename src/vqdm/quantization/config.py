@@ -26,7 +26,7 @@ UNSUPPORTED_FLAGS = {
     "--code_dtype": "codes are stored packed, at exactly --nbits_per_codebook bits",
     "--offload_activations": "nothing needs offloading: Hessians are bounded by --hessian_memory_gb",
     "--use_faiss": "k-means runs in torch",
-    "--skip_out_loss": "the error of the UNet's output is always reported",
+    "--skip_out_loss": "the error of the output is always reported",
     "--print_frequency": "one line per layer is printed",
     "--finetune_method": _LATER,
     "--finetune_relative_mse_tolerance": _LATER,
@@ -143,7 +143,7 @@ class QuantizeConfig(RunConfig):
     visualize_nsamples: int | None = _calibration(
         None, "image pairs in image_pairs.png; default: 16, or all evaluation prompts if they are fewer", ge=0
     )
-    xtx_batch_size: int = _calibration(16, "batch size of the UNet, in prompts or points", ge=1, common=True)
+    xtx_batch_size: int = _calibration(16, "batch size of the denoiser, in prompts or points", ge=1, common=True)
     calibration_latents: str = _calibration(
         "teacher",
         "teacher: trajectories of the full-precision model, sampled once; student: of the partly quantized model, "
@@ -169,9 +169,9 @@ class QuantizeConfig(RunConfig):
     load: str | None = _saving(
         None, "reuse the layers of an earlier result, and quantize only the others", metavar="FOLDER"
     )
-    snapshot_step: int = _saving(0, "snapshot interval (blocks): save a loadable UNet; 0 = never", ge=0)
+    snapshot_step: int = _saving(0, "snapshot interval (blocks): save a loadable denoiser; 0 = never", ge=0)
     eval_step: int = _calibration(
-        0, "evaluation interval (blocks): measure the error of the UNet's output; 0 = never", ge=0
+        0, "evaluation interval (blocks): measure the error of the denoiser's output; 0 = never", ge=0
     )
     on_save: str | None = _saving(
         None, "run this after each save, without a shell; {path} becomes what was saved", metavar="COMMAND"

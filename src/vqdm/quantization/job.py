@@ -1,4 +1,4 @@
-"""Quantize a pipeline's UNet: the main job, from prompts to a finished pipeline folder.
+"""Quantize a pipeline's denoiser: the main job, from prompts to a finished pipeline folder.
 
 Order of work: record the teacher once; then block by block record Hessians with the earlier blocks quantized, quantize
 each layer, swap the block's layers in; then evaluate against the teacher and write the folder (arXiv 2409.00492, §4).
@@ -25,10 +25,12 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vqdm.additive.code import AdditiveCode, SharedCodebooks
+from vqdm.config import label
 from vqdm.devices import BatchSize, MatmulRates, MemoryClock, Need, budgeted, check_float64, on, pick_dtype
 from vqdm.diffusion.blocks import Layer, select_layers, unquantized_layers
+from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of, is_known
 from vqdm.diffusion.hessians import HessianStore
-from vqdm.diffusion.model_folders import check_loaded, check_supported, find_quantized_unet, load_quantized_unet
+from vqdm.diffusion.model_folders import check_loaded, check_supported, find_denoiser, load_denoiser
 from vqdm.diffusion.pipelines import (
     check_configured,
     configured_pipeline,
@@ -50,9 +52,8 @@ from vqdm.diffusion.sampling import (
     point_bytes,
     point_errors,
     predicted_bytes,
-    unet_dtype,
 )
-from vqdm.diffusion.shapes import input_groups, meta_unet, shapes_of, skeleton_pipeline
+from vqdm.diffusion.shapes import input_groups, meta_denoiser, shapes_of, skeleton_pipeline
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
@@ -100,10 +101,10 @@ class Job:
     """The state that the steps of one run share.
 
     Attributes:
-        parameters: number of those of the whole UNet.
+        parameters: number of those of the whole denoiser.
         int8: what becomes int8.
         stored: types of the model's components in their files.
-        original_bytes: of the UNet's files, or of its tensors where it was given in memory; None if unknown.
+        original_bytes: of the denoiser's files, or of its tensors where it was given in memory; None if unknown.
         fingerprint: of the weights of a pipeline that was given in memory, else None.
         store: Hessians of the full-precision model, where the run keeps them.
         shared_codebooks: by name.
@@ -139,8 +140,13 @@ class Job:
         self.size = BatchSize(self.config.xtx_batch_size, OUT_OF_MEMORY)
 
     @property
-    def unet(self) -> torch.nn.Module:
-        return self.pipeline.unet
+    def denoiser(self) -> torch.nn.Module:
+        return denoiser_of(self.pipeline)
+
+    @property
+    def component(self) -> str:
+        """The name of the denoiser in the pipeline, which is also that of its folder."""
+        return denoiser_name(self.pipeline)
 
     @property
     def blocks(self) -> list[tuple[str, list[Layer]]]:
@@ -166,7 +172,7 @@ def quantize(
     """Run the whole job.
 
     Args:
-        finetune_blocks: trains the quantized blocks, `num_intermediate_finetunes` times; called with the UNet,
+        finetune_blocks: trains the quantized blocks, `num_intermediate_finetunes` times; called with the denoiser,
             full-precision trajectories with outputs, the blocks' names, the ranks, and a file for the trained
             parameters. `finetuning.intermediate.block_finetuner` returns one.
         pipeline: a loaded one to work on, changed in place; without it `config.model` is loaded.
@@ -222,7 +228,7 @@ def quantize(
 def check_sources(config: QuantizeConfig, given: bool) -> None:
     """Check the folders and hub names of the flags, where no loaded pipeline is given. Raises UserError."""
     if config.load is not None:
-        find_quantized_unet(config.load, name="--load")
+        find_denoiser(config.load, name="--load")
     if not given:
         check_configured(config)
         where = (config.revision, config.local_files_only)
@@ -263,13 +269,14 @@ def plan_run(
     Raises:
         UserError: settings and model do not fit each other, or the run does not fit the machine.
     """
-    check_loaded(pipeline.unet, config.model)
+    denoiser, component = denoiser_of(pipeline), denoiser_name(pipeline)
+    check_loaded(denoiser, config.model)
     stored, original_bytes = model_files(config, pipeline, given)
-    layers = chosen_layers(config, pipeline.unet)
-    parameters = sum(tensor.numel() for tensor in pipeline.unet.parameters())
-    names = unquantized_layers(pipeline.unet, layers) if config.unquantized_nbits == 8 else []
-    int8 = Int8Totals.of(pipeline.unet, names)
-    log_info(planned_size(config, layers, parameters, int8, plain_bits(pipeline.unet, stored.get("unet"))))
+    layers = chosen_layers(config, denoiser)
+    parameters = sum(tensor.numel() for tensor in denoiser.parameters())
+    names = unquantized_layers(denoiser, layers) if config.unquantized_nbits == 8 else []
+    int8 = Int8Totals.of(denoiser, names)
+    log_info(planned_size(config, layers, parameters, int8, plain_bits(denoiser, stored.get(component))))
     steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
     check_timestep_range(pipeline.scheduler, steps, *limits)
     blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
@@ -287,12 +294,12 @@ def plan_run(
 def model_files(
     config: QuantizeConfig, pipeline: DiffusionPipeline, given: bool
 ) -> tuple[dict[str, torch.dtype], int | None]:
-    """Return the types of the components as stored, and the bytes of the UNet; of a loaded pipeline those in memory."""
+    """Return types of the components as stored, and bytes of the denoiser; of a loaded pipeline those in memory."""
     if given:
         stored = {name: part.dtype for name, part in networks(pipeline).items()}
-        return stored, sum(tensor.element_size() * tensor.numel() for tensor in pipeline.unet.parameters())
+        return stored, sum(tensor.element_size() * tensor.numel() for tensor in denoiser_of(pipeline).parameters())
     stored = stored_dtypes(config.model, config.variant, config.revision)
-    return stored, stored_bytes(config.model, config.variant, "unet", config.revision)
+    return stored, stored_bytes(config.model, config.variant, denoiser_name(pipeline), config.revision)
 
 
 def skeleton(config: QuantizeConfig, dtype: torch.dtype) -> DiffusionPipeline | None:
@@ -306,7 +313,8 @@ def groups_by_input(config: QuantizeConfig, pipeline: DiffusionPipeline, layers:
     """Return the layers grouped by the input that they share, found without the weights."""
     height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
     scale = pipeline.vae_scale_factor
-    return input_groups(meta_unet(pipeline.unet.config), layers, height // scale, width // scale)
+    denoiser = denoiser_of(pipeline)
+    return input_groups(meta_denoiser(type(denoiser), denoiser.config), layers, height // scale, width // scale)
 
 
 def planned_needs(
@@ -326,13 +334,16 @@ def planned_needs(
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
     """
     values = {name: sum(one.numel() for one in part.parameters()) for name, part in networks(pipeline).items()}
-    if pipeline.unet.device.type == "meta":
+    if denoiser_of(pipeline).device.type == "meta":
         values = stored_values(config.model, config.variant, config.revision)
     shapes = shapes_of(pipeline, config.sampling, values, point_bytes(pipeline, config.sampling, *prompts))
     if shapes is None:
-        log_info("no plan of memory: the UNet or the VAE wants arguments that are not known")
+        log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
         return []
-    layers, rates = list(chain.from_iterable(groups)), MatmulRates.measured(device, unet_dtype(pipeline.unet))
+    layers, rates = (
+        list(chain.from_iterable(groups)),
+        MatmulRates.measured(device, compute_dtype(denoiser_of(pipeline))),
+    )
 
     def needs_of(one: QuantizeConfig) -> list[Need]:
         return on(plan(one, shapes, groups, keeps_hessians(one, layers), prompts, rates), device.type)
@@ -371,14 +382,17 @@ def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, i
     return totals(layers, parameters, int8, plain, bits) + "; allocated after calibration"
 
 
-def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
+def chosen_layers(config: QuantizeConfig, denoiser: torch.nn.Module) -> list[Layer]:
     """Return the layers to quantize; with `target_bits` in single columns, into which any layer divides.
 
     Raises:
         UserError: there is none, or they cannot take `target_bits`.
     """
     spec = config.spec if config.target_bits is None else config.spec.changed(in_group_size=1)
-    layers = select_layers(unet, config.layer_filter, config.min_channels, spec, config.overrides, config.spec)
+    layers = select_layers(denoiser, config.layer_filter, config.min_channels, spec, config.overrides, config.spec)
+    if not is_known(denoiser):
+        blocks = len({layer.block for layer in layers})
+        log_info(f"{type(denoiser).__name__} is not in vqdm's table; its {blocks} blocks with layers were derived")
     if config.target_bits is not None:
         check_target(config, layers)
     return [shared(layer, config.share_codebooks) for layer in layers]
@@ -387,12 +401,13 @@ def chosen_layers(config: QuantizeConfig, unet: torch.nn.Module) -> list[Layer]:
 def load_finished(
     folder: RunFolder, pipeline: DiffusionPipeline, ranks: Ranks
 ) -> tuple[DiffusionPipeline, dict | None]:
-    """Put the UNet of a finished run into the pipeline, and return it with the run's summary.
+    """Put the denoiser of a finished run into the pipeline, and return it with the run's summary.
 
     Working data that a kill at the run's very end left is deleted.
     """
-    unet = load_quantized_unet(folder.path / "unet", pipeline.unet.dtype).to(pipeline.unet.device)
-    pipeline.register_modules(unet=unet)
+    component, before = denoiser_name(pipeline), denoiser_of(pipeline)
+    denoiser = load_denoiser(folder.path / component, before.dtype).to(before.device)
+    pipeline.register_modules(**{component: denoiser})
     if not ranks.main:
         return pipeline, None
     shutil.rmtree(folder.work, ignore_errors=True)
@@ -429,9 +444,9 @@ def run(job: Job) -> dict | None:
         teacher, teacher_images = teacher_evaluation(job)
         finetuned_on = finetuning_trajectories(job) if config.intermediate.num_intermediate_finetunes else []
     if config.unquantized_nbits == 8:
-        for name in unquantized_layers(job.unet, job.layers):  # before Hessians are recorded
+        for name in unquantized_layers(job.denoiser, job.layers):  # before Hessians are recorded
             try:
-                quantize_int8(job.unet, name)
+                quantize_int8(job.denoiser, name)
             except ValueError as error:  # a weight is not finite
                 raise RunError(str(error)) from None
     if keeps_hessians(config, job.layers):
@@ -440,7 +455,8 @@ def run(job: Job) -> dict | None:
     if config.target_bits is not None:
         with job.clock("allocation"):
             job.layers = allocated(job, job.store)
-            log_info(layer_table(job.layers, job.parameters, job.int8, plain_bits(job.unet, job.stored.get("unet"))))
+            plain = plain_bits(job.denoiser, job.stored.get(job.component))
+            log_info(layer_table(job.layers, job.parameters, job.int8, plain))
     with job.clock("shared_codebooks"):
         job.shared_codebooks = make_shared_codebooks(job, job.store) if shared_codebook_users(job.layers) else {}
     quantized = load_codes(job) | finished_layers(job)
@@ -456,10 +472,10 @@ def run(job: Job) -> dict | None:
         if index in finetunes:
             done, file = [block for block, _ in job.blocks[:index]], f"finetuned/after-{index:02d}.safetensors"
             with job.clock("fine-tuning"):
-                job.finetune_blocks(job.unet, finetuned_on, done, job.ranks, job.folder.work / file)
+                job.finetune_blocks(job.denoiser, finetuned_on, done, job.ranks, job.folder.work / file)
         after_block(job, index, block, teacher)
-    with job.clock("evaluation"), decoded_once(job.unet):
-        errors = point_errors(job.unet, teacher, job.size, job.ranks)
+    with job.clock("evaluation"), decoded_once(job.denoiser):
+        errors = point_errors(job.denoiser, teacher, job.size, job.ranks)
         images = student_images(job)
         scores = compare_pairs(job, teacher_images, images) if job.ranks.main else {}
     return finish(job, quantized, errors, scores) if job.ranks.main else None
@@ -485,7 +501,7 @@ def load_codes(job: Job) -> dict[str, LayerResult]:
     """Return the layers of an earlier result that `--load` names, where name, format and shared codebooks agree."""
     if job.config.load is None:
         return {}
-    earlier = load_quantized_unet(find_quantized_unet(job.config.load, name="--load"), torch.float32, name="--load")
+    earlier = load_denoiser(find_denoiser(job.config.load, name="--load"), torch.float32, name="--load")
     held, found = quantized_layers(earlier), {}
     for layer in job.layers:
         if layer.name in held and held[layer.name].spec == layer.spec and same_shared_codebooks(job, held[layer.name]):
@@ -507,7 +523,7 @@ def swap_block(job: Job, layers: list[Layer], quantized: dict[str, LayerResult])
         done = quantized[layer.name]
         name, books = layer.spec.shared_codebooks, job.shared_codebooks.get(layer.spec.shared_codebooks)
         code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors, books and books.codebooks)
-        module = swap(job.unet, layer.name, layer.spec)
+        module = swap(job.denoiser, layer.name, layer.spec)
         if books:
             module.shared[0].fill(name, books.codebooks)
         module.set_code(code)
@@ -519,14 +535,14 @@ def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None
     if job.ranks.main:
         job.folder.drop_block(block)
     if config.eval_step and index % config.eval_step == 0:
-        error = output_error(job.unet, teacher, job.size, job.ranks)
-        job.tracker.log({"unet_output_error_db": error}, step=index)
-        log_info(f"after {block}: UNet-output error {error:.2f} dB")
+        error = output_error(job.denoiser, teacher, job.size, job.ranks)
+        job.tracker.log({f"{job.component}_output_error_db": error}, step=index)
+        log_info(f"after {block}: {label(job.component)}-output error {error:.2f} dB")
     if config.snapshot_step and index % config.snapshot_step == 0 and job.ranks.main:
-        mark_quantized(job.unet)
-        path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / "unet"
+        mark_quantized(job.denoiser)
+        path = job.folder.path / "snapshots" / f"{index:02d}_{block}" / job.component
         with saved_types(job.pipeline, job.stored):
-            job.unet.save_pretrained(path)
+            job.denoiser.save_pretrained(path)
         job.on_save(path)
 
 
@@ -548,15 +564,16 @@ def finish(job: Job, quantized: dict[str, LayerResult], errors: tuple[list, list
     staged = job.folder.work / "pipeline"
     with job.clock("saving"), saved_types(job.pipeline, job.stored):
         save_pipeline(job, staged)
-        sizes = stored_sizes(job.unet, job.parameters, staged)
+        sizes = stored_sizes(job.denoiser, job.component, job.parameters, staged)
     summary = {
         "model": job.config.model,
+        "component": job.component,
         "layers_quantized": len(job.layers),
-        "layers_in_8_bit": len(int8_layers(job.unet)),
+        "layers_in_8_bit": len(int8_layers(job.denoiser)),
         **sizes,
-        "bytes_of_original_unet": job.original_bytes,
-        "unet_output_error_db": decibels(*map(sum, errors)),
-        "unet_output_error_db_by_point": error_spread(*errors),
+        f"bytes_of_original_{job.component}": job.original_bytes,
+        f"{job.component}_output_error_db": decibels(*map(sum, errors)),
+        f"{job.component}_output_error_db_by_point": error_spread(*errors),
         "images": scores,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": job.clock.whole(),
@@ -584,7 +601,7 @@ def memory_by_phase(job: Job) -> dict[str, dict]:
 def save_pipeline(job: Job, staged: Path) -> None:
     """Save the whole pipeline as diffusers does."""
     shutil.rmtree(staged, ignore_errors=True)
-    mark_quantized(job.unet)
+    mark_quantized(job.denoiser)
     forget_calls(job.pipeline)
     try:
         job.pipeline.save_pretrained(staged)

@@ -17,8 +17,8 @@ from torch import nn
 from vqdm.additive.solve import GAP_COLUMNS
 from vqdm.devices import MatmulRates, Need
 from vqdm.diffusion.blocks import Layer
+from vqdm.diffusion.denoisers import compute_dtype
 from vqdm.diffusion.hessians import ROWS_PER_PRODUCT, VALUES_PER_PRODUCT, passes
-from vqdm.diffusion.sampling import unet_dtype
 from vqdm.diffusion.shapes import Shapes
 from vqdm.errors import UserError
 from vqdm.quantization.config import FAST_STATE_BITS, QuantizeConfig
@@ -29,7 +29,7 @@ GAP_SQUARES = 6  # that the gap to the bound takes instead, where a layer has on
 WEIGHTS = {False: 6, True: 20}  # matrices [O, I] that it makes in float32: of additive codes, of trellis codes
 
 # What takes as long as so many operations of matrix products, fitted to times on a CPU (benchmarks/RESULTS.md).
-UNET_SHARE = 0.5  # of the rate of matrix products that a UNet reaches
+DENOISER_SHARE = 0.5  # of the rate of matrix products that a denoiser reaches
 ADDITIVE_SWEEPS = 200  # products with H that additive codes take
 STATE_OPERATIONS = 20  # per weight and state of a trellis
 TRELLIS_SWEEPS = 16  # products with H that trellis codes take
@@ -69,15 +69,15 @@ class Int8Totals:
     bits: int = 0
 
     @classmethod
-    def of(cls, unet: nn.Module, names: list[str]) -> Int8Totals:
-        weights = [unet.get_submodule(name).weight for name in names]
+    def of(cls, denoiser: nn.Module, names: list[str]) -> Int8Totals:
+        weights = [denoiser.get_submodule(name).weight for name in names]
         sizes = [weight.numel() for weight in weights]
         return cls(len(names), sum(sizes), 8 * sum(sizes) + 16 * sum(map(len, weights)))
 
 
-def plain_bits(unet: nn.Module, stored: torch.dtype | None) -> int:
+def plain_bits(denoiser: nn.Module, stored: torch.dtype | None) -> int:
     """Return the bits of a value that stays plain: of the type computed in, or of a narrower one of its files."""
-    computed = unet_dtype(unet).itemsize
+    computed = compute_dtype(denoiser).itemsize
     return 8 * (min(computed, stored.itemsize) if stored else computed)
 
 
@@ -85,7 +85,7 @@ def layer_table(layers: list[Layer], parameters: int, int8: Int8Totals, plain: i
     """Format one line per layer: shape, code and stored bits per weight; then the totals and the predicted size.
 
     Args:
-        parameters: number of those of the whole UNet.
+        parameters: number of those of the whole denoiser.
         int8: what becomes int8.
         plain: bits of every other value.
     """
@@ -111,7 +111,7 @@ def totals(layers: list[Layer], parameters: int, int8: Int8Totals, plain: int, b
     whole = bits + int8.bits + plain * (parameters - weights - int8.weights)
     return (
         f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
-        f"{bits / weights:.3f} stored bits per weight, {whole / parameters:.3f} over the whole UNet, "
+        f"{bits / weights:.3f} stored bits per weight, {whole / parameters:.3f} over the whole denoiser, "
         f"about {whole / 8e6:.2f} MB instead of {parameters / 5e5:.2f} MB in 16 bit"
     )
 
@@ -184,18 +184,18 @@ def plan(
     others, kept = shapes.text + shapes.vae, hessian_bytes(groups, config.hessian_memory_gb, all_kept)
     times = seconds(config, shapes, groups, len(recorded), prompts, rates)
     needs = [
-        Need("teacher", shapes.unet + sampling, others + shapes.points, shapes.points),
-        Need("hessians", shapes.unet + hessians, others + shapes.points, shapes.points + kept),
-        Need("layers", shapes.unet + solving, others, shapes.points + kept),
-        Need("evaluation", shapes.unet + sampling, others + shapes.points, shapes.points + kept),
-        Need("saving", shapes.unet, others + shapes.unet, 2 * shapes.pipeline + shapes.points + kept),
+        Need("teacher", shapes.denoiser + sampling, others + shapes.points, shapes.points),
+        Need("hessians", shapes.denoiser + hessians, others + shapes.points, shapes.points + kept),
+        Need("layers", shapes.denoiser + solving, others, shapes.points + kept),
+        Need("evaluation", shapes.denoiser + sampling, others + shapes.points, shapes.points + kept),
+        Need("saving", shapes.denoiser, others + shapes.denoiser, 2 * shapes.pipeline + shapes.points + kept),
     ]
     if config.target_bits is not None:
         # Backward with checkpointing: about one call's activations again, and a gradient.
         widest = max(layer.rows * layer.columns for layer in layers)
         effects = max(2 * (shapes.step + shapes.itemsize * widest), solving)
         needs.insert(
-            2, Need("allocation", shapes.unet + effects, others + changes + shapes.points, shapes.points + kept)
+            2, Need("allocation", shapes.denoiser + effects, others + changes + shapes.points, shapes.points + kept)
         )
     return [replace(need, seconds=times.get(need.phase, 0.0)) for need in needs]
 
@@ -216,7 +216,10 @@ def seconds(
     calibration, evaluation = prompts
     steps = config.sampling.num_inference_steps or 50
     points = calibration * min(config.calibration_nsteps or steps, steps)
-    call, decoding = shapes.step_flops / (UNET_SHARE * rates.model), shapes.decode_flops / (UNET_SHARE * rates.single)
+    call, decoding = (
+        shapes.step_flops / (DENOISER_SHARE * rates.model),
+        shapes.decode_flops / (DENOISER_SHARE * rates.single),
+    )
     sampled = evaluation * (steps * call + decoding)
     products = sum(
         min(config.hessian_samples_per_input or math.inf, points * shapes.positions / group[0].columns)

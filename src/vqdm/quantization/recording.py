@@ -18,16 +18,16 @@ import torch
 from PIL import Image
 
 from vqdm.diffusion.blocks import Layer
-from vqdm.diffusion.hessians import HessianStore, UnetCall, passes, record_hessians, shared_inputs
+from vqdm.diffusion.denoisers import compute_dtype, largest_timestep
+from vqdm.diffusion.hessians import DenoiserCall, HessianStore, passes, record_hessians, shared_inputs
 from vqdm.diffusion.pipelines import local_fingerprint
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
     generate_images,
     record_evaluation,
     record_trajectories,
-    unet_dtype,
 )
-from vqdm.diffusion.trajectories import Trajectories, batches, held_out, join, spread_points
+from vqdm.diffusion.trajectories import Trajectories, held_out, join, spread_points
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
 from vqdm.storage.files import locked, sweep
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vqdm.quantization.job import Job
 
 PROBLEMS = (None, BLACK, NAN, REPLACED)
+OTHER_TIMESTEPS = 256
 FINETUNING_SEED_OFFSET = 4_000_000  # far from the seeds of other points
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -158,25 +159,26 @@ def teacher_hessians(job: Job) -> HessianStore:
 
 
 class HessianRecorder:
-    """Record Hessians of the UNet in its present state on given points, into a store."""
+    """Record Hessians of the denoiser in its present state on given points, into a store."""
 
     def __init__(self, job: Job, store: HessianStore, trajectories: Trajectories):
         points = held_out(spread_points(trajectories, job.config.calibration_nsteps))
         self.job, self.store = job, store
-        self.training, self.held_out = (unet_calls(job, trajectories, part) for part in points)
-        self.first = unet_calls(job, trajectories, points[0][:1])[0]()
+        self.training, self.held_out = (denoiser_calls(job, trajectories, part) for part in points)
+        self.first = denoiser_calls(job, trajectories, points[0][:1])[0]()
+        self.other_timesteps = calls_at_other_timesteps(job, trajectories, points[0])
 
     def groups(self, layers: list[Layer]) -> list[list[Layer]]:
         """Return `layers` by the input that they share."""
-        return shared_inputs(self.job.unet, layers, self.first)
+        return shared_inputs(self.job.denoiser, layers, self.first)
 
     def record(self, groups: list[list[Layer]]) -> None:
         """Record the Hessians of `groups`, all at once; each is written by one rank."""
         job, ranks = self.job, self.job.ranks
         total = sum(len(ranks.shard(calls)) for calls in (self.training, self.held_out))
-        with decoded_once(job.unet), progress_bar(total=total, description="Hessians") as ticks:
+        with decoded_once(job.denoiser), progress_bar(total=total, description="Hessians") as ticks:
             found = record_hessians(
-                job.unet,
+                job.denoiser,
                 groups,
                 self.first,
                 self.training,
@@ -185,6 +187,7 @@ class HessianRecorder:
                 ticks.update,
                 ranks,
                 job.size,
+                self.other_timesteps,
             )
         for group in ranks.shard(groups):
             self.store.write(group, *found.pop(group[0].name))
@@ -192,12 +195,31 @@ class HessianRecorder:
         self.store.enter(groups, on_disk=ranks.main)
 
 
-def unet_calls(job: Job, trajectories: Trajectories, points: list) -> list[UnetCall]:
-    """Return UNet calls, each on at most `xtx_batch_size` points."""
-    steps, device, dtype = trajectories.latents.shape[1], job.unet.device, unet_dtype(job.unet)
+def denoiser_calls(job: Job, trajectories: Trajectories, points: list) -> list[DenoiserCall]:
+    """Return calls, each on at most `xtx_batch_size` points."""
+    calls, device, dtype = trajectories.shape[1], job.denoiser.device, compute_dtype(job.denoiser)
     return [
-        UnetCall(partial(trajectories.inputs, device=device, dtype=dtype), batch, [n * steps + s for n, s in batch])
-        for batch in batches(points, job.config.xtx_batch_size)
+        DenoiserCall(partial(trajectories.inputs, device=device, dtype=dtype), batch, [n * calls + j for n, j in batch])
+        for batch in trajectories.batches(points, job.config.xtx_batch_size)
+    ]
+
+
+def calls_at_other_timesteps(job: Job, trajectories: Trajectories, points: list) -> list[DenoiserCall]:
+    """Return calls on recorded points, but at timesteps that are evenly spread over all that there are.
+
+    As many as `points`, up to `OTHER_TIMESTEPS`; each batch has one timestep.
+    """
+    count, high = min(len(points), OTHER_TIMESTEPS), largest_timestep(job.denoiser, trajectories.largest)
+    device, dtype, offset = job.denoiser.device, compute_dtype(job.denoiser), math.prod(trajectories.shape)
+    timesteps = {points[k * len(points) // count]: high * (k + 0.5) / count for k in range(count)}
+    numbers = {point: offset + k for k, point in enumerate(timesteps)}
+
+    def make(some: list) -> dict:
+        return trajectories.inputs(some, device, dtype, [timesteps[point] for point in some])
+
+    return [
+        DenoiserCall(make, batch, [numbers[point] for point in batch])
+        for batch in trajectories.batches(list(timesteps), job.config.xtx_batch_size)
     ]
 
 
@@ -207,7 +229,7 @@ def hessian_settings(job: Job) -> dict:
     return {
         "model": job.fingerprint or local_fingerprint(config) or f"{config.model}@{config.revision}",
         "variant": config.variant,
-        "dtype": str(unet_dtype(job.unet)),
+        "dtype": str(compute_dtype(job.denoiser)),
         "unquantized_nbits": config.unquantized_nbits,
         "calibration_prompts_sha256": digest(job.calibration),
         "seed": config.seed,

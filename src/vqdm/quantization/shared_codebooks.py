@@ -32,7 +32,7 @@ GROUPS = 2**17  # column groups that they give together, about
 
 
 def shared(layer: Layer, how: str) -> Layer:
-    """Return the layer with the shared codebooks of its format, of the whole UNet or ("kind") of its kind of layer."""
+    """Return the layer with the shared codebooks of its format, of the whole model or ("kind") of its kind of layer."""
     if how == "none" or layer.spec.shared_codebooks or not layer.spec.can_share:
         return layer
     return replace(layer, spec=layer.spec.changed(shared_codebooks=shared_codebook_name(layer.spec, how, layer.kind)))
@@ -60,7 +60,7 @@ def make_shared_codebooks(job: Job, store: HessianStore) -> dict[str, SharedCode
     for name, layers in shared_codebook_users(job.layers).items():
         weights = sum(layer.rows * layer.columns for layer in layers)
         if layers[0].spec.is_trellis:  # nothing is trained
-            codebooks = trellis_codebooks(layers[0].spec.nbits_per_codebook).to(job.unet.device)
+            codebooks = trellis_codebooks(layers[0].spec.nbits_per_codebook).to(job.denoiser.device)
             shared_codebooks[name] = SharedCodebooks(codebooks, weights)
             continue
         config = job.config.solver.with_spec(layers[0].spec)
@@ -71,7 +71,7 @@ def make_shared_codebooks(job: Job, store: HessianStore) -> dict[str, SharedCode
             codebooks = train_shared_codebooks(samples, config, layer_generator(job.config.seed, name))
             save_checked({"codebooks": codebooks}, path)
         job.ranks.barrier()
-        shared_codebooks[name] = SharedCodebooks(read_shard(path)["codebooks"].to(job.unet.device), weights)
+        shared_codebooks[name] = SharedCodebooks(read_shard(path)["codebooks"].to(job.denoiser.device), weights)
     return shared_codebooks
 
 
@@ -89,7 +89,7 @@ def sample_layers(job: Job, store: HessianStore, layers: list[Layer], config: So
     samples = []
     for layer in progress_bar(chosen, description="layers of shared codebooks"):
         generator = layer_generator(job.config.seed, f"bank:{layer.name}")
-        W = matrix_of(job.unet.get_submodule(layer.name), layer.spec.group_channels).float()
+        W = matrix_of(job.denoiser.get_submodule(layer.name), layer.spec.group_channels).float()
         samples.append(sample_layer(W, store.load(layer, W.device)[0], rows, config, generator))
     return samples
 

@@ -1,4 +1,4 @@
-"""Quantize a CLIP text encoder, layer of the transformer by layer, as `quantization.job` does a UNet's blocks."""
+"""Quantize a CLIP text encoder, layer of the transformer by layer, as `quantization.job` does a denoiser's blocks."""
 
 from __future__ import annotations
 

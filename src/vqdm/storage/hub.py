@@ -9,13 +9,14 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from torch import nn
 
+from vqdm.config import label
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.layers.quantized import SHARED_CODEBOOKS, quantized_layers
 
 # Files with paths of this machine and data of the run; the card has the figures.
 KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
-# Half-quantized UNets, images of intermediate steps, and trackers' files: tensorboard's under the program's name.
+# Half-quantized denoisers, images of intermediate steps, and trackers' files: tensorboard's under the program's name.
 KEPT_HERE += ["work/*", "snapshots/*", "images/*", "wandb/*", "vqdm-*/*", "runs/*"]
 
 
@@ -68,25 +69,25 @@ def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def stored_sizes(unet: nn.Module, parameters: int, staged: Path) -> dict[str, float]:
-    """Return bits per weight of the saved tensors, and bytes of the UNet's files.
+def stored_sizes(denoiser: nn.Module, component: str, parameters: int, staged: Path) -> dict[str, float]:
+    """Return bits per weight of the saved tensors, and bytes of the denoiser's files.
 
     Args:
-        parameters: number of the full-precision UNet's parameters.
+        parameters: number of the full-precision denoiser's parameters.
     """
 
     def bits(module: nn.Module) -> int:
         return sum(8 * tensor.element_size() * tensor.numel() for tensor in module.parameters())
 
-    layers = quantized_layers(unet).values()
+    layers = quantized_layers(denoiser).values()
     weights = sum(layer._rows * layer._columns for layer in layers)
-    shared = getattr(unet, SHARED_CODEBOOKS, None)
+    shared = getattr(denoiser, SHARED_CODEBOOKS, None)
     code_bits = sum(layer.stored_bits for layer in layers) + (bits(shared) if shared else 0)
     return {
         "weights_quantized": weights,
         "effective_bits_layers": code_bits / weights,
-        "effective_bits_unet": bits(unet) / parameters,
-        "bytes_of_unet": sum(file.stat().st_size for file in staged.glob("unet/*.safetensors")),
+        f"effective_bits_{component}": bits(denoiser) / parameters,
+        f"bytes_of_{component}": sum(file.stat().st_size for file in staged.glob(f"{component}/*.safetensors")),
     }
 
 
@@ -98,7 +99,9 @@ def model_card(model: str, summary: dict) -> str:
     images = summary["images"]
     quality = "none: all images have problems" if images["psnr_db"] is None else f"{images['psnr_db']:.2f} dB"
     others = f"; {summary['layers_in_8_bit']} others are int8" if summary["layers_in_8_bit"] else ""
-    before = summary.get("unet_output_error_db_before")
+    component = summary.get("component", "unet")
+    error, named = f"{component}_output_error_db", label(component)
+    before = summary.get(f"{error}_before")
     tuned = f", fine-tuned; before: {before:.2f} dB" if before is not None else ""
     return f"""---
 library_name: diffusers
@@ -106,16 +109,16 @@ pipeline_tag: text-to-image
 tags: [vqdm, quantized, text-to-image]
 {hub_name}---
 
-# {base}, its UNet at {summary["effective_bits_layers"]:.2f} bits per weight
+# {base}, its {named} at {summary["effective_bits_layers"]:.2f} bits per weight
 
 Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary["layers_quantized"]} layers{others}.
 
 | | |
 |---|---|
 | stored bits per weight, quantized layers | {summary["effective_bits_layers"]:.3f} |
-| stored bits per parameter, whole UNet | {summary["effective_bits_unet"]:.3f} |
-| UNet on disk | {summary["bytes_of_unet"] / 1e6:.2f} MB |
-| UNet-output error on held-out prompts{tuned} | {summary["unet_output_error_db"]:.2f} dB |
+| stored bits per parameter, whole {named} | {summary[f"effective_bits_{component}"]:.3f} |
+| {named} on disk | {summary[f"bytes_of_{component}"] / 1e6:.2f} MB |
+| {named}-output error on held-out prompts{tuned} | {summary[error]:.2f} dB |
 | PSNR of {images["count"]} images at equal seeds | {quality} |
 
 ```python

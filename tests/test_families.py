@@ -1,0 +1,100 @@
+"""Each family of diffusion transformers, as a tiny random pipeline, through all programs."""
+
+import json
+import shlex
+from pathlib import Path
+
+import convert
+import finetune
+import generate
+import main_text2image
+import metrics
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from PIL import Image
+from tiny_transformers import FAMILIES, SIZE, sd3, tiny_transformer_pipeline
+from torch import nn
+
+import vqdm
+from vqdm.cli import run_script
+from vqdm.diffusion.denoisers import block_names
+
+SAMPLED = [*SIZE, "--num_inference_steps", "2", "--device", "cpu"]
+QUANTIZE = shlex.split(
+    "--num_codebooks 1 --nbits_per_codebook 4 --in_group_size 4 --max_epochs 1 --beam_size 1 --init_max_iter 1 "
+    "--calibration_nsamples 3 --evaluation_nsamples 2 --visualize_nsamples 1 --xtx_batch_size 2"
+)
+FINETUNE = shlex.split(
+    "--finetune_nsamples 2 --held_out_nsamples 1 --evaluation_nsamples 2 --finetune_batch_size 2 --local_batch_size 2 "
+    "--finetune_max_epochs 1 --max_steps 2 --visualize_nsamples 1 --xtx_batch_size 2"
+)
+SCORES = ["--clip_model", "assets/shapes-clip", "--fid_features", "assets/shapes-clip", "--report_images", "1"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(program, *words) -> None:
+    assert run_script(program.main, [str(word) for word in words]) == 0
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))]).astype(int)
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    """Of different lengths, for which some pipelines make tensors of different shapes."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a circle\na big red circle\na star and a big green heart\na blue star\na small cross\n")
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_through_all_programs(family, tmp_path, prompts):
+    model, quantized, tuned = tmp_path / "model", tmp_path / "quantized", tmp_path / "tuned"
+    pipeline = tiny_transformer_pipeline(family)
+    pipeline.save_pretrained(model)
+    run(main_text2image, model, prompts, prompts, "--output_dir", quantized, *SAMPLED, *QUANTIZE)
+    summary = json.loads((quantized / "summary.json").read_text())
+    blocks = tuple(f"{name}." for name in block_names(pipeline.transformer))
+    inside = [one for name, one in pipeline.transformer.named_modules() if name.startswith(blocks)]
+    layers = [one for one in inside if isinstance(one, nn.Linear | nn.Conv2d) and getattr(one, "groups", 1) == 1]
+    assert summary["layers_quantized"] == len(layers) > 10
+    assert summary["transformer_output_error_db"] < -5 and summary["component"] == "transformer"
+    assert summary["bytes_of_transformer"] < 0.75 * summary["bytes_of_original_transformer"]
+    run(finetune, model, quantized, prompts, prompts, "--output_dir", tuned, *SAMPLED, *FINETUNE)
+    changed = json.loads((tuned / "summary.json").read_text())
+    assert changed["transformer_output_error_db"] <= changed["transformer_output_error_db_before"] + 0.01
+    for name, more in {"full": [], "few": [tuned]}.items():
+        run(generate, model, *more, prompts, "--output_dir", tmp_path / name, "--limit", "3", "--bs", "2", *SAMPLED)
+    run(metrics, tmp_path / "few", "--reference", tmp_path / "full", "--output_dir", tmp_path / "scores", *SCORES)
+    scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert scored["size"]["bytes_of_transformer"] == changed["bytes_of_transformer"]
+    run(convert, "dequantize", tuned, "--output_dir", tmp_path / "plain")
+    run(generate, tmp_path / "plain", prompts, "--output_dir", tmp_path / "same", "--limit", "3", "--bs", "2", *SAMPLED)
+    assert np.abs(pixels(tmp_path / "same") - pixels(tmp_path / "few")).max() <= 2
+
+
+@pytest.mark.parametrize("index", ["null", "missing"])
+def test_stable_diffusion_3_without_its_t5(index, tmp_path, prompts):
+    """As people keep it, to spare its 9 GB; it stays without one."""
+    torch.manual_seed(0)
+    model, quantized = tmp_path / "model", tmp_path / "quantized"
+    sd3(third=False).save_pretrained(model)
+    held = json.loads((model / "model_index.json").read_text())
+    assert held["text_encoder_3"] == [None, None]
+    if index == "missing":
+        held = {name: value for name, value in held.items() if not name.endswith("_3")}
+        (model / "model_index.json").write_text(json.dumps(held))
+    few = ["--layer_filter", r"transformer_blocks\.1\.ff\.net\.2", *QUANTIZE]
+    run(main_text2image, model, prompts, prompts, "--output_dir", quantized, *SAMPLED, *few)
+    run(generate, model, quantized, prompts, "--output_dir", tmp_path / "images", "--limit", "1", *SAMPLED)
+    again = DiffusionPipeline.from_pretrained(quantized, text_encoder_3=None, tokenizer_3=None)
+    assert again.transformer.is_quantized and not list(quantized.glob("*_3"))
+    run(convert, "dequantize", quantized, "--output_dir", tmp_path / "plain")
+    few = dict(layer_filter=few[1], num_inference_steps=2, height=32, width=32, output_dir=tmp_path / "again")
+    given = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
+    _, report = vqdm.quantize(given, ["a circle", "a star"], None, ["a big circle"], **few, visualize_nsamples=0)
+    assert len(report.layers) == 1 and given.text_encoder_3 is None

@@ -1,0 +1,308 @@
+"""Tiny random pipelines with diffusion transformers, one of each family, made from configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+from train_text import known_words, make_tokenizer
+
+WIDTH = 32  # of every text encoder
+SIZE = ("--height", "32", "--width", "32")
+
+
+def vae(latent_channels: int = 4) -> AutoencoderKL:
+    """A VAE with latents of half the size."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=16,
+        latent_channels=latent_channels,
+        shift_factor=0.1,
+    )
+
+
+def clip(tokenizer: PreTrainedTokenizerBase, kind: type = CLIPTextModel):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=24,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return kind(config)
+
+
+def t5(tokenizer: PreTrainedTokenizerBase, width: int = WIDTH) -> T5EncoderModel:
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5EncoderModel(config)
+
+
+def flux(guidance: bool = True) -> FluxPipeline:
+    """FLUX.1: two streams and one, with guidance embedded as in dev, or without as in schnell."""
+    tokenizer = make_tokenizer(known_words())
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae(),
+        clip(tokenizer),
+        tokenizer,
+        t5(tokenizer),
+        tokenizer,
+        transformer,
+    )
+
+
+def sd3(third: bool = True) -> StableDiffusion3Pipeline:
+    """SD3.5-medium: joint blocks, the first with a second attention; with the T5 or without it."""
+    tokenizer = make_tokenizer(known_words())
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=4 * WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae(),
+        clip(tokenizer, CLIPTextModelWithProjection),
+        tokenizer,
+        clip(tokenizer, CLIPTextModelWithProjection),
+        tokenizer,
+        t5(tokenizer, 4 * WIDTH) if third else None,
+        tokenizer if third else None,
+    )
+
+
+def pixart() -> PixArtSigmaPipeline:
+    """PixArt-Σ: cross-attention to a T5, one modulation outside the blocks."""
+    tokenizer = make_tokenizer(known_words())
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=32,
+        sample_size=8,
+        caption_channels=WIDTH,
+        use_additional_conditions=False,
+    )
+    return PixArtSigmaPipeline(tokenizer, t5(tokenizer), vae(), transformer, DPMSolverMultistepScheduler())
+
+
+def sana() -> SanaPipeline:
+    """Sana: linear attention, 1×1 and depthwise convolutions in place of the feed-forward layers."""
+    tokenizer = make_tokenizer(known_words())
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=WIDTH,
+        sample_size=8,
+    )
+    blocks = dict.fromkeys(("encoder_block_types", "decoder_block_types"), ("ResBlock", "ResBlock"))
+    sizes = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8))
+    layers = dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), (1, 1))
+    scales = dict.fromkeys(("encoder_qkv_multiscales", "decoder_qkv_multiscales"), ((), ()))
+    decoder = AutoencoderDC(latent_channels=4, **blocks, **sizes, **layers, **scales, scaling_factor=0.5)
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    return SanaPipeline(tokenizer, Gemma2Model(config), decoder, transformer, scheduler)
+
+
+def qwen_image() -> QwenImagePipeline:
+    """Qwen-Image: prompts padded to the longest of a batch, and guidance as a second call."""
+    tokenizer = make_tokenizer(known_words())
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters={"type": "default", "mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e4},
+    )
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=WIDTH)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    decoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return QwenImagePipeline(scheduler, decoder, encoder, tokenizer, transformer)
+
+
+def qwen3(tokenizer: PreTrainedTokenizerBase, layers: int) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer for conversations, which are their messages alone."""
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def z_image() -> ZImagePipeline:
+    """Z-Image: latents and texts in lists, timesteps from 0 (noise) to 1."""
+    tokenizer = with_template(make_tokenizer(known_words()))
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=3,
+        n_kv_heads=3,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[600, 32, 32],
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return ZImagePipeline(scheduler, vae(), qwen3(tokenizer, 2).model, tokenizer, transformer)
+
+
+def flux2() -> Flux2KleinPipeline:
+    """FLUX.2 klein: attention and MLP inputs in one matrix, modulations that all blocks share, guidance by calls."""
+    tokenizer = with_template(make_tokenizer(known_words()))
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    decoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=16,
+        latent_channels=4,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler, decoder, qwen3(tokenizer, 28), tokenizer, transformer)
+
+
+FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
+    "flux": flux,
+    "sd3": sd3,
+    "pixart": pixart,
+    "sana": sana,
+    "qwen-image": qwen_image,
+    "z-image": z_image,
+    "flux2": flux2,
+}
+
+
+def tiny_transformer_pipeline(family: str) -> DiffusionPipeline:
+    """A whole pipeline of a family, with seeded random weights, for images of `SIZE`."""
+    torch.manual_seed(0)
+    pipeline = FAMILIES[family]()
+    for parameter in pipeline.transformer.parameters():
+        if parameter.dim() > 1 and not parameter.any():  # some start as zeros, with which nothing depends on the rest
+            torch.nn.init.normal_(parameter, std=0.1)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
