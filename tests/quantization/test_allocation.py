@@ -15,12 +15,15 @@ from main_text2image import PARSER, main
 from PIL import Image
 from settings_read import settings_read, undeclared
 from tiny_runs import command, file_hashes
+from tiny_transformers import tiny_transformer_pipeline
 
+import vqdm
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.trellis import allowed_widths
 from vqdm.additive.trellis_solve import Curve
 from vqdm.cli import run_script
 from vqdm.diffusion.blocks import Layer
+from vqdm.diffusion.sampling import output_error, record_evaluation
 from vqdm.layers.quantized import quantized_layers
 from vqdm.quantization.allocation import (
     LEAST_BITS,
@@ -404,3 +407,22 @@ def test_a_budget_below_the_least_is_refused():
 
 def test_the_hull_leaves_out_what_a_mixture_beats():
     assert lower_hull([1, 2, 3, 4], [8.0, 7.5, 1.0, 1.0]) == [0, 2]
+
+
+def test_modulations_take_few_bits_and_hold_at_other_numbers_of_steps():
+    """Calibrated at two timesteps: their inputs depend on the timestep alone."""
+    pipeline, sizes = tiny_transformer_pipeline("qwen-image"), {"height": 32, "width": 32, "guidance_scale": 1.0}
+    few = dict(layer_filter=r"transformer_blocks\.0\..*(_mod|mlp|to_[qkv])", state_bits=8, sensitivity_points=2)
+    prompts, unseen = ["a circle", "a big red circle", "a blue star"], ["a small cross"]
+    settings = sizes | few | {"num_inference_steps": 2, "visualize_nsamples": 0}
+    quantized, report = vqdm.quantize(pipeline, prompts, 3.0, unseen, **settings)
+    weights = {layer["name"]: layer["rows"] * layer["columns"] for layer in report.layers}
+    bits = {layer["name"]: layer["bits_per_weight"] * weights[layer["name"]] for layer in report.layers}
+    mean = lambda names: sum(bits[name] for name in names) / sum(weights[name] for name in names)  # noqa: E731
+    modulations = [name for name in weights if "_mod" in name]
+    assert len(modulations) == 2 and mean(modulations) < mean(set(weights) - set(modulations)) - 0.3
+    errors = {}
+    for steps in (2, 7):
+        recorded, _ = record_evaluation(pipeline, unseen, 1_000_000, sizes | {"num_inference_steps": steps}, 1)
+        errors[steps] = output_error(quantized.transformer, recorded, 4)
+    assert errors[2] < -40 and errors[7] < errors[2] + 4

@@ -234,6 +234,7 @@ def absent_parts(model: str, revision: str | None, offline: bool) -> list[str]:
         return []
     expected = inspect.signature(kind.__init__).parameters.values()
     needed = [one.name for one in expected if one.name != "self" and one.default is inspect.Parameter.empty]
+    needed = [name for name in needed if name not in kind._optional_components]
     absent = [name for name in needed if name not in index or index[name] in ([], [None, None])]
     if absent:
         log_info(f"MODEL {model} has no {', '.join(absent)}; it is used without")

@@ -27,7 +27,7 @@ from vqdm.diffusion.sampling import (
     record_evaluation,
     record_trajectories,
 )
-from vqdm.diffusion.trajectories import Trajectories, held_out, join, spread_points
+from vqdm.diffusion.trajectories import Trajectories, batches, by_kind, held_out, join, spread_points
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
 from vqdm.storage.files import locked, sweep
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vqdm.quantization.job import Job
 
 PROBLEMS = (None, BLACK, NAN, REPLACED)
-OTHER_TIMESTEPS = 256
+OTHER_TIMESTEPS = 256  # for layers that see one vector per sample
 FINETUNING_SEED_OFFSET = 4_000_000  # far from the seeds of other points
 
 # ------------------------------------------------------------------------------------------- prompts
@@ -205,21 +205,19 @@ def denoiser_calls(job: Job, trajectories: Trajectories, points: list) -> list[D
 
 
 def calls_at_other_timesteps(job: Job, trajectories: Trajectories, points: list) -> list[DenoiserCall]:
-    """Return calls on recorded points, but at timesteps that are evenly spread over all that there are.
+    """Return calls on recorded points, in turn, at `OTHER_TIMESTEPS` timesteps spread evenly over all there are."""
+    high, first = largest_timestep(job.denoiser, trajectories.largest), math.prod(trajectories.shape)
+    device, dtype = job.denoiser.device, compute_dtype(job.denoiser)
 
-    As many as `points`, up to `OTHER_TIMESTEPS`; each batch has one timestep.
-    """
-    count, high = min(len(points), OTHER_TIMESTEPS), largest_timestep(job.denoiser, trajectories.largest)
-    device, dtype, offset = job.denoiser.device, compute_dtype(job.denoiser), math.prod(trajectories.shape)
-    timesteps = {points[k * len(points) // count]: high * (k + 0.5) / count for k in range(count)}
-    numbers = {point: offset + k for k, point in enumerate(timesteps)}
+    def make(numbers: list[int]) -> dict:
+        timesteps = [high * (k + 0.5) / OTHER_TIMESTEPS for k in numbers]
+        return trajectories.inputs([points[k % len(points)] for k in numbers], device, dtype, timesteps)
 
-    def make(some: list) -> dict:
-        return trajectories.inputs(some, device, dtype, [timesteps[point] for point in some])
-
+    kind = lambda k: trajectories.kind(points[k % len(points)])  # noqa: E731
     return [
-        DenoiserCall(make, batch, [numbers[point] for point in batch])
-        for batch in trajectories.batches(list(timesteps), job.config.xtx_batch_size)
+        DenoiserCall(make, batch, [first + k for k in batch])
+        for alike in by_kind(range(OTHER_TIMESTEPS), kind)
+        for batch in batches(alike, job.config.xtx_batch_size)
     ]
 
 
