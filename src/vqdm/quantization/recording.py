@@ -166,7 +166,9 @@ class HessianRecorder:
         self.job, self.store = job, store
         self.training, self.held_out = (denoiser_calls(job, trajectories, part) for part in points)
         self.first = denoiser_calls(job, trajectories, points[0][:1])[0]()
-        self.other_timesteps = calls_at_other_timesteps(job, trajectories, points[0])
+        # A UNet's embeddings of the timestep are not in its default layers, and results of before stay what they were.
+        unet = job.component == "unet"
+        self.other_timesteps = [] if unet else calls_at_other_timesteps(job, trajectories, points[0])
 
     def groups(self, layers: list[Layer]) -> list[list[Layer]]:
         """Return `layers` by the input that they share."""
