@@ -37,6 +37,14 @@ def test_a_failing_tracker_is_a_warning_once(tmp_path, caplog):
     assert len(caplog.records) == 1 and "no network" in caplog.text
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_of_several_logs_also_before_they_have_joined(monkeypatch, caplog, rank):
+    monkeypatch.setenv("RANK", rank)
+    with caplog.at_level(logging.INFO, logger="vqdm"):
+        tracking.log_info("4 prompts")
+    assert caplog.messages == (["4 prompts"] if rank == "0" else [])
+
+
 def test_stopwatch_adds_up_phases(monkeypatch):
     times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 20.5])
     monkeypatch.setattr("vqdm.tracking.time.perf_counter", lambda: next(times))

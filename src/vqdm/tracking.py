@@ -99,9 +99,10 @@ def _log_open_bars() -> None:
 
 
 def log_info(line: str) -> None:
-    """One line of the log, without breaking a bar."""
-    with tqdm.external_write_mode(file=sys.stdout):
-        log.info(line)
+    """One line of the log, of the first process of several, without breaking a bar."""
+    if os.environ.get("RANK", "0") == "0":  # also before they have joined
+        with tqdm.external_write_mode(file=sys.stdout):
+            log.info(line)
 
 
 class JsonLines:
