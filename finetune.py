@@ -4,7 +4,7 @@
         --num_inference_steps 20 --guidance_scale 3 --output_dir out/shapes-2bit-tuned
 
     accelerate launch finetune.py stabilityai/stable-diffusion-xl-base-1.0 out/sdxl-3bit coco.csv coco_eval.csv \\
-        --finetune_nsamples 512 --finetune_batch_size 64 --local_batch_size 2 --use_checkpointing
+        --finetune_nsamples 512 --finetune_batch_size 64
 
 MODEL is the teacher; the student starts from QUANTIZED. The result, the step with the least error on held-out prompts,
 is a folder of the same format.

@@ -24,7 +24,7 @@ FLOORS = (
 PROGRAMS = ("quantization", "finetuning", "generation", "metrics")
 # Modules beside the rooms that belong to a floor above the small ones.
 PLACES = {"images": "storage", "conversion": "program", "api": "call"}
-REPEATABLE = ("job", "config", "__init__")
+REPEATABLE = ("job", "config", "plan", "__init__")
 RESEARCH = (
     "quantization",
     "finetuning",

@@ -102,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         if not (one.default is None or one.default is False or "default" in text):
             text += f" (default: {'on' if one.default is True else one.default})"
         if one.kind is bool:
-            action = argparse.BooleanOptionalAction if one.default else "store_true"
+            action = "store_true" if one.default is False else argparse.BooleanOptionalAction
             group.add_argument(*names, dest=one.name, action=action, default=one.default).help = text
         else:
             plain = one.kind is tuple or (one.kind is str and not one.flag.choices)

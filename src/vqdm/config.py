@@ -315,6 +315,11 @@ def output_dir(default: str | None, help: str = "folder of the result") -> Any:
     return flag(default, help, "saving and resuming", common=True, metavar="DIR", aliases=("save",))
 
 
+def ignore_budget() -> Any:
+    """Return the field of `--ignore_budget`."""
+    return flag(False, "start although the plan needs more memory or disk than is free", "run")
+
+
 def single_file_config(group: str, **about) -> Any:
     """Return the field of `--single_file_config`."""
     help = "MODEL in one file: folder or hub name of a pipeline of its kind, for configuration and tokenizers"

@@ -278,13 +278,9 @@ class MemoryClock(Stopwatch):
         super().__init__()
         self.device, self.peaks = device, {}
 
-    def __enter__(self) -> None:
-        self._note("between")
-        super().__enter__()
-
-    def __exit__(self, *error) -> None:
-        super().__exit__(*error)
-        self._note(self._phase)
+    def _lap(self) -> None:
+        super()._lap()
+        self._note(self._open[-1] if self._open else "between")
 
     def _note(self, phase: str) -> None:
         before = self.peaks.get(phase, {})
@@ -297,3 +293,8 @@ class MemoryClock(Stopwatch):
         """Return the peaks of all phases together, as `devices.peak_memory`."""
         self._note("between")
         return {kind: max(one[kind] for one in self.peaks.values()) for kind in self.peaks["between"]}
+
+    def beside(self, needs: list[Need]) -> dict[str, dict]:
+        """Return the peaks that were reached in each phase beside those of a plan, in bytes."""
+        planned = {need.phase: {"gpu": need.device, "ram": need.ram, "disk": need.disk} for need in needs}
+        return {name: {"reached": peaks, "planned": planned.get(name)} for name, peaks in self.peaks.items()}

@@ -177,21 +177,29 @@ class Tracker:
 
 
 class Stopwatch:
-    """Seconds by phase."""
+    """Seconds by phase; those of a phase inside another one are not counted in that one."""
 
     def __init__(self):
         self.phases: dict[str, float] = {}
+        self._open: list[str] = []
 
     def __call__(self, phase: str) -> Stopwatch:
-        self._phase = phase
+        self._next = phase
         return self
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._lap()
+        self._open.append(self._next)
 
     def __exit__(self, *_) -> None:
-        spent = time.perf_counter() - self._began
-        self.phases[self._phase] = round(self.phases.get(self._phase, 0.0) + spent, 3)
+        self._lap()
+        self._open.pop()
+
+    def _lap(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.phases[self._open[-1]] = round(self.phases.get(self._open[-1], 0.0) + now - self._began, 3)
+        self._began = now
 
 
 # ----------------------------------------------------------------------------------------------------------- provenance

@@ -12,6 +12,7 @@ from vqdm.config import (
     check_flags,
     flag,
     flags_in,
+    ignore_budget,
     image_pairs,
     optional_flags,
     output_dir,
@@ -145,18 +146,26 @@ class FinetuneConfig(RunConfig):
         "codes",
         common=True,
     )
-    local_batch_size: int = _memory(8, "batch size per process; gradients accumulate over several", ge=1, common=True)
+    local_batch_size: int | None = _memory(
+        None,
+        "batch size per process; gradients accumulate (default: up to 8, by free memory)",
+        ge=1,
+        common=True,
+    )
     xtx_batch_size: int = _memory(16, "batch size of sampling, in prompts", ge=1)
-    use_checkpointing: bool = _memory(False, "gradient checkpointing: less memory, slower", common=True)
+    use_checkpointing: bool | None = _memory(
+        None, "gradient checkpointing: less memory, slower (default: by free memory)"
+    )
     decode: str = _memory(
-        "step",
+        "auto",
         "step: decode weights once per step, and keep them and their gradients in float32; call: decode them in each "
-        "forward and backward pass",
-        choices=("step", "call"),
+        "forward and backward pass; auto: by free memory",
+        choices=("auto", "step", "call"),
     )
     target_cache_gb: float = _memory(
         32.0, "disk for the teacher's outputs of an epoch; if they do not fit, the teacher stays in memory", ge=0
     )
+    ignore_budget: bool = ignore_budget()
     evaluation_nsamples: int = _evaluation(32, "evaluation prompts", ge=1)
     visualize_nsamples: int | None = _evaluation(
         None, "image pairs in image_pairs.png; default: 16, or all evaluation prompts if they are fewer", ge=0

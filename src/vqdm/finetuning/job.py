@@ -19,8 +19,19 @@ from PIL import Image
 from torch import nn
 
 from vqdm.config import label
-from vqdm.devices import BatchSize, check_float64, peak_memory, pick_dtype
-from vqdm.diffusion.denoisers import denoiser_name, denoiser_of
+from vqdm.devices import (
+    BatchSize,
+    MatmulRates,
+    MemoryClock,
+    Need,
+    budgeted,
+    check_float64,
+    free_memory,
+    lacking,
+    on,
+    pick_dtype,
+)
+from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of
 from vqdm.diffusion.model_folders import (
     check_fits,
     check_loaded,
@@ -44,6 +55,7 @@ from vqdm.diffusion.sampling import (
     predicted_bytes,
     set_timesteps,
 )
+from vqdm.diffusion.shapes import shapes_of, skeleton_pipeline
 from vqdm.errors import RunError, UserError
 from vqdm.finetuning.code_updates import CodeUpdates
 from vqdm.finetuning.config import AUTO, FinetuneConfig
@@ -58,6 +70,7 @@ from vqdm.finetuning.data import (
 )
 from vqdm.finetuning.evaluation import Errors, evaluate, read_log, save_loss_plot
 from vqdm.finetuning.loop import Checkpoints, EvaluationSchedule, Loop, TrainingSchedule
+from vqdm.finetuning.plan import Student, choices, flags, plan, smaller
 from vqdm.finetuning.trainer import (
     KINDS,
     DistillationLoss,
@@ -76,7 +89,7 @@ from vqdm.storage.files import folder_fingerprint, save_json, save_text
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card, stored_sizes
 from vqdm.storage.run_folder import RunFolder
-from vqdm.tracking import JsonLines, Stopwatch, Tracker, log_info, own_command, versions
+from vqdm.tracking import JsonLines, Tracker, log_info, own_command, versions
 
 ROLE = ", which is the teacher"
 SMALL_LEARNING_RATE = 1e-5  # such as the published 1e-6, which was absolute
@@ -84,7 +97,7 @@ SMALL_LEARNING_RATE = 1e-5  # such as the published 1e-6, which was absolute
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
 FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "visualize_nsamples", "local_files_only")
-FREE_FIELDS += ("xtx_batch_size",)
+FREE_FIELDS += ("xtx_batch_size", "ignore_budget")
 
 
 @dataclass
@@ -95,6 +108,7 @@ class FinetuneJob:
         pipeline: with the teacher as its denoiser.
         source: the quantized denoiser's folder.
         types: name → stored type of the student's parameters.
+        needs: what was planned, by phase.
         size: `xtx_batch_size`, or what is left of it.
     """
 
@@ -107,11 +121,12 @@ class FinetuneJob:
     types: dict[str, torch.dtype]
     folder: RunFolder
     tracker: Tracker
-    clock: Stopwatch = field(default_factory=Stopwatch)
+    needs: list[Need]
+    clock: MemoryClock = field(init=False)
     size: BatchSize = field(init=False)
 
     def __post_init__(self) -> None:
-        self.size = BatchSize(self.config.xtx_batch_size)
+        self.clock, self.size = MemoryClock(self.ranks.device), BatchSize(self.config.xtx_batch_size)
 
     @property
     def loss_fn(self) -> DistillationLoss:
@@ -150,6 +165,9 @@ def finetune(config: FinetuneConfig) -> dict | None:
         mark_quantized(student)  # its scales may be of another format now
         trained = trainable(student, config.optimizer)
         log_info(training_plan(config, ranks, trained))
+        config, needs = fitted(config, pipeline, student, trained, ranks)
+        if config.use_checkpointing:
+            student.enable_gradient_checkpointing()
         if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_LEARNING_RATE:
             log_info(f"--finetune_lr {config.optimizer.finetune_lr} is relative, and will hardly change anything")
         if ranks.main:
@@ -170,7 +188,7 @@ def finetune(config: FinetuneConfig) -> dict | None:
             return close_finished(folder) if ranks.main else None
         about, kind = config.to_dict() | config.to_dict()["optimizer"], config.report_to if ranks.main else "none"
         tracker = Tracker(kind, "vqdm-finetune", folder.path, about)
-        job = FinetuneJob(config, ranks, datasets, pipeline, student, source, types, folder, tracker)
+        job = FinetuneJob(config, ranks, datasets, pipeline, student, source, types, folder, tracker, needs)
         try:
             with resting_on_cpu(pipeline):
                 return run(job, trained)
@@ -192,17 +210,42 @@ def load_models(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[Dif
     Raises:
         UserError: either cannot be loaded, they do not fit, MODEL is quantized itself, or the settings do not fit it.
     """
-    student = load_denoiser(source, torch.float32)
-    pipeline = configured_pipeline(config, ranks.device, pick_dtype(config.dtype, ranks.device))
+    student, dtype = load_denoiser(source, torch.float32), pick_dtype(config.dtype, ranks.device)
+    pipeline = skeleton_pipeline(config, dtype) if config.dry_run else None
+    pipeline = pipeline or configured_pipeline(config, ranks.device, dtype)
     check_fits(student, denoiser_of(pipeline), config.quantized, config.model)
     check_loaded(denoiser_of(pipeline), config.model, role=ROLE)
     set_timesteps(pipeline.scheduler, config.sampling.num_inference_steps or 50)
     steps_per_epoch(config, len(pipeline.scheduler.timesteps))
     if config.real_images:
         check_scheduler(pipeline.scheduler)
-    if config.use_checkpointing:
-        student.enable_gradient_checkpointing()
     return pipeline, student.to(ranks.device)
+
+
+def fitted(
+    config: FinetuneConfig, pipeline: DiffusionPipeline, student: nn.Module, trained: TrainedParameters, ranks: Ranks
+) -> tuple[FinetuneConfig, list[Need]]:
+    """Return the settings with those flags of memory that are left open chosen by what is free, and what they need.
+
+    Raises:
+        UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
+    """
+    shapes, options = shapes_of(pipeline, config), choices(config)
+    if shapes is None:
+        log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
+        return options[0], []
+    dtype = compute_dtype(denoiser_of(pipeline))
+    sizes = Student.of(student, trained, dtype, shapes.call)
+    steps, rates = config.sampling.num_inference_steps or 50, MatmulRates.measured(ranks.device, dtype)
+
+    def needs_of(one: FinetuneConfig) -> list[Need]:
+        return on(plan(one, shapes, sizes, steps, rates), ranks.device.type)
+
+    free = free_memory(ranks.device)
+    fitting = (k for k, one in enumerate(options) if not lacking(needs_of(one), *free))
+    chosen = options[ranks.broadcast(next(fitting, len(options) - 1))]
+    log_info(f"memory: {flags(chosen)}")
+    return chosen, budgeted(chosen, needs_of, smaller(chosen), flags, ranks.device)
 
 
 def training_plan(config: FinetuneConfig, ranks: Ranks, trained: TrainedParameters) -> str:
@@ -241,6 +284,7 @@ def run(job: FinetuneJob, trained: TrainedParameters) -> dict | None:
     with job.clock("teacher"):
         evaluation, held_out = job.recorder.evaluation(), job.recorder.held_out()
         teacher_images = job.recorder.teacher_images() if job.ranks.main else []
+    denoiser_of(job.pipeline).to("cpu")  # its outputs are recorded; it comes back for the next points
     with job.clock("evaluation"):
         before = evaluate(job.loss_fn, evaluation, evaluation.all())
     if not math.isfinite(before.loss):
@@ -251,13 +295,12 @@ def run(job: FinetuneJob, trained: TrainedParameters) -> dict | None:
         f"{before.db:.2f} dB, median {before.median_db:.2f} dB"
     )
     loop = make_loop(job, trained, held_out, teacher_images)
-    divergence, whole = None, Stopwatch()
+    divergence = None
     try:
-        with whole("training"):
+        with job.clock("training"):
             loop.run()
     except Diverged as error:
         divergence = error
-    job.clock.phases["training"] = round(whole.phases["training"] - job.clock.phases.get("points", 0.0), 3)
     best = loop.progress.best
     figures = f"{best['db']:.2f} dB, median {best['median_db']:.2f} dB"
     kept = f"step {best['step']}, the best by held-out error ({figures})"
@@ -357,11 +400,13 @@ def save_result(
         errors: on the evaluation prompts, before and after.
     """
     folder, staged = job.folder, job.folder.work / "pipeline"
-    images = generate_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples, teacher_images)
-    scores = compare_images(teacher_images, images, job.datasets.evaluation, "fine-tuned")
+    with job.clock("evaluation"):
+        images = generate_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples, teacher_images)
+        scores = compare_images(teacher_images, images, job.datasets.evaluation, "fine-tuned")
     parameters = sum(tensor.numel() for tensor in denoiser_of(job.pipeline).parameters())
     write_back(job.student, job.types)
-    stage_pipeline(job, staged)
+    with job.clock("saving"):
+        stage_pipeline(job, staged)
     save_loss_plot(read_log(loop.log.path, loop.trainer.steps_done), folder.path / "loss.png")
     summary = summary_of(job, loop, step_kept, *errors) | stored_sizes(job.student, job.component, parameters, staged)
     summary |= {"images": scores}
@@ -424,13 +469,15 @@ def summary_of(job: FinetuneJob, loop: Loop, step_kept: int, before: Errors, aft
         f"{error}_db_by_timestep": after.db_by_timestep,
         "learning_rate": loop.progress.learning_rate,
         "learning_rate_reductions": loop.progress.reductions,
+        "memory_flags": flags(config),
         "steps": loop.trainer.steps_done,
         "step_kept": step_kept,
         "best": loop.progress.best,
         "groups": groups,
         "groups_changed": changed,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
-        "peak_memory_bytes": peak_memory(job.ranks.device),
+        "peak_memory_bytes": job.clock.whole(),
+        "peak_memory_bytes_by_phase": job.clock.beside(job.needs),
         "versions": versions(),
         "command": own_command(),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.solve import SolverConfig
-from vqdm.config import PROMPT_FILE, RunConfig, check_flags, flag, flags_in, image_pairs, output_dir
+from vqdm.config import PROMPT_FILE, RunConfig, check_flags, flag, flags_in, ignore_budget, image_pairs, output_dir
 from vqdm.documents import first_line, read_yaml
 from vqdm.errors import UserError
 from vqdm.tracking import redacted
@@ -176,7 +176,7 @@ class QuantizeConfig(RunConfig):
     on_save: str | None = _saving(
         None, "run this after each save, without a shell; {path} becomes what was saved", metavar="COMMAND"
     )
-    ignore_budget: bool = flag(False, "start although the plan needs more memory or disk than is free", "run")
+    ignore_budget: bool = ignore_budget()
     hub: HubConfig = flags_in(HubConfig, "hub")
 
     def __post_init__(self) -> None:

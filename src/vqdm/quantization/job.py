@@ -41,7 +41,6 @@ from vqdm.diffusion.pipelines import (
     saved_types,
     stored_bytes,
     stored_dtypes,
-    stored_values,
     weights_fingerprint,
 )
 from vqdm.diffusion.sampling import (
@@ -238,7 +237,7 @@ def check_sources(config: QuantizeConfig, given: bool) -> None:
 def loaded_pipeline(config: QuantizeConfig, device: torch.device) -> DiffusionPipeline:
     """Load MODEL; for a dry run without its weights, where that can be."""
     dtype = pick_dtype(config.dtype, device)
-    pipeline = skeleton(config, dtype) if config.dry_run else None
+    pipeline = skeleton_pipeline(config, dtype) if config.dry_run else None
     return pipeline or configured_pipeline(config, device, dtype)
 
 
@@ -302,13 +301,6 @@ def model_files(
     return stored, stored_bytes(config.model, config.variant, denoiser_name(pipeline), config.revision)
 
 
-def skeleton(config: QuantizeConfig, dtype: torch.dtype) -> DiffusionPipeline | None:
-    """Return MODEL without weights, where it is a folder with safetensors files of the usual parts."""
-    folder = Path(config.model)
-    known = stored_values(config.model, config.variant) if folder.is_dir() else {}
-    return skeleton_pipeline(folder, dtype, config.sampling.scheduler) if {"unet", "vae"} <= known.keys() else None
-
-
 def groups_by_input(config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer]) -> list[list[Layer]]:
     """Return the layers grouped by the input that they share, found without the weights."""
     height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
@@ -333,10 +325,7 @@ def planned_needs(
     Raises:
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
     """
-    values = {name: sum(one.numel() for one in part.parameters()) for name, part in networks(pipeline).items()}
-    if denoiser_of(pipeline).device.type == "meta":
-        values = stored_values(config.model, config.variant, config.revision)
-    shapes = shapes_of(pipeline, config.sampling, values, point_bytes(pipeline, config.sampling, *prompts))
+    shapes = shapes_of(pipeline, config, point_bytes(pipeline, config.sampling, *prompts))
     if shapes is None:
         log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
         return []
@@ -577,7 +566,7 @@ def finish(job: Job, quantized: dict[str, LayerResult], errors: tuple[list, list
         "images": scores,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": job.clock.whole(),
-        "peak_memory_bytes_by_phase": memory_by_phase(job),
+        "peak_memory_bytes_by_phase": job.clock.beside(job.needs),
         "versions": versions(),
         "command": own_command(),
         "layers": [done.report for done in quantized.values()],
@@ -590,12 +579,6 @@ def finish(job: Job, quantized: dict[str, LayerResult], errors: tuple[list, list
     job.tracker.log({key: value for key, value in summary.items() if not isinstance(value, dict | list)} | measured)
     job.on_save(job.folder.path)
     return summary
-
-
-def memory_by_phase(job: Job) -> dict[str, dict]:
-    """Return the peaks that were reached in each phase, beside those that were planned, in bytes."""
-    planned = {need.phase: {"gpu": need.device, "ram": need.ram, "disk": need.disk} for need in job.needs}
-    return {name: {"reached": peaks, "planned": planned.get(name)} for name, peaks in job.clock.peaks.items()}
 
 
 def save_pipeline(job: Job, staged: Path) -> None:

@@ -29,7 +29,6 @@ GAP_SQUARES = 6  # that the gap to the bound takes instead, where a layer has on
 WEIGHTS = {False: 6, True: 20}  # matrices [O, I] that it makes in float32: of additive codes, of trellis codes
 
 # What takes as long as so many operations of matrix products, fitted to times on a CPU (benchmarks/RESULTS.md).
-DENOISER_SHARE = 0.5  # of the rate of matrix products that a denoiser reaches
 ADDITIVE_SWEEPS = 200  # products with H that additive codes take
 STATE_OPERATIONS = 20  # per weight and state of a trellis
 TRELLIS_SWEEPS = 16  # products with H that trellis codes take
@@ -216,11 +215,8 @@ def seconds(
     calibration, evaluation = prompts
     steps = config.sampling.num_inference_steps or 50
     points = calibration * min(config.calibration_nsteps or steps, steps)
-    call, decoding = (
-        shapes.step_flops / (DENOISER_SHARE * rates.model),
-        shapes.decode_flops / (DENOISER_SHARE * rates.single),
-    )
-    sampled = evaluation * (steps * call + decoding)
+    call = shapes.call_seconds(rates)
+    sampled = evaluation * (steps * call + shapes.decode_seconds(rates))
     products = sum(
         min(config.hessian_samples_per_input or math.inf, points * shapes.positions / group[0].columns)
         * group[0].columns ** 3
