@@ -14,8 +14,8 @@ case "$PROFILE" in
 sdxl)
     settings=(
         --finetune_method teacher --finetune_nsamples 512 --finetune_max_epochs 4
-        --finetune_batch_size 64 --local_batch_size 1 --use_checkpointing
-        --evaluation_nsamples 32 --visualize_nsamples 16 --dtype bfloat16
+        --finetune_batch_size 64
+        --evaluation_nsamples 32 --visualize_nsamples 16
     )
     ;;
 small)

@@ -3,7 +3,7 @@
 #
 #     MODEL    the pipeline: a folder, or a name on the hub
 #     PROFILE  sdxl: the paper's settings, for a machine with GPUs; small: minutes on a laptop, for assets/shapes-xl
-#     BITS     codebooks of 8 bits per group of 8 weights with PROFILE sdxl; stored bits per weight with PROFILE small
+#     BITS     stored bits per weight; codebooks of 8 bits per group of 8 weights with FORMAT=paper of quantization.sh
 #     OUT      where everything goes
 #     LAUNCH   what starts a program: python, or "accelerate launch" for all GPUs
 

@@ -77,12 +77,14 @@ def test_recipes_pass_flags_that_exist(calls_of, name, variables):
 
 
 def test_the_recipe_of_quantization_is_the_papers(calls_of):
-    ((_, words),) = calls_of(Path("scripts/quantization.sh"), BITS="4")
+    ((_, words),) = calls_of(Path("scripts/quantization.sh"), BITS="4", FORMAT="paper")
     options = parse("main_text2image.py", words)
     spec, sampling = options.spec, options.sampling
     assert (spec.num_codebooks, spec.nbits_per_codebook, spec.in_group_size) == (4, 8, 8)
     assert (sampling.scheduler, sampling.num_inference_steps, sampling.guidance_scale) == ("ddim", 50, 5)
     assert (options.calibration_nsamples, options.solver.beam_size) == (256, 8)
+    ((_, words),) = calls_of(Path("scripts/quantization.sh"), BITS="2.5")
+    assert parse("main_text2image.py", words).target_bits == 2.5
 
 
 def test_further_flags_and_a_launcher_reach_the_program(calls_of):
