@@ -24,10 +24,10 @@ from vqdm.diffusion.denoisers import block_names
 SAMPLED = [*SIZE, "--num_inference_steps", "2", "--device", "cpu"]
 QUANTIZE = shlex.split(
     "--num_codebooks 1 --nbits_per_codebook 4 --in_group_size 4 --max_epochs 1 --beam_size 1 --init_max_iter 1 "
-    "--calibration_nsamples 3 --evaluation_nsamples 2 --visualize_nsamples 1 --xtx_batch_size 2"
+    "--calibration_nsamples 2 --evaluation_nsamples 1 --visualize_nsamples 1 --xtx_batch_size 2"
 )
 FINETUNE = shlex.split(
-    "--finetune_nsamples 2 --held_out_nsamples 1 --evaluation_nsamples 2 --finetune_batch_size 2 --local_batch_size 2 "
+    "--finetune_nsamples 2 --held_out_nsamples 1 --evaluation_nsamples 1 --finetune_batch_size 2 --local_batch_size 2 "
     "--finetune_max_epochs 1 --max_steps 2 --visualize_nsamples 1 --xtx_batch_size 2"
 )
 SCORES = ["--clip_model", "assets/shapes-clip", "--fid_features", "assets/shapes-clip", "--report_images", "1"]
@@ -68,12 +68,12 @@ def test_a_family_through_all_programs(family, tmp_path, prompts):
     changed = json.loads((tuned / "summary.json").read_text())
     assert changed["transformer_output_error_db"] <= changed["transformer_output_error_db_before"] + 0.01
     for name, more in {"full": [], "few": [tuned]}.items():
-        run(generate, model, *more, prompts, "--output_dir", tmp_path / name, "--limit", "3", "--bs", "2", *SAMPLED)
+        run(generate, model, *more, prompts, "--output_dir", tmp_path / name, "--limit", "2", "--bs", "2", *SAMPLED)
     run(metrics, tmp_path / "few", "--reference", tmp_path / "full", "--output_dir", tmp_path / "scores", *SCORES)
     scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert scored["size"]["bytes_of_transformer"] == changed["bytes_of_transformer"]
     run(convert, "dequantize", tuned, "--output_dir", tmp_path / "plain")
-    run(generate, tmp_path / "plain", prompts, "--output_dir", tmp_path / "same", "--limit", "3", "--bs", "2", *SAMPLED)
+    run(generate, tmp_path / "plain", prompts, "--output_dir", tmp_path / "same", "--limit", "2", "--bs", "2", *SAMPLED)
     assert np.abs(pixels(tmp_path / "same") - pixels(tmp_path / "few")).max() <= 2
 
 

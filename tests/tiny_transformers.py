@@ -197,6 +197,8 @@ def qwen_image() -> QwenImagePipeline:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         rope_parameters={"type": "default", "mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e4},
     )
     vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=WIDTH)

@@ -78,6 +78,15 @@ def test_no_two_gradients_exist_at_once(unet, calls):
     assert most == 1 and all(weight.grad is None and not weight.requires_grad for weight in alive)
 
 
+def test_a_layer_that_the_output_does_not_depend_on_has_no_effect(calls):
+    """Such as those of the text in the last block of Qwen-Image."""
+    unet = tiny_unet("sd15").eval().requires_grad_(False)
+    changes = dict(list(changes_of(unet).items())[:2])
+    unet.add_module("unused", torch.nn.Linear(2, 2))
+    found = output_effects(unet, changes | {"unused": torch.ones(2, 2)}, calls[:1], torch.Generator().manual_seed)
+    assert found.pop("unused") == 0 and all(effect > 0 for effect in found.values())
+
+
 @pytest.fixture
 def overflowing(calls):
     """A UNet whose outputs float16 holds, but not the gradients of its weights; and float16 calls of it."""

@@ -4,11 +4,14 @@ A few chains run always; all of them, and runs that are killed and resumed, with
 """
 
 import json
+import shlex
 import signal
+from functools import partial
 
 import pytest
-from gpu_programs import CHAINS, OWN, TARGET, finetuned, generated, quantized
+from gpu_programs import CHAINS, FINETUNE, GENERATE, OWN, SAMPLED, TARGET, finetuned, generated, quantized
 from programs import digests
+from tiny_transformers import FAMILIES, tiny_transformer_pipeline
 
 ONCE = "--finetune_max_epochs 1 "
 QUICK = {
@@ -22,6 +25,32 @@ QUICK = {
     "generate": generated("--offload sequential"),
     "metrics": CHAINS["metrics cuda:1"],
 }
+
+TRANSFORMERS = "--calibration_nsamples 2 --height 32 --width 32 "
+TRANSFORMERS += "--layer_filter (transformer_blocks|layers).0.*(mod|norm|to_q|ff|mlp|w1) "
+
+
+def transformer(family: str, given, out) -> list[list]:
+    """Quantize, fine-tune, and generate with a tiny transformer of a family."""
+    model, prompts, size = out.parent / family, given.prompts, shlex.split("--height 32 --width 32")
+    tiny_transformer_pipeline(family).save_pretrained(model)
+    tuned, options = out.parent / f"{family}-tuned", OWN + SAMPLED + TRANSFORMERS
+    return [
+        ["main_text2image", model, prompts, prompts, "--output_dir", out, *shlex.split(options)],
+        ["finetune", model, out, prompts, prompts, "--output_dir", tuned, *size, *shlex.split(FINETUNE + ONCE)],
+        ["generate", model, tuned, prompts, "--output_dir", out.parent / "images", *size, *shlex.split(GENERATE)],
+    ]
+
+
+def test_a_transformer(on_gpus, materials, tmp_path):
+    run_chain(lambda given, out: transformer("qwen-image", given, out)[:1], on_gpus, materials, tmp_path / "out")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_of_transformers(family, on_gpus, materials, tmp_path):
+    run_chain(partial(transformer, family), on_gpus, materials, tmp_path / "out")
+
 
 RESUMED = ("quantize auto", "quantize intermediate", "finetune float16", "finetune codes float16")
 
