@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from tiny_transformers import FAMILIES, SIZE, sd3, tiny_transformer_pipeline
 from torch import nn
 
 import vqdm
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.cli import run_script
 from vqdm.diffusion.denoisers import block_names
+from vqdm.layers.quantized import swap
+from vqdm.storage.hf import mark_quantized
 
 SAMPLED = [*SIZE, "--num_inference_steps", "2", "--device", "cpu"]
 QUANTIZE = shlex.split(
@@ -30,6 +35,7 @@ FINETUNE = shlex.split(
     "--finetune_nsamples 2 --held_out_nsamples 1 --evaluation_nsamples 1 --finetune_batch_size 2 --local_batch_size 2 "
     "--finetune_max_epochs 1 --max_steps 2 --visualize_nsamples 1 --xtx_batch_size 2"
 )
+CONFIG = SolverConfig(spec=CodeSpec(1, 4, 4), max_epochs=1, beam_size=1, init_max_iter=1)
 SCORES = ["--clip_model", "assets/shapes-clip", "--fid_features", "assets/shapes-clip", "--report_images", "1"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,3 +104,37 @@ def test_stable_diffusion_3_without_its_t5(index, tmp_path, prompts):
     given = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
     _, report = vqdm.quantize(given, ["a circle", "a star"], None, ["a big circle"], **few, visualize_nsamples=0)
     assert len(report.layers) == 1 and given.text_encoder_3 is None
+
+
+def test_a_quantized_transformer_in_use(tmp_path):
+    """Shards, group offloading, compiled blocks, and a LoRA that is saved and loaded."""
+    pipeline = tiny_transformer_pipeline("flux")
+    for name in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"):
+        weight = pipeline.transformer.get_submodule(name).weight.data
+        code, _ = solve_layer(weight, torch.eye(weight.shape[1]), CONFIG, torch.Generator().manual_seed(0))
+        swap(pipeline.transformer, name, CONFIG.spec).set_code(code)
+    mark_quantized(pipeline.transformer)
+    pipeline.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    again.set_progress_bar_config(disable=True)
+    expected = image(pipeline)
+    assert len(list((tmp_path / "model" / "transformer").glob("*.safetensors"))) > 1
+    assert torch.equal(image(again), expected)
+    again.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(image(again), expected)
+    cpu = torch.device("cpu")
+    lora = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False)
+    pipeline.transformer.add_adapter(lora)
+    adapted, layers = image(pipeline), get_peft_model_state_dict(pipeline.transformer)
+    assert not torch.allclose(adapted, expected, atol=1e-3)
+    type(pipeline).save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    other = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    other.set_progress_bar_config(disable=True)
+    other.transformer.enable_group_offload(cpu, cpu, "block_level", num_blocks_per_group=1)
+    other.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(image(other), adapted)
+
+
+def image(pipeline) -> torch.Tensor:
+    settings = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 16, "output_type": "pt"}
+    return pipeline("a circle", generator=torch.Generator().manual_seed(0), **settings).images

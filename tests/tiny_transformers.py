@@ -306,5 +306,8 @@ def tiny_transformer_pipeline(family: str) -> DiffusionPipeline:
     for parameter in pipeline.transformer.parameters():
         if parameter.dim() > 1 and not parameter.any():  # some start as zeros, with which nothing depends on the rest
             torch.nn.init.normal_(parameter, std=0.1)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

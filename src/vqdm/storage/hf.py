@@ -27,6 +27,7 @@ from diffusers import (
     UNetMotionModel,
 )
 from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.quantizers import auto as diffusers_auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -413,6 +414,7 @@ def register_methods() -> None:
     _wrap(DiffusionPipeline, "save_pretrained", _saving_pipeline)
     for kind, name in COPIES_WEIGHTS:
         _wrap(kind, name, _copying)
+    _wrap(FluxLoraLoaderMixin, "_maybe_expand_lora_state_dict", _unexpanded)
 
 
 def _wrap(kind: type, name: str, around: Callable) -> None:
@@ -517,6 +519,15 @@ def _first_beyond(held: Iterable[str], described: Iterable[str]) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------- copying weights
+
+
+def _unexpanded(original: Callable) -> Callable:
+    """An adapter of a quantized transformer is of its width: the original reads a `weight` that is not stored."""
+
+    def expand(cls, transformer, lora_state_dict):
+        return lora_state_dict if is_vqdm(transformer) else original(cls, transformer, lora_state_dict)
+
+    return expand
 
 
 def _copying(original: Callable) -> Callable:
