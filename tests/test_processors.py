@@ -92,7 +92,7 @@ def test_a_model_whose_weights_were_mapped_differs_in_rounding_alone(tmp_path, o
     unet.save_pretrained(tmp_path)
     found, expected = run(UNet2DConditionModel.from_pretrained(tmp_path)), run(unet)
     assert not torch.equal(found, expected)
-    assert_close_outputs(found, expected)
+    assert_close_outputs(found, expected, gain=4)  # every product on the way is perturbed, in each of the layers
 
 
 def test_started_programs_compute_alike():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import types
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -218,8 +217,8 @@ def _built(kind: type, values: dict) -> Any:
 def check_needs(kind: type, values: dict) -> None:
     """Raise UserError for a flag that is not at its default and has no effect with the other values.
 
-    A condition of `Flag.needs` is `NAME`: that flag is set, to something else than 0 or "none"; or `NAME VALUE|VALUE`:
-    it has one of these values, or holds one; or `not` and either. Alternatives are joined by `or`.
+    A condition of `Flag.needs` is `NAME`: that flag is set, to something else than 0 or "none"; or `NAME VALUE`: it has
+    this value; or `not` and either. Alternatives are joined by `or`.
     """
     settings = {one.name: one for _, one in all_settings(kind)}
     for name, need in unmet_needs(kind, values).items():
@@ -243,11 +242,7 @@ def unmet_needs(kind: type, values: dict) -> dict[str, str]:
 def _holds(condition: str, held: dict) -> bool:
     name, *allowed = condition.removeprefix("not ").split()
     value = held[name]
-    if allowed:
-        words = value if isinstance(value, list | tuple) else [str(value)]
-        found = bool(set(allowed[0].split("|")) & {part for word in words for part in re.split(r"[,\s]+", word)})
-    else:
-        found = bool(value) and value != "none"
+    found = str(value) == allowed[0] if allowed else bool(value) and value != "none"
     return found != condition.startswith("not ")
 
 
@@ -257,7 +252,7 @@ def _without(need: str, settings: dict[str, Setting]) -> str:
     for part in need.split(" or "):
         name, *allowed = part.removeprefix("not ").split()
         words = [name.upper() if settings[name].flag.positional else f"--{name}", *allowed[:1]]
-        (present if part.startswith("not ") else lacking).append(" ".join(words).replace("|", ", "))
+        (present if part.startswith("not ") else lacking).append(" ".join(words))
     present = [one for one in present if not any(other.startswith(f"{one} ") for other in lacking)]
     parts = [f"with {' and '.join(present)}"] if present else []
     return " and ".join(parts + ([f"without {' or '.join(lacking)}"] if lacking else []))

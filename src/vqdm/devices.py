@@ -232,14 +232,14 @@ def budgeted(
     Raises:
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`; names flags that would do.
     """
-    needs, free = needs_of(config), free_memory(device)
+    needs, free, refused = needs_of(config), free_memory(device), not (config.ignore_budget or config.dry_run)
     log_info(table(needs))
     short = lacking(needs, *free)
     if short:
         fits = next((one for one in alternatives if not lacking(needs_of(one), *free)), None)
         advice = f"it fits with {flags(fits)}" if fits else f"no {flags(None)} is small enough; {SMALLER_IMAGES}"
         message = f"{short[0]}; {advice}; --ignore_budget starts all the same"
-        if not (config.ignore_budget or config.dry_run):
+        if refused:
             raise UserError(message)
         log_info(message)
     return needs

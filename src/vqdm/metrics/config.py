@@ -15,8 +15,6 @@ from vqdm.metrics.catalogue import NAMES, refusal
 _images = partial(flag, group="images and metrics")
 _networks = partial(flag, group="networks (each a folder or file, or a name on the hub)")
 _report = partial(flag, group="report")
-_CLIP, _LPIPS = ("not metrics or metrics clip",), ("not metrics or metrics lpips",)
-_FEATURES = ("not metrics or metrics fid|fid_fp|kid or save_stats",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,6 @@ class MetricsConfig(ProgramConfig):
         "real or reference images for fid, kid, ...: folder, zip or .npz",
         metavar="PATH",
         common=True,
-        needs=("not metrics or metrics fid|kid",),
     )
     metrics: tuple[str, ...] | None = _images(
         None,
@@ -52,25 +49,18 @@ class MetricsConfig(ProgramConfig):
     save_features: bool = _images(False, "also write features to FILE.npz; kid needs them", needs=("save_stats",))
     bs: int = _images(16, "batch size", ge=1, common=True, aliases=("batch_size",))
     threads: int = _images(4, "threads that decode images", ge=1, le=256)
-    clip_model: str = _networks("ViT-H-14", "open_clip architecture, or folder or hub name", common=True, needs=_CLIP)
-    clip_pretrained: str = _networks("laion2b_s32b_b79k", "open_clip tag, or file of weights", common=True, needs=_CLIP)
-    fid_features: str = _networks("inception", "inception, a file of its weights, or an encoder", needs=_FEATURES)
+    clip_model: str = _networks("ViT-H-14", "open_clip architecture, or folder or hub name", common=True)
+    clip_pretrained: str = _networks("laion2b_s32b_b79k", "open_clip tag, or file of weights", common=True)
+    fid_features: str = _networks("inception", "inception, a file of its weights, or an encoder")
     fid_mode: str | None = _networks(
         None,
         "how images are resized to Inception's 299 pixels (default: clean)",
         choices=("clean", "legacy", "pytorch", "vqdm"),
-        needs=_FEATURES,
     )
-    pickscore_model: str = _networks(
-        "yuvalkirstain/PickScore_v1", "CLIP of pickscore", needs=("not metrics or metrics pickscore",)
-    )
-    image_reward_model: str = _networks(
-        "THUDM/ImageReward", "folder with ImageReward.pt", needs=("not metrics or metrics image_reward",)
-    )
-    lpips_net: str = _networks("alex", "backbone of LPIPS", choices=tuple(LPIPS_FILES), needs=_LPIPS)
-    lpips_weights: str | None = _networks(
-        None, "default: torchvision's, in torch.hub's folder", metavar="FILE.pth", needs=_LPIPS
-    )
+    pickscore_model: str = _networks("yuvalkirstain/PickScore_v1", "CLIP of pickscore")
+    image_reward_model: str = _networks("THUDM/ImageReward", "folder with ImageReward.pt")
+    lpips_net: str = _networks("alex", "backbone of LPIPS", choices=tuple(LPIPS_FILES))
+    lpips_weights: str | None = _networks(None, "default: torchvision's, in torch.hub's folder", metavar="FILE.pth")
     report_images: int = _report(
         64, "worst images in report.html, and as many random ones; 0 = no report", ge=0, common=True
     )
