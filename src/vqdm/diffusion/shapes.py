@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +53,7 @@ class Shapes:
         latents, outputs: recorded input and outputs of one point.
         conditioning: what is recorded with a prompt, of all branches.
         call: height and width of the latents, branches, and tokens of a prompt, as `meta_call` takes them.
+        backward: activations of that call and a backward pass, where one is made.
     """
 
     denoiser: int
@@ -70,6 +71,7 @@ class Shapes:
     outputs: int = 0
     conditioning: int = 0
     call: tuple[int, int, int, int] = (0, 0, 0, 0)
+    backward: int = 0
 
     def call_seconds(self, rates: MatmulRates) -> float:
         """Return a guess of the seconds of a call on one point."""
@@ -205,12 +207,19 @@ def _cast(forward: Callable, module: nn.Module, x: Tensor, *args) -> Tensor:
     return forward(module, x if module.weight is None else x.to(module.weight.dtype), *args)
 
 
-def training_bytes(denoiser: ModelMixin, height: int, width: int, batch: int, tokens: int, checkpointing: bool) -> int:
+def training_bytes(
+    denoiser: ModelMixin, call: tuple[int, int, int, int], checkpointing: bool, layers: Iterable[str] | None = None
+) -> int:
     """Return the most bytes of tensors that a call and its backward pass make at once, on the meta device.
 
     Gradients of weights are made one by one, as by layers that decode in each pass; they do not stay.
+
+    Args:
+        call: height and width of the latents, batch, and tokens, as of `meta_call`.
+        layers: names of the layers whose weights take gradients; None for all parameters.
     """
-    call, weights = meta_call(denoiser, height, width, batch, tokens), list(denoiser.parameters())
+    given = denoiser.parameters() if layers is None else (denoiser.get_submodule(name).weight for name in layers)
+    call, weights = meta_call(denoiser, *call), list(given)
     hooks = [weight.requires_grad_(True).register_post_accumulate_grad_hook(_drop_gradient) for weight in weights]
     if checkpointing:
         denoiser.enable_gradient_checkpointing()

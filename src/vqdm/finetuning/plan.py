@@ -68,7 +68,7 @@ class Student(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _activations(kind: type, config: str, dtype: torch.dtype, call: tuple[int, ...], checkpointing: bool) -> int:
-    return training_bytes(under_autocast(meta_denoiser(kind, parse_json(config), dtype)), *call, checkpointing)
+    return training_bytes(under_autocast(meta_denoiser(kind, parse_json(config), dtype)), call, checkpointing)
 
 
 def plan(config: FinetuneConfig, shapes: Shapes, student: Student, steps: int, rates: MatmulRates) -> list[Need]:

@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +52,7 @@ from vqdm.diffusion.sampling import (
     point_errors,
     predicted_bytes,
 )
-from vqdm.diffusion.shapes import input_groups, meta_denoiser, shapes_of, skeleton_pipeline
+from vqdm.diffusion.shapes import input_groups, meta_denoiser, shapes_of, skeleton_pipeline, training_bytes
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
@@ -329,10 +329,12 @@ def planned_needs(
     if shapes is None:
         log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
         return []
-    layers, rates = (
-        list(chain.from_iterable(groups)),
-        MatmulRates.measured(device, compute_dtype(denoiser_of(pipeline))),
-    )
+    denoiser, layers = denoiser_of(pipeline), list(chain.from_iterable(groups))
+    dtype = compute_dtype(denoiser)
+    if config.target_bits is not None:
+        copied, names = meta_denoiser(type(denoiser), denoiser.config, dtype), [layer.name for layer in layers]
+        shapes = replace(shapes, backward=training_bytes(copied, shapes.call, device.type != "cpu", names))
+    rates = MatmulRates.measured(device, dtype)
 
     def needs_of(one: QuantizeConfig) -> list[Need]:
         return on(plan(one, shapes, groups, keeps_hessians(one, layers), prompts, rates), device.type)

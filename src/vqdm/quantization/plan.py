@@ -179,20 +179,23 @@ def plan(
     hessians = max(map(squares, recorded)) * (SUM + MEAN) + batch + rows
     hardest = max(solver_bytes(layer, config.code == "trellis") for layer in layers)
     solving = max(map(squares, in_block)) * 2 * MEAN + hardest
-    changes = shapes.itemsize * sum(layer.rows * layer.columns for layer in layers)
+    weights = sum(layer.rows * layer.columns for layer in layers)
+    changes = shapes.itemsize * weights
+    codes = int(config.target_bits * weights if config.target_bits else sum(map(layer_bits, layers))) // 8
     others, kept = shapes.text + shapes.vae, hessian_bytes(groups, config.hessian_memory_gb, all_kept)
     times = seconds(config, shapes, groups, len(recorded), prompts, rates)
     needs = [
         Need("teacher", shapes.denoiser + sampling, others + shapes.points, shapes.points),
         Need("hessians", shapes.denoiser + hessians, others + shapes.points, shapes.points + kept),
         Need("layers", shapes.denoiser + solving, others, shapes.points + kept),
-        Need("evaluation", shapes.denoiser + sampling, others + shapes.points, shapes.points + kept),
+        Need("evaluation", shapes.denoiser + codes + sampling, others + shapes.points, shapes.points + kept),
         Need("saving", shapes.denoiser, others + shapes.denoiser, 2 * shapes.pipeline + shapes.points + kept),
     ]
     if config.target_bits is not None:
-        # Backward with checkpointing: about one call's activations again, and a gradient.
-        widest = max(layer.rows * layer.columns for layer in layers)
-        effects = max(2 * (shapes.step + shapes.itemsize * widest), solving)
+        # A gradient in float32, its product with the layer's change, and that change.
+        effects = shapes.backward + (shapes.itemsize + 8) * max(layer.rows * layer.columns for layer in layers)
+        coding = max(map(squares, passes(groups, config.hessian_memory_gb))) * 2 * MEAN + hardest
+        effects = max(effects, coding)
         needs.insert(
             2, Need("allocation", shapes.denoiser + effects, others + changes + shapes.points, shapes.points + kept)
         )
