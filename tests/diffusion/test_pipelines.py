@@ -1,11 +1,14 @@
 """Devices, and the files of a pipeline on the disk."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 
 from vqdm.devices import check_float64, pick_dtype
-from vqdm.diffusion.pipelines import load_pipeline, stored_dtypes, weight_files
+from vqdm.diffusion.pipelines import load_pipeline, set_scheduler, stored_dtypes, weight_files
 from vqdm.errors import UserError
 
 
@@ -25,6 +28,22 @@ def test_half_precision_may_wait_on_the_cpu(pipelines, capfd):
     pipeline = load_pipeline(str(pipelines["sdxl"]), torch.device("cpu"), torch.float16)
     assert pipeline.unet.dtype == torch.float16
     assert "cannot run with" not in capfd.readouterr().err
+
+
+def test_a_scheduler_of_flow_matching_is_kept():
+    """Another one would take its noise for that of alphas_cumprod. Sana's is a `dpmsolver` of flow matching."""
+    sana = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    for own, name in ((FlowMatchEulerDiscreteScheduler(), "dpmsolver"), (sana, "ddim")):
+        pipeline = SimpleNamespace(scheduler=own)
+        with pytest.raises(UserError, match=rf"^--scheduler is {name}, but the model's .* allowed is default$"):
+            set_scheduler(pipeline, name)
+        set_scheduler(pipeline, "default")
+        assert pipeline.scheduler is own
+    set_scheduler(pipeline, "dpmsolver")
+    assert pipeline.scheduler.config.use_flow_sigmas and pipeline.scheduler.config.flow_shift == 3.0
+    pipeline = SimpleNamespace(scheduler=DPMSolverMultistepScheduler())
+    set_scheduler(pipeline, "ddim")
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
 
 
 def test_the_automatic_type_follows_the_device():

@@ -8,6 +8,7 @@ import recorded
 import tiny_students
 import torch
 from conftest import tiny_pipeline
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, VQDiffusionScheduler
 from PIL import ExifTags, Image
 
 from vqdm import images
@@ -23,6 +24,7 @@ from vqdm.finetuning.data import (
     Point,
     Points,
     bin_of,
+    check_scheduler,
     divided,
     encode_images,
     load_captioned_images,
@@ -229,6 +231,22 @@ def test_noise_is_mixed_in_as_the_scheduler_does(folder, pipelines):
             torch.testing.assert_close(recorded.latents(found)[n, s], wanted, rtol=1e-3, atol=1e-3)
     assert recorded.conditioning(found, "encoder_hidden_states").shape[:2] == (2, 2)
     assert not pipeline.unet._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler is of flow matching; allowed are teacher"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), "DPMSolverMultistepScheduler is of flow matching"),
+        (VQDiffusionScheduler(num_vec_classes=4), "VQDiffusionScheduler lacks it"),
+    ],
+)
+def test_images_are_noised_for_schedulers_of_diffusion_alone(scheduler, words):
+    """Sana's scheduler has alphas_cumprod too, with which it does not sample."""
+    with pytest.raises(UserError, match=rf"^--finetune_method .*{words}") as found:
+        check_scheduler(scheduler)
+    assert "\n" not in str(found.value)
+    check_scheduler(DPMSolverMultistepScheduler())
 
 
 def two_parts() -> Points:

@@ -267,11 +267,23 @@ def _logged_bins(model: str, revision: str | None) -> list[str]:
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
-    """Replace the pipeline's scheduler, keeping its noise schedule; "default" keeps it as it is."""
+    """Replace the pipeline's scheduler, keeping its noise schedule; "default" keeps it as it is.
+
+    Raises:
+        UserError: the pipeline's own scheduler is of flow matching, which another one would not continue.
+    """
     if SCHEDULERS[name]:
-        kind = getattr(diffusers, SCHEDULERS[name])
+        own, kind = pipeline.scheduler, getattr(diffusers, SCHEDULERS[name])
+        if is_flow_matching(own) and type(own) is not kind:
+            what = f"the model's {type(own).__name__} is of flow matching"
+            raise UserError(f"--scheduler is {name}, but {what}; allowed is default")
         options = {"use_karras_sigmas": False} if name == "ode" else {}
-        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
+        pipeline.scheduler = kind.from_config(own.config, **options)
+
+
+def is_flow_matching(scheduler) -> bool:
+    """Return whether a scheduler mixes data and noise as (1 - σ) · x + σ · ε, not by alphas_cumprod."""
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def local_folder(model: str, revision: str | None) -> Path:

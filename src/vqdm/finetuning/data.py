@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vqdm.devices import BatchSize
 from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of, output_of
-from vqdm.diffusion.pipelines import image_size, parts_in_use, sample
+from vqdm.diffusion.pipelines import image_size, is_flow_matching, parts_in_use, sample
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, record_evaluation
 from vqdm.diffusion.trajectories import (
     CallRecorder,
@@ -224,11 +224,12 @@ def _from_text_files(root: Path, images: list[str]) -> list[CaptionedImage]:
 
 
 def check_scheduler(scheduler) -> None:
-    """Raise UserError if a scheduler does not define how much noise a timestep has."""
+    """Raise UserError if a scheduler does not define by alphas_cumprod how much noise a timestep has."""
+    kind = type(scheduler).__name__
+    if is_flow_matching(scheduler):
+        raise UserError(f"--finetune_method is real, but {kind} is of flow matching; allowed are teacher, student")
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise UserError(
-            f"--finetune_method real needs a scheduler with alphas_cumprod; {type(scheduler).__name__} lacks it"
-        )
+        raise UserError(f"--finetune_method real needs a scheduler with alphas_cumprod; {kind} lacks it")
 
 
 @torch.no_grad()
