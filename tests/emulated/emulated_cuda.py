@@ -142,9 +142,10 @@ class Emulation(TorchDispatchMode):
         if gpu:
             check(Operation.of(func), args, kwargs, given, places)
         out = func(*args, **kwargs)
-        if gpu and not Operation.of(func).copies and FREE in places:  # what was free now belongs there
-            for x, where in zip(given, places, strict=True):
-                if where == FREE and x.dim():
+        if gpu and FREE in places:  # what was free now belongs there; of a copy, only what is written
+            op = Operation.of(func)
+            for x in leaves([args[k] for k in op.written] if op.copies else given, torch.Tensor):
+                if place(x) == FREE and x.dim():
                     put(x, gpu)
         where = gpu or (CPU if CPU in places or getattr(_local, "explicit", 0) else FREE)
         made = [x for x in leaves(out, torch.Tensor) if x.layout == torch.strided]

@@ -97,6 +97,8 @@ def check_gradients_find_their_device() -> None:
     ours.grad = None
     ours[:, 1:][[0, 2]].gather(1, torch.zeros(2, 1, dtype=torch.long, device="cuda")).sum().backward()
     assert ours.grad.device == FIRST
+    parts = [torch.ones(length, device="cuda") for length in (2, 3)]
+    assert nn.utils.rnn.pad_sequence(parts).device == FIRST  # made by C++, then copied to
 
 
 def check_autocast_and_scaler() -> None:

@@ -27,14 +27,15 @@ QUICK = {
 }
 
 TRANSFORMERS = "--calibration_nsamples 2 --height 32 --width 32 "
-TRANSFORMERS += "--layer_filter (transformer_blocks|layers).0.*(mod|norm|to_q|ff|mlp|w1) "
+FEW = "--layer_filter (transformer_blocks|layers).0.*(mod|norm|to_q|ff|mlp|w1) "
+ALLOCATED = "--layer_filter (transformer_blocks|layers).0.*to_q --target_bits 6 --state_bits 8 --sensitivity_points 2 "
 
 
 def transformer(family: str, given, out) -> list[list]:
     """Quantize, fine-tune, and generate with a tiny transformer of a family."""
     model, prompts, size = out.parent / family, given.prompts, shlex.split("--height 32 --width 32")
     tiny_transformer_pipeline(family).save_pretrained(model)
-    tuned, options = out.parent / f"{family}-tuned", OWN + SAMPLED + TRANSFORMERS
+    tuned, options = out.parent / f"{family}-tuned", OWN + SAMPLED + TRANSFORMERS + FEW
     return [
         ["main_text2image", model, prompts, prompts, "--output_dir", out, *shlex.split(options)],
         ["finetune", model, out, prompts, prompts, "--output_dir", tuned, *size, *shlex.split(FINETUNE + ONCE)],
@@ -50,6 +51,18 @@ def test_a_transformer(on_gpus, materials, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_of_transformers(family, on_gpus, materials, tmp_path):
     run_chain(partial(transformer, family), on_gpus, materials, tmp_path / "out")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_each_family(family, on_gpus, materials, tmp_path):
+    """For what layers are worth to the output: on a GPU activations are computed twice, and must come out alike."""
+
+    def allocate(given, out) -> list[list]:
+        line = transformer(family, given, out)[0]
+        return [[*line[:6], *shlex.split(SAMPLED + TRANSFORMERS + ALLOCATED)]]
+
+    run_chain(allocate, on_gpus, materials, tmp_path / "out")
 
 
 RESUMED = ("quantize auto", "quantize intermediate", "finetune float16", "finetune codes float16")
