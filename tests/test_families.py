@@ -12,19 +12,16 @@ import metrics
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, PipelineQuantizationConfig, StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from tiny_transformers import FAMILIES, SIZE, sd3, tiny_transformer_pipeline
+from tiny_transformers import FAMILIES, SIZE, flux_image, quantized_flux, sd3, tiny_transformer_pipeline
 from torch import nn
 
 import vqdm
-from vqdm.additive.code import CodeSpec
-from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.cli import run_script
 from vqdm.diffusion.denoisers import block_names
-from vqdm.layers.quantized import swap
-from vqdm.storage.hf import mark_quantized
+from vqdm.storage.hf import VqdmConfig
 
 SAMPLED = [*SIZE, "--num_inference_steps", "2", "--device", "cpu"]
 QUANTIZE = shlex.split(
@@ -35,7 +32,6 @@ FINETUNE = shlex.split(
     "--finetune_nsamples 2 --held_out_nsamples 1 --evaluation_nsamples 1 --finetune_batch_size 2 --local_batch_size 2 "
     "--finetune_max_epochs 1 --max_steps 2 --visualize_nsamples 1 --xtx_batch_size 2"
 )
-CONFIG = SolverConfig(spec=CodeSpec(1, 4, 4), max_epochs=1, beam_size=1, init_max_iter=1)
 SCORES = ["--clip_model", "assets/shapes-clip", "--fid_features", "assets/shapes-clip", "--report_images", "1"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,35 +102,59 @@ def test_stable_diffusion_3_without_its_t5(index, tmp_path, prompts):
     assert len(report.layers) == 1 and given.text_encoder_3 is None
 
 
-def test_a_quantized_transformer_in_use(tmp_path):
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("flux")
+    quantized_flux().save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def loaded(folder: Path, **given):
+    pipeline = DiffusionPipeline.from_pretrained(folder, **given)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_quantized_transformer_in_use(flux, tmp_path):
     """Shards, group offloading, compiled blocks, and a LoRA that is saved and loaded."""
-    pipeline = tiny_transformer_pipeline("flux")
-    for name in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"):
-        weight = pipeline.transformer.get_submodule(name).weight.data
-        code, _ = solve_layer(weight, torch.eye(weight.shape[1]), CONFIG, torch.Generator().manual_seed(0))
-        swap(pipeline.transformer, name, CONFIG.spec).set_code(code)
-    mark_quantized(pipeline.transformer)
-    pipeline.save_pretrained(tmp_path / "model", max_shard_size="100KB")
-    again = DiffusionPipeline.from_pretrained(tmp_path / "model")
-    again.set_progress_bar_config(disable=True)
-    expected = image(pipeline)
-    assert len(list((tmp_path / "model" / "transformer").glob("*.safetensors"))) > 1
-    assert torch.equal(image(again), expected)
+    pipeline, again = quantized_flux(), loaded(flux)
+    expected = flux_image(pipeline)
+    assert len(list((flux / "transformer").glob("*.safetensors"))) > 1
+    assert torch.equal(flux_image(again), expected)
     again.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-    torch.testing.assert_close(image(again), expected)
+    torch.testing.assert_close(flux_image(again), expected)
     cpu = torch.device("cpu")
     lora = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "proj_mlp"], init_lora_weights=False)
     pipeline.transformer.add_adapter(lora)
-    adapted, layers = image(pipeline), get_peft_model_state_dict(pipeline.transformer)
+    adapted, layers = flux_image(pipeline), get_peft_model_state_dict(pipeline.transformer)
     assert not torch.allclose(adapted, expected, atol=1e-3)
+    with pytest.raises(ValueError, match=r"an adapter at .* with which a saved folder cannot be loaded"):
+        pipeline.save_pretrained(tmp_path / "refused")
     type(pipeline).save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
-    other = DiffusionPipeline.from_pretrained(tmp_path / "model")
-    other.set_progress_bar_config(disable=True)
+    other = loaded(flux)
     other.transformer.enable_group_offload(cpu, cpu, "block_level", num_blocks_per_group=1)
     other.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(image(other), adapted)
+    torch.testing.assert_close(flux_image(other), adapted)
 
 
-def image(pipeline) -> torch.Tensor:
-    settings = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 16, "output_type": "pt"}
-    return pipeline("a circle", generator=torch.Generator().manual_seed(0), **settings).images
+def test_a_quantized_transformer_moves_between_pipelines(flux, tmp_path):
+    """Loaded with the quantization named, cast, saved again, shared with another pipeline, and dequantized."""
+    held = VqdmConfig.of(loaded(flux).transformer)
+    named = PipelineQuantizationConfig(quant_mapping={"transformer": held})
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        pipeline = loaded(flux, quantization_config=named)
+    expected = flux_image(pipeline)
+    pipeline.to(torch.bfloat16).to(torch.float32).save_pretrained(tmp_path / "again")
+    assert VqdmConfig.of(loaded(tmp_path / "again").transformer).to_dict() == held.to_dict()
+    pipeline = loaded(flux)
+    other = FluxImg2ImgPipeline.from_pipe(pipeline)
+    assert other.transformer is pipeline.transformer and other.transformer.is_quantized
+    given = {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)), "num_inference_steps": 2}
+    made = flux_image(other, **given)
+    assert torch.equal(flux_image(pipeline), expected)
+    pipeline.transformer.dequantize()
+    pipeline.transformer.float()  # decoded weights come in 16 bit
+    torch.testing.assert_close(flux_image(other, **given), made, rtol=1e-3, atol=1e-3)
+    tiny_transformer_pipeline("flux").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="pre-quantized"):
+        loaded(tmp_path / "plain", quantization_config=named)

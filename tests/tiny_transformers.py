@@ -44,6 +44,10 @@ from transformers import (
 )
 
 from train_text import known_words, make_tokenizer
+from vqdm.additive.code import CodeSpec
+from vqdm.additive.solve import SolverConfig, solve_layer
+from vqdm.layers.quantized import swap
+from vqdm.storage.hf import mark_quantized
 
 WIDTH = 32  # of every text encoder
 SIZE = ("--height", "32", "--width", "32")
@@ -311,3 +315,20 @@ def tiny_transformer_pipeline(family: str) -> DiffusionPipeline:
             part.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def quantized_flux() -> DiffusionPipeline:
+    """A FLUX.1 with two quantized layers, one of each kind of block."""
+    pipeline, generator = tiny_transformer_pipeline("flux"), torch.Generator().manual_seed(0)
+    config = SolverConfig(spec=CodeSpec(1, 4, 4), max_epochs=1, beam_size=1, init_max_iter=1)
+    for name in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"):
+        weight = pipeline.transformer.get_submodule(name).weight.data
+        code, _ = solve_layer(weight, torch.eye(weight.shape[1]), config, generator)
+        swap(pipeline.transformer, name, config.spec).set_code(code)
+    mark_quantized(pipeline.transformer)
+    return pipeline
+
+
+def flux_image(pipeline: DiffusionPipeline, **given) -> torch.Tensor:
+    settings = {"num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 16, "output_type": "pt"}
+    return pipeline("a circle", generator=torch.Generator().manual_seed(0), **settings | given).images

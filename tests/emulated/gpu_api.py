@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from tiny_transformers import flux_image, quantized_flux
 
 import vqdm
 from vqdm.additive import backends as scoring
@@ -91,6 +92,17 @@ def offload_groups(folder: str) -> None:
             pipeline.unet.enable_group_offload(onload_device=SECOND, use_stream=use_stream, **kind)
             torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-3, atol=1e-3)
             assert {tensor.device.type for tensor in pipeline.unet.parameters()} == {"cpu"}
+
+
+def offload_a_transformer(_: str) -> None:
+    """FLUX.1, whole and layer by layer."""
+    wanted, flux = flux_image(quantized_flux()), quantized_flux()
+    flux.enable_model_cpu_offload(device=FIRST)
+    torch.testing.assert_close(flux_image(flux).cpu(), wanted, rtol=1e-3, atol=1e-3)
+    assert flux.transformer.device.type == "cpu"
+    flux = quantized_flux()
+    flux.enable_sequential_cpu_offload(device=SECOND)
+    torch.testing.assert_close(flux_image(flux).cpu(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def train_save_and_load_an_adapter(folder: str) -> None:

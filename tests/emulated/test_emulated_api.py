@@ -10,6 +10,7 @@ QUICK = (
     "choose_types",
     "place_parts_on_different_devices",
     "offload_groups",
+    "offload_a_transformer",
 )
 USES = [name for name, use in vars(gpu_api).items() if getattr(use, "__module__", "") == "gpu_api"]
 USES = [name for name in USES if name not in ("loaded", "image_of", "launch_a_program_on", "main")]
