@@ -86,6 +86,18 @@ def t5(tokenizer: PreTrainedTokenizerBase, width: int = WIDTH) -> T5EncoderModel
     return T5EncoderModel(config)
 
 
+def language_sizes(tokenizer: PreTrainedTokenizerBase, layers: int) -> dict:
+    """Sizes of a language model, as Gemma's and Qwen's configurations name them."""
+    return dict(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+
+
 def flux(guidance: bool = True) -> FluxPipeline:
     """FLUX.1: two streams and one, with guidance embedded as in dev, or without as in schnell."""
     tokenizer = make_tokenizer(known_words())
@@ -161,15 +173,7 @@ def pixart() -> PixArtSigmaPipeline:
 def sana() -> SanaPipeline:
     """Sana: linear attention, 1×1 and depthwise convolutions in place of the feed-forward layers."""
     tokenizer = make_tokenizer(known_words())
-    config = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
+    config = Gemma2Config(**language_sizes(tokenizer, 1), head_dim=16)
     transformer = SanaTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -195,12 +199,7 @@ def qwen_image() -> QwenImagePipeline:
     """Qwen-Image: prompts padded to the longest of a batch, and guidance as a second call."""
     tokenizer = make_tokenizer(known_words())
     text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **language_sizes(tokenizer, 1),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         rope_parameters={"type": "default", "mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e4},
@@ -230,16 +229,7 @@ def qwen_image() -> QwenImagePipeline:
 
 
 def qwen3(tokenizer: PreTrainedTokenizerBase, layers: int) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    return Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(Qwen3Config(**language_sizes(tokenizer, layers), head_dim=16))
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

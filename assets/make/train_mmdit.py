@@ -11,11 +11,8 @@ writes the averaged weights in fp16 as a StableDiffusion3Pipeline without its th
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
-import random
-import time
 from pathlib import Path
 
 import torch
@@ -34,7 +31,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from models import make_mmdit
 from scenes import caption
 from train_text import tokenize
-from train_unet import cached_latents, training_scenes
+from train_unet import Trainer, cached_latents, training_scenes
 
 ABSENT_TOKENS = 256  # zeros that StableDiffusion3Pipeline puts after the caption for a missing third text encoder
 EMPTY_SHARE = 0.1  # of captions replaced by "", for guidance
@@ -95,42 +92,15 @@ class CountedAttention:
         return attn.to_out[0](image), context
 
 
-class Trainer:
-    """Transformer, its average, optimizer and random state: all that a checkpoint holds."""
-
-    def __init__(self, work: Path, lr: float):
-        self.path = work / "checkpoint.pt"
-        self.model = make_mmdit()
-        for block in self.model.transformer_blocks:  # AdaLN-Zero: every block begins as the identity (DiT, §3.2)
-            for norm in (block.norm1, block.norm1_context):
-                torch.nn.init.zeros_(norm.linear.weight)
-        torch.nn.init.zeros_(self.model.proj_out.weight)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.model.set_attn_processor(CountedAttention(ABSENT_TOKENS))
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-        )
-        self.generator, self.rng, self.step = torch.Generator().manual_seed(0), random.Random(2), 0
-
-    def save(self) -> None:
-        state = {"model": self.model, "average": self.average, "optimizer": self.optimizer}
-        state = {name: part.state_dict() for name, part in state.items()}
-        state |= {"generator": self.generator.get_state(), "step": self.step}
-        torch.save(state, self.path.with_suffix(".tmp"))
-        self.path.with_suffix(".tmp").replace(self.path)
-
-    def load(self) -> None:
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
-            for name in ("model", "average", "optimizer"):
-                getattr(self, name).load_state_dict(state[name])
-            self.generator.set_state(state["generator"])
-            self.step, self.rng = state["step"], random.Random(state["step"])
-
-    def update_average(self) -> None:
-        decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+def make_trainer(work: Path, lr: float) -> Trainer:
+    """Return the trainer of a new transformer, of which every block begins as the identity (AdaLN-Zero: DiT, §3.2)."""
+    model = make_mmdit()
+    for block in model.transformer_blocks:
+        for norm in (block.norm1, block.norm1_context):
+            torch.nn.init.zeros_(norm.linear.weight)
+    torch.nn.init.zeros_(model.proj_out.weight)
+    model.set_attn_processor(CountedAttention(ABSENT_TOKENS))
+    return Trainer(model, work, lr, beta=0.98, decay=AVERAGE_DECAY)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -154,32 +124,19 @@ def flow_loss(forward, latents: Tensor, conditioning: tuple[Tensor, Tensor], gen
 def train(options) -> None:
     torch.manual_seed(0)
     scenes = training_scenes(options.scenes)
-    captioner, trainer = Captioner(options.parts), Trainer(options.work, options.lr)
+    captioner, trainer = Captioner(options.parts), make_trainer(options.work, options.lr)
     latents = cached_latents(options.work, scenes, captioner.vae)
     trainer.load()
     forward = torch.compile(trainer.model, dynamic=False) if options.compile else trainer.model
-    began, losses = time.time(), []
-    while trainer.step < options.steps:
+
+    def batch_loss() -> Tensor:
         rows = torch.randint(len(scenes), (options.batch,), generator=trainer.generator)
         texts = [
             "" if trainer.rng.random() < EMPTY_SHARE else caption(scenes[row], trainer.rng) for row in rows.tolist()
         ]
-        loss = flow_loss(forward, latents[rows].float(), captioner(texts), trainer.generator)
-        trainer.optimizer.param_groups[0]["lr"] = learning_rate(trainer.step, options.steps, options.lr)
-        trainer.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.step += 1
-        trainer.update_average()
-        losses.append(loss.item())
-        if trainer.step % 100 == 0:
-            row = {"step": trainer.step, "loss": sum(losses) / len(losses), "seconds": round(time.time() - began)}
-            print(json.dumps(row), flush=True)
-            losses.clear()
-        if trainer.step % 500 == 0:
-            trainer.save()
-    trainer.save()
+        return flow_loss(forward, latents[rows].float(), captioner(texts), trainer.generator)
+
+    trainer.fit(options.steps, lambda step: learning_rate(step, options.steps, options.lr), batch_loss)
 
 
 def finish(options) -> None:

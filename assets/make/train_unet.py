@@ -14,6 +14,7 @@ import copy
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,17 +72,16 @@ class Captioner:
 
 
 class Trainer:
-    """UNet, its average, optimizer and random state: all that a checkpoint holds."""
+    """Model, its average, optimizer and random state: all that a checkpoint holds."""
 
-    def __init__(self, work: Path, lr: float):
-        self.path = work / "checkpoint.pt"
-        self.unet = make_unet().to(memory_format=torch.channels_last)
-        self.average = copy.deepcopy(self.unet).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    def __init__(self, model: torch.nn.Module, work: Path, lr: float, beta: float = 0.999, decay: float = 0.9993):
+        self.path, self.model, self.decay = work / "checkpoint.pt", model, decay
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, beta), weight_decay=0.01, fused=True)
         self.generator, self.rng, self.step = torch.Generator().manual_seed(0), random.Random(2), 0
 
     def save(self) -> None:
-        state = {"unet": self.unet, "average": self.average, "optimizer": self.optimizer}
+        state = {"model": self.model, "average": self.average, "optimizer": self.optimizer}
         state = {name: part.state_dict() for name, part in state.items()}
         state |= {"generator": self.generator.get_state(), "step": self.step}
         torch.save(state, self.path.with_suffix(".tmp"))
@@ -90,15 +90,35 @@ class Trainer:
     def load(self) -> None:
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
-            for name in ("unet", "average", "optimizer"):
+            for name in ("model", "average", "optimizer"):
                 getattr(self, name).load_state_dict(state[name])
             self.generator.set_state(state["generator"])
             self.step, self.rng = state["step"], random.Random(state["step"])
 
     def update_average(self) -> None:
-        decay = min(0.9993, (1 + self.step) / (10 + self.step))
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.unet.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    def fit(self, steps: int, rate: Callable[[int], float], batch_loss: Callable[[], Tensor]) -> None:
+        """Take what is left of `steps` steps, `rate(step)` the learning rate; log every 100 and save every 500."""
+        began, losses = time.time(), []
+        while self.step < steps:
+            loss = batch_loss()
+            self.optimizer.param_groups[0]["lr"] = rate(self.step)
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.step += 1
+            self.update_average()
+            losses.append(loss.item())
+            if self.step % 100 == 0:
+                row = {"step": self.step, "loss": sum(losses) / len(losses), "seconds": round(time.time() - began)}
+                print(json.dumps(row), flush=True)
+                losses.clear()
+            if self.step % 500 == 0 or self.step == steps:
+                self.save()
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -124,30 +144,18 @@ def train(options) -> None:
     scenes = training_scenes(options.scenes)
     latents = cached_latents(options.work, scenes, AutoencoderKL.from_pretrained(options.work / "vae"))
     captioner = Captioner(options.work)
-    trainer = Trainer(options.work, options.lr)
+    trainer = Trainer(make_unet().to(memory_format=torch.channels_last), options.work, options.lr)
     trainer.load()
-    forward = torch.compile(trainer.unet, dynamic=False) if options.compile else trainer.unet
+    forward = torch.compile(trainer.model, dynamic=False) if options.compile else trainer.model
     noising = DDPMScheduler.from_config(make_scheduler().config)
-    began, losses = time.time(), []
-    while trainer.step < options.steps:
+
+    def batch_loss() -> Tensor:
         rows = torch.randint(len(scenes), (options.batch,), generator=trainer.generator)
         keep = (torch.rand(options.batch, generator=trainer.generator) > 0.1).float()
         conditioning = captioner([caption(scenes[row], trainer.rng) for row in rows.tolist()], keep)
-        loss = velocity_loss(forward, noising, latents[rows].float(), conditioning, trainer.generator)
-        trainer.optimizer.param_groups[0]["lr"] = learning_rate(trainer.step, options.steps, options.lr)
-        trainer.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainer.unet.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.step += 1
-        trainer.update_average()
-        losses.append(loss.item())
-        if trainer.step % 100 == 0:
-            row = {"step": trainer.step, "loss": sum(losses) / len(losses), "seconds": round(time.time() - began)}
-            print(json.dumps(row), flush=True)
-            losses.clear()
-        if trainer.step % 500 == 0:
-            trainer.save()
+        return velocity_loss(forward, noising, latents[rows].float(), conditioning, trainer.generator)
+
+    trainer.fit(options.steps, lambda step: learning_rate(step, options.steps, options.lr), batch_loss)
 
 
 def finish(work: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from models import make_mmdit
-from train_mmdit import ABSENT_TOKENS, CountedAttention, Trainer, finish, learning_rate, train
+from train_mmdit import ABSENT_TOKENS, CountedAttention, finish, learning_rate, make_trainer, train
 
 PARTS = Path("assets/shapes-xl")
 
@@ -45,7 +45,7 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero():
 
 def test_training_goes_on_from_its_checkpoint(trained):
     before = torch.load(trained.work / "checkpoint.pt", weights_only=True)
-    trainer = Trainer(trained.work, 1e-3)
+    trainer = make_trainer(trained.work, 1e-3)
     trainer.load()
     assert trainer.step == before["step"] == 2
     moved = trainer.model.state_dict()["transformer_blocks.0.ff.net.2.bias"]

@@ -33,7 +33,7 @@ from vqdm.errors import RunError
 
 # What a part raises that wants other arguments, or has no operators on the meta device.
 UNCALLABLE = (RunError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError)
-NETWORK_SHARE = 0.5  # of the rate of matrix products that a network reaches; a guess
+NETWORK_SHARE = 0.5  # of the rate of matrix products that a network reaches; an estimate
 USUAL_TOKENS = 77  # of a prompt
 
 
@@ -74,11 +74,11 @@ class Shapes:
     backward: int = 0
 
     def call_seconds(self, rates: MatmulRates) -> float:
-        """Return a guess of the seconds of a call on one point."""
+        """Estimate the seconds of a call on one point."""
         return self.step_flops / (NETWORK_SHARE * rates.model)
 
     def decode_seconds(self, rates: MatmulRates) -> float:
-        """Return a guess of the seconds of decoding an image."""
+        """Estimate the seconds of decoding an image."""
         return self.decode_flops / (NETWORK_SHARE * rates.single)
 
 

@@ -495,9 +495,13 @@ class CallRecorder:
         for n in range(self.prompts):
             alike.setdefault(tuple(one[n].shape for one in self.batched.values()), []).append(n)
         groups = [
-            Group(some, {name: torch.stack([one[n] for n in some]) for name, one in self.batched.items()}, *rest)
+            Group(
+                some,
+                {name: torch.stack([one[n] for n in some]) for name, one in self.batched.items()},
+                self.alone,
+                self.calls,
+            )
             for some in alike.values()
-            for rest in [(self.alone, self.calls)]
         ]
         timesteps = torch.tensor(noise_levels(self.denoiser, self.levels))
         return Trajectories(groups, timesteps, self.sample, self.timestep)

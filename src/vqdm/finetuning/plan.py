@@ -24,7 +24,7 @@ from vqdm.layers.quantized import quantized_layers
 SINGLE = 4  # bytes of a value in float32
 ADAM = 2 * SINGLE
 CODES = 8  # bytes per weight of a layer's codes while their gradients are computed
-RECOMPUTING, DECODING, DECODING_ONCE = 1 / 3, 0.5, 0.05  # of a point's time, or per call; decoding is a guess
+RECOMPUTING, DECODING, DECODING_ONCE = 1 / 3, 0.5, 0.05  # of a point's time, or per call; decoding is an estimate
 FASTEST = 8  # points per call; more are hardly faster
 
 
@@ -126,7 +126,7 @@ def training(config: FinetuneConfig, shapes: Shapes, student: Student) -> int:
 
 
 def seconds(config: FinetuneConfig, shapes: Shapes, steps: int, rates: MatmulRates) -> dict[str, float]:
-    """Return a guess of the seconds of each phase, at measured rates; reading and writing are left out."""
+    """Estimate the seconds of each phase, at measured rates; reading and writing are left out."""
     call, image = shapes.call_seconds(rates), shapes.decode_seconds(rates)
     epochs = config.finetune_max_epochs
     per_epoch = steps * config.finetune_nsamples
