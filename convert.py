@@ -7,8 +7,8 @@
 
 dequantize: every quantized layer of a pipeline, denoiser or text encoder becomes the plain layer of its decoded weight.
 aqlm: text encoders for stock transformers with the aqlm package; what the format cannot hold is refused.
-pickle: a UNet that the original code saved with torch.save becomes a quantized folder. The pickle is read in another
-process that knows tensors and refuses unexpected names; still, give only files whose source you trust.
+pickle: a UNet that the original code saved with torch.save becomes a quantized folder. Classes in it become
+stand-ins, and unexpected names are refused; still, give only files whose source you trust.
 """
 
 from __future__ import annotations

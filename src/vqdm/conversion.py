@@ -63,7 +63,7 @@ class ConvertConfig:
     )
     model: str | None = flag(
         None,
-        "pickle: the full-precision pipeline, a folder or a hub name",
+        "pickle: the full-precision pipeline: a folder, one .safetensors file, or a name on the hub",
         "source and target",
         common=True,
         needs=_PICKLE,

@@ -110,7 +110,7 @@ class FinetuneConfig(RunConfig):
         UserError: a value that is not allowed, or settings that contradict each other, naming the flags.
     """
 
-    model: str = argument("pipeline of the teacher: a folder, or a name on the hub")
+    model: str = argument("pipeline of the teacher: a folder, one .safetensors file, or a name on the hub")
     quantized: str = argument("quantized pipeline folder, or its denoiser's folder")
     calibration_prompts: str = argument(PROMPT_FILE)
     evaluation_prompts: str = argument(PROMPT_FILE + "; not trained on")
