@@ -7,10 +7,10 @@ from test_hf_text import KINDS, quantized_text_encoder
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
+from vqdm.conversion import common_spec, export_aqlm, signed
 from vqdm.errors import UserError
 from vqdm.layers.int8 import int8_layers
 from vqdm.layers.quantized import quantized_layers, swap
-from vqdm.storage.aqlm import common_spec, export_aqlm, signed
 from vqdm.storage.hf import short_name
 
 SPECS = [CodeSpec(2, 8, 8), CodeSpec(1, 12, 4, out_group_size=2), CodeSpec(3, 3, 4, codebook_value_nbits=5)]
