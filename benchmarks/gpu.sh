@@ -18,7 +18,7 @@ part() {
     "$@" 2>"$out/$name.err" | tee "$out/$name.jsonl" || failed+=" $name"
 }
 
-kernels=(tests/layers/test_decode_triton.py tests/additive/test_encode_triton.py tests/additive/test_several_layers.py tests/test_triton.py)
+kernels=(tests/layers/test_decode_triton.py tests/additive/test_scoring_triton.py tests/additive/test_several_layers.py tests/test_triton.py)
 part kernels "$python" -m pytest -q -p no:cacheprovider "${kernels[@]}"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader

@@ -36,7 +36,7 @@ RESEARCH = (
     "parallel",
     "tracking",
 )
-SOLVER = ("solve", "encode", "beam", "backends", "trellis_solve", "viterbi", "codebooks")
+SOLVER = ("solve", "encode", "beam", "scoring", "trellis_solve", "viterbi", "codebooks")
 HEAVY = ("torchmetrics", "open_clip", "matplotlib", "wandb", "pandas", "torch_fidelity", "pyarrow")
 
 

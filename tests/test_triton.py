@@ -10,7 +10,7 @@ COMPILE = """
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from vqdm.additive import encode_triton, viterbi_triton
+from vqdm.additive import scoring_triton, viterbi_triton
 from vqdm.layers import decode_triton
 
 
@@ -24,9 +24,9 @@ def compile(kernel, types, constants, capability=90, **options):
 
 floats = ["*fp32"] * 3
 compile(
-    encode_triton._best_entries,
+    scoring_triton._best_entries,
     [*floats, "*i64", "i32", "i32", "i32", "i32"],
-    dict(count=8, PRECISION="ieee", **encode_triton._blocks(8, 256, 8, 8)),
+    dict(count=8, PRECISION="ieee", **scoring_triton._blocks(8, 256, 8, 8)),
 )
 halves = ["*fp16"] * 2
 for M, b, g, written, scales, variable in [

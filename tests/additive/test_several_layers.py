@@ -7,7 +7,7 @@ import torch
 from test_code import SPECS, random_code
 from test_encode import randn, second_moment
 
-from vqdm.additive import backends as scoring
+from vqdm.additive import scoring
 from vqdm.additive.code import CodeSpec, SharedCodebooks
 from vqdm.additive.encode import (
     coordinate_descent,

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from vqdm import compiled
-from vqdm.additive import backends as scoring
-from vqdm.additive import trellis, viterbi
+from vqdm.additive import scoring, trellis, viterbi
 from vqdm.errors import UserError
 
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C compiler")

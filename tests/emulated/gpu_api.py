@@ -16,8 +16,8 @@ from peft.utils import get_peft_model_state_dict
 from tiny_transformers import flux_image, quantized_flux
 
 import vqdm
-from vqdm.additive import backends as scoring
-from vqdm.additive import encode_triton as kernels
+from vqdm.additive import scoring
+from vqdm.additive import scoring_triton as kernels
 from vqdm.additive.code import CodeSpec
 from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.devices import check_float64, peak_memory, pick_device, pick_dtype

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from vqdm.additive import encode_cpu
-from vqdm.additive.backends import fused_scoring, native_scoring
 from vqdm.additive.code import AdditiveCode, entry_bags
 from vqdm.additive.encode import rows_at_once, smallest
+from vqdm.additive.scoring import fused_scoring, native_codes, native_scoring
 
 # ----------------------------------------------------------------------------------------------------- residual k-means
 #
@@ -77,7 +76,7 @@ def draw(population: int, count: int, generator: torch.Generator) -> Tensor:
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Index [N] of the centroid nearest to each of `points` [N, d], and its squared distance [N]."""
     if native_scoring(points):
-        indices = encode_cpu.encode(points, centroids[None], 1)[:, 0]
+        indices = native_codes(points, centroids[None], 1)[:, 0]
         return indices, (points - centroids[indices]).square().sum(1)
     if best_entries := fused_scoring(points):
         distances, _, indices = best_entries(points[:, None], centroids, 1)

@@ -19,9 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqdm.additive import encode_cpu
-from vqdm.additive.backends import BestEntries, fused_scoring, native_scoring
 from vqdm.additive.code import AdditiveCode, group_columns, width_slice
+from vqdm.additive.scoring import BestEntries, fused_scoring, native_codes, native_scoring
 from vqdm.additive.viterbi import viterbi
 
 MINIMAL_DAMPING = 1e-6  # the least that helps a float32 factorization
@@ -37,7 +36,7 @@ def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor
     A beam over the codebooks in their order: the `beam_size` best partial sums go on to the next codebook.
     """
     if native_scoring(targets):
-        return _native_codes(targets, codebooks, beam_size)
+        return native_codes(targets, codebooks, beam_size)
     books = codebooks.movedim(-3, 0).contiguous()  # [M, ..., K, d]
     if best_entries := fused_scoring(targets):
         return _encode_vectors(targets, books, partial(_fused_picks, best_entries, books), beam_size)
@@ -48,12 +47,6 @@ def encode_vectors(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor
     parts = targets.split(rows_at_once(targets, scores), dim=-2)
     found = [_encode_vectors(part, books, partial(_scored_picks, factors), beam_size) for part in parts]
     return torch.cat(found, dim=-2)
-
-
-def _native_codes(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
-    if targets.dim() == 2:
-        return encode_cpu.encode(targets, codebooks, beam_size)
-    return torch.stack([encode_cpu.encode(*layer, beam_size) for layer in zip(targets, codebooks, strict=True)])
 
 
 def _encode_vectors(targets: Tensor, books: Tensor, pick: Picks, beam_size: int) -> Tensor:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqdm.additive.backends import native_scoring
 from vqdm.additive.code import AdditiveCode, CodeSpec
 from vqdm.additive.encode import column_blocks, damped_cholesky, stacked
+from vqdm.additive.scoring import native_scoring
 from vqdm.additive.trellis import UNITS, allowed_widths, scale_logarithms, scale_values, table
 from vqdm.additive.viterbi import FLAGS, feedback_block, viterbi
 from vqdm.compiled import build

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vqdm.additive.backends import fused_scoring, native_scoring
+from vqdm.additive.scoring import fused_scoring, native_scoring
 from vqdm.additive.trellis import UNITS, allowed_widths
 from vqdm.compiled import build
 

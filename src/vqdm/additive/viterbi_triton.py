@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqdm.additive import viterbi
-from vqdm.additive.backends import ENVIRONMENT, asked_for
+from vqdm.additive.scoring import ENVIRONMENT, asked_for
 from vqdm.additive.trellis import UNITS
 from vqdm.errors import UserError
 

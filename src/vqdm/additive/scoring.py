@@ -1,19 +1,25 @@
-"""Which code scores codebook entries and selects the best: plain torch, a page of C, or on CUDA the Triton kernel.
+"""Scoring codebook entries and selecting the best: by plain torch, by a page of C on the CPU, or by a Triton kernel.
 
-This is the one place that decides. `VQDM_SCORING`, or `set_scoring`, overrides it.
+This is the one place that decides which; `VQDM_SCORING`, or `set_scoring`, overrides it. The C code runs the whole beam
+inside a group, without scores in memory, several times as fast as products and selection.
+
+Letters: N vectors of d values; M codebooks of K entries; B hypotheses (beam).
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vqdm.additive import encode_cpu
+from vqdm.compiled import build
 from vqdm.errors import UserError
 
 log = logging.getLogger("vqdm")
@@ -26,6 +32,10 @@ BestEntries = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 SCORES_AT_ONCE = 2**27  # that torch holds where the kernel fails
 
+SOURCE = Path(__file__).with_suffix(".c")
+COMPILER_FLAGS = ("-O3", "-march=native")
+SCORES_PER_THREAD = 2**22  # below this a second thread costs more than it gives
+
 _wanted: str | None = None
 _failed_shapes: dict[tuple, set[tuple]] = {}  # (device, path) → shapes
 
@@ -37,7 +47,7 @@ def set_scoring(path: str | None) -> None:
 
 
 def fused_scoring(vectors: Tensor) -> BestEntries | None:
-    """`kernels.best_entries` where it serves `vectors`, else None: plain torch does, and always for other than float32.
+    """`scoring_triton.best_entries` if it serves `vectors`, which are float32 then; else None: plain torch does.
 
     By default CUDA takes the kernel in full float32, or torch with a warning: where Triton does not work at all, and at
     shapes that the kernel fails at.
@@ -54,7 +64,7 @@ def fused_scoring(vectors: Tensor) -> BestEntries | None:
 
 
 def _kernel_or_torch(path: str, residuals: Tensor, codebook: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.best_entries`, or `torch_best_entries` if the kernel has failed at this shape.
+    """`scoring_triton.best_entries`, or `torch_best_entries` if the kernel has failed at this shape.
 
     Small problems work nearly always; with long vectors or wide beams a GPU may lack registers or shared memory.
 
@@ -79,7 +89,7 @@ def _kernel_or_torch(path: str, residuals: Tensor, codebook: Tensor, count: int)
 
 
 def torch_best_entries(residuals: Tensor, codebook: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.best_entries` in plain torch, with products in float32; of equal distances any are taken."""
+    """`scoring_triton.best_entries` in plain torch, with products in float32; of equal distances any are taken."""
     K, norms = codebook.shape[-2], codebook.square().sum(-1)[..., None, None, :]  # [..., 1, 1, K]
     layers, at_once = residuals.shape[:-3].numel(), SCORES_AT_ONCE // (residuals.shape[-2] * K)
     found = []
@@ -92,7 +102,7 @@ def torch_best_entries(residuals: Tensor, codebook: Tensor, count: int) -> tuple
 
 
 def native_scoring(vectors: Tensor) -> bool:
-    """Whether `encode_cpu.encode` serves `vectors`: float32 on the CPU, where there is a compiler.
+    """Whether `native_codes` serves `vectors`: float32 on the CPU, where there is a compiler.
 
     Raises:
         UserError: it is asked for by name and does not work.
@@ -121,7 +131,7 @@ def _path(vectors: Tensor) -> str:
         path = "triton" if _failure(vectors.device, "triton") is None else "torch"
     else:
         path = "native" if vectors.device.type == "cpu" and _native_failure() is None else "torch"
-    _say(vectors.device, path)
+    _log_choice(vectors.device, path)
     return path
 
 
@@ -129,7 +139,7 @@ def _path(vectors: Tensor) -> str:
 def _native_failure() -> str | None:
     """Why the C code cannot be used; None where it can."""
     try:
-        encode_cpu.library()
+        native_library()
     except RuntimeError as error:
         return str(error)
     return None
@@ -142,7 +152,7 @@ def _known(path: str, source: str) -> str:
 
 
 def _kernel(path: str) -> BestEntries:
-    from vqdm.additive.encode_triton import best_entries
+    from vqdm.additive.scoring_triton import best_entries
 
     return partial(best_entries, precision=PRECISIONS[path])
 
@@ -165,7 +175,7 @@ def _reason(error: Exception) -> str:
 
 
 @cache
-def _say(device: torch.device, path: str) -> None:
+def _log_choice(device: torch.device, path: str) -> None:
     """Once a device: what is used, and where that is not the fast backend, why."""
     if device.type == "cuda" and path == "torch":
         log.warning("scoring on %s: torch, slower than Triton, which fails: %s", device, _failure(device, "triton"))
@@ -173,3 +183,61 @@ def _say(device: torch.device, path: str) -> None:
         log.info("scoring on cpu: torch, slower than C, which fails: %s", _native_failure())
     else:
         log.log(logging.INFO if device.type == "cuda" else logging.DEBUG, "scoring on %s: %s", device, path)
+
+
+# ------------------------------------------------------------------------------------------- C
+
+
+class _Job(ctypes.Structure):
+    """As in scoring.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("targets", "books", "columns", "norms", "codes")),
+        *((name, ctypes.c_int64) for name in ("N", "K")),
+        *((name, ctypes.c_int32) for name in ("M", "d", "B")),
+    )
+
+
+def native_codes(targets: Tensor, codebooks: Tensor, beam_size: int) -> Tensor:
+    """Codes [..., N, M] as `encode.encode_vectors`, by the C code: float32 on the CPU, at most one leading dimension.
+
+    Raises:
+        RuntimeError: the C code cannot be compiled.
+        MemoryError: there is no room for the hypotheses.
+    """
+    if targets.dim() == 3:
+        return torch.stack([native_codes(*layer, beam_size) for layer in zip(targets, codebooks, strict=True)])
+    codebooks = codebooks.contiguous()
+    columns = (-2 * codebooks).transpose(1, 2).contiguous()  # [M, d, K]
+    norms = codebooks.square().sum(2)  # [M, K]
+    codes = torch.empty(len(targets), len(codebooks), dtype=torch.int64)
+    run = partial(_encode, targets, codebooks, columns, norms, codes, beam_size)
+    parts = _parts(len(targets), beam_size * norms.numel())
+    if len(parts) == 1:
+        run(parts[0])
+    else:
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(run, parts))
+    return codes
+
+
+def _parts(count: int, scores: int) -> list[slice]:
+    threads = max(1, min(torch.get_num_threads(), count * scores // SCORES_PER_THREAD))
+    size = -(-count // threads)
+    return [slice(start, start + size) for start in range(0, max(1, count), max(1, size))]
+
+
+def _encode(
+    targets: Tensor, codebooks: Tensor, columns: Tensor, norms: Tensor, codes: Tensor, beam_size: int, part: slice
+) -> None:
+    M, K, d = codebooks.shape
+    some = targets[part].contiguous()
+    pointers = (tensor.data_ptr() for tensor in (some, codebooks, columns, norms, codes[part]))
+    if native_library().vqdm_encode(ctypes.byref(_Job(*pointers, len(some), K, M, d, beam_size))):
+        raise MemoryError(f"no room for {beam_size} hypotheses of {M} codes and {d} values")
+
+
+@cache
+def native_library() -> ctypes.CDLL:
+    """The compiled code. Raises RuntimeError where it cannot be made or loaded."""
+    return build(SOURCE, COMPILER_FLAGS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-kernels = pytest.importorskip("vqdm.additive.encode_triton")
+kernels = pytest.importorskip("vqdm.additive.scoring_triton")
 
 
 def randn(*shape, seed=0):

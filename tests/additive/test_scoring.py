@@ -4,7 +4,7 @@ from functools import cache
 import pytest
 import torch
 
-from vqdm.additive import backends as scoring
+from vqdm.additive import scoring
 from vqdm.additive.codebooks import kmeans, nearest
 from vqdm.additive.encode import encode_vectors
 from vqdm.errors import UserError
@@ -17,7 +17,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(scoring, "_failed_shapes", {})
     yield
     scoring._failure.cache_clear()
-    scoring._say.cache_clear()
+    scoring._log_choice.cache_clear()
 
 
 def randn(*shape, seed=0):

@@ -5,8 +5,7 @@ import torch
 from compilers import compiles
 from test_encode import randn
 
-from vqdm.additive import backends as scoring
-from vqdm.additive import encode_cpu as native
+from vqdm.additive import scoring
 from vqdm.additive.codebooks import nearest
 from vqdm.additive.encode import encode_vectors
 from vqdm.errors import UserError
@@ -34,7 +33,8 @@ def remainders(targets, codebooks, codes):
 @pytest.mark.parametrize(("M", "b", "beam_size"), [(1, 1, 8), (1, 12, 8), (2, 6, 1), (2, 3, 4), (3, 8, 8), (4, 5, 33)])
 def test_codes_are_those_of_torch(M, b, d, beam_size, monkeypatch):
     targets, codebooks = randn(67, d), randn(M, 2**b, d, seed=1)
-    found, wanted = native.encode(targets, codebooks, beam_size), by_torch(targets, codebooks, beam_size, monkeypatch)
+    found = scoring.native_codes(targets, codebooks, beam_size)
+    wanted = by_torch(targets, codebooks, beam_size, monkeypatch)
     left, right = (remainders(targets, codebooks, codes) for codes in (found, wanted))
     scores = targets.square().sum(1) + codebooks.square().sum(2).sum(0).max()  # what rounding is relative to
     tied = (left - right).abs() < 8 * torch.finfo(torch.float32).eps * scores
@@ -46,27 +46,26 @@ def test_a_beam_of_everything_is_exhaustive():
     targets, codebooks = randn(20, 3), randn(3, 4, 3, seed=1)
     sums = sum(codebooks[m].view(*([1] * m), 4, *([1] * (2 - m)), 3) for m in range(3)).reshape(-1, 3)
     least = torch.cdist(targets, sums).amin(1).square()
-    torch.testing.assert_close(remainders(targets, codebooks, native.encode(targets, codebooks, 64)), least)
+    torch.testing.assert_close(remainders(targets, codebooks, scoring.native_codes(targets, codebooks, 64)), least)
 
 
 def test_threads_do_not_matter(monkeypatch):
     targets, codebooks = randn(101, 4), randn(2, 16, 4, seed=1)
-    whole = native.encode(targets, codebooks, 4)
-    monkeypatch.setattr(native, "SCORES_A_THREAD", 1)
+    whole = scoring.native_codes(targets, codebooks, 4)
+    monkeypatch.setattr(scoring, "SCORES_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert torch.equal(native.encode(targets, codebooks, 4), whole)
+    assert torch.equal(scoring.native_codes(targets, codebooks, 4), whole)
 
 
 def test_strided_and_empty_input():
     targets, codebooks = randn(10, 8)[:, ::2], randn(2, 8, 8, seed=1)[:, :, ::2]
-    assert torch.equal(
-        native.encode(targets, codebooks, 4), native.encode(targets.contiguous(), codebooks.contiguous(), 4)
-    )
-    assert native.encode(randn(0, 4), randn(1, 4, 4), 2).shape == (0, 1)
+    whole = scoring.native_codes(targets.contiguous(), codebooks.contiguous(), 4)
+    assert torch.equal(scoring.native_codes(targets, codebooks, 4), whole)
+    assert scoring.native_codes(randn(0, 4), randn(1, 4, 4), 2).shape == (0, 1)
 
 
 def test_values_that_overflow_still_give_valid_codes():
-    codes = native.encode(torch.full((3, 4), 3e38), randn(2, 8, 4), 4)
+    codes = scoring.native_codes(torch.full((3, 4), 3e38), randn(2, 8, 4), 4)
     assert ((codes >= 0) & (codes < 8)).all()
 
 

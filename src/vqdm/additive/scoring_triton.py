@@ -1,6 +1,6 @@
 """One stage of the in-group beam as a Triton kernel: scoring and selection at once, no score written to memory.
 
-Imported only where it runs, since it needs Triton; `vqdm.additive.backends` chooses.
+Imported only where it runs, since it needs Triton; `vqdm.additive.scoring` chooses.
 
 Letters: N vectors of d values; B hypotheses for each; K entries of a codebook; T places of a running selection,
 a power of two. A leading … in a shape is nothing, or L for L problems, each with a codebook of its own.
