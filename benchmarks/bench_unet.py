@@ -105,6 +105,9 @@ def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, Variant | str
     facts = {"stored_bits": round(stored_bits(ours), 3)}
     for path in ["auto"] if arguments.compile else decode_backends(arguments):
         yield f"ours {path}", attempt(arguments, ours, step, partial(forced, path), facts)
+    if arguments.group_offload:
+        for name, unet in ((PLAIN, plain), ("ours auto", ours)):
+            yield f"{name}, group offload", attempt(arguments, offloaded(unet, arguments.device), step, weights=0)
     for name in arguments.backends:
         try:
             rival = RIVALS[name](copy.deepcopy(plain))
@@ -114,16 +117,28 @@ def variants(arguments: argparse.Namespace) -> Iterator[tuple[str, Variant | str
             yield name, attempt(arguments, rival, step)
 
 
+def offloaded(unet: nn.Module, device: str) -> nn.Module:
+    """A copy whose weights wait in RAM, and come to the device layer by layer; on CUDA while others compute."""
+    unet, streams = copy.deepcopy(unet).to("cpu"), device.startswith("cuda")
+    unet.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=streams)
+    return unet
+
+
 def attempt(
     arguments: argparse.Namespace,
     unet: nn.Module,
     step: dict,
     around: Callable | None = None,
     facts: dict | None = None,
+    weights: int | None = None,
 ) -> Variant | str:
-    """A variant that has run once and has been weighed; the reason where it fails."""
+    """A variant that has run once and has been weighed; the reason where it fails.
+
+    `weights`: bytes on the device between steps (default: of all tensors).
+    """
     call = partial(torch.compile(unet, dynamic=False) if arguments.compile else unet, **step)
-    variant = Variant(partial(around, call) if around else call, held_bytes(unet), facts or {})
+    held = held_bytes(unet) if weights is None else weights
+    variant = Variant(partial(around, call) if around else call, held, facts or {})
     try:
         variant.run()  # compiles, and measures decode backends
         variant.working = working_bytes(variant.run, arguments.device)
@@ -213,6 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="on the CPU")
     parser.add_argument("--steps", type=int, default=10, help="repetitions")
     parser.add_argument("--compile", action="store_true", help="every UNet by torch.compile")
+    parser.add_argument("--group_offload", action="store_true", help="also with weights in RAM, on CUDA by streams")
     parser.add_argument(
         "--paths", nargs="+", choices=BACKENDS, help="decode backends (default: all that the device has)"
     )

@@ -40,18 +40,22 @@ def _inputs(A: Tensor, generator: torch.Generator) -> Tensor:
     return spread @ A.T * 8 + 0.1 * torch.randn(SAMPLES, len(A), generator=generator)
 
 
-def model_layers(model: str, cache: str, device: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """(name, W [O, I], H [I, I], held-out H) of the layers that are quantized by default, by the shapes' prompts."""
-    config = QuantizeConfig(
-        model=model,
+def model_layers(
+    model: str, cache: str, device: str, **settings
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """(name, W [O, I], H [I, I], held-out H) of the layers that are quantized by default, by the shapes' prompts.
+
+    `settings`: other fields of the configuration; runs of one `output_dir` share the prompts' trajectories.
+    """
+    usual = dict(
         calibration_prompts=CALIBRATION_PROMPTS,
         evaluation_prompts=EVALUATION_PROMPTS,
         output_dir=f"{cache}/work",
         sampling=SamplingConfig(num_inference_steps=20, guidance_scale=3.0),
         calibration_nsamples=192,
         calibration_nsteps=5,
-        hessian_cache=cache,
     )
+    config = QuantizeConfig(model=model, hessian_cache=cache, **usual | settings)
     pipeline = load_pipeline(model, torch.device(device), torch.float32)
     layers = select_layers(pipeline.unet, "default", 0, config.spec, {})
     folder, tracker = RunFolder(config.output_dir), Tracker("none", "", None, {})

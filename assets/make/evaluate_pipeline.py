@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from scenes import Scene, caption, sample_split
 from train_judge import accuracy, judge_module
+from vqdm.diffusion.pipelines import load_pipeline
 
 CELL, CAPTION_LINES, SHEET_COLUMNS = 160, 5, 8
 
@@ -34,15 +35,7 @@ def held_out_scenes(count: int, things: int | None) -> list[Scene]:
     return [scene for both in zip(singles, pairs, strict=True) for scene in both][:count]
 
 
-def load_pipeline(folder: Path, device: str) -> StableDiffusionXLPipeline:
-    """In fp16 on an accelerator, in fp32 on the CPU."""
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def sample(pipeline: StableDiffusionXLPipeline, captions: list[str], options: argparse.Namespace) -> Tensor:
+def sample(pipeline: DiffusionPipeline, captions: list[str], options: argparse.Namespace) -> Tensor:
     """Images float32 [N, 3, 64, 64] in [0, 1] on the CPU; image i depends on seed i alone."""
     chunks = []
     for start in range(0, len(captions), options.bs):
@@ -100,7 +93,9 @@ def main() -> None:
     options, began = parse_options(), time.time()
     scenes = held_out_scenes(options.limit, options.things)
     captions = [caption(scene, random.Random(index)) for index, scene in enumerate(scenes)]
-    pixels = sample(load_pipeline(options.folder, options.device), captions, options)
+    dtype = torch.float32 if options.device == "cpu" else torch.float16
+    pipeline = load_pipeline(str(options.folder), torch.device(options.device), dtype)
+    pixels = sample(pipeline, captions, options)
     right = verdicts(pixels, scenes)
     if options.grid:
         contact_sheet(pixels[:64], captions[:64], right).save(options.grid)

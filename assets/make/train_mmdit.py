@@ -108,7 +108,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 300, (steps - step) / (0.25 * steps))
 
 
-def flow_loss(forward, latents: Tensor, conditioning: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+def flow_loss(
+    forward, latents: Tensor, conditioning: tuple[Tensor, Tensor], generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
     """Mean squared error of the velocity at stratified logit-normal times (arXiv 2403.03206, §2 and §3.1)."""
     tokens, pooled = conditioning
     size = len(latents)
@@ -116,7 +118,7 @@ def flow_loss(forward, latents: Tensor, conditioning: tuple[Tensor, Tensor], gen
     sigmas = torch.special.ndtri(uniform.clamp(1e-4, 1 - 1e-4)).sigmoid()[:, None, None, None]  # [B, 1, 1, 1] in (0, 1)
     noise = torch.randn(latents.shape, generator=generator)
     noisy = (1 - sigmas) * latents + sigmas * noise
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         velocity = forward(noisy, tokens, pooled, 1000 * sigmas.flatten()).sample
     return (velocity.float() - (noise - latents)).square().mean()
 
@@ -127,6 +129,7 @@ def train(options) -> None:
     captioner, trainer = Captioner(options.parts), make_trainer(options.work, options.lr)
     latents = cached_latents(options.work, scenes, captioner.vae)
     trainer.load()
+    dtype = getattr(torch, options.dtype)
     forward = torch.compile(trainer.model, dynamic=False) if options.compile else trainer.model
 
     def batch_loss() -> Tensor:
@@ -134,7 +137,7 @@ def train(options) -> None:
         texts = [
             "" if trainer.rng.random() < EMPTY_SHARE else caption(scenes[row], trainer.rng) for row in rows.tolist()
         ]
-        return flow_loss(forward, latents[rows].float(), captioner(texts), trainer.generator)
+        return flow_loss(forward, latents[rows].float(), captioner(texts), trainer.generator, dtype)
 
     trainer.fit(options.steps, lambda step: learning_rate(step, options.steps, options.lr), batch_loss)
 
@@ -167,11 +170,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", type=Path, required=True, help="pipeline folder with the other components")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scenes", type=int, default=28000)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--compile", action="store_true")
+    types = {"choices": ("float32", "bfloat16"), "default": "float32"}
+    parser.add_argument("--dtype", **types, help="of products; bfloat16 is faster where the processor has it (AMX)")
     parser.add_argument("--finish", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

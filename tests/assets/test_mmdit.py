@@ -16,7 +16,7 @@ PARTS = Path("assets/shapes-xl")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Namespace:
     work = tmp_path_factory.mktemp("mmdit")
-    options = Namespace(work=work, parts=PARTS, steps=2, batch=2, scenes=8, lr=1e-3, compile=False)
+    options = Namespace(work=work, parts=PARTS, steps=2, batch=2, scenes=8, lr=1e-3, compile=False, dtype="float32")
     train(options)
     options.finish = work / "pipeline"
     finish(options)

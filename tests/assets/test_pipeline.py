@@ -1,4 +1,4 @@
-"""The shipped pipeline: a genuine SDXL pipeline in fp16 that draws what it is asked."""
+"""The shipped pipeline: a genuine SDXL pipeline in fp16 that shows what it is asked."""
 
 import random
 from argparse import Namespace
@@ -22,7 +22,7 @@ def judged(count: int, steps: int) -> dict:
     scenes = held_out_scenes(count, None)
     captions = [caption(scene, random.Random(index)) for index, scene in enumerate(scenes)]
     options = Namespace(bs=16, steps=steps, guidance_scale=3.0)
-    images = sample(load_pipeline(FOLDER, "cpu"), captions, options)
+    images = sample(load_pipeline(str(FOLDER), torch.device("cpu"), torch.float32), captions, options)
     return summary(images, scenes, verdicts(images, scenes))
 
 
@@ -43,12 +43,12 @@ def test_files_are_fp16_and_small():
     assert kinds == {torch.float16}
 
 
-def test_the_autoencoder_keeps_unseen_pictures():
+def test_the_autoencoder_keeps_unseen_images():
     vae = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32).vae
     assert measure(vae, render_many(sample_split("test", 32, seed=9), seed=9))["psnr"] > 28
 
 
-def test_it_draws_most_of_what_it_is_asked():
+def test_most_images_show_what_was_asked():
     shares = judged(16, steps=15)
     assert shares["single_right"] >= 0.75 and shares["pair_right"] >= 0.5
 
