@@ -4,6 +4,7 @@
     python scripts/fetch_prompts.py coco coco.csv --source captions_val2014.json
     python scripts/fetch_prompts.py parti parti.csv --count 128
     python scripts/fetch_prompts.py mjhq mjhq.csv --source meta_data.json --count 5000
+    python scripts/fetch_prompts.py sdci sdci.csv --source sDCI.yaml --count 5000
 
 SET is one of
 
@@ -11,6 +12,8 @@ SET is one of
            columns image_id (or id) and caption. From the hub: sayakpaul/coco-30-val-2014, captions only
     parti  PartiPrompts. --source: PartiPrompts.tsv. From the hub: nateraw/parti-prompts
     mjhq   MJHQ-30K. --source: meta_data.json. From the hub: playgroundai/MJHQ-30K
+    sdci   summarized captions of Densely Captioned Images, up to 77 tokens each. --source: sDCI.yaml, image names and
+           prompts. From the hub: mit-han-lab/svdquant-datasets
 
 Without --count all prompts are written, in their order; with it so many, chosen at random without replacement.
 """
@@ -143,6 +146,11 @@ SETS = {
         "none on its page; look before you pass it on",
         read_table,
         lambda: from_hub("playgroundai/MJHQ-30K", "meta_data.json"),
+    ),
+    "sdci": PromptSet(
+        "that of the Densely Captioned Images; look before you pass it on",
+        read_table,
+        lambda: from_hub("mit-han-lab/svdquant-datasets", "sDCI.yaml"),
     ),
 }
 

@@ -87,6 +87,13 @@ def test_mjhq_keeps_ids(tmp_path, mjhq):
     assert len(rows) == 40 and rows[10] == {"prompt": "a cat with 10 hats", "id": "000a", "category": "animals"}
 
 
+def test_sdci_keeps_the_names_of_images(tmp_path):
+    text = 'sa_100: "A bench, painted: green."\nsa_7: a dog\n  beside a wall\n"042": "2"\n'
+    rows = fetch(tmp_path, "sdci", written(tmp_path / "sDCI.yaml", text))
+    assert [row["id"] for row in rows] == ["sa_100", "sa_7", "042"]
+    assert [row["prompt"] for row in rows] == ["A bench, painted: green.", "a dog beside a wall", "2"]
+
+
 def test_a_draw_is_repeatable_ordered_and_without_replacement(tmp_path, mjhq):
     first, again = (fetch(tmp_path, "mjhq", mjhq, "--count", "20", "--seed", "3") for _ in range(2))
     other = fetch(tmp_path, "mjhq", mjhq, "--count", "20", "--seed", "4")
