@@ -11,6 +11,7 @@ from vqdm.diffusion.blocks import select_layers, unquantized_layers
 from vqdm.diffusion.denoisers import block_names, block_of, compute_dtype, is_known, noise_levels
 from vqdm.diffusion.hessians import record_hessians, shared_inputs
 from vqdm.diffusion.sampling import output_error, record_evaluation
+from vqdm.diffusion.shapes import guidance_calls, input_groups, meta_call, meta_denoiser, prompt_tokens
 
 SPEC = CodeSpec(1, 3, 4)
 PROMPTS = ["a circle", "a big red circle", "a star and a big green heart"]
@@ -29,6 +30,15 @@ def chosen(model: nn.Module, layer_filter: str = "default") -> list:
     return select_layers(model, layer_filter, 0, SPEC, {})
 
 
+def sizes(value, name: str):
+    """The sizes of the tensors of an argument; texts in lists differ in their lengths."""
+    if isinstance(value, torch.Tensor):
+        return list(value.shape)[1 if name == "cap_feats" else 0 :]
+    if isinstance(value, dict):
+        return {key: sizes(one, key) for key, one in value.items()}
+    return [sizes(one, name) for one in value] if isinstance(value, list | tuple) else value
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_calls_give_the_recorded_outputs(family):
     """Prompts of different lengths in batches of two, with all that the pipeline calls its transformer with."""
@@ -43,8 +53,19 @@ def test_recorded_calls_give_the_recorded_outputs(family):
     blocks = block_names(model)
     assert (blocks[0], blocks[-1]) == FIRST_AND_LAST[family] and is_known(model)
     first = recorded.inputs(recorded.points()[:1], "cpu", torch.float32)
-    reached = {layer.name for group in shared_inputs(model, chosen(model), first) for layer in group}
+    groups = shared_inputs(model, chosen(model), first)
+    reached = {layer.name for group in groups for layer in group}
     inside = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and name.startswith("trans")]
+    meta, tokens = meta_denoiser(type(model), model.config), prompt_tokens(pipeline)
+    branches, calls_of_step = guidance_calls(pipeline, None)
+    tokens = first.get("encoder_hidden_states", torch.empty(0, tokens)).shape[1] if family == "qwen-image" else tokens
+    called = meta_call(meta, 16, 16, branches, tokens)
+    first.pop("encoder_hidden_states_mask", None)  # of Qwen-Image, where prompts of a batch differ in length
+    assert {name: sizes(value, name) for name, value in first.items()} == {
+        name: sizes(value, name) for name, value in called.items()
+    }
+    assert calls == 2 * calls_of_step
+    assert {tuple(group) for group in input_groups(meta, chosen(model), 16, 16)} == {tuple(group) for group in groups}
     assert reached >= {name for name in inside if block_of(model, name) in blocks}
 
 

@@ -36,6 +36,9 @@ class Family:
             from 0 to 1 times 1000, and others as they are.
         guidance: the argument of the pipeline's call that scales classifier-free guidance.
         negative: the negative prompt without which the pipeline leaves that guidance out.
+        guided_by: "batch", where guidance doubles the batch, "call", where it is a second call, or "input", where the
+            denoiser takes it as a number.
+        padded: whether prompts are filled up to the length that the pipeline allows.
         side: of an image in pixels, where neither the pipeline nor the configuration names it.
     """
 
@@ -47,6 +50,8 @@ class Family:
     timestep: tuple[float, float] | None = None
     guidance: str = "guidance_scale"
     negative: str | None = None
+    guided_by: str = "batch"
+    padded: bool = True
     side: int | None = None
 
 
@@ -62,15 +67,20 @@ FAMILIES = {
     "UNet2DConditionModel": Family(
         blocks=("down_blocks", "mid_block", "up_blocks"), layers=UNET_LAYERS, head=("conv_out",), timestep=(1, 0)
     ),
-    "FluxTransformer2DModel": Family(unbatched=("txt_ids", "img_ids"), timestep=(1000, 0)),
+    "FluxTransformer2DModel": Family(unbatched=("txt_ids", "img_ids"), timestep=(1000, 0), guided_by="input"),
     "SD3Transformer2DModel": Family(timestep=(1, 0)),
     "PixArtTransformer2DModel": Family(timestep=(1, 0)),
     "SanaTransformer2DModel": Family(timestep=(1, 0)),
     "QwenImageTransformer2DModel": Family(
-        listed=("img_shapes", "txt_seq_lens"), timestep=(1000, 0), guidance="true_cfg_scale", negative=" "
+        listed=("img_shapes", "txt_seq_lens"),
+        timestep=(1000, 0),
+        guidance="true_cfg_scale",
+        negative=" ",
+        guided_by="call",
+        padded=False,
     ),
-    "ZImageTransformer2DModel": Family(listed=("cap_feats",), timestep=(-1000, 1000), side=1024),
-    "Flux2Transformer2DModel": Family(timestep=(1000, 0)),
+    "ZImageTransformer2DModel": Family(listed=("cap_feats",), timestep=(-1000, 1000), padded=False, side=1024),
+    "Flux2Transformer2DModel": Family(timestep=(1000, 0), guided_by="call"),
 }
 
 

@@ -257,7 +257,8 @@ def shared_inputs(denoiser: nn.Module, layers: list[Layer], call: dict) -> list[
     """Group layers by the input they see in one call; groups and members keep the order of `layers`.
 
     Inputs are equal where their values are: every block of a transformer may make the same vector of the timestep. On
-    the meta device, where tensors have no values, it is the tensor that counts; it stays alive during the call.
+    the meta device, where tensors have no values, it is the tensor that counts, which stays alive during the call;
+    inputs of one vector per sample count as equal.
     """
     by_name, groups, alive = {layer.name: layer for layer in layers}, {}, []
 
@@ -283,7 +284,7 @@ def input_key(name: str, x: Tensor, alive: list[Tensor]) -> tuple:
     """
     if x.device.type == "meta":
         alive.append(x)
-        return (id(x),)
+        return ("vector",) if x.numel() <= MOST_BRANCHES * x.shape[-1] else (id(x),)
     rows = x.detach().reshape(-1, x.shape[-1]).double()  # [N, C]
     across = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=x.device).sqrt()
     down = torch.arange(1, len(rows) + 1, dtype=torch.float64, device=x.device).log1p()

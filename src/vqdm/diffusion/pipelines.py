@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -340,17 +339,6 @@ def stored_dtypes(
         for dtype in {dtype for name, dtype in dtypes.items() if dtype and name.endswith(("weight", "bias"))}:
             widest = found.setdefault(part, dtype)
             found[part] = dtype if dtype.itemsize > widest.itemsize else widest
-    return found
-
-
-def stored_values(model: str, variant: str | None, revision: str | None = None) -> dict[str, int]:
-    """Return by component name how many values its safetensors files hold; only headers are read."""
-    found: dict[str, int] = {}
-    for file in weight_files(model, variant, revision=revision):
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
-                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-            found[file.parent.name] = found.get(file.parent.name, 0) + sum(map(math.prod, shapes))
     return found
 
 

@@ -15,26 +15,44 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
-from vqdm.config import RunConfig, flatten
+from vqdm.config import COMPONENTS, RunConfig
 from vqdm.devices import MatmulRates
 from vqdm.diffusion.blocks import Layer
-from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of
-from vqdm.diffusion.hessians import shared_inputs
-from vqdm.diffusion.pipelines import MOST_TOKENS, image_size, networks, set_scheduler, stored_values
+from vqdm.diffusion.denoisers import (
+    FAMILIES,
+    TIMESTEP_NAMES,
+    compute_dtype,
+    denoiser_name,
+    denoiser_of,
+    family_of,
+    output_of,
+)
+from vqdm.diffusion.hessians import input_hooks, shared_inputs
+from vqdm.diffusion.pipelines import (
+    MOST_TOKENS,
+    absent_parts,
+    image_size,
+    networks,
+    set_scheduler,
+)
 from vqdm.documents import read_json
 from vqdm.errors import RunError
 
 # What a part raises that wants other arguments, or has no operators on the meta device.
 UNCALLABLE = (RunError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError)
 NETWORK_SHARE = 0.5  # of the rate of matrix products that a network reaches; an estimate
-USUAL_TOKENS = 77  # of a prompt
+USUAL_TOKENS = 77  # of a prompt, as CLIP's encoders are given it
+UNPADDED_TOKENS = 128  # of a long prompt that is not filled up
 
 
 @dataclass(frozen=True)
@@ -47,13 +65,15 @@ class Shapes:
         decode: activations, and weights in float32, while the VAE decodes one image.
         pipeline: all weights.
         points: recorded points of all prompts.
-        positions: of the latents of one point, of all branches: a number, not bytes.
+        positions: the most samples that a layer sees of one point, of all branches: a number, not bytes.
         itemsize: of a value in the type that is computed in.
         step_flops, decode_flops: floating-point operations of that call, and of decoding an image.
         latents, outputs: recorded input and outputs of one point.
         conditioning: what is recorded with a prompt, of all branches.
         call: height and width of the latents, branches, and tokens of a prompt, as `meta_call` takes them.
         backward: activations of that call and a backward pass, where one is made.
+        encoding: activations of a text encoder for one prompt, and for each further one of a batch.
+        calls, steps: the calls of a denoising step, and the steps.
     """
 
     denoiser: int
@@ -72,6 +92,13 @@ class Shapes:
     conditioning: int = 0
     call: tuple[int, int, int, int] = (0, 0, 0, 0)
     backward: int = 0
+    encoding: tuple[int, int] = (0, 0)
+    calls: int = 1
+    steps: int = 50
+
+    def encoded(self, prompts: int) -> int:
+        """Return the bytes of text encoders, and of what they make of a batch of prompts."""
+        return self.text + self.encoding[0] + (prompts - 1) * self.encoding[1]
 
     def call_seconds(self, rates: MatmulRates) -> float:
         """Estimate the seconds of a call on one point."""
@@ -98,26 +125,61 @@ def meta_copy(part: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def skeleton_pipeline(config: RunConfig, dtype: torch.dtype) -> DiffusionPipeline | None:
-    """Return MODEL of a program's flags without weights: UNet and VAE on the meta device, text encoders missing.
+    """Return MODEL of a program's flags with its networks on the meta device, made of configurations alone.
 
-    None where it is no folder with safetensors files of the usual parts; it is to be loaded then.
+    None where it is no folder with the usual parts of a known family; it is to be loaded then.
     """
     folder = Path(config.model)
-    known = stored_values(config.model, config.variant) if folder.is_dir() else {}
-    if not {"unet", "vae"} <= known.keys():
+    if not folder.is_dir():
         return None
     index = read_json(folder / "model_index.json")
     named = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
-    kinds = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    if any(named.get(name) != kind for name, kind in kinds.items()) or "safety_checker" in named:
+    if "vae" not in named or not any(name in named and named[name][1] in FAMILIES for name in COMPONENTS):
         return None
-    unet = meta_denoiser(UNet2DConditionModel, UNet2DConditionModel.load_config(folder / "unet"), dtype)
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-    missing = {name: None for name in named if name.startswith(("text_encoder", "image_encoder"))}
-    pipeline = DiffusionPipeline.from_pretrained(folder, unet=unet, vae=nn.Module.to(vae, dtype), **missing)
+    parts = dict.fromkeys(absent_parts(config.model, config.revision, offline=True))
+    try:
+        for name, (library, kind) in named.items():
+            kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+            if issubclass(kind, ModelMixin):
+                parts[name] = meta_denoiser(kind, kind.load_config(folder / name), dtype)
+            elif issubclass(kind, PreTrainedModel):
+                parts[name] = meta_encoder(kind, kind.config_class.from_pretrained(folder / name), dtype)
+    except (KeyError, AttributeError, TypeError, OSError, ValueError):
+        return None
+    pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
     set_scheduler(pipeline, config.sampling.scheduler)
     return pipeline
+
+
+def meta_encoder(kind: type[PreTrainedModel], config, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a text encoder of a class and a configuration on the meta device."""
+    with torch.device("meta"):
+        encoder = kind._from_config(config)
+    return nn.Module.to(encoder, dtype).eval().requires_grad_(False)
+
+
+def encoding_bytes(pipeline: DiffusionPipeline, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the most bytes of tensors that a text encoder makes at once for one prompt, and for each further one.
+
+    An encoder that wants more arguments is left out.
+    """
+    known = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    found, tokens = [(0, 0)], known.default if known else prompt_tokens(pipeline)
+    for part in networks(pipeline).values():
+        if isinstance(part, PreTrainedModel):
+            encoder = meta_encoder(type(part), part.config, dtype)
+            length = min(tokens, getattr(part.config, "max_position_embeddings", tokens))
+            ids = [torch.zeros(count, length, dtype=torch.int64, device="meta") for count in (1, 2)]
+            try:
+                with torch.no_grad():
+                    one, two = (_cost(partial(encoder, some)).bytes for some in ids)
+            except UNCALLABLE:
+                continue
+            found.append((one, two - one))
+    return max(found)
+
+
+# ------------------------------------------------------------------------------------------------------------- calls
 
 
 def meta_call(denoiser: ModelMixin, height: int, width: int, batch: int = 1, tokens: int = USUAL_TOKENS) -> dict:
@@ -131,23 +193,103 @@ def meta_call(denoiser: ModelMixin, height: int, width: int, batch: int = 1, tok
     Raises:
         NotImplementedError: its arguments are not known.
     """
-    if not isinstance(denoiser, UNet2DConditionModel):
-        raise NotImplementedError(f"what a {type(denoiser).__name__} is called with is not known")
-    config, dtype = denoiser.config, denoiser.dtype
+    kind = type(denoiser).__name__
+    if kind not in ARGUMENTS:
+        raise NotImplementedError(f"what a {kind} is called with is not known")
+    made = partial(torch.empty, device="meta", dtype=denoiser.dtype)
+    return ARGUMENTS[kind](denoiser.config, made, height, width, batch, tokens)
+
+
+def _of_unet(config: Mapping, made: Callable, height: int, width: int, batch: int, tokens: int) -> dict:
     widths = config.cross_attention_dim
-    width_of_text = widths if isinstance(widths, int) else max(widths)
     call = {
-        "sample": torch.empty(batch, config.in_channels, height, width, device="meta", dtype=dtype),
-        "timestep": torch.empty(batch, device="meta"),
-        "encoder_hidden_states": torch.empty(batch, tokens, width_of_text, device="meta", dtype=dtype),
+        "sample": made(batch, config.in_channels, height, width),
+        "timestep": made(batch, dtype=torch.float32),
+        "encoder_hidden_states": made(batch, tokens, widths if isinstance(widths, int) else max(widths)),
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        call["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(batch, pooled, device="meta", dtype=dtype),
-            "time_ids": torch.empty(batch, 6, device="meta", dtype=dtype),
-        }
+        call["added_cond_kwargs"] = {"text_embeds": made(batch, pooled), "time_ids": made(batch, 6)}
     return call
+
+
+def _of_images(config: Mapping, made: Callable, height: int, width: int, batch: int, tokens: int) -> dict:
+    """Latents as images: SD3 with pooled texts, PixArt and Sana with a mask of the text."""
+    call = {"hidden_states": made(batch, config.in_channels, height, width), "timestep": made(batch)}
+    if "pooled_projection_dim" in config:
+        text = {"encoder_hidden_states": made(batch, tokens, config.joint_attention_dim)}
+        return call | text | {"pooled_projections": made(batch, config.pooled_projection_dim)}
+    call["encoder_hidden_states"] = made(batch, tokens, config.caption_channels)
+    call["encoder_attention_mask"] = made(batch, tokens, dtype=torch.int64)
+    if "use_additional_conditions" in config:
+        call["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    return call
+
+
+def _of_tokens(config: Mapping, made: Callable, height: int, width: int, batch: int, tokens: int) -> dict:
+    """Latents as tokens of 2 × 2 each: FLUX with ids of all tokens, Qwen-Image with the image's height and width."""
+    rows, columns = height // 2, width // 2
+    call = {
+        "hidden_states": made(batch, rows * columns, config.in_channels),
+        "encoder_hidden_states": made(batch, tokens, config.joint_attention_dim),
+        "timestep": made(batch),
+    }
+    if "pooled_projection_dim" in config:  # FLUX.1, whose ids have no batch dimension
+        call |= {"pooled_projections": made(batch, config.pooled_projection_dim)}
+        call |= {"img_ids": made(rows * columns, 3), "txt_ids": made(tokens, 3)}
+    elif "timestep_guidance_channels" in config:  # FLUX.2
+        whole = partial(made, dtype=torch.int64)
+        call |= {"img_ids": whole(batch, rows * columns, 4), "txt_ids": whole(batch, tokens, 4)}
+    else:
+        call["img_shapes"] = [[(1, rows, columns)]] * batch
+    return call | ({"guidance": made(batch)} if config.guidance_embeds else {})
+
+
+def _of_lists(config: Mapping, made: Callable, height: int, width: int, batch: int, tokens: int) -> dict:
+    """Latents and texts in lists, as of Z-Image."""
+    latents = [made(config.in_channels, 1, height, width) for _ in range(batch)]
+    return {"x": latents, "t": made(batch), "cap_feats": [made(tokens, config.cap_feat_dim) for _ in range(batch)]}
+
+
+ARGUMENTS = {
+    "UNet2DConditionModel": _of_unet,
+    "FluxTransformer2DModel": _of_tokens,
+    "SD3Transformer2DModel": _of_images,
+    "PixArtTransformer2DModel": _of_images,
+    "SanaTransformer2DModel": _of_images,
+    "QwenImageTransformer2DModel": _of_tokens,
+    "ZImageTransformer2DModel": _of_lists,
+    "Flux2Transformer2DModel": _of_tokens,
+}
+
+
+def guidance_calls(pipeline: DiffusionPipeline, guidance_scale: float | None) -> tuple[int, int]:
+    """Return the guidance branches of a denoiser's call, and its calls at every step; None is the pipeline's own."""
+    denoiser = denoiser_of(pipeline)
+    row = family_of(denoiser)
+    known = inspect.signature(pipeline.__call__).parameters.get(row.guidance)
+    scale = guidance_scale if guidance_scale is not None else known and known.default
+    embedded = row.guided_by == "input" or (row.guided_by == "call" and denoiser.config.get("guidance_embeds"))
+    if embedded or not (scale or 0) > 1:
+        return 1, 1
+    return (1, 2) if row.guided_by == "call" else (2, 1)
+
+
+def prompt_tokens(pipeline: DiffusionPipeline) -> int:
+    """Return the number of tokens that a pipeline fills up a prompt to; a usual one where it does not."""
+    row, length = family_of(denoiser_of(pipeline)), inspect.signature(pipeline.__call__).parameters
+    if "max_sequence_length" in length:  # the texts of Stable Diffusion 3 are CLIP's, and then the T5's
+        clip = pipeline.tokenizer_max_length if "tokenizer_3" in pipeline.components else 0
+        return length["max_sequence_length"].default + clip if row.padded else UNPADDED_TOKENS
+    names = sorted(name for name in pipeline.components if name.startswith("tokenizer"))
+    lengths = [getattr(getattr(pipeline, name), "model_max_length", MOST_TOKENS) for name in names]
+    return next((length for length in lengths if length < MOST_TOKENS), USUAL_TOKENS)
+
+
+def own_steps(pipeline: DiffusionPipeline, steps: int | None) -> int:
+    """Return the number of denoising steps; None is the pipeline's own."""
+    known = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
+    return steps or (known and known.default) or 50
 
 
 def input_groups(denoiser: ModelMixin, layers: list[Layer], height: int, width: int) -> list[list[Layer]]:
@@ -175,13 +317,29 @@ def forward_cost(denoiser: ModelMixin, height: int, width: int, batch: int, toke
         return _cost(lambda: denoiser(**call))
 
 
+def most_rows(denoiser: ModelMixin, height: int, width: int, batch: int, tokens: int = USUAL_TOKENS) -> int:
+    """Return the most samples, as of a Hessian, that a layer sees in a call. Arguments are those of `meta_call`."""
+    found, call = [0], meta_call(denoiser, height, width, batch, tokens)
+    names = [name for name, one in denoiser.named_modules() if isinstance(one, nn.Linear | nn.Conv2d)]
+
+    def seen(_: str, module: nn.Module, x: Tensor) -> None:
+        channels = x.shape[-1] if isinstance(module, nn.Linear) else x.shape[1] * math.prod(module.stride)
+        found.append(x.numel() // channels)
+
+    with torch.no_grad(), input_hooks(denoiser, names, seen):
+        denoiser(**call)
+    return max(found)
+
+
 def decode_cost(vae: nn.Module, height: int, width: int) -> Cost:
     """Return what a VAE on the meta device costs that decodes one image.
 
     Args:
         height, width: of the latents.
     """
-    latents = torch.empty(1, vae.config.latent_channels, height, width, device="meta", dtype=vae.dtype)
+    channels, frames = vae.config.get("latent_channels"), [] if "latent_channels" in vae.config else [1]
+    channels = channels or vae.config.z_dim  # of a VAE for videos too
+    latents = torch.empty(1, channels, *frames, height, width, device="meta", dtype=vae.dtype)
     with torch.no_grad():
         return _cost(lambda: vae.decode(latents))
 
@@ -225,7 +383,7 @@ def training_bytes(
         denoiser.enable_gradient_checkpointing()
     try:
         with torch.enable_grad(), LiveBytes() as live, fused_attention():
-            denoiser(**call).sample.float().square().sum().backward()
+            output_of(denoiser(**call)).float().square().sum().backward()
     finally:
         denoiser.requires_grad_(False).disable_gradient_checkpointing()
         for hook in hooks:
@@ -257,40 +415,32 @@ def fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = usual
 
 
-def prompt_tokens(pipeline: DiffusionPipeline) -> int:
-    """Return the number of tokens that a pipeline's first tokenizer fills up a prompt to."""
-    names = sorted(name for name in pipeline.components if name.startswith("tokenizer"))
-    lengths = [getattr(getattr(pipeline, name), "model_max_length", MOST_TOKENS) for name in names]
-    return next((length for length in lengths if length < MOST_TOKENS), USUAL_TOKENS)
+def _bytes(tree) -> int:
+    return sum(one.nbytes for one in tree_leaves(tree) if isinstance(one, Tensor))
 
 
-def shapes_of(pipeline: DiffusionPipeline, config: RunConfig, points: int = 0) -> Shapes | None:
-    """Return the shapes of a pipeline, whose weights may be missing; None where its parts cannot be called as usual.
-
-    Args:
-        points: bytes of recorded points.
-    """
+def shapes_of(pipeline: DiffusionPipeline, config: RunConfig) -> Shapes | None:
+    """Return the shapes of a pipeline, whose weights may be missing; None where its parts cannot be called as usual."""
     sampling, denoiser, component = config.sampling, denoiser_of(pipeline), denoiser_name(pipeline)
-    if denoiser.device.type == "meta":
-        values = stored_values(config.model, config.variant, config.revision)
-    else:
-        values = {name: sum(one.numel() for one in part.parameters()) for name, part in networks(pipeline).items()}
+    values = {name: sum(one.numel() for one in part.parameters()) for name, part in networks(pipeline).items()}
     dtype, scale = compute_dtype(denoiser), pipeline.vae_scale_factor
     size = [side // scale for side in image_size(pipeline, sampling.height, sampling.width)]
     bytes_of = {name: dtype.itemsize * count for name, count in values.items()}
-    guidance = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
-    given = sampling.guidance_scale if sampling.guidance_scale is not None else guidance and guidance.default
     wide = dtype == torch.float16 and pipeline.vae.config.get("force_upcast")
-    branches = 2 if (given or 0) > 1 else 1
+    branches, calls = guidance_calls(pipeline, sampling.guidance_scale)
     try:
         call = (*size, branches, prompt_tokens(pipeline))
-        latents = dtype.itemsize * denoiser.config.in_channels * math.prod(size)
         meta = meta_denoiser(type(denoiser), denoiser.config, dtype)
         step, given = forward_cost(meta, *call), meta_call(meta, *call)
+        rows = most_rows(meta, *call)
         vae = meta_copy(pipeline.vae, torch.float32 if wide else dtype)
         decode = decode_cost(vae, *size)
     except UNCALLABLE:
         return None
+    tensors = {
+        name: sum(one.nbytes for one in tree_leaves(held) if isinstance(one, Tensor)) for name, held in given.items()
+    }
+    latents = tensors.pop(next(iter(given))) // branches
     return Shapes(
         denoiser=bytes_of[component],
         text=sum(count for name, count in bytes_of.items() if name not in (component, "vae")),
@@ -298,15 +448,18 @@ def shapes_of(pipeline: DiffusionPipeline, config: RunConfig, points: int = 0) -
         step=step.bytes,
         decode=sum(tensor.nbytes for tensor in vae.parameters()) + decode.bytes,
         pipeline=sum(bytes_of.values()),
-        points=points,
-        positions=branches * math.prod(size),
+        points=0,
+        positions=rows,
         itemsize=dtype.itemsize,
         step_flops=step.flops,
         decode_flops=decode.flops,
         latents=latents,
         outputs=branches * latents,
-        conditioning=sum(one.nbytes for name, one in flatten(given).items() if name not in ("sample", "timestep")),
+        conditioning=calls * sum(held for name, held in tensors.items() if name not in TIMESTEP_NAMES),
         call=call,
+        encoding=encoding_bytes(pipeline, dtype),
+        calls=calls,
+        steps=own_steps(pipeline, sampling.num_inference_steps),
     )
 
 

@@ -236,7 +236,7 @@ def fitted(
         return options[0], []
     dtype = compute_dtype(denoiser_of(pipeline))
     sizes = Student.of(student, trained, dtype, shapes.call)
-    steps, rates = config.sampling.num_inference_steps or 50, MatmulRates.measured(ranks.device, dtype)
+    steps, rates = shapes.steps * shapes.calls, MatmulRates.measured(ranks.device, dtype)
 
     def needs_of(one: FinetuneConfig) -> list[Need]:
         return on(plan(one, shapes, sizes, steps, rates), ranks.device.type)

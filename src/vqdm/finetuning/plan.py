@@ -78,8 +78,9 @@ def plan(config: FinetuneConfig, shapes: Shapes, student: Student, steps: int, r
         steps: of a trajectory.
     """
     teacher, rest, c = shapes.denoiser, shapes.text + shapes.vae, shapes.itemsize
-    sampling = max(shapes.text, shapes.vae + config.xtx_batch_size * shapes.step, shapes.decode)
-    student_sampling = max(shapes.text, shapes.vae + config.xtx_batch_size * student.step, shapes.decode)
+    texts = shapes.encoded(config.xtx_batch_size)
+    sampling = max(texts, shapes.vae + config.xtx_batch_size * shapes.step, shapes.decode)
+    student_sampling = max(texts, shapes.vae + config.xtx_batch_size * student.step, shapes.decode)
     decoded = student.stored + c * student.weights
     outputs = shapes.outputs * steps * config.finetune_nsamples  # of an epoch
     stays = outputs > 1e9 * config.target_cache_gb  # the teacher, if its outputs are not kept

@@ -72,6 +72,7 @@ from vqdm.quantization.plan import (
     layer_table,
     plain_bits,
     plan,
+    recorded_bytes,
     shared_codebook_users,
     smaller,
     totals,
@@ -304,9 +305,9 @@ def model_files(
 def groups_by_input(config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer]) -> list[list[Layer]]:
     """Return the layers grouped by the input that they share, found without the weights."""
     height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
-    scale = pipeline.vae_scale_factor
+    size = (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
     denoiser = denoiser_of(pipeline)
-    return input_groups(meta_denoiser(type(denoiser), denoiser.config), layers, height // scale, width // scale)
+    return input_groups(meta_denoiser(type(denoiser), denoiser.config), layers, *size)
 
 
 def planned_needs(
@@ -325,12 +326,14 @@ def planned_needs(
     Raises:
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
     """
-    shapes = shapes_of(pipeline, config, point_bytes(pipeline, config.sampling, *prompts))
+    shapes = shapes_of(pipeline, config)
     if shapes is None:
         log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
         return []
     denoiser, layers = denoiser_of(pipeline), list(chain.from_iterable(groups))
-    dtype = compute_dtype(denoiser)
+    unet, dtype = denoiser_name(pipeline) == "unet", compute_dtype(denoiser)
+    points = point_bytes(pipeline, config.sampling, *prompts) if unet else recorded_bytes(shapes, *prompts)
+    shapes = replace(shapes, points=points)
     if config.target_bits is not None:
         copied, names = meta_denoiser(type(denoiser), denoiser.config, dtype), [layer.name for layer in layers]
         shapes = replace(shapes, backward=training_bytes(copied, shapes.call, device.type != "cpu", names))

@@ -175,7 +175,7 @@ def plan(
     recorded = passes(groups, config.hessian_memory_gb) if all_kept else in_block
     batch = config.xtx_batch_size * shapes.step
     rows = max(sample_bytes(config, shapes, group[0].columns) for group in groups)
-    sampling = max(shapes.text, shapes.vae + batch, shapes.decode)
+    sampling = max(shapes.encoded(config.xtx_batch_size), shapes.vae + batch, shapes.decode)
     hessians = max(map(squares, recorded)) * (SUM + MEAN) + batch + rows
     hardest = max(solver_bytes(layer, config.code == "trellis") for layer in layers)
     solving = max(map(squares, in_block)) * 2 * MEAN + hardest
@@ -216,7 +216,7 @@ def seconds(
         recordings: passes over the calibration points in which Hessians are recorded.
     """
     calibration, evaluation = prompts
-    steps = config.sampling.num_inference_steps or 50
+    steps = shapes.steps * shapes.calls
     points = calibration * min(config.calibration_nsteps or steps, steps)
     call = shapes.call_seconds(rates)
     sampled = evaluation * (steps * call + shapes.decode_seconds(rates))
@@ -250,7 +250,7 @@ def coding_operations(layer: Layer, state_bits: int | None) -> float:
 
 def sample_bytes(config: QuantizeConfig, shapes: Shapes, columns: int) -> int:
     """Return the bytes of the samples of one batch that are multiplied at once, and of a strip of their product."""
-    steps = config.sampling.num_inference_steps or 50
+    steps = shapes.steps * shapes.calls
     points = 0.9 * (config.calibration_nsamples or 256) * min(config.calibration_nsteps or steps, steps)
     share = min(1.0, config.xtx_batch_size / points)
     rows = config.xtx_batch_size * shapes.positions
@@ -258,6 +258,12 @@ def sample_bytes(config: QuantizeConfig, shapes: Shapes, columns: int) -> int:
         rows = min(rows, int(config.hessian_samples_per_input * share * columns))
     values = min(rows * columns, VALUES_PER_PRODUCT)
     return (4 + shapes.itemsize) * values + 2 * 4 * columns * min(columns, ROWS_PER_PRODUCT)
+
+
+def recorded_bytes(shapes: Shapes, calibration: int, evaluation: int) -> int:
+    """Return the bytes of recorded points of so many prompts: latents, texts, and outputs on evaluation prompts."""
+    calls, texts = shapes.steps * shapes.calls, (calibration + evaluation) * shapes.conditioning
+    return calls * (calibration * shapes.latents + evaluation * (shapes.latents + shapes.outputs)) + texts
 
 
 def squares(groups: list[list[Layer]]) -> int:
