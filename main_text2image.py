@@ -1,11 +1,11 @@
-"""Quantize the UNet or transformer of a text-to-image pipeline to 2-4 bits per weight.
+"""Quantize the UNet or transformer of a text-to-image pipeline, and its text encoders, to 2-4 bits per weight.
 
     python main_text2image.py stabilityai/stable-diffusion-xl-base-1.0 --target_bits 3 --output_dir out/sdxl-3bit
     python main_text2image.py assets/shapes-xl prompts/shapes_calibration.csv prompts/shapes_evaluation.csv \\
         --target_bits 2 --num_inference_steps 20 --guidance_scale 3 --output_dir out/shapes-2bit
 
-The result is a diffusers pipeline folder: `import vqdm`, then `from_pretrained`. --dry_run prints the layers, their
-bits and the predicted size.
+The result is a folder for `from_pretrained`, after `import vqdm`. MODEL may also be a causal language
+model of transformers, and the prompt files any texts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from vqdm.finetuning.intermediate import block_finetuner
 from vqdm.prompts import default_file
 from vqdm.quantization.config import UNSUPPORTED_FLAGS, QuantizeConfig
 from vqdm.quantization.job import quantize
-from vqdm.storage.hub import open_repository, push_folder
+from vqdm.quantization.language_model import is_language_model, quantize_language_model
+from vqdm.storage.hub import open_repository, push_folder, size_table
 
 PARSER = Parser(QuantizeConfig, __doc__, UNSUPPORTED_FLAGS)
 
@@ -31,11 +32,25 @@ def main(argv: list[str] | None = None) -> None:
     pushing = config.hub.push_to_hub and not config.dry_run
     name = config.hub.hub_model_id or Path(config.output_dir).resolve().name
     repository = open_repository(name, config.hub.hub_private) if pushing else None
-    _, summary = quantize(config, finetune_blocks)
-    if summary:
+    if is_language_model(config):
+        _, summary = quantize_language_model(config)
+    else:
+        _, summary = quantize(config, finetune_blocks)
+    if summary and "perplexity" in summary:
+        print(
+            f"{summary['effective_bits_layers']:.3f} bits per weight ({summary['effective_bits_model']:.3f} over the "
+            f"whole model), {summary['bytes_of_model'] / 1e6:.2f} MB instead of "
+            f"{summary['bytes_of_original_model'] / 1e6:.2f} MB, perplexity of held-out texts "
+            f"{summary['perplexity']:.3f} instead of {summary['perplexity_before']:.3f}\nresult: {config.output_dir}"
+        )
+    elif summary:
         prompts = config.evaluation_prompts or default_file("evaluation")
         component = summary.get("component", "unet")
         named, whole = label(component), summary[f"effective_bits_{component}"]
+        texts = summary.get("text_encoders") or {}
+        if texts:
+            print(size_table(summary))
+            print(f"error of the embeddings on held-out prompts {summary['embeddings_error_db']['all']:.2f} dB")
         print(
             f"{summary['effective_bits_layers']:.3f} bits per weight ({whole:.3f} over the whole {named}), "
             f"{named}-output error {summary[f'{component}_output_error_db']:.2f} dB\n"

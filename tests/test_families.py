@@ -58,7 +58,9 @@ def test_a_family_through_all_programs(family, tmp_path, prompts):
     model, quantized, tuned = tmp_path / "model", tmp_path / "quantized", tmp_path / "tuned"
     pipeline = tiny_transformer_pipeline(family)
     pipeline.save_pretrained(model)
-    run(main_text2image, model, prompts, prompts, "--output_dir", quantized, *SAMPLED, *QUANTIZE)
+    encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
+    parts = ["--components", ",".join(["transformer", *encoders])]
+    run(main_text2image, model, prompts, prompts, "--output_dir", quantized, *SAMPLED, *QUANTIZE, *parts)
     summary = json.loads((quantized / "summary.json").read_text())
     blocks = tuple(f"{name}." for name in block_names(pipeline.transformer))
     inside = [one for name, one in pipeline.transformer.named_modules() if name.startswith(blocks)]
@@ -66,6 +68,8 @@ def test_a_family_through_all_programs(family, tmp_path, prompts):
     assert summary["layers_quantized"] == len(layers) > 10
     assert summary["transformer_output_error_db"] < -5 and summary["component"] == "transformer"
     assert summary["bytes_of_transformer"] < 0.75 * summary["bytes_of_original_transformer"]
+    assert list(summary["text_encoders"]) == encoders and summary["embeddings_error_db"]["all"] < 0
+    assert summary["bytes_of_pipeline"] < 0.9 * summary["bytes_of_original_pipeline"]
     run(finetune, model, quantized, prompts, prompts, "--output_dir", tuned, *SAMPLED, *FINETUNE)
     changed = json.loads((tuned / "summary.json").read_text())
     assert changed["transformer_output_error_db"] <= changed["transformer_output_error_db_before"] + 0.01

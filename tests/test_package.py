@@ -157,8 +157,8 @@ def test_public_names_are_found_and_listed():
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(vqdm._LAZY, "quantize_text_encoder", "a_package_that_is_missing")
+    monkeypatch.setitem(vqdm._LAZY, "quantize", "a_package_that_is_missing")
     with pytest.raises(
         ImportError, match=r"needs the package a_package_that_is_missing: pip install 'vqdm\[quantize\]'"
     ):
-        _ = vqdm.quantize_text_encoder
+        _ = vqdm.quantize

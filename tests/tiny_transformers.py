@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -34,6 +35,10 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -256,6 +261,31 @@ def z_image() -> ZImagePipeline:
     return ZImagePipeline(scheduler, vae(), qwen3(tokenizer, 2).model, tokenizer, transformer)
 
 
+def mistral(tokenizer: PreTrainedTokenizerBase, layers: int) -> Mistral3ForConditionalGeneration:
+    text = dict(model_type="mistral", **language_sizes(tokenizer, layers), head_dim=16)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
+    vision = dict(model_type="pixtral", **sizes, image_size=32, patch_size=16)
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+
+
+def gemma3(tokenizer: PreTrainedTokenizerBase, layers: int) -> Gemma3ForConditionalGeneration:
+    text = dict(model_type="gemma3_text", **language_sizes(tokenizer, layers), head_dim=16)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision = dict(model_type="siglip_vision_model", **sizes, image_size=32, patch_size=16)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config)
+
+
+def flux2_dev() -> Flux2Pipeline:
+    """FLUX.2 dev: that of klein with a Mistral, of which layers 10, 20 and 30 are read."""
+    klein = flux2()
+    klein.tokenizer.chat_template = (
+        "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    )
+    parts = klein.scheduler, klein.vae, mistral(klein.tokenizer, 31), klein.tokenizer, klein.transformer
+    return Flux2Pipeline(*parts)
+
+
 def flux2() -> Flux2KleinPipeline:
     """FLUX.2 klein: attention and MLP inputs in one matrix, modulations that all blocks share, guidance by calls."""
     tokenizer = with_template(make_tokenizer(known_words()))
@@ -296,7 +326,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
 def tiny_transformer_pipeline(family: str) -> DiffusionPipeline:
     """A whole pipeline of a family, with seeded random weights, for images of `SIZE`."""
     torch.manual_seed(0)
-    pipeline = FAMILIES[family]()
+    pipeline = flux2_dev() if family == "flux2-dev" else FAMILIES[family]()
     for parameter in pipeline.transformer.parameters():
         if parameter.dim() > 1 and not parameter.any():  # some start as zeros, with which nothing depends on the rest
             torch.nn.init.normal_(parameter, std=0.1)

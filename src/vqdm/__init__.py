@@ -15,7 +15,6 @@ from vqdm.storage.hf import VqdmConfig, VqdmQuantizer, VqdmTextQuantizer, allow_
 if TYPE_CHECKING:
     from vqdm.additive.solve import SolverConfig
     from vqdm.api import QuantizationReport, quantize
-    from vqdm.quantization.text_encoder import quantize_text_encoder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,14 +30,12 @@ __all__ = [
     "allow_casting",
     "decoded_once",
     "quantize",
-    "quantize_text_encoder",
     "set_decode_backend",
 ]
 _LAZY = {
     "QuantizationReport": "vqdm.api",
     "SolverConfig": "vqdm.additive.solve",
     "quantize": "vqdm.api",
-    "quantize_text_encoder": "vqdm.quantization.text_encoder",
 }
 
 

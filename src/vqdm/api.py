@@ -12,17 +12,19 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqdm.config import all_settings, build
-from vqdm.diffusion.denoisers import denoiser_name, denoiser_of
+from vqdm.diffusion.denoisers import denoiser_name
 from vqdm.diffusion.model_folders import check_supported_pipeline
-from vqdm.diffusion.pipelines import set_scheduler
+from vqdm.diffusion.pipelines import networks, set_scheduler
 from vqdm.documents import kind_of
 from vqdm.errors import UserError
 from vqdm.finetuning.intermediate import block_finetuner
 from vqdm.prompts import check_prompts, default_prompts, load_prompts
 from vqdm.quantization import job
 from vqdm.quantization.config import HubConfig, QuantizeConfig
+from vqdm.quantization.language_model import LanguageModel, is_language_model, quantize_language_model
 
 # Settings of how a path is loaded, which a loaded pipeline has decided already.
 LOADING = ("dtype", "device", "variant", "single_file_config", "revision", "local_files_only")
@@ -43,6 +45,12 @@ class QuantizationReport:
             summed over all recorded points, in dB.
         median_error_db: the median of the points, in dB.
         psnr_db: between the images of both models from the same noise; None if no pair can be compared.
+        pipeline_bytes_before, pipeline_bytes_after: the same of the whole pipeline.
+        embeddings_error_db: error of the embeddings of the evaluation prompts in dB, by kind and of "all" together,
+            where `components` names text encoders; else None.
+        text_encoders: by name, a dict of figures of each that is quantized, as in `summary.json`.
+        perplexity_before, perplexity_after: of the evaluation texts, for a language model alone, which has no
+            figures of images, outputs and embeddings.
         layers: a dict per quantized layer: name, block, kind, rows, columns, bits_per_weight, error, ...
         seconds: by phase, and their "total".
     """
@@ -51,9 +59,15 @@ class QuantizationReport:
     bits_per_parameter: float
     bytes_before: int | None
     bytes_after: int
-    error_db: float
-    median_error_db: float
+    error_db: float | None
+    median_error_db: float | None
     psnr_db: float | None
+    pipeline_bytes_before: int | None
+    pipeline_bytes_after: int | None
+    embeddings_error_db: dict[str, float] | None
+    text_encoders: dict[str, dict]
+    perplexity_before: float | None
+    perplexity_after: float | None
     layers: tuple[dict, ...]
     seconds: dict[str, float]
 
@@ -66,29 +80,37 @@ class QuantizationReport:
             summary[f"effective_bits_{component}"],
             summary[f"bytes_of_original_{component}"],
             summary[f"bytes_of_{component}"],
-            summary[f"{component}_output_error_db"],
-            summary[f"{component}_output_error_db_by_point"]["median"],
-            summary["images"]["psnr_db"],
+            summary.get(f"{component}_output_error_db"),
+            summary.get(f"{component}_output_error_db_by_point", {}).get("median"),
+            summary.get("images", {}).get("psnr_db"),
+            summary.get("bytes_of_original_pipeline"),
+            summary.get("bytes_of_pipeline"),
+            summary.get("embeddings_error_db"),
+            summary.get("text_encoders", {}),
+            summary.get("perplexity_before"),
+            summary.get("perplexity"),
             tuple(summary["layers"]),
             summary["seconds"],
         )
 
 
 def quantize(
-    pipeline: DiffusionPipeline | str | Path,
+    pipeline: DiffusionPipeline | PreTrainedModel | str | Path,
     prompts: Sequence[str] | str | Path | None = None,
     target_bits: float | None = 3.0,
     evaluation_prompts: Sequence[str] | str | Path | None = None,
     output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **settings,
-) -> tuple[DiffusionPipeline, QuantizationReport | None]:
-    """Quantize the denoiser of a text-to-image pipeline: its UNet or transformer.
+) -> tuple[DiffusionPipeline | PreTrainedModel, QuantizationReport | None]:
+    """Quantize the denoiser of a text-to-image pipeline: its UNet or transformer. Or a causal language model.
 
         pipeline = DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", dtype=torch.float16)
         quantized, report = vqdm.quantize(pipeline.to("cuda"), target_bits=3)
         quantized.save_pretrained("sdxl-3bit")
 
-    A pipeline that is given is not changed: its denoiser is copied. The result shares its text encoders and its VAE.
+    A pipeline that is given is not changed: its denoiser is copied, and the text encoders that `components` names, as
+    in `components=["unet", "text_encoder"]`. The result shares the other parts.
 
     Args:
         pipeline: a loaded full-precision pipeline, quantized on its device in its dtype; or a folder or hub name.
@@ -98,6 +120,7 @@ def quantize(
         evaluation_prompts: to measure errors on, as `prompts`; 64 ship with vqdm.
         output_dir: where the result and the state of the run are written; with `resume=True` an interrupted run in it
             is continued. None works in a temporary folder.
+        tokenizer: of a language model that is given in place of the pipeline; `prompts` are texts then.
         settings: flags of `main_text2image.py` by name, without the dashes, such as `num_inference_steps=30`.
 
     Returns:
@@ -108,8 +131,10 @@ def quantize(
         RunError: the work failed.
     """
     _check_names(settings)
-    loaded = isinstance(pipeline, DiffusionPipeline)
-    if loaded:
+    loaded = isinstance(pipeline, DiffusionPipeline | PreTrainedModel)
+    if tokenizer is not None or isinstance(pipeline, PreTrainedModel):
+        _check_language_model(pipeline, tokenizer, settings)
+    elif loaded:
         _check_loaded_pipeline(pipeline, settings)
     elif not isinstance(pipeline, str | Path):
         raise UserError(f"pipeline is {kind_of(pipeline)}; give a loaded pipeline, a folder or a hub name")
@@ -123,10 +148,38 @@ def quantize(
         values["model"] = str((pipeline.name_or_path or type(pipeline).__name__) if loaded else pipeline)
         values |= {"device": str(pipeline.device)} if loaded else {}
         config = build(QuantizeConfig, values)
+        if isinstance(pipeline, PreTrainedModel) or (not loaded and is_language_model(config)):
+            return _quantized_language_model(config, pipeline, tokenizer, (calibration, evaluation))
         finetune_blocks = block_finetuner(config.intermediate, config.seed)
-        work_on = _working_copy(pipeline, config.sampling.scheduler) if loaded else None
+        work_on = _working_copy(pipeline, config) if loaded else None
         quantized, summary = job.quantize(config, finetune_blocks, work_on, (calibration, evaluation))
     return quantized, None if summary is None else QuantizationReport.of(summary)
+
+
+def _quantized_language_model(
+    config: QuantizeConfig,
+    given: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: tuple[list[str], list[str]],
+) -> tuple[PreTrainedModel, QuantizationReport | None]:
+    held = None
+    if isinstance(given, PreTrainedModel):
+        held = LanguageModel(copy.deepcopy(given).eval().requires_grad_(False), tokenizer)
+    quantized, summary = quantize_language_model(config, held, texts)
+    return quantized.model, None if summary is None else QuantizationReport.of(summary)
+
+
+def _check_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: dict) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise UserError("tokenizer is of a loaded language model; a pipeline or a folder has its own; leave it out")
+    given = [name for name in LOADING if name in settings]
+    if given:
+        raise UserError(f"{given[0]} belongs to a path; the model is loaded already, and is used as it is")
+    if not type(model).__name__.endswith("ForCausalLM"):
+        kind = type(model).__name__
+        raise UserError(f"pipeline is a {kind}; give a causal language model, or a pipeline and components=[...]")
+    if tokenizer is None:
+        raise UserError("tokenizer is None; give the tokenizer of the language model")
 
 
 def _check_names(settings: dict) -> None:
@@ -167,13 +220,14 @@ def _counts(calibration: int, evaluation: int) -> dict:
     }
 
 
-def _working_copy(pipeline: DiffusionPipeline, scheduler: str) -> DiffusionPipeline:
-    """Return a pipeline with copies of the denoiser, the scheduler and the tokenizers, and the same other models."""
-    copied = copy.copy(pipeline)
+def _working_copy(pipeline: DiffusionPipeline, config: QuantizeConfig) -> DiffusionPipeline:
+    """Return a pipeline with copies of what is quantized, the scheduler and tokenizers, and the same other models."""
+    copied, changed = copy.copy(pipeline), {denoiser_name(pipeline), *(config.components or ())}
     for name, part in pipeline.components.items():
-        if name == denoiser_name(pipeline) or not isinstance(part, nn.Module):
+        if name in changed or not isinstance(part, nn.Module):
             setattr(copied, name, copy.deepcopy(part))
-    set_scheduler(copied, scheduler)
-    denoiser_of(copied).requires_grad_(False).eval()
+    set_scheduler(copied, config.sampling.scheduler)
+    for name in changed & networks(copied).keys():
+        getattr(copied, name).requires_grad_(False).eval()
     copied.set_progress_bar_config(disable=True)
     return copied

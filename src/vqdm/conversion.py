@@ -35,7 +35,7 @@ from vqdm.errors import UserError
 from vqdm.layers.int8 import dequantize_int8, int8_layers
 from vqdm.layers.quantized import QuantizedConv2d, QuantizedLinear, quantized_layers
 from vqdm.storage.files import save_json, save_tensors
-from vqdm.storage.hf import VqdmConfig, build_layers, check_names, mark_quantized, short_name
+from vqdm.storage.hf import VqdmConfig, build_layers, check_names, mark_quantized
 from vqdm.storage.original import load_pickle, tensors_and_specs
 
 KINDS = ("dequantize", "aqlm", "pickle")
@@ -232,7 +232,7 @@ def export_aqlm(model: PreTrainedModel, folder: Path) -> AqlmConfig:
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
     config = AqlmConfig(
         **{name: getattr(spec, name) for name in AQLM_SETTINGS},
-        linear_weights_not_to_quantize=[short_name(name) for name in others],
+        linear_weights_not_to_quantize=[name.removeprefix("text_model.") for name in others],
     )
     written = model.config.to_dict() | {"architectures": [type(model).__name__]}
     written["quantization_config"] = config.to_dict() | {"quant_method": "aqlm"}

@@ -15,17 +15,17 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny_transformers import flux_image, quantized_flux
 
-import vqdm
 from vqdm.additive import scoring
 from vqdm.additive import scoring_triton as kernels
-from vqdm.additive.code import CodeSpec
 from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.devices import check_float64, peak_memory, pick_device, pick_dtype
+from vqdm.diffusion.sensitivity import output_effects
 from vqdm.errors import UserError
 from vqdm.finetuning.loop import Checkpoints
 from vqdm.layers.decode import decode, set_decode_backend
 from vqdm.layers.quantized import decoded_once, quantized_layers
 from vqdm.parallel import launched
+from vqdm.quantization.text_encoder import TextCalibration, embedding_errors, encode, encoded_again
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 STEPS = {"num_inference_steps": 2, "output_type": "pt"}
@@ -136,13 +136,20 @@ def save_and_dequantize(folder: str) -> None:
     torch.testing.assert_close(image_of(pipeline), wanted, rtol=1e-2, atol=1e-2)
 
 
-def quantize_a_text_encoder(folder: str) -> None:
-    pipeline = loaded(folder, dtype=torch.bfloat16).to(SECOND)
-    config = SolverConfig(spec=CodeSpec(1, 4, 4), max_epochs=1, init_max_iter=1, beam_size=1)
-    prompts = [f"a red circle {k}" for k in range(16)]
-    vqdm.quantize_text_encoder(pipeline.text_encoder, pipeline.tokenizer, prompts, config, batch_size=2)
-    assert {tensor.device for tensor in pipeline.text_encoder.parameters()} == {SECOND}
-    assert image_of(pipeline).isfinite().all()
+def measure_layers_of_a_text_encoder(folder: str) -> None:
+    """Embeddings, and how much a layer moves them, where the encoders are and the denoiser is not."""
+    pipeline = loaded(folder, dtype=torch.float16).to(SECOND)
+    made = encode(pipeline, ["a red circle", "a star"], {"num_inference_steps": 1})
+    pipeline.unet.to("cpu")
+    held = TextCalibration(pipeline, "text_encoder_2", [made], [])
+    layer = next(one for one, part in held.model.named_modules() if isinstance(part, torch.nn.Linear))
+    module, calls = held.effects(2)
+    change = {layer: torch.ones(held.model.get_submodule(layer).weight.shape)}
+    held.model.requires_grad_(False)
+    assert output_effects(module, change, calls, torch.Generator().manual_seed)[layer] > 0
+    assert not embedding_errors([made.results], [encoded_again(pipeline, made, SECOND)])
+    (call,), _ = held.calls()
+    assert call()["input_ids"].device == SECOND
 
 
 def solve_layers_of_every_format(_: str) -> None:

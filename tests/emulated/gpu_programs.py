@@ -34,6 +34,7 @@ QUANTIZATIONS = {
     "target_bits": TARGET + "--unquantized_nbits 8",
     "target_bits float16": TARGET + "--dtype float16",
     "shared cache": OWN + "--share_codebooks unet --hessian_cache {out}-cache",
+    "text encoders": OWN + "--components unet,text_encoder,text_encoder_2 --dtype float16",
     "intermediate": OWN + "--num_intermediate_finetunes 1 --finetune_nsamples 2 --finetune_batch_size 2",
     "intermediate float16": OWN
     + "--num_intermediate_finetunes 2 --finetune_nsamples 2 --finetune_batch_size 2 --dtype float16",

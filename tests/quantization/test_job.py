@@ -246,7 +246,7 @@ def test_the_rest_in_8_bit(finished, pipelines, prompt_file, tmp_path, capsys):
     assert f"{len(others)} others are int8" in (out / "README.md").read_text()
     said = capsys.readouterr().out
     assert f"{len(others)} other layers" in said
-    assert f"{bits / parameters:.3f} over the whole denoiser" in said
+    assert f"{bits / parameters:.3f} over the whole model" in said
     assert json.loads((finished / "summary.json").read_text())["layers_in_8_bit"] == 0
 
 

@@ -1,5 +1,7 @@
 import copy
 import json
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from numerics import assert_close_outputs, assert_same_tensors
 from safetensors.torch import load_file, save_file
 from test_hf import image_of, quantized_unet
 from test_quantized import SPECS, random_code
+from tiny_transformers import gemma3, language_sizes, mistral, qwen3, qwen_image, t5
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model
 
-from vqdm.additive.solve import SolverConfig
+from train_text import known_words, make_tokenizer
+from vqdm.additive.code import CodeSpec
 from vqdm.layers.int8 import int8_layers, quantize_int8
 from vqdm.layers.quantized import QuantizedLinear, quantized_layers, swap
 from vqdm.quantization.text_encoder import text_layers
@@ -27,10 +31,17 @@ VICTIM = "encoder.layers.1.mlp.fc1.codebooks"
 def quantized_text_encoder(part: str, spec=SPECS[0]) -> nn.Module:
     """A tiny text encoder with random codes, and one layer in 8 bit."""
     model = getattr(tiny_pipeline("sdxl"), part).eval()
-    first, *layers = text_layers(model, SolverConfig(spec))
-    for layer in layers:
-        swap(model, layer.name, spec).set_code(random_code(spec, layer.rows, layer.columns))
+    first = text_layers(model, spec)[0]
     quantize_int8(model, first.name)
+    return random_text_encoder(model, spec)
+
+
+def random_text_encoder(model: nn.Module, spec=SPECS[0]) -> nn.Module:
+    """The model with random codes in its text layers, but for those that are int8; in place."""
+    for layer in text_layers(model, spec):
+        if hasattr(model.get_submodule(layer.name), "stored_tensors"):
+            continue
+        swap(model, layer.name, spec).set_code(random_code(spec, layer.rows, layer.columns))
     mark_text_quantized(model)
     return model
 
@@ -51,6 +62,37 @@ def test_round_trip_is_exact(tmp_path, part, options):
     for twin in (again, copy.deepcopy(again), KINDS[part].from_pretrained(tmp_path / "again")):
         assert_same_tensors(twin, model)
         assert_close_outputs(run(twin), run(model))
+
+
+LANGUAGE = {
+    "T5": t5,
+    "Gemma 2": lambda tokenizer: Gemma2Model(Gemma2Config(**language_sizes(tokenizer, 1), head_dim=16)),
+    "Gemma 3": partial(gemma3, layers=1),
+    "Qwen2.5-VL": lambda _: qwen_image().text_encoder,
+    "Qwen3": partial(qwen3, layers=1),
+    "Qwen3 without a head": lambda tokenizer: qwen3(tokenizer, 1).model,
+    "Mistral": partial(mistral, layers=1),
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_language_models_come_back(name, tmp_path):
+    """Whatever names transformers gives the layers in the model and the tensors in its files."""
+    torch.manual_seed(0)
+    model = LANGUAGE[name](make_tokenizer(known_words())).eval().requires_grad_(False)
+    random_text_encoder(model, CodeSpec(1, 6, 4, scale_nbits=4))
+    count = len(quantized_layers(model))
+    assert count == (6 if name == "T5" else 7)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    held = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
+    assert all(re.fullmatch(r"(layers|encoder\.block)\.0\..*", layer) for layer in held)
+    again = type(model).from_pretrained(tmp_path)
+    assert len(quantized_layers(again)) == count
+    assert_same_tensors(again, model)
+    again.save_pretrained(tmp_path / "again")
+    assert_same_tensors(type(model).from_pretrained(tmp_path / "again"), model)
+    run_on = lambda one: one(input_ids=IDS, output_hidden_states=True).hidden_states[-1]  # noqa: E731
+    assert_close_outputs(run_on(again), run_on(model))
 
 
 @pytest.mark.parametrize("part", KINDS)

@@ -434,6 +434,44 @@ def load_denoiser(folder: Path, dtype: torch.dtype, optional: bool = False, name
     return denoiser.requires_grad_(False).eval()
 
 
+def quantized_text_encoders(folder: Path) -> list[str]:
+    """Return the names of the parts of a pipeline folder that vqdm quantized through transformers."""
+    found = []
+    for file in sorted(folder.glob("*/config.json")):
+        try:
+            config = read_json(file)
+            method = (config.get("quantization_config") or {}).get("quant_method")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if method == Method.VQDM.value and "architectures" in config:
+            found.append(file.parent.name)
+    return found
+
+
+def load_text_encoders(folder: Path, pipeline: DiffusionPipeline, name: str = "QUANTIZED") -> dict[str, nn.Module]:
+    """Load the quantized text encoders of a pipeline folder, each as the pipeline has it: class, type and device.
+
+    Args:
+        name: as for `find_denoiser`.
+
+    Raises:
+        UserError: one cannot be loaded, or the pipeline has none of that name.
+    """
+    found = {}
+    for part in quantized_text_encoders(folder):
+        own = getattr(pipeline, part, None)
+        if own is None:
+            raise UserError(f"{name} {folder} has a {part}, and MODEL has none; they do not fit")
+        try:
+            model = type(own).from_pretrained(folder / part, dtype=own.dtype, local_files_only=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # as of `load_denoiser`
+            raise UserError(f"{name} {folder / part} cannot be loaded: {first_line(error)}") from None
+        found[part] = model.to(own.device).requires_grad_(False).eval()
+    return found
+
+
 def check_fits(denoiser: ModelMixin, original: ModelMixin, path: str, model: str) -> None:
     """Raise UserError where a quantized denoiser comes from another kind of model than the pipeline's own."""
     ours, theirs = type(denoiser).__name__, type(original).__name__

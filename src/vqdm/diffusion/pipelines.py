@@ -313,6 +313,20 @@ def stored_bytes(model: str, variant: str | None, component: str, revision: str 
     return sum(file.stat().st_size for file in weight_files(model, variant, component, revision)) or None
 
 
+def parameter_bytes(part: nn.Module) -> int:
+    """Return the bytes of a network's parameters in memory."""
+    return sum(tensor.element_size() * tensor.numel() for tensor in part.parameters())
+
+
+def pipeline_bytes(config: RunConfig, pipeline: DiffusionPipeline, given: bool) -> int | None:
+    """Return the bytes of all of MODEL's weight files; of a pipeline that is given loaded, those in memory."""
+    if given:
+        return sum(map(parameter_bytes, networks(pipeline).values()))
+    if Path(config.model).is_file():
+        return Path(config.model).stat().st_size
+    return stored_bytes(config.model, config.variant, "*", config.revision)
+
+
 def local_fingerprint(config: RunConfig) -> str | None:
     """Return the fingerprint of MODEL's files, or of its file and configuration; None for a name on the hub."""
     path = Path(config.model)

@@ -30,6 +30,8 @@ from vqdm.diffusion.model_folders import (
     check_loaded,
     find_denoiser,
     load_denoiser,
+    load_text_encoders,
+    quantized_text_encoders,
 )
 from vqdm.diffusion.pipelines import check_configured, configured_pipeline, local_fingerprint, log_truncated
 from vqdm.errors import RunError, UserError
@@ -171,12 +173,21 @@ def check_offload(offload: str, device: torch.device) -> None:
 def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], denoiser_folder: Path | None) -> dict:
     """Return everything the images depend on, which a resumption must share."""
     own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+    if denoiser_folder and (texts := text_encoder_folders(config, denoiser_folder)):
+        own["text_encoders_sha256"] = " ".join(map(folder_fingerprint, texts))
     return own | {
         "dtype": str(pick_dtype(config.dtype, ranks.device)).removeprefix("torch."),
         "model_sha256": local_fingerprint(config),
         "quantized_sha256": folder_fingerprint(denoiser_folder) if denoiser_folder else None,
         "prompts_sha256": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
     }
+
+
+def text_encoder_folders(config: GenerateConfig, denoiser_folder: Path) -> list[Path]:
+    """Return the folders of the quantized text encoders of QUANTIZED; none where it is the denoiser's folder alone."""
+    around = denoiser_folder.parent
+    whole = denoiser_folder.resolve() != Path(config.quantized).resolve()
+    return [around / name for name in quantized_text_encoders(around)] if whole else []
 
 
 def plan(config: GenerateConfig, ranks: Ranks, folder: ImageFolder, requests: list[Request]) -> str:
@@ -207,7 +218,7 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
 
 
 def load(config: GenerateConfig, ranks: Ranks, denoiser_folder: Path | None) -> DiffusionPipeline:
-    """Load MODEL with QUANTIZED's denoiser in it where one is given, ready to generate.
+    """Load MODEL with QUANTIZED's denoiser, and its quantized text encoders, where it is given, ready to generate.
 
     Raises:
         UserError: either cannot be loaded, they do not fit, or `--teacher` names a quantized MODEL.
@@ -217,7 +228,11 @@ def load(config: GenerateConfig, ranks: Ranks, denoiser_folder: Path | None) -> 
     pipeline = configured_pipeline(config, torch.device("cpu"), dtype)
     if quantized is not None:
         check_fits(quantized, denoiser_of(pipeline), config.quantized, config.model)
-        pipeline.register_modules(**{denoiser_name(pipeline): quantized})
+        texts = {}
+        if text_encoder_folders(config, denoiser_folder):
+            texts = load_text_encoders(denoiser_folder.parent, pipeline)
+            log_info(f"{', '.join(texts)} of {config.quantized} are used too")
+        pipeline.register_modules(**{denoiser_name(pipeline): quantized}, **texts)
     elif config.teacher:
         check_loaded(denoiser_of(pipeline), config.model, "--teacher: MODEL")
     elif quantized_layers(denoiser_of(pipeline)):

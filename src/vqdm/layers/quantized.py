@@ -98,6 +98,8 @@ class _Quantized:
     Attributes:
         shared: the model's shared codebooks, if the layer uses any.
         keep_decoded: keep the first weight that is decoded without gradients, for `decoded_once`.
+        wide: whether `weight` is in float32, as of layers that transformers keeps in it: T5 casts the input of such a
+            layer to the type of its weight, and float16 would overflow.
         latent: None, or a tensor [O, I] that gets the gradient of the decoded weight, whatever its values.
         held: None, or the decoded weight [O, I] that calls use and that collects its own gradient (`held_weights`).
     """
@@ -105,6 +107,7 @@ class _Quantized:
     spec: CodeSpec
     shared: tuple[SharedCodebookModule, ...] = ()  # in a tuple, or the model's module would become the layer's child
     keep_decoded = False
+    wide = False
     latent: Tensor | None = None
     held: Tensor | None = None
     _decoded: Tensor | None = None
@@ -178,7 +181,12 @@ class _Quantized:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the floating dtype of the small tensors, or of the shared codebooks if all are integers."""
+        """Return the floating dtype of the small tensors, or of the shared codebooks if all are integers.
+
+        float32 where the layer is `wide`.
+        """
+        if self.wide:
+            return torch.float32
         floats = [tensor.dtype for tensor in self.stored_tensors().values() if tensor.is_floating_point()]
         return floats[0] if floats else self.shared[0].stored_tensors()[self.spec.shared_codebooks].dtype
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqdm.additive.code import AdditiveCode, CodeSpec, SharedCodebooks
 from vqdm.additive.trellis import UNITS, allowed_widths, segment_rows
@@ -89,7 +90,7 @@ def allocated(job: Job, store: HessianStore) -> list[Layer]:
             save_checked_json(plan, path)
     plan = job.ranks.broadcast(read_plan(path) if job.ranks.main else None)
     if job.ranks.main:
-        save_json(plan, job.folder.path / PLAN)
+        save_json(plan, job.folder.beside(PLAN))
     return planned(job.layers, plan, path)
 
 
@@ -179,14 +180,19 @@ def layer_effects(
     job: Job, store: HessianStore, layers: list[Layer], name: str
 ) -> tuple[dict[str, float], dict[str, float]]:
     """By layer name, the denoiser's relative output error when this layer alone is coded as it is here; and its own."""
-    trajectories = teacher_trajectories(job)
-    points = spread_over_noise(trajectories, job.config.sensitivity_points)
-    log_info(f"effects of {len(layers)} layers on the output, at {len(points)} points")
+    model, calls = job.text.effects(job.config.sensitivity_points) if job.text else denoiser_effects(job)
+    log_info(f"effects of {len(layers)} layers on the output, at {len(calls)} points")
     changes, errors = coding_errors(job, store, layers, name)
-    calls = [call for point in points for call in denoiser_calls(job, trajectories, [point])]
     generator = lambda index: layer_generator(job.config.seed, f"effects:{index}")  # noqa: E731
     with progress_bar(total=len(job.ranks.shard(calls)), description="effects of layers") as progress:
-        return output_effects(job.denoiser, changes, calls, generator, progress.update, job.ranks), errors
+        return output_effects(model, changes, calls, generator, progress.update, job.ranks), errors
+
+
+def denoiser_effects(job: Job) -> tuple[nn.Module, list[Callable[[], dict]]]:
+    """The denoiser, and calls of it on single points, spread over prompts and steps."""
+    trajectories = teacher_trajectories(job)
+    points = spread_over_noise(trajectories, job.config.sensitivity_points)
+    return job.denoiser, [call for point in points for call in denoiser_calls(job, trajectories, [point])]
 
 
 def coding_errors(

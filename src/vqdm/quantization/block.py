@@ -19,7 +19,6 @@ from vqdm.diffusion.trajectories import Trajectories
 from vqdm.errors import RunError
 from vqdm.parallel import shares
 from vqdm.quantization.plan import layer_line
-from vqdm.quantization.recording import HessianRecorder
 from vqdm.storage.run_folder import LayerResult, layer_generator, wait_for_file
 from vqdm.tracking import JsonLines, log_info, progress_bar
 
@@ -40,7 +39,8 @@ def quantize_block(
     so far on `trajectories`. These are on disk while they are needed: an interrupted run does not record them again.
     """
     quantized = {}
-    parts = stored_hessians(job, todo) if trajectories is None else student_hessians(job, layers, todo, trajectories)
+    stored = trajectories is None and job.store
+    parts = stored_hessians(job, todo) if stored else student_hessians(job, layers, todo, trajectories)
     with progress_bar(total=len(todo), description="layers") as progress:
         for store, groups in parts:
             with job.clock("layers"):
@@ -55,13 +55,13 @@ def stored_hessians(job: Job, todo: list[Layer]) -> Iterator[tuple[HessianStore,
 
 
 def student_hessians(
-    job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories
+    job: Job, layers: list[Layer], todo: list[Layer], trajectories: Trajectories | None
 ) -> Iterator[tuple[HessianStore, list[list[Layer]]]]:
     """Yield the same, recorded with the earlier blocks quantized, and dropped once the layers are."""
     block, wanted = layers[0].block, {layer.name for layer in todo}
     store = HessianStore(job.folder.block_hessians(block), {"block": block})
     store.leaders = job.ranks.broadcast(store.leaders)
-    recorder = HessianRecorder(job, store, trajectories)
+    recorder = job.recorder(store, trajectories)
     groups = [[layer for layer in group if layer.name in wanted] for group in recorder.groups(layers)]
     for some in passes([group for group in groups if group], job.config.hessian_memory_gb):
         missing = [group for group in some if any(layer not in store for layer in group)]
@@ -224,7 +224,7 @@ def save_layer(job: Job, layer: Layer, code: AdditiveCode, report: LayerReport) 
 
 def log_layer(job: Job, row: dict) -> None:
     """Log a quantized layer: a row of the table, numbers for the tracker, and a line."""
-    JsonLines(job.folder.path / "layers.jsonl").write(row)
+    JsonLines(job.folder.beside("layers.jsonl")).write(row)
     job.tracker.log({f"layer/{key}": value for key, value in row.items() if key not in ("rows", "columns")})
     log_info(layer_line(row))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,13 @@ class QuantizeConfig(RunConfig):
         needs=("not target_bits",),
     )
     solver: SolverConfig = flags_in(SolverConfig, "layer solver")
+    components: tuple[str, ...] | str | None = _layers(
+        None,
+        "parts of the pipeline to quantize: the denoiser, and text encoders by name, such as unet,text_encoder; each "
+        "at --target_bits, or as the same codes (default: the denoiser)",
+        metavar="NAME,NAME,...",
+        common=True,
+    )
     layer_filter: str = _layers(
         "default",
         "layers to quantize; a regular expression is searched for in their dotted names",
@@ -139,7 +147,7 @@ class QuantizeConfig(RunConfig):
     )
     calibration_nsamples: int = _calibration(256, "calibration prompts, chosen at random; 0 = all", ge=0, common=True)
     calibration_nsteps: int = _calibration(0, "denoising steps per prompt to calibrate on; 0 = all", ge=0)
-    evaluation_nsamples: int = _calibration(32, "evaluation prompts", ge=1, common=True)
+    evaluation_nsamples: int = _calibration(32, "evaluation prompts", ge=1)
     visualize_nsamples: int | None = _calibration(
         None, "image pairs in image_pairs.png; default: 16, or all evaluation prompts if they are fewer", ge=0
     )
@@ -183,6 +191,7 @@ class QuantizeConfig(RunConfig):
         super().__post_init__()
         # Fields are frozen for everyone else; these are resolved here, once.
         object.__setattr__(self, "overrides", read_overrides(self.overrides))
+        object.__setattr__(self, "components", read_components(self.components))
         object.__setattr__(self, "code", self.code or ("additive" if self.target_bits is None else "trellis"))
         if self.min_timestep > self.max_timestep:
             raise UserError(f"--min_timestep {self.min_timestep} is above --max_timestep {self.max_timestep}")
@@ -218,6 +227,16 @@ class QuantizeConfig(RunConfig):
     @property
     def spec(self) -> CodeSpec:
         return self.solver.spec
+
+
+def read_components(given: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Return names of parts of a pipeline, of a sequence or of names with commas between. Raises UserError."""
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
+    if not names or not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
+        raise UserError(f"--components is {given!r}; give different names of parts, such as unet,text_encoder")
+    return tuple(names)
 
 
 def _check_command(command: str) -> None:

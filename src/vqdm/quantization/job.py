@@ -24,19 +24,21 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 
-from vqdm.additive.code import AdditiveCode, SharedCodebooks
+from vqdm.additive.code import SharedCodebooks
 from vqdm.config import label
 from vqdm.devices import BatchSize, MatmulRates, MemoryClock, Need, budgeted, check_float64, on, pick_dtype
 from vqdm.diffusion.blocks import Layer, select_layers, unquantized_layers
 from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of, is_known
 from vqdm.diffusion.hessians import HessianStore
-from vqdm.diffusion.model_folders import check_loaded, check_supported, find_denoiser, load_denoiser
+from vqdm.diffusion.model_folders import check_loaded, check_supported, find_denoiser, load_denoiser, load_text_encoders
 from vqdm.diffusion.pipelines import (
     check_configured,
     configured_pipeline,
     image_size,
     log_truncated,
     networks,
+    parameter_bytes,
+    pipeline_bytes,
     resting_on_cpu,
     saved_types,
     stored_bytes,
@@ -59,39 +61,46 @@ from vqdm.errors import RunError, UserError
 from vqdm.fidelity import decibels
 from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import int8_layers, quantize_int8
-from vqdm.layers.quantized import QuantizedLayer, decoded_once, quantized_layers, swap
+from vqdm.layers.quantized import decoded_once
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
-from vqdm.quantization.allocation import allocated, check_target
-from vqdm.quantization.block import layer_row, load_quantized, quantize_block
+from vqdm.quantization.allocation import check_target
 from vqdm.quantization.config import QuantizeConfig
+from vqdm.quantization.layerwise import quantize_layers
 from vqdm.quantization.plan import (
     Int8Totals,
     blocks_before_finetuning,
     hessian_bytes,
-    layer_table,
+    keeps_hessians,
     plain_bits,
     plan,
+    planned_size,
     recorded_bytes,
-    shared_codebook_users,
     smaller,
-    totals,
 )
 from vqdm.quantization.recording import (
-    calibration_trajectories,
+    HessianRecorder,
     digest,
     finetuning_trajectories,
     student_images,
     teacher_evaluation,
-    teacher_hessians,
     teacher_trajectories,
 )
-from vqdm.quantization.shared_codebooks import make_shared_codebooks, shared
+from vqdm.quantization.shared_codebooks import shared
+from vqdm.quantization.text_encoder import (
+    TextCalibration,
+    TextPart,
+    TextRecorder,
+    planned_text,
+    quantize_text_encoders,
+    text_hessian_bytes,
+    text_names,
+)
 from vqdm.storage.files import save_json, save_text
 from vqdm.storage.hf import mark_quantized
 from vqdm.storage.hub import model_card, stored_sizes
 from vqdm.storage.run_folder import LayerResult, RunFolder, check_disk
-from vqdm.tracking import Tracker, log_info, own_command, progress_bar, redacted, versions
+from vqdm.tracking import Tracker, log_info, own_command, redacted, versions
 
 OUT_OF_MEMORY = "try smaller --height and --width, or --hessian_memory_gb"
 
@@ -101,15 +110,19 @@ class Job:
     """The state that the steps of one run share.
 
     Attributes:
-        parameters: number of those of the whole denoiser.
+        parameters: number of those of the whole denoiser, or text encoder.
         int8: what becomes int8.
+        component: name of what is quantized, in the pipeline and of its folder: the denoiser, or a text encoder.
+        text: what a text encoder is calibrated on; None of the denoiser.
         stored: types of the model's components in their files.
         original_bytes: of the denoiser's files, or of its tensors where it was given in memory; None if unknown.
+        pipeline_bytes: the same of the whole pipeline.
         fingerprint: of the weights of a pipeline that was given in memory, else None.
         store: Hessians of the full-precision model, where the run keeps them.
         shared_codebooks: by name.
         codebook_memory_gb: for Hessians that shared codebooks are trained on, as the run was started with.
         ranks: the processes that work on it, each of which has this same job.
+        text_parts: the text encoders that are quantized after the denoiser.
         finetune_blocks: as `quantize` takes it.
         needs: what was planned, by phase.
         size: `xtx_batch_size`, or what is left of it.
@@ -125,13 +138,17 @@ class Job:
     clock: MemoryClock
     parameters: int
     int8: Int8Totals
+    component: str
+    text: TextCalibration | None = None
     stored: dict[str, torch.dtype] = field(default_factory=dict)
     original_bytes: int | None = None
+    pipeline_bytes: int | None = None
     fingerprint: str | None = None
     store: HessianStore | None = None
     shared_codebooks: dict[str, SharedCodebooks] = field(default_factory=dict)
     codebook_memory_gb: float = 8.0
     ranks: Ranks = field(default_factory=Ranks)
+    text_parts: list[TextPart] = field(default_factory=list)
     finetune_blocks: Callable | None = None
     needs: list[Need] = field(default_factory=list)
     size: BatchSize = field(init=False)
@@ -141,16 +158,18 @@ class Job:
 
     @property
     def denoiser(self) -> torch.nn.Module:
-        return denoiser_of(self.pipeline)
-
-    @property
-    def component(self) -> str:
-        """The name of the denoiser in the pipeline, which is also that of its folder."""
-        return denoiser_name(self.pipeline)
+        """What is quantized: the denoiser, or a text encoder in its place."""
+        return getattr(self.pipeline, self.component)
 
     @property
     def blocks(self) -> list[tuple[str, list[Layer]]]:
         return [(block, list(layers)) for block, layers in groupby(self.layers, key=lambda layer: layer.block)]
+
+    def recorder(self, store: HessianStore, trajectories: Trajectories | None = None) -> HessianRecorder:
+        """Return what records Hessians, of the denoiser on the teacher's points where no others are given."""
+        if self.text:
+            return TextRecorder(self, store)
+        return HessianRecorder(self, store, trajectories or teacher_trajectories(self))
 
     def on_save(self, path: Path) -> None:
         """Run the user's command, without a shell, `{path}` replaced by what was saved; failures are only logged."""
@@ -202,21 +221,19 @@ def quantize(
             if ranks.main:
                 need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
                 need += hessians_to_come(config, planned.groups, folder)
+                need += sum(text_hessian_bytes(config, part) for part in planned.text_parts)
                 folder.open(settings, versions(), config.resume, 0 if config.ignore_budget else need)
             if ranks.broadcast(folder.finished):
                 return load_finished(folder, pipeline, ranks)
             about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
             tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
             work = (folder, tracker, MemoryClock(ranks.device))
-            job = Job(
-                config, pipeline, planned.layers, calibration, evaluation, *work, planned.parameters, planned.int8
-            )
+            sizes = planned.parameters, planned.int8, denoiser_name(pipeline)
+            job = Job(config, pipeline, planned.layers, calibration, evaluation, *work, *sizes)
+            job.text_parts, job.pipeline_bytes = planned.text_parts, planned.pipeline_bytes
             job.needs, job.ranks, job.finetune_blocks = planned.needs, ranks, finetune_blocks
-            job.stored, job.original_bytes, job.fingerprint = (
-                planned.stored,
-                planned.original_bytes,
-                planned.fingerprint,
-            )
+            job.stored, job.original_bytes = planned.stored, planned.original_bytes
+            job.fingerprint = planned.fingerprint
             job.codebook_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
             try:
                 with resting_on_cpu(pipeline):
@@ -252,8 +269,10 @@ class RunPlan(NamedTuple):
     needs: list[Need]
     stored: dict[str, torch.dtype]
     original_bytes: int | None
+    pipeline_bytes: int | None
     fingerprint: str | None
     settings: dict
+    text_parts: list[TextPart]
 
 
 def plan_run(
@@ -271,12 +290,19 @@ def plan_run(
     """
     denoiser, component = denoiser_of(pipeline), denoiser_name(pipeline)
     check_loaded(denoiser, config.model)
+    names = text_names(config, pipeline)
     stored, original_bytes = model_files(config, pipeline, given)
     layers = chosen_layers(config, denoiser)
     parameters = sum(tensor.numel() for tensor in denoiser.parameters())
-    names = unquantized_layers(denoiser, layers) if config.unquantized_nbits == 8 else []
-    int8 = Int8Totals.of(denoiser, names)
-    log_info(planned_size(config, layers, parameters, int8, plain_bits(denoiser, stored.get(component))))
+    plain = unquantized_layers(denoiser, layers) if config.unquantized_nbits == 8 else []
+    int8 = Int8Totals.of(denoiser, plain)
+    size, planned = planned_size(config, layers, parameters, int8, plain_bits(denoiser, stored.get(component)))
+    log_info(size)
+    text_parts = [planned_text(config, pipeline, name, given, stored.get(name)) for name in names]
+    whole = pipeline_bytes(config, pipeline, given)
+    if text_parts and None not in (whole, original_bytes):
+        smaller_by = original_bytes - planned + sum(one.original_bytes - one.planned_bytes for one in text_parts)
+        log_info(f"whole pipeline: about {(whole - smaller_by) / 1e6:.2f} MB instead of {whole / 1e6:.2f} MB")
     steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
     check_timestep_range(pipeline.scheduler, steps, *limits)
     blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
@@ -288,7 +314,8 @@ def plan_run(
     settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
     settings["full_precision_hessians"] = keeps_hessians(config, layers)
     settings |= {"weights_sha256": fingerprint} if given else {}
-    return RunPlan(layers, parameters, int8, groups, needs, stored, original_bytes, fingerprint, settings)
+    about = (stored, original_bytes, whole, fingerprint)
+    return RunPlan(layers, parameters, int8, groups, needs, *about, settings, text_parts)
 
 
 def model_files(
@@ -297,7 +324,7 @@ def model_files(
     """Return types of the components as stored, and bytes of the denoiser; of a loaded pipeline those in memory."""
     if given:
         stored = {name: part.dtype for name, part in networks(pipeline).items()}
-        return stored, sum(tensor.element_size() * tensor.numel() for tensor in denoiser_of(pipeline).parameters())
+        return stored, parameter_bytes(denoiser_of(pipeline))
     stored = stored_dtypes(config.model, config.variant, config.revision)
     return stored, stored_bytes(config.model, config.variant, denoiser_name(pipeline), config.revision)
 
@@ -363,19 +390,6 @@ def hessians_to_come(config: QuantizeConfig, groups: list[list[Layer]], folder: 
     return need if place.parent == folder.work else check_disk(place, folder.path, need, "--hessian_cache")
 
 
-def keeps_hessians(config: QuantizeConfig, layers: list[Layer]) -> bool:
-    """Return whether the full-precision model's Hessians of all layers are kept, and not those of a block."""
-    return bool(config.hessian_cache or config.target_bits is not None or shared_codebook_users(layers))
-
-
-def planned_size(config: QuantizeConfig, layers: list[Layer], parameters: int, int8: Int8Totals, plain: int) -> str:
-    """Return the table of layers, or its totals where `target_bits` are still to be allocated."""
-    if config.target_bits is None:
-        return layer_table(layers, parameters, int8, plain)
-    bits = config.target_bits * sum(layer.rows * layer.columns for layer in layers)
-    return totals(layers, parameters, int8, plain, bits) + "; allocated after calibration"
-
-
 def chosen_layers(config: QuantizeConfig, denoiser: torch.nn.Module) -> list[Layer]:
     """Return the layers to quantize; with `target_bits` in single columns, into which any layer divides.
 
@@ -395,13 +409,13 @@ def chosen_layers(config: QuantizeConfig, denoiser: torch.nn.Module) -> list[Lay
 def load_finished(
     folder: RunFolder, pipeline: DiffusionPipeline, ranks: Ranks
 ) -> tuple[DiffusionPipeline, dict | None]:
-    """Put the denoiser of a finished run into the pipeline, and return it with the run's summary.
+    """Put what a finished run quantized into the pipeline, and return it with the run's summary.
 
     Working data that a kill at the run's very end left is deleted.
     """
     component, before = denoiser_name(pipeline), denoiser_of(pipeline)
     denoiser = load_denoiser(folder.path / component, before.dtype).to(before.device)
-    pipeline.register_modules(**{component: denoiser})
+    pipeline.register_modules(**{component: denoiser}, **load_text_encoders(folder.path, pipeline))
     if not ranks.main:
         return pipeline, None
     shutil.rmtree(folder.work, ignore_errors=True)
@@ -443,91 +457,27 @@ def run(job: Job) -> dict | None:
                 quantize_int8(job.denoiser, name)
             except ValueError as error:  # a weight is not finite
                 raise RunError(str(error)) from None
-    if keeps_hessians(config, job.layers):
-        with job.clock("hessians"):
-            job.store = teacher_hessians(job)
-    if config.target_bits is not None:
-        with job.clock("allocation"):
-            job.layers = allocated(job, job.store)
-            plain = plain_bits(job.denoiser, job.stored.get(job.component))
-            log_info(layer_table(job.layers, job.parameters, job.int8, plain))
-    with job.clock("shared_codebooks"):
-        job.shared_codebooks = make_shared_codebooks(job, job.store) if shared_codebook_users(job.layers) else {}
-    quantized = load_codes(job) | finished_layers(job)
-    if job.ranks.main:
-        job.folder.rewrite_table([done.report for done in quantized.values()])
     finetunes = blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len(job.blocks))
-    for index, (block, layers) in enumerate(progress_bar(job.blocks, description="blocks"), start=1):
-        todo = [layer for layer in layers if layer.name not in quantized]
-        if todo:
-            log_info(f"block {index}/{len(job.blocks)} {block}: {len(todo)} of {len(layers)} layers to quantize")
-            quantized |= quantize_block(job, layers, todo, calibration_points(job, block))
-        swap_block(job, layers, quantized)
+
+    def after(index: int, block: str) -> None:
         if index in finetunes:
             done, file = [block for block, _ in job.blocks[:index]], f"finetuned/after-{index:02d}.safetensors"
             with job.clock("fine-tuning"):
                 job.finetune_blocks(job.denoiser, finetuned_on, done, job.ranks, job.folder.work / file)
         after_block(job, index, block, teacher)
+
+    quantized = quantize_layers(job, after)
+    texts = quantize_text_encoders(job) if job.text_parts else {}
     with job.clock("evaluation"), decoded_once(job.denoiser):
         errors = point_errors(job.denoiser, teacher, job.size, job.ranks)
         images = student_images(job)
         scores = compare_pairs(job, teacher_images, images) if job.ranks.main else {}
-    return finish(job, quantized, errors, scores) if job.ranks.main else None
-
-
-def calibration_points(job: Job, block: str) -> Trajectories | None:
-    """Return the points that a block is calibrated on; None where stored Hessians serve."""
-    if job.config.calibration_latents == "student":
-        return calibration_trajectories(job, f"calibration_{block}")
-    return None if job.store else teacher_trajectories(job)
-
-
-# ------------------------------------------------------------------------------------------- layers
-
-
-def finished_layers(job: Job) -> dict[str, LayerResult]:
-    """Return the layers that an interrupted run left, as the first rank sees them: all ranks continue with the same."""
-    done = job.ranks.broadcast([layer for layer in job.layers if job.folder.layer_path(layer.name).is_file()])
-    return {layer.name: load_quantized(job, layer) for layer in done}
-
-
-def load_codes(job: Job) -> dict[str, LayerResult]:
-    """Return the layers of an earlier result that `--load` names, where name, format and shared codebooks agree."""
-    if job.config.load is None:
-        return {}
-    earlier = load_denoiser(find_denoiser(job.config.load, name="--load"), torch.float32, name="--load")
-    held, found = quantized_layers(earlier), {}
-    for layer in job.layers:
-        if layer.name in held and held[layer.name].spec == layer.spec and same_shared_codebooks(job, held[layer.name]):
-            tensors = held[layer.name].code().pack()
-            found[layer.name] = LayerResult(tensors, layer.spec, layer_row(layer, {"loaded_from": job.config.load}))
-    log_info(f"--load {job.config.load}: {len(found)} of {len(job.layers)} layers are taken from it")
-    return found
-
-
-def same_shared_codebooks(job: Job, layer: QuantizedLayer) -> bool:
-    """Return whether a layer's shared codebooks equal the job's of that name; True if it has its own."""
-    books = job.shared_codebooks.get(layer.spec.shared_codebooks)
-    return books is None or torch.equal(layer.code().codebooks.float().cpu(), books.codebooks.cpu())
-
-
-def swap_block(job: Job, layers: list[Layer], quantized: dict[str, LayerResult]) -> None:
-    """Replace the weights of a block by their codes."""
-    for layer in layers:
-        done = quantized[layer.name]
-        name, books = layer.spec.shared_codebooks, job.shared_codebooks.get(layer.spec.shared_codebooks)
-        code = AdditiveCode.unpack(done.spec, (layer.rows, layer.columns), done.tensors, books and books.codebooks)
-        module = swap(job.denoiser, layer.name, layer.spec)
-        if books:
-            module.shared[0].fill(name, books.codebooks)
-        module.set_code(code)
+    return finish(job, quantized, errors, scores, texts) if job.ranks.main else None
 
 
 def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None:
     """Evaluate the output error and save a loadable snapshot, where the settings ask for it."""
     config = job.config
-    if job.ranks.main:
-        job.folder.drop_block(block)
     if config.eval_step and index % config.eval_step == 0:
         error = output_error(job.denoiser, teacher, job.size, job.ranks)
         job.tracker.log({f"{job.component}_output_error_db": error}, step=index)
@@ -553,12 +503,17 @@ def compare_pairs(job: Job, teacher: list[Image.Image], student: list[Image.Imag
     return compare_images(teacher, student, job.evaluation, "quantized")
 
 
-def finish(job: Job, quantized: dict[str, LayerResult], errors: tuple[list, list], scores: dict) -> dict:
+def finish(
+    job: Job, quantized: dict[str, LayerResult], errors: tuple[list, list], scores: dict, texts: dict[str, dict]
+) -> dict:
     """Write the pipeline folder, the card and the summary, then drop the working data."""
     staged = job.folder.work / "pipeline"
     with job.clock("saving"), saved_types(job.pipeline, job.stored):
         save_pipeline(job, staged)
         sizes = stored_sizes(job.denoiser, job.component, job.parameters, staged)
+        for part in job.text_parts:
+            one = stored_sizes(getattr(job.pipeline, part.name), part.name, part.parameters, staged)
+            texts[part.name] |= {key.removesuffix(f"_{part.name}").removesuffix("_of"): one[key] for key in one}
     summary = {
         "model": job.config.model,
         "component": job.component,
@@ -566,6 +521,10 @@ def finish(job: Job, quantized: dict[str, LayerResult], errors: tuple[list, list
         "layers_in_8_bit": len(int8_layers(job.denoiser)),
         **sizes,
         f"bytes_of_original_{job.component}": job.original_bytes,
+        "bytes_of_pipeline": sum(file.stat().st_size for file in staged.glob("*/*.safetensors")),
+        "bytes_of_original_pipeline": job.pipeline_bytes,
+        "text_encoders": texts,
+        "embeddings_error_db": texts[job.text_parts[-1].name]["embeddings_error_db"] if texts else None,
         f"{job.component}_output_error_db": decibels(*map(sum, errors)),
         f"{job.component}_output_error_db_by_point": error_spread(*errors),
         "images": scores,

@@ -84,7 +84,7 @@ def layer_table(layers: list[Layer], parameters: int, int8: Int8Totals, plain: i
     """Format one line per layer: shape, code and stored bits per weight; then the totals and the predicted size.
 
     Args:
-        parameters: number of those of the whole denoiser.
+        parameters: number of those of the whole model.
         int8: what becomes int8.
         plain: bits of every other value.
     """
@@ -106,13 +106,34 @@ def layer_table(layers: list[Layer], parameters: int, int8: Int8Totals, plain: i
 
 def totals(layers: list[Layer], parameters: int, int8: Int8Totals, plain: int, bits: float) -> str:
     """Format the last line of the table, for layers that take `bits` together; also before bits are allocated."""
-    weights = sum(layer.rows * layer.columns for layer in layers)
-    whole = bits + int8.bits + plain * (parameters - weights - int8.weights)
+    weights, whole = (
+        sum(layer.rows * layer.columns for layer in layers),
+        whole_bits(layers, parameters, int8, plain, bits),
+    )
     return (
         f"{len(layers)} layers, {weights / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters: "
-        f"{bits / weights:.3f} stored bits per weight, {whole / parameters:.3f} over the whole denoiser, "
+        f"{bits / weights:.3f} stored bits per weight, {whole / parameters:.3f} over the whole model, "
         f"about {whole / 8e6:.2f} MB instead of {parameters / 5e5:.2f} MB in 16 bit"
     )
+
+
+def planned_size(
+    config: QuantizeConfig, layers: list[Layer], parameters: int, int8: Int8Totals, plain: int
+) -> tuple[str, int]:
+    """Return the table of layers, or its totals if `target_bits` are still to be allocated, and bytes of the whole."""
+    if config.target_bits is None:
+        bits = sum(map(layer_bits, layers)) + shared_codebook_bits(layers)
+        text = layer_table(layers, parameters, int8, plain)
+    else:
+        bits = config.target_bits * sum(layer.rows * layer.columns for layer in layers)
+        text = totals(layers, parameters, int8, plain, bits) + "; allocated after calibration"
+    return text, int(whole_bits(layers, parameters, int8, plain, bits)) // 8
+
+
+def whole_bits(layers: list[Layer], parameters: int, int8: Int8Totals, plain: int, bits: float) -> float:
+    """Return the bits of a whole model whose layers take `bits` together; other arguments as of `layer_table`."""
+    weights = sum(layer.rows * layer.columns for layer in layers)
+    return bits + int8.bits + plain * (parameters - weights - int8.weights)
 
 
 def layer_line(row: dict) -> str:
@@ -134,6 +155,11 @@ def blocks_before_finetuning(count: int, blocks: int) -> list[int]:
             f"--num_intermediate_finetunes is {count}; between {blocks} blocks allowed are 0 to {blocks - 1}"
         )
     return [round(k * blocks / (count + 1)) for k in range(1, count + 1)]
+
+
+def keeps_hessians(config: QuantizeConfig, layers: list[Layer]) -> bool:
+    """Return whether the full-precision model's Hessians of all layers are kept, and not those of a block."""
+    return bool(config.hessian_cache or config.target_bits is not None or shared_codebook_users(layers))
 
 
 def hessian_bytes(groups: list[list[Layer]], memory_gb: float, all_kept: bool) -> int:

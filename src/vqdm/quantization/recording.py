@@ -152,7 +152,7 @@ def teacher_hessians(job: Job) -> HessianStore:
         missing = [layer for layer in job.layers if layer not in store]
         log_info(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are recorded")
         if missing:
-            recorder = HessianRecorder(job, store, teacher_trajectories(job))
+            recorder = job.recorder(store)
             for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
                 recorder.record(groups)
     return store

@@ -2,8 +2,9 @@
 
 A backend registers itself in two dictionaries of the module `quantizers.auto` of each library.
 
-The module paths of CLIP's text models depend on the version of transformers and on the class: with or without
-`text_model.` in front. Names are stored without, and found either way.
+The module paths of text models depend on the version of transformers, on the class, and on whether they are those of
+the model or of its files: with or without `text_model.`, `model.`, `language_model.` in front. Names are stored
+without, and found either way.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ VERSION_2_KEYS = ("rounded",)
 LATER_SETTINGS = ("shared_codebooks", "row_bits", "segment_rows", "segment_bits", "log_scales", "scale_exponent")
 FLOATS = ("F64", "F32", "F16", "BF16")
 KINDS = {torch.uint8: "U8", torch.int8: "I8"}
-TEXT_PREFIX = "text_model."
+TEXT_PREFIXES = ("text_model", "model", "language_model")
 QUANTIZED_FIELDS = ("quantization_config", "_pre_quantization_dtype")
 
 
@@ -321,18 +322,25 @@ class VqdmTextQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_
     ) -> None:
-        build_layers(model, self.quantization_config.renamed(lambda name: _name_in(model, name)))
+        names = {short_name(name): name for name, _ in model.named_modules()}
+        build_layers(model, self.quantization_config.renamed(lambda name: names.get(short_name(name), name)))
+        widen(model)
         if checkpoint_files:
             check_text_tensors(model, dict(tensors_in(checkpoint_files)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_) -> nn.Module:
         check_widths(model)
+        for layer in quantized_layers(model).values():
+            for name, (_, dtype) in layer.spec.tensor_shapes(layer._rows, layer._columns).items():
+                tensor = getattr(layer, name)  # transformers has widened it with all that it keeps in float32
+                tensor.data = tensor.data.to(dtype)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dequantize_layers(model)
         dequantize_int8(model)
-        return model.to(dtype or model.dtype)
+        # A configuration that was saved holds its type as a word.
+        return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
 
     def is_serializable(self) -> bool:
         return True
@@ -356,16 +364,22 @@ def check_text_tensors(model: nn.Module, held: dict[str, tuple[int, ...]]) -> No
 
 def short_name(name: str) -> str:
     """Return a module's or tensor's name as it is stored, for any version of transformers."""
-    return name.removeprefix(TEXT_PREFIX)
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in TEXT_PREFIXES:
+        del parts[0]
+    return ".".join(parts)
 
 
-def _name_in(model: nn.Module, name: str) -> str:
-    """The name by which this model knows a stored one."""
-    return TEXT_PREFIX + name if isinstance(getattr(model, "text_model", None), nn.Module) else name
+def widen(model: nn.Module) -> None:
+    """Let the weights of quantized layers decode to float32 where transformers keeps them in it, such as T5's `wo`."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, layer in quantized_layers(model).items():
+        layer.wide = not set(name.split(".")).isdisjoint(kept)
 
 
 def mark_text_quantized(model: nn.Module) -> VqdmConfig:
     """Mark a transformers model as quantized: `save_pretrained` then writes the format."""
+    widen(model)
     config = VqdmConfig.of(model).renamed(short_name)
     model.config.quantization_config = config
     model.hf_quantizer = VqdmTextQuantizer(config, pre_quantized=True)

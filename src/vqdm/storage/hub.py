@@ -15,7 +15,7 @@ from vqdm.errors import RunError, UserError
 from vqdm.layers.quantized import SHARED_CODEBOOKS, quantized_layers
 
 # Files with paths of this machine and data of the run; the card has the figures.
-KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers.jsonl", "plan.json", "training.jsonl"]
+KEPT_HERE = [".vqdm-lock*", "run.json", "summary.json", "layers*.jsonl", "plan*.json", "training.jsonl"]
 # Half-quantized denoisers, images of intermediate steps, and trackers' files: tensorboard's under the program's name.
 KEPT_HERE += ["work/*", "snapshots/*", "images/*", "wandb/*", "vqdm-*/*", "runs/*"]
 
@@ -91,6 +91,54 @@ def stored_sizes(denoiser: nn.Module, component: str, parameters: int, staged: P
     }
 
 
+def language_model_card(model: str, summary: dict) -> str:
+    """Markdown with the hub's YAML header, as `model_card`, of a language model."""
+    hub_name = "" if Path(model).exists() else f"base_model: {model}\nbase_model_relation: quantized\n"
+    base = Path(model).absolute().name if Path(model).exists() else model
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [vqdm, quantized]
+{hub_name}---
+
+# {base} at {summary["effective_bits_layers"]:.2f} bits per weight
+
+Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary["layers_quantized"]} layers.
+
+| | |
+|---|---|
+| stored bits per weight, quantized layers | {summary["effective_bits_layers"]:.3f} |
+| on disk | {summary["bytes_of_model"] / 1e6:.2f} MB |
+| perplexity of held-out texts, before and after | {summary["perplexity_before"]:.3f}, {summary["perplexity"]:.3f} |
+
+```python
+import vqdm  # before from_pretrained: teaches transformers the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def size_table(summary: dict) -> str:
+    """Format bits and bytes, before and after, of each quantized part of a run's summary, and of the whole pipeline."""
+    component = summary.get("component", "unet")
+    first = (
+        summary["effective_bits_layers"],
+        summary[f"bytes_of_original_{component}"],
+        summary[f"bytes_of_{component}"],
+    )
+    rows = [(component, *first)]
+    for name, one in summary.get("text_encoders", {}).items():
+        rows.append((name, one["effective_bits_layers"], one["bytes_of_original"], one["bytes"]))
+    rows.append(("whole pipeline", None, summary.get("bytes_of_original_pipeline"), summary.get("bytes_of_pipeline")))
+    lines = [f"{'':16}  bits per weight   MB before       MB now"]
+    for name, bits, *sizes in rows:
+        held = ["" if size is None else f"{size / 1e6:.2f}" for size in sizes]
+        lines.append(f"{name:16}  {'' if bits is None else f'{bits:.3f}':>15}  {held[0]:>10}  {held[1]:>11}")
+    return "\n".join(lines)
+
+
 def model_card(model: str, summary: dict) -> str:
     """Markdown with the hub's YAML header; it names no base model for a folder or file, which the hub cannot know."""
     hub_name = "" if Path(model).exists() else f"base_model: {model}\nbase_model_relation: quantized\n"
@@ -103,6 +151,12 @@ def model_card(model: str, summary: dict) -> str:
     error, named = f"{component}_output_error_db", label(component)
     before = summary.get(f"{error}_before")
     tuned = f", fine-tuned; before: {before:.2f} dB" if before is not None else ""
+    rows = ""
+    for name, one in summary.get("text_encoders", {}).items():
+        size = f"{one['effective_bits_layers']:.3f}, {one['bytes'] / 1e6:.2f} MB"
+        rows += f"| {name}: stored bits per weight, size | {size} |\n"
+    if rows:
+        rows += f"| error of the embeddings | {summary['embeddings_error_db']['all']:.2f} dB |\n"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -119,7 +173,7 @@ Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary
 | stored bits per parameter, whole {named} | {summary[f"effective_bits_{component}"]:.3f} |
 | {named} on disk | {summary[f"bytes_of_{component}"] / 1e6:.2f} MB |
 | {named}-output error on held-out prompts{tuned} | {summary[error]:.2f} dB |
-| PSNR of {images["count"]} images at equal seeds | {quality} |
+{rows}| PSNR of {images["count"]} images at equal seeds | {quality} |
 
 ```python
 import vqdm  # before from_pretrained: teaches diffusers the format

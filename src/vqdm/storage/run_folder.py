@@ -6,8 +6,9 @@ run.json                    settings and versions, written first; compared by --
 work/evaluation, ...        shards of long steps, such as recorded trajectories
 work/hessians*, work/shared_codebooks  Hessians, and shared codebooks, if the run needs them
 work/layers/*.safetensors   one quantized layer each: stored tensors, and its report in the header
-plan.json                   the formats that --target_bits chose
-layers.jsonl                one line per layer, as the run goes
+work/text_encoder, ...      the same of text encoders
+plan.json                   the formats that --target_bits chose; plan_text_encoder.json, ... of text encoders
+layers.jsonl                one line per layer, as the run goes; layers_text_encoder.jsonl, ...
 summary.json                written last; marks the run as finished
 
 Every file in work/ contains its own checksum. Several processes share the folder, also on several machines.
@@ -65,8 +66,19 @@ class RunFolder:
     """The output folder of a run, and the files in it."""
 
     def __init__(self, path: str):
-        self.path = Path(path)
+        self.path, self.part = Path(path), ""
         self.work = self.path / "work"
+
+    def of_part(self, name: str) -> RunFolder:
+        """Return the same folder for the layers of another part of the pipeline: its files have the part's name."""
+        found = RunFolder(str(self.path))
+        found.part, found.work = name, self.work / name
+        return found
+
+    def beside(self, name: str) -> Path:
+        """Return the place of a file beside the result, such as `plan.json` or `plan_text_encoder.json`."""
+        stem, dot, ending = name.partition(".")
+        return self.path / (f"{stem}_{self.part}{dot}{ending}" if self.part else name)
 
     def lock(self, ranks: Ranks) -> AbstractContextManager[None]:
         """Lock the folder against other runs; the first of several processes does so for all.
@@ -154,7 +166,7 @@ class RunFolder:
 
     def rewrite_table(self, rows: list[dict]) -> None:
         """Write `layers.jsonl` with exactly `rows`; after a kill it may lack a line or have one too many."""
-        save_text("".join(json.dumps(row) + "\n" for row in rows), self.path / "layers.jsonl")
+        save_text("".join(json.dumps(row) + "\n" for row in rows), self.beside("layers.jsonl"))
 
     def publish(self, staged: Path) -> None:
         """Move a finished pipeline's parts from `staged` into the folder; `model_index.json` last."""
