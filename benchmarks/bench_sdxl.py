@@ -6,9 +6,9 @@
 Makes a pipeline of SDXL's true configuration with random weights in bfloat16 (6.9 GB of disk, once), then runs
 `main_text2image.py` on a part of it: few points, a few layers of every kind and one convolution of `--widest` columns;
 on a CPU small images. A line per phase: the most bytes of tensors that lived at once (counted by a dispatch mode; with
-the weights of the denoiser, and the VAE's while it samples), the plan's figure for it, the process's RAM, seconds; and
-of all layers at 1024² the plan's figures, and its hours times measured over planned seconds of the part. Random
-weights say nothing of errors. RAM on a CPU at 23,040 columns: about 24 GB, at 11,520 about 13 GB.
+the weights of the denoiser, and of VAE or text encoders while it samples), the plan's figure for it, the process's RAM,
+seconds; and of all layers at 1024² the plan's figures, and its hours times measured over planned seconds of the part.
+Random weights say nothing of errors. RAM on a CPU at 23,040 columns: about 24 GB, at 11,520 about 13 GB.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WATCHED = (
     ("layers", block, "quantize_groups"),
     ("evaluation", job, "student_images"),
 )
-SAMPLING = ("teacher", "evaluation")  # phases in which the VAE is on the device from the beginning
+SAMPLING = ("teacher", "evaluation")  # phases that begin with the text encoders on the device, and then have the VAE
 # Convolutions by their columns, and layers of the other kinds.
 WIDEST = {
     23040: r"up_blocks\.0\.resnets\.0\.conv1",
@@ -193,8 +193,10 @@ def rows(options: argparse.Namespace) -> Iterator[dict]:
     for need in needs:
         seconds, all_layers = summary["seconds"].get(need.phase), whole[need.phase]
         reached = summary["peak_memory_bytes_by_phase"].get(need.phase, {}).get("reached", {})
-        before = shapes.denoiser + (shapes.vae if need.phase in SAMPLING else 0)
-        lived = before + max(peaks[need.phase]) if peaks.get(need.phase) else None
+        lived = max(peaks[need.phase]) if peaks.get(need.phase) else None
+        if lived is not None:
+            beside = max(shapes.vae + lived, shapes.text) if need.phase in SAMPLING else lived
+            lived = shapes.denoiser + beside
         yield {
             "phase": need.phase,
             "part_live_gb": gb(lived),

@@ -60,7 +60,7 @@ def model_layers(
     layers = select_layers(pipeline.unet, "default", 0, config.spec, {})
     folder, tracker = RunFolder(config.output_dir), Tracker("none", "", None, {})
     calibration, _ = choose_prompts(config, *read_prompts(config))
-    job = Job(config, pipeline, layers, calibration, [], folder, tracker, Stopwatch(), 0, Int8Totals())
+    job = Job(config, pipeline, layers, calibration, [], folder, tracker, Stopwatch(), 0, Int8Totals(), "unet")
     store = teacher_hessians(job)
     for layer in layers:
         W = matrix_of(pipeline.unet.get_submodule(layer.name), layer.spec.group_channels).float()
