@@ -33,7 +33,7 @@ PROMPT_FILE = "prompt file (.txt .csv .tsv .json .jsonl .yaml .parquet), or data
 FREE_FIELDS = ("output_dir", "report_to", "on_save", "resume", "dry_run", "eval_step", "snapshot_step", "device")
 FREE_FIELDS += ("ignore_budget", "local_files_only", "visualize_nsamples", "hessian_cache")
 # Those that change memory, and results by rounding at most: what a run that was out of memory is resumed with.
-FREE_FIELDS += ("xtx_batch_size", "hessian_memory_gb", "intermediate.local_batch_size")
+FREE_FIELDS += ("offload", "xtx_batch_size", "hessian_memory_gb", "intermediate.local_batch_size")
 
 
 # ------------------------------------------------------------------------------------------- declaring flags

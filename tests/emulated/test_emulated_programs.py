@@ -13,6 +13,7 @@ from gpu_programs import CHAINS, FINETUNE, GENERATE, OWN, SAMPLED, TARGET, finet
 from programs import digests
 from tiny_transformers import FAMILIES, tiny_transformer_pipeline
 
+LONG = pytest.mark.long
 ONCE = "--finetune_max_epochs 1 "
 QUICK = {
     "quantize": quantized(
@@ -45,6 +46,19 @@ def transformer(family: str, given, out) -> list[list]:
 
 def test_a_transformer(on_gpus, materials, tmp_path):
     run_chain(lambda given, out: transformer("qwen-image", given, out)[:1], on_gpus, materials, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options", [ALLOCATED + "--offload ram", pytest.param(OWN + FEW + "--offload disk", marks=LONG)]
+)
+def test_a_transformer_block_by_block(options, on_gpus, materials, tmp_path):
+    """One block on the GPU, in the backward passes for what layers are worth too."""
+
+    def chain(given, out):
+        line = transformer("flux", given, out)[0]
+        return [[*line[: line.index("--num_codebooks")], *shlex.split(SAMPLED + TRANSFORMERS + options)]]
+
+    run_chain(chain, on_gpus, materials, tmp_path / "out")
 
 
 @pytest.mark.long

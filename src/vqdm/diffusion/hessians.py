@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ from vqdm.diffusion.blocks import Layer
 from vqdm.errors import RunError, UserError
 from vqdm.parallel import Ranks
 from vqdm.storage.files import CorruptFileError, load_checked, load_checked_json, save_checked, save_checked_json
+
+if TYPE_CHECKING:
+    from vqdm.diffusion.streams import BlockWalk
 
 VALUES_PER_PRODUCT = 2**25  # of the samples [N, I] that are multiplied at once
 ROWS_PER_PRODUCT = 1024  # of H: only its upper triangle is computed, in strips of so many rows
@@ -50,11 +54,13 @@ class DenoiserCall:
         make: makes them for some of the points.
         batch: the points it is called on.
         points: their numbers, the same for every batch size.
+        base: numbers of the recorded points that they are made of; None where they are these themselves.
     """
 
     make: Callable[[Sequence], dict]
     batch: Sequence
     points: Sequence[int]
+    base: Sequence[int] | None = None
 
     @classmethod
     def of(cls, index: int, call: Callable[[], dict]) -> DenoiserCall:
@@ -68,7 +74,13 @@ class DenoiserCall:
         """Yield calls on at most `size` of the points each."""
         for start in range(0, len(self.points), size):
             some = slice(start, start + size)
-            yield replace(self, batch=self.batch[some], points=self.points[some])
+            base = self.base and self.base[some]
+            yield replace(self, batch=self.batch[some], points=self.points[some], base=base)
+
+    @property
+    def recorded(self) -> Sequence[int]:
+        """The numbers of recorded points that it is made of."""
+        return self.base or self.points
 
 
 class HessianAccumulator:
@@ -228,7 +240,10 @@ class _BlockDone(Exception):
 
 @contextmanager
 def stopping_after(denoiser: nn.Module, layers: list[Layer]):
-    """Inside, `run(call)` runs the denoiser until the blocks of the layers are done; whole for "stem" and "head"."""
+    """Inside, `run(call, of)` runs the denoiser until the blocks of the layers are done; whole for "stem" and "head".
+
+    `call` has the keyword arguments; `of` is the `DenoiserCall` that made them, which does not matter here.
+    """
     blocks = {layer.block for layer in layers}
     remaining: set[str] = set()
 
@@ -241,7 +256,7 @@ def stopping_after(denoiser: nn.Module, layers: list[Layer]):
     handles = [module.register_forward_hook(lambda *_, block=block: done(block)) for block, module in inner]
 
     @torch.no_grad()
-    def run(call: dict) -> None:
+    def run(call: dict, of: DenoiserCall | None = None) -> None:
         remaining.update(blocks)
         with suppress(_BlockDone):
             denoiser(**call)
@@ -253,12 +268,19 @@ def stopping_after(denoiser: nn.Module, layers: list[Layer]):
             handle.remove()
 
 
-def shared_inputs(denoiser: nn.Module, layers: list[Layer], call: dict) -> list[list[Layer]]:
+def running(denoiser: nn.Module, layers: list[Layer], walk: BlockWalk | None):
+    """Return the context manager that runs a denoiser until the layers' blocks are done: whole, or as a walk does."""
+    return walk.running(layers) if walk else stopping_after(denoiser, layers)
+
+
+def shared_inputs(
+    denoiser: nn.Module, layers: list[Layer], call: dict, walk: BlockWalk | None = None
+) -> list[list[Layer]]:
     """Group layers by the input they see in one call; groups and members keep the order of `layers`.
 
     Inputs are equal where their values are: every block of a transformer may make the same vector of the timestep. On
     the meta device, where tensors have no values, it is the tensor that counts, which stays alive during the call;
-    inputs of one vector per sample count as equal.
+    inputs of one vector per sample count as equal. A `walk` has brought the call to the layers' block.
     """
     by_name, groups, alive = {layer.name: layer for layer in layers}, {}, []
 
@@ -266,7 +288,7 @@ def shared_inputs(denoiser: nn.Module, layers: list[Layer], call: dict) -> list[
         key = (input_key(name, x, alive), tuple(x.shape), geometry(module, by_name[name].spec.group_channels))
         groups.setdefault(key, []).append(name)
 
-    with stopping_after(denoiser, layers) as run, input_hooks(denoiser, list(by_name), seen):
+    with running(denoiser, layers, walk) as run, input_hooks(denoiser, list(by_name), seen):
         run(call)
     place = {layer.name: index for index, layer in enumerate(layers)}
     reached = {name for names in groups.values() for name in names}
@@ -316,6 +338,7 @@ def record_hessians(
     ranks: Ranks | None = None,
     size: BatchSize | None = None,
     other_timesteps: list[DenoiserCall] = (),
+    walk: BlockWalk | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Run the denoiser on recorded batches and return, for the first layer of each group, H [I, I] and a held-out H.
 
@@ -331,6 +354,7 @@ def record_hessians(
         other_timesteps: calls that count, beside `training`, for layers that see one vector per sample and not one per
             token, such as modulations by the timestep. Their H has the rank of the number of timesteps: at one that
             was never recorded any error of the layer might appear.
+        walk: runs the block of the layers alone, on single points; all groups are of one block then.
 
     Raises:
         RunError: an input holds NaN or infinity; names the first layer that saw it. Or out of memory at batch size 1.
@@ -338,14 +362,14 @@ def record_hessians(
     ranks, leaders = ranks or Ranks(), [group[0] for group in groups]
     training, held_out = ([DenoiserCall.of(*one) for one in enumerate(calls)] for calls in (training, held_out))
     size = size or BatchSize(max(len(call.points) for call in (*training, *held_out)))
-    grids, single = first_grids(denoiser, leaders, first)
+    grids, single = first_grids(denoiser, leaders, first, walk)
     results = []
     for calls, more in ((training, list(other_timesteps)), (held_out, [])):
         results.append({})
         left = leaders if calls else []
         while left:
             extra = (more, [layer for layer in left if layer.name in single])
-            sums = accumulated(denoiser, left, grids, calls, extra, samples_per_input, tick, ranks, size)
+            sums = accumulated(denoiser, left, grids, calls, extra, samples_per_input, tick, ranks, size, walk)
             exact = [name for name, hessian in sums.items() if hessian.exact]
             results[-1] |= {name: sums.pop(name).mean() for name in exact}  # each sum is freed in turn
             left = [layer for layer in left if layer.name not in results[-1]]
@@ -363,6 +387,7 @@ def accumulated(
     tick: Callable[[], None],
     ranks: Ranks,
     size: BatchSize,
+    walk: BlockWalk | None = None,
 ) -> dict[str, HessianAccumulator]:
     """Return by layer name the sums over the calls of all ranks. Raises RunError as `record_hessians`.
 
@@ -381,8 +406,12 @@ def accumulated(
             ticks = count
             tick()
 
-    more = [extra[0][index] for index in ranks.shard(range(len(extra[0])))] if extra[1] else []
-    record = partial(own_sums, denoiser, leaders, grids, own, (more, extra[1]), per_point, tick_once)
+    if walk:
+        more = [call for call in extra[0] if walk.owns(call)]
+    else:
+        more = [extra[0][index] for index in ranks.shard(range(len(extra[0])))]
+    extra = (more if extra[1] else [], extra[1])
+    record = partial(own_sums, denoiser, leaders, grids, own, extra, per_point, tick_once, walk)
     while (found := unless_out_of_memory(record, size.value)) is None:
         size.halve(min(size.value, max((len(call.points) for call in own), default=1)))
     (sums,) = found
@@ -400,6 +429,7 @@ def own_sums(
     extra: tuple[list[DenoiserCall], list[Layer]],
     per_point: float,
     tick: Callable[[int], None],
+    walk: BlockWalk | None,
     size: int,
 ) -> dict[str, HessianAccumulator]:
     """Return by layer name the sums over calls, on at most `size` points at once; `tick` gets the number of the done.
@@ -416,22 +446,27 @@ def own_sums(
         wanted = per_point * len(hessian.total) * len(points)
         hessian.add(inputs, points, wanted / inputs.count if wanted else 1.0)
 
-    with stopping_after(denoiser, leaders) as run:
+    def run_part(run: Callable, part: DenoiserCall, layers: list[Layer]) -> None:
+        with input_hooks(denoiser, [one.name for one in layers], partial(seen, tuple(part.points))):
+            run(part(), part)
+
+    more, layers = extra
+    if more:  # before a walk goes on to the next block
+        with running(denoiser, layers, walk) as run:
+            for part in (part for call in more for part in call.divided(size)):
+                run_part(run, part, layers)
+    with running(denoiser, leaders, walk) as run:
         for count, call in enumerate(calls, start=1):
             for part in call.divided(size):
-                with input_hooks(denoiser, list(sums), partial(seen, tuple(part.points))):
-                    run(part())
+                run_part(run, part, leaders)
             _check_finite(sums)  # now rather than after a pass that takes hours
             tick(count)
-    more, layers = extra
-    with stopping_after(denoiser, layers) as run:
-        for part in (part for call in more for part in call.divided(size)):
-            with input_hooks(denoiser, [one.name for one in layers], partial(seen, tuple(part.points))):
-                run(part())
     return sums
 
 
-def first_grids(denoiser: nn.Module, leaders: list[Layer], call: dict) -> tuple[dict[str, float], set[str]]:
+def first_grids(
+    denoiser: nn.Module, leaders: list[Layer], call: dict, walk: BlockWalk | None = None
+) -> tuple[dict[str, float], set[str]]:
     """Return by layer name a grid that suits the inputs of one call on one point; and who sees a vector per sample.
 
     Raises:
@@ -448,7 +483,7 @@ def first_grids(denoiser: nn.Module, leaders: list[Layer], call: dict) -> tuple[
             raise _not_finite(name)
         grids[name] = FINENESS * 2.0 ** max(LEAST_EXPONENT, math.frexp(square)[1])
 
-    with stopping_after(denoiser, leaders) as run, input_hooks(denoiser, list(channels), seen):
+    with running(denoiser, leaders, walk) as run, input_hooks(denoiser, list(channels), seen):
         run(call)
     return grids, single
 

@@ -35,7 +35,7 @@ def spread_over_noise(trajectories: Trajectories, count: int) -> list[tuple[int,
 
 def output_effects(
     denoiser: nn.Module,
-    changes: dict[str, Tensor],
+    changes: dict[str, Tensor | Callable[[], Tensor]],
     calls: list[Callable[[], dict]],
     generator: Callable[[int], torch.Generator],
     tick: Callable[[], None] = lambda: None,
@@ -44,7 +44,8 @@ def output_effects(
     """Return by layer name the squared error of the denoiser's outputs over their energy when this layer alone changes.
 
     Args:
-        changes: by layer name, the tensor that is added to the weight, in its shape; on any device.
+        changes: by layer name, the tensor that is added to the weight, in its shape; on any device. Or a function that
+            makes it, called at each of the calls.
         calls: functions that make the keyword arguments of one call each; every call uses one random v.
             They are spread over the ranks, and summed in their order.
         generator: gives the random numbers of the call of a number.
@@ -66,7 +67,7 @@ def output_effects(
 
 
 def _effects_of_call(
-    denoiser: nn.Module, changes: dict[str, Tensor], call: dict, generator: torch.Generator
+    denoiser: nn.Module, changes: dict, call: dict, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """Return (vᵀ J Δ)² of every change [layers] on the CPU in float64, and the output's energy."""
     weights = [denoiser.get_submodule(name).weight for name in changes]
@@ -86,12 +87,13 @@ def _effects_of_call(
     return moved.double().square(), energy
 
 
-def _products(weights: list[nn.Parameter], changes: dict[str, Tensor], value: Tensor) -> Tensor:
+def _products(weights: list[nn.Parameter], changes: dict, value: Tensor) -> Tensor:
     """Return the sum of gradient times change of every layer [layers] on the CPU; no two gradients exist at once."""
     found: dict[str, Tensor] = {}
 
     def multiply(name: str, weight: nn.Parameter) -> None:
-        found[name] = (weight.grad.float() * changes[name].to(weight.device)).sum()
+        change = changes[name]() if callable(changes[name]) else changes[name]
+        found[name] = (weight.grad.float() * change.to(weight.device)).sum()
         weight.grad = None
 
     named = zip(changes, weights, strict=True)
@@ -120,7 +122,7 @@ def _check_finite(moved: dict[str, float], energy: float, dtype: torch.dtype) ->
 def following(denoiser: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """Inside, gradients reach `weights`; on a GPU activations are recomputed, not stored."""
     able = getattr(denoiser, "_supports_gradient_checkpointing", False) and not denoiser.is_gradient_checkpointing
-    checkpointing = able and weights[0].device.type != "cpu"
+    checkpointing = able and denoiser.device.type != "cpu"
     try:
         if checkpointing:
             denoiser.enable_gradient_checkpointing()

@@ -31,6 +31,7 @@ from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.denoisers import (
     FAMILIES,
     TIMESTEP_NAMES,
+    block_names,
     compute_dtype,
     denoiser_name,
     denoiser_of,
@@ -74,6 +75,8 @@ class Shapes:
         backward: activations of that call and a backward pass, where one is made.
         encoding: activations of a text encoder for one prompt, and for each further one of a batch.
         calls, steps: the calls of a denoising step, and the steps.
+        outside, block: of the weights, those outside of the blocks, and of the largest block.
+        waiting: what blocks returned that a point waits with for the next block, where all go block by block.
     """
 
     denoiser: int
@@ -95,6 +98,9 @@ class Shapes:
     encoding: tuple[int, int] = (0, 0)
     calls: int = 1
     steps: int = 50
+    outside: int = 0
+    block: int = 0
+    waiting: int = 0
 
     def encoded(self, prompts: int) -> int:
         """Return the bytes of text encoders, and of what they make of a batch of prompts."""
@@ -331,6 +337,28 @@ def most_rows(denoiser: ModelMixin, height: int, width: int, batch: int, tokens:
     return max(found)
 
 
+def block_bytes(denoiser: ModelMixin, height: int, width: int, batch: int, tokens: int) -> dict[str, int]:
+    """Return `outside`, `block` and `waiting` of `Shapes`. Arguments are those of `meta_call`."""
+    names = block_names(denoiser)
+    sizes = [sum(one.nbytes for one in denoiser.get_submodule(name).parameters()) for name in names]
+    returned: dict[str, int] = {}  # the most of a list
+
+    def seen(name: str, _, args, output) -> None:
+        of = name.rpartition(".")[0]
+        returned[of] = max(returned.get(of, 0), _bytes(output))
+
+    hooks = [denoiser.get_submodule(name).register_forward_hook(partial(seen, name)) for name in names]
+    try:
+        with torch.no_grad():
+            denoiser(**meta_call(denoiser, height, width, batch, tokens))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    whole, most = sum(one.nbytes for one in denoiser.parameters()), list(returned.values())
+    waiting = max([*most, sum(most[:-1])], default=0)  # what two lists before a third return waits for it
+    return {"outside": whole - sum(sizes), "block": max(sizes, default=0), "waiting": waiting}
+
+
 def decode_cost(vae: nn.Module, height: int, width: int) -> Cost:
     """Return what a VAE on the meta device costs that decodes one image.
 
@@ -432,7 +460,7 @@ def shapes_of(pipeline: DiffusionPipeline, config: RunConfig) -> Shapes | None:
         call = (*size, branches, prompt_tokens(pipeline))
         meta = meta_denoiser(type(denoiser), denoiser.config, dtype)
         step, given = forward_cost(meta, *call), meta_call(meta, *call)
-        rows = most_rows(meta, *call)
+        rows, blocks = most_rows(meta, *call), block_bytes(meta, *call)
         vae = meta_copy(pipeline.vae, torch.float32 if wide else dtype)
         decode = decode_cost(vae, *size)
     except UNCALLABLE:
@@ -460,6 +488,7 @@ def shapes_of(pipeline: DiffusionPipeline, config: RunConfig) -> Shapes | None:
         encoding=encoding_bytes(pipeline, dtype),
         calls=calls,
         steps=own_steps(pipeline, sampling.num_inference_steps),
+        **blocks,
     )
 
 

@@ -481,8 +481,9 @@ class CallRecorder:
     def _named(self, held: dict, path: str, value) -> str:
         """Return the name of an equal value that was kept lately, else keep this one."""
         numbers = [int(name.rpartition("#")[2]) for name in held if name.rpartition("#")[0] == path]
-        changing = path.split(".")[0] in (self.sample, self.timestep, "output")
-        for number in [] if changing else numbers[-RECENT:]:
+        argument = path.split(".")[0]  # latents and timestep change at every step; two calls of guidance share them
+        recent = {"output": 0, self.sample: 1, self.timestep: 1}.get(argument, RECENT)
+        for number in numbers[len(numbers) - min(recent, len(numbers)) :]:
             if _equal(held[f"{path}#{number}"], value):
                 return f"{path}#{number}"
         name = f"{path}#{len(numbers)}"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,6 +124,8 @@ def planned_layers(job: Job, store: HessianStore) -> list[Layer]:
     for name in ("first", "second"):
         fast = [trellis_layer(layer, FAST_STATE_BITS, bits[layer.name], exponents[layer.name]) for layer in free]
         effects, errors = layer_effects(job, store, fast, name)
+        if job.swapper and job.ranks.main:  # all ranks have the effects
+            shutil.rmtree(job.folder.work / f"coded_{name}")
         curves = corrected(curves, fast_curves, fast, errors)
         costs = {layer.name: effects[layer.name] / max(errors[layer.name], LEAST_ERROR) for layer in fast}
         full = [trellis_layer(layer, job.config.state_bits, FIRST_BITS, exponents[layer.name]) for layer in free]
@@ -148,7 +152,8 @@ def expected_curves(job: Job, store: HessianStore, layers: list[Layer]) -> tuple
     """By name, every layer's expected errors as it will be coded, and with `FAST_STATE_BITS`; ranks share the work."""
 
     def curves(layer: Layer) -> list[Curve]:
-        weight = matrix_of(job.denoiser.get_submodule(layer.name), layer.spec.group_channels).float()
+        weight = matrix_of(job.denoiser.get_submodule(layer.name), layer.spec.group_channels)
+        weight = weight.to(job.denoiser.device).float()
         full, fast = (trellis_layer(layer, L, FIRST_BITS).spec for L in (job.config.state_bits, FAST_STATE_BITS))
         found = layer_curves(weight, store.load(layer, weight.device)[0], full, [fast])
         progress.update()
@@ -197,10 +202,11 @@ def denoiser_effects(job: Job) -> tuple[nn.Module, list[Callable[[], dict]]]:
 
 def coding_errors(
     job: Job, store: HessianStore, layers: list[Layer], name: str
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+) -> tuple[dict[str, Tensor | Callable[[], Tensor]], dict[str, float]]:
     """By layer name, coded minus original weight, in the weight's shape and type; and the relative error of that.
 
-    Ranks share the layers, and find each other's codes in the run's folder under `name`.
+    Ranks share the layers, and find each other's codes in the run's folder under `name`. Where the denoiser is not on
+    the device whole, the changes are functions, which read the codes.
     """
     books = SharedCodebooks(trellis_codebooks(FAST_STATE_BITS).to(job.denoiser.device), 1)
     shared_codebooks, folder = {trellis_table_name(FAST_STATE_BITS): books}, job.folder.work / f"coded_{name}"
@@ -211,18 +217,35 @@ def coding_errors(
             error = torch.tensor(report.error, dtype=torch.float64)
             save_checked(code.pack() | {"error": error}, folder / f"{layer.name}.safetensors")
     job.ranks.barrier()
+    if job.swapper:
+        errors = {layer.name: read_shard(folder / f"{layer.name}.safetensors")["error"].item() for layer in layers}
+        return {layer.name: partial(stored_error, job, layer, folder, shared_codebooks) for layer in layers}, errors
     parts = {layer.name: read_shard(folder / f"{layer.name}.safetensors") for layer in layers}
     errors = {name: part.pop("error").item() for name, part in parts.items()}
     return {layer.name: coding_error(job, layer, parts[layer.name], shared_codebooks) for layer in layers}, errors
 
 
-def coding_error(job: Job, layer: Layer, packed: Tensors, shared_codebooks: dict[str, SharedCodebooks]) -> Tensor:
+def stored_error(job: Job, layer: Layer, folder: Path, shared_codebooks: dict[str, SharedCodebooks]) -> Tensor:
+    """The same as `coding_error`, of a code in a folder, on the device."""
+    packed = read_shard(folder / f"{layer.name}.safetensors")
+    packed.pop("error")
+    return coding_error(job, layer, packed, shared_codebooks, job.denoiser.device)
+
+
+@torch.no_grad()
+def coding_error(
+    job: Job,
+    layer: Layer,
+    packed: Tensors,
+    shared_codebooks: dict[str, SharedCodebooks],
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Coded minus original weight of one layer, from its packed code; on the CPU, where those of all layers are."""
     weight, books = job.denoiser.get_submodule(layer.name).weight, shared_codebooks[layer.spec.shared_codebooks]
     packed = {name: tensor.to(weight.device) for name, tensor in packed.items()}
     code = AdditiveCode.unpack(layer.spec, (layer.rows, layer.columns), packed, books.codebooks)
     coded = weight_of(code.dequantize(), weight.shape, layer.spec.group_channels)
-    return (coded - weight.float()).to("cpu", weight.dtype)
+    return (coded - weight.float()).to(device, weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------- dividing

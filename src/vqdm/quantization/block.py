@@ -204,7 +204,8 @@ def layer_task(
     held_out: Tensor | None,
 ) -> Task:
     """Return a layer as the solver takes it. Raises RunError that names it."""
-    weight = matrix_of(job.denoiser.get_submodule(layer.name), layer.spec.group_channels).float()
+    weight = matrix_of(job.denoiser.get_submodule(layer.name), layer.spec.group_channels)
+    weight = weight.to(job.denoiser.device).float()
     generator, books = layer_generator(job.config.seed, layer.name), shared_codebooks.get(layer.spec.shared_codebooks)
     try:
         return Task(weight, hessian, solver.with_spec(layer.spec), generator, held_out, books)

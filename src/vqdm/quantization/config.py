@@ -163,6 +163,12 @@ class QuantizeConfig(RunConfig):
     hessian_memory_gb: float = _calibration(
         8.0, "memory for Hessians; a larger block is recorded in several passes", ge=0
     )
+    offload: str = _calibration(
+        "auto",
+        "transformers: none: all of it on the GPU; ram: one block at a time, and calibration block by block, with the "
+        "inputs of blocks in RAM; disk: the same with these on the disk; auto: the first of these that fits",
+        choices=("auto", "none", "ram", "disk"),
+    )
     hessian_samples_per_input: int = _calibration(
         32, "samples in a Hessian per input of its layer, spread over all batches; 0 = all", ge=0
     )

@@ -13,7 +13,8 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from pathlib import Path
@@ -26,7 +27,18 @@ from safetensors import SafetensorError
 
 from vqdm.additive.code import SharedCodebooks
 from vqdm.config import label
-from vqdm.devices import BatchSize, MatmulRates, MemoryClock, Need, budgeted, check_float64, on, pick_dtype
+from vqdm.devices import (
+    BatchSize,
+    MatmulRates,
+    MemoryClock,
+    Need,
+    budgeted,
+    check_float64,
+    free_memory,
+    lacking,
+    on,
+    pick_dtype,
+)
 from vqdm.diffusion.blocks import Layer, select_layers, unquantized_layers
 from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of, is_known
 from vqdm.diffusion.hessians import HessianStore
@@ -54,7 +66,8 @@ from vqdm.diffusion.sampling import (
     point_errors,
     predicted_bytes,
 )
-from vqdm.diffusion.shapes import input_groups, meta_denoiser, shapes_of, skeleton_pipeline, training_bytes
+from vqdm.diffusion.shapes import Shapes, input_groups, meta_denoiser, shapes_of, skeleton_pipeline, training_bytes
+from vqdm.diffusion.streams import BlockSwapper, BlockWalk
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
@@ -72,6 +85,7 @@ from vqdm.quantization.plan import (
     blocks_before_finetuning,
     hessian_bytes,
     keeps_hessians,
+    offloads,
     plain_bits,
     plan,
     planned_size,
@@ -125,6 +139,9 @@ class Job:
         text_parts: the text encoders that are quantized after the denoiser.
         finetune_blocks: as `quantize` takes it.
         needs: what was planned, by phase.
+        offload: `config.offload`, decided.
+        one_block: what keeps all blocks of the denoiser but one in RAM, where they do not fit on the device.
+        walk: calls that go from block to block together, then.
         size: `xtx_batch_size`, or what is left of it.
     """
 
@@ -151,6 +168,9 @@ class Job:
     text_parts: list[TextPart] = field(default_factory=list)
     finetune_blocks: Callable | None = None
     needs: list[Need] = field(default_factory=list)
+    offload: str = "none"
+    one_block: BlockSwapper | None = None
+    walk: BlockWalk | None = None
     size: BatchSize = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,6 +180,11 @@ class Job:
     def denoiser(self) -> torch.nn.Module:
         """What is quantized: the denoiser, or a text encoder in its place."""
         return getattr(self.pipeline, self.component)
+
+    @property
+    def swapper(self) -> BlockSwapper | None:
+        """What keeps all blocks but one of what is quantized in RAM, if anything does."""
+        return self.one_block if self.one_block and self.one_block.denoiser is self.denoiser else None
 
     @property
     def blocks(self) -> list[tuple[str, list[Layer]]]:
@@ -217,10 +242,15 @@ def quantize(
         if config.dry_run:
             folder.check(settings, config.resume, ranks)
             return pipeline, None
+        if not given and planned.offload == "none":
+            denoiser_of(pipeline).to(ranks.device)
         with folder.lock(ranks):
             if ranks.main:
                 need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-                need += hessians_to_come(config, planned.groups, folder)
+                need += hessians_to_come(config, planned, folder)
+                if planned.offload != "none" and planned.needs:  # some is written only once other files are gone
+                    written = sum(file.stat().st_size for file in folder.work.rglob("*.safetensors"))
+                    need = max(0, max(one.disk for one in planned.needs) - written)
                 need += sum(text_hessian_bytes(config, part) for part in planned.text_parts)
                 folder.open(settings, versions(), config.resume, 0 if config.ignore_budget else need)
             if ranks.broadcast(folder.finished):
@@ -233,13 +263,25 @@ def quantize(
             job.text_parts, job.pipeline_bytes = planned.text_parts, planned.pipeline_bytes
             job.needs, job.ranks, job.finetune_blocks = planned.needs, ranks, finetune_blocks
             job.stored, job.original_bytes = planned.stored, planned.original_bytes
-            job.fingerprint = planned.fingerprint
+            job.fingerprint, job.offload = planned.fingerprint, planned.offload
             job.codebook_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
             try:
-                with resting_on_cpu(pipeline):
+                with resting_on_cpu(pipeline), blocks_in_turn(job):
                     return pipeline, run(job)
             finally:
                 tracker.finish()
+
+
+@contextmanager
+def blocks_in_turn(job: Job) -> Iterator[None]:
+    """Inside, one block of the denoiser at a time is on the device, if it does not fit whole."""
+    if job.offload != "none":
+        job.one_block = BlockSwapper(job.denoiser, job.ranks.device)
+    try:
+        yield
+    finally:
+        if job.one_block:
+            job.one_block.close()
 
 
 def check_sources(config: QuantizeConfig, given: bool) -> None:
@@ -253,10 +295,10 @@ def check_sources(config: QuantizeConfig, given: bool) -> None:
 
 
 def loaded_pipeline(config: QuantizeConfig, device: torch.device) -> DiffusionPipeline:
-    """Load MODEL; for a dry run without its weights, where that can be."""
+    """Load MODEL, to the CPU until it is known what fits; for a dry run without its weights, where that can be."""
     dtype = pick_dtype(config.dtype, device)
     pipeline = skeleton_pipeline(config, dtype) if config.dry_run else None
-    return pipeline or configured_pipeline(config, device, dtype)
+    return pipeline or configured_pipeline(config, torch.device("cpu"), dtype)
 
 
 class RunPlan(NamedTuple):
@@ -267,6 +309,7 @@ class RunPlan(NamedTuple):
     int8: Int8Totals
     groups: list[list[Layer]]
     needs: list[Need]
+    offload: str
     stored: dict[str, torch.dtype]
     original_bytes: int | None
     pipeline_bytes: int | None
@@ -309,12 +352,15 @@ def plan_run(
     if ranks.main:
         log_truncated(pipeline, calibration + evaluation)
     groups = groups_by_input(config, pipeline, layers)
-    needs = planned_needs(config, pipeline, groups, ranks.device, (len(calibration), len(evaluation)))
+    needs, offload = planned_needs(config, pipeline, groups, ranks.device, (len(calibration), len(evaluation)))
+    if offload != "none" and (component == "unet" or config.intermediate.num_intermediate_finetunes):
+        flag = "a UNet" if component == "unet" else "--num_intermediate_finetunes"
+        raise UserError(f"--offload {offload} does not go with {flag}; allowed is none")
     fingerprint = weights_fingerprint(pipeline) if given else None
     settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
     settings["full_precision_hessians"] = keeps_hessians(config, layers)
     settings |= {"weights_sha256": fingerprint} if given else {}
-    about = (stored, original_bytes, whole, fingerprint)
+    about = (offload, stored, original_bytes, whole, fingerprint)
     return RunPlan(layers, parameters, int8, groups, needs, *about, settings, text_parts)
 
 
@@ -343,8 +389,8 @@ def planned_needs(
     groups: list[list[Layer]],
     device: torch.device,
     prompts: tuple[int, int],
-) -> list[Need]:
-    """Log what every phase needs, and return it; nothing where the model is an unusual one.
+) -> tuple[list[Need], str]:
+    """Log what every phase needs, and return it and `offload` as decided; nothing where the model is an unusual one.
 
     Args:
         groups: the layers to quantize, as of `groups_by_input`.
@@ -356,14 +402,14 @@ def planned_needs(
     shapes = shapes_of(pipeline, config)
     if shapes is None:
         log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
-        return []
+        return [], "none" if config.offload == "auto" else config.offload
     denoiser, layers = denoiser_of(pipeline), list(chain.from_iterable(groups))
     unet, dtype = denoiser_name(pipeline) == "unet", compute_dtype(denoiser)
     points = point_bytes(pipeline, config.sampling, *prompts) if unet else recorded_bytes(shapes, *prompts)
     shapes = replace(shapes, points=points)
     if config.target_bits is not None:
-        copied, names = meta_denoiser(type(denoiser), denoiser.config, dtype), [layer.name for layer in layers]
-        shapes = replace(shapes, backward=training_bytes(copied, shapes.call, device.type != "cpu", names))
+        shapes = with_backward(shapes, denoiser, layers, device.type != "cpu")
+    on_gpu = not unet and device.type != "cpu"
     rates = MatmulRates.measured(device, dtype)
 
     def needs_of(one: QuantizeConfig) -> list[Need]:
@@ -372,19 +418,33 @@ def planned_needs(
     def flags(one: QuantizeConfig | None) -> str:
         if one is None:
             return "--xtx_batch_size or --hessian_memory_gb"
-        return f"--xtx_batch_size {one.xtx_batch_size} --hessian_memory_gb {one.hessian_memory_gb:g}"
+        more = f" --calibration_nsteps {one.calibration_nsteps}" if one.offload in ("ram", "disk") else ""
+        return f"--xtx_batch_size {one.xtx_batch_size} --hessian_memory_gb {one.hessian_memory_gb:g}{more}"
 
-    return budgeted(config, needs_of, smaller(config), flags, device)
+    free = free_memory(device)
+    options = [replace(config, offload=one) for one in offloads(config, on_gpu)]
+    fitting = next((one for one in options if not lacking(needs_of(one), *free)), options[-1])
+    if fitting.offload != "none":
+        log_info(f"the denoiser does not fit on the device whole: --offload {fitting.offload}")
+    return budgeted(fitting, needs_of, smaller(fitting, shapes.steps * shapes.calls), flags, device), fitting.offload
 
 
-def hessians_to_come(config: QuantizeConfig, groups: list[list[Layer]], folder: RunFolder) -> int:
+def with_backward(shapes: Shapes, denoiser: torch.nn.Module, layers: list[Layer], checkpointing: bool) -> Shapes:
+    """Return the shapes with what a backward pass takes to the weights of the layers."""
+    copied = meta_denoiser(type(denoiser), denoiser.config, compute_dtype(denoiser))
+    names = [layer.name for layer in layers]
+    return replace(shapes, backward=training_bytes(copied, shapes.call, checkpointing, names))
+
+
+def hessians_to_come(config: QuantizeConfig, planned: RunPlan, folder: RunFolder) -> int:
     """Return the bytes of Hessians that a run will write, beyond those that exist; 0 if on another disk.
 
     Raises:
         UserError: the disk of `hessian_cache` has less free.
     """
-    layers = list(chain.from_iterable(groups))
-    need = hessian_bytes(groups, config.hessian_memory_gb, keeps_hessians(config, layers))
+    kept = keeps_hessians(config, planned.layers)
+    sets = 1 if kept and planned.offload != "none" else 2
+    need = hessian_bytes(planned.groups, config.hessian_memory_gb, kept, sets)
     place = Path(config.hessian_cache) if config.hessian_cache else folder.work / "hessians"
     need = max(0, need - sum(file.stat().st_size for file in place.glob("*.safetensors")))
     return need if place.parent == folder.work else check_disk(place, folder.path, need, "--hessian_cache")
@@ -467,12 +527,20 @@ def run(job: Job) -> dict | None:
         after_block(job, index, block, teacher)
 
     quantized = quantize_layers(job, after)
+    drop_hessians(job)
     texts = quantize_text_encoders(job) if job.text_parts else {}
-    with job.clock("evaluation"), decoded_once(job.denoiser):
+    with job.clock("evaluation"), nullcontext() if job.swapper else decoded_once(job.denoiser):
         errors = point_errors(job.denoiser, teacher, job.size, job.ranks)
         images = student_images(job)
         scores = compare_pairs(job, teacher_images, images) if job.ranks.main else {}
     return finish(job, quantized, errors, scores, texts) if job.ranks.main else None
+
+
+def drop_hessians(job: Job) -> None:
+    """Delete Hessians that are done with, if the denoiser is too large to keep them until the end."""
+    job.ranks.barrier()
+    if job.swapper and job.ranks.main:
+        shutil.rmtree(job.folder.work / "hessians", ignore_errors=True)
 
 
 def after_block(job: Job, index: int, block: str, teacher: Trajectories) -> None:
@@ -508,6 +576,8 @@ def finish(
 ) -> dict:
     """Write the pipeline folder, the card and the summary, then drop the working data."""
     staged = job.folder.work / "pipeline"
+    if job.swapper:
+        job.swapper.leave()
     with job.clock("saving"), saved_types(job.pipeline, job.stored):
         save_pipeline(job, staged)
         sizes = stored_sizes(job.denoiser, job.component, job.parameters, staged)

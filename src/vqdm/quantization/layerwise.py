@@ -18,7 +18,7 @@ from vqdm.layers.quantized import QuantizedLayer, quantized_layers, swap
 from vqdm.quantization.allocation import allocated
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.plan import keeps_hessians, layer_table, plain_bits, shared_codebook_users
-from vqdm.quantization.recording import calibration_trajectories, teacher_hessians, teacher_trajectories
+from vqdm.quantization.recording import calibration_trajectories, drop_walk, teacher_hessians, teacher_trajectories
 from vqdm.quantization.shared_codebooks import make_shared_codebooks
 from vqdm.storage.run_folder import LayerResult
 from vqdm.tracking import log_info, progress_bar
@@ -33,7 +33,7 @@ def quantize_layers(job: Job, after: Callable[[int, str], None]) -> dict[str, La
     Args:
         after: called with the number and name of each block that is done.
     """
-    if keeps_hessians(job.config, job.layers):
+    if keeps_hessians(job.config, job.layers) and not (job.swapper and all_coded(job)):
         with job.clock("hessians"):
             job.store = teacher_hessians(job)
     if job.config.target_bits is not None:
@@ -55,7 +55,14 @@ def quantize_layers(job: Job, after: Callable[[int, str], None]) -> dict[str, La
         if job.ranks.main:
             job.folder.drop_block(block)
         after(index, block)
+    drop_walk(job)
     return quantized
+
+
+def all_coded(job: Job) -> bool:
+    """Return whether a run with allocated bits was interrupted after its last layer; its Hessians may be gone."""
+    paths = [job.folder.layer_path(layer.name) for layer in job.layers]
+    return job.ranks.broadcast(job.config.target_bits is not None and all(path.is_file() for path in paths))
 
 
 def calibration_points(job: Job, block: str) -> Trajectories | None:
@@ -95,6 +102,8 @@ def same_shared_codebooks(job: Job, layer: QuantizedLayer) -> bool:
 
 def swap_block(job: Job, layers: list[Layer], quantized: dict[str, LayerResult]) -> None:
     """Replace the weights of a block by their codes."""
+    if job.swapper:
+        job.swapper.leave()
     for layer in layers:
         done = quantized[layer.name]
         name, books = layer.spec.shared_codebooks, job.shared_codebooks.get(layer.spec.shared_codebooks)
@@ -103,3 +112,5 @@ def swap_block(job: Job, layers: list[Layer], quantized: dict[str, LayerResult])
         if books:
             module.shared[0].fill(name, books.codebooks)
         module.set_code(code)
+    if job.swapper:
+        job.swapper.settle()

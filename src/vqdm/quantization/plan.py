@@ -162,19 +162,20 @@ def keeps_hessians(config: QuantizeConfig, layers: list[Layer]) -> bool:
     return bool(config.hessian_cache or config.target_bits is not None or shared_codebook_users(layers))
 
 
-def hessian_bytes(groups: list[list[Layer]], memory_gb: float, all_kept: bool) -> int:
-    """Return the bytes of disk for Hessians: a training and a held-out triangle in float32 per shared input.
+def hessian_bytes(groups: list[list[Layer]], memory_gb: float, all_kept: bool, sets: int = 2) -> int:
+    """Return the bytes of disk for Hessians: a triangle in float32 per shared input, and a held-out one.
 
     Args:
         groups: layers that share an input.
         memory_gb: for the Hessians of one recording pass.
         all_kept: whether those of all layers are kept, and not only those of one pass.
+        sets: 1 if there are no held-out ones.
     """
     parts = [groups]
     if not all_kept:
         by_block = [list(some) for _, some in groupby(groups, key=lambda group: group[0].block)]
         parts = [part for some in by_block for part in passes(some, memory_gb)]
-    return max(sum(2 * 4 * group[0].columns * (group[0].columns + 1) // 2 for group in part) for part in parts)
+    return max(sum(sets * 4 * group[0].columns * (group[0].columns + 1) // 2 for group in part) for part in parts)
 
 
 # ------------------------------------------------------------------------------------------------ memory, disk and time
@@ -199,23 +200,45 @@ def plan(
     by_block = [list(some) for _, some in groupby(groups, key=lambda group: group[0].block)]
     in_block = [part for some in by_block for part in passes(some, config.hessian_memory_gb)]
     recorded = passes(groups, config.hessian_memory_gb) if all_kept else in_block
+    whole = config.offload in ("none", "auto")
+    # Weights on the device, and in RAM beside it.
+    on_device, in_ram = (shapes.denoiser, 0) if whole else (shapes.outside + shapes.block, shapes.denoiser)
     batch = config.xtx_batch_size * shapes.step
+    together = batch if whole else shapes.step  # that are recorded
+    waiting = 0 if whole else recorded_points(config, shapes, prompts[0]) * shapes.waiting
+    in_files = waiting if config.offload == "disk" else 0
     rows = max(sample_bytes(config, shapes, group[0].columns) for group in groups)
     sampling = max(shapes.encoded(config.xtx_batch_size), shapes.vae + batch, shapes.decode)
-    hessians = max(map(squares, recorded)) * (SUM + MEAN) + batch + rows
+    hessians = max(map(squares, recorded)) * (SUM + MEAN) + together + rows
     hardest = max(solver_bytes(layer, config.code == "trellis") for layer in layers)
     solving = max(map(squares, in_block)) * 2 * MEAN + hardest
     weights = sum(layer.rows * layer.columns for layer in layers)
-    changes = shapes.itemsize * weights
     codes = int(config.target_bits * weights if config.target_bits else sum(map(layer_bits, layers))) // 8
-    others, kept = shapes.text + shapes.vae, hessian_bytes(groups, config.hessian_memory_gb, all_kept)
+    sets = 1 if all_kept and not whole else 2
+    others, kept = shapes.text + shapes.vae + in_ram, hessian_bytes(groups, config.hessian_memory_gb, all_kept, sets)
+    decoded = codes if whole else 0
+    changes = shapes.itemsize * weights if whole else 0  # the others are read from codes when they are needed
+    in_layers, saved = 0, 2 * shapes.pipeline + kept
+    if not whole:  # Hessians are dropped before the pipeline is saved
+        cached = kept if config.hessian_cache else 0
+        in_layers, saved = codes, shapes.pipeline - shapes.itemsize * weights + 2 * codes + cached
     times = seconds(config, shapes, groups, len(recorded), prompts, rates)
     needs = [
-        Need("teacher", shapes.denoiser + sampling, others + shapes.points, shapes.points),
-        Need("hessians", shapes.denoiser + hessians, others + shapes.points, shapes.points + kept),
-        Need("layers", shapes.denoiser + solving, others, shapes.points + kept),
-        Need("evaluation", shapes.denoiser + codes + sampling, others + shapes.points, shapes.points + kept),
-        Need("saving", shapes.denoiser, others + shapes.denoiser, 2 * shapes.pipeline + shapes.points + kept),
+        Need("teacher", on_device + sampling, others + shapes.points, shapes.points),
+        Need(
+            "hessians",
+            on_device + hessians,
+            others + shapes.points + waiting - in_files,
+            shapes.points + kept + in_files,
+        ),
+        Need(
+            "layers",
+            on_device + solving,
+            others + (0 if all_kept else waiting - in_files),
+            shapes.points + kept + in_layers,
+        ),
+        Need("evaluation", on_device + decoded + sampling, others + shapes.points, shapes.points + kept + in_layers),
+        Need("saving", on_device, others + (shapes.denoiser if whole else 0), shapes.points + saved),
     ]
     if config.target_bits is not None:
         # A gradient in float32, its product with the layer's change, and that change.
@@ -223,7 +246,8 @@ def plan(
         coding = max(map(squares, passes(groups, config.hessian_memory_gb))) * 2 * MEAN + hardest
         effects = max(effects, coding)
         needs.insert(
-            2, Need("allocation", shapes.denoiser + effects, others + changes + shapes.points, shapes.points + kept)
+            2,
+            Need("allocation", on_device + effects, others + changes + shapes.points, shapes.points + kept + in_layers),
         )
     return [replace(need, seconds=times.get(need.phase, 0.0)) for need in needs]
 
@@ -243,7 +267,7 @@ def seconds(
     """
     calibration, evaluation = prompts
     steps = shapes.steps * shapes.calls
-    points = calibration * min(config.calibration_nsteps or steps, steps)
+    points = recorded_points(config, shapes, calibration)
     call = shapes.call_seconds(rates)
     sampled = evaluation * (steps * call + shapes.decode_seconds(rates))
     products = sum(
@@ -274,6 +298,12 @@ def coding_operations(layer: Layer, state_bits: int | None) -> float:
     return STATE_OPERATIONS * 2**state_bits * O * I + TRELLIS_SWEEPS * O * I**2 + CUBES * I**3
 
 
+def recorded_points(config: QuantizeConfig, shapes: Shapes, prompts: int) -> int:
+    """Return the number of points that Hessians are recorded on."""
+    calls = shapes.steps * shapes.calls
+    return prompts * min(config.calibration_nsteps or calls, calls)
+
+
 def sample_bytes(config: QuantizeConfig, shapes: Shapes, columns: int) -> int:
     """Return the bytes of the samples of one batch that are multiplied at once, and of a strip of their product."""
     steps = shapes.steps * shapes.calls
@@ -288,8 +318,8 @@ def sample_bytes(config: QuantizeConfig, shapes: Shapes, columns: int) -> int:
 
 def recorded_bytes(shapes: Shapes, calibration: int, evaluation: int) -> int:
     """Return the bytes of recorded points of so many prompts: latents, texts, and outputs on evaluation prompts."""
-    calls, texts = shapes.steps * shapes.calls, (calibration + evaluation) * shapes.conditioning
-    return calls * (calibration * shapes.latents + evaluation * (shapes.latents + shapes.outputs)) + texts
+    latents = (calibration + evaluation) * (shapes.steps * shapes.latents + shapes.conditioning)
+    return latents + evaluation * shapes.steps * shapes.calls * shapes.outputs
 
 
 def squares(groups: list[list[Layer]]) -> int:
@@ -304,9 +334,25 @@ def solver_bytes(layer: Layer, trellis: bool) -> int:
     return 4 * max(solver, gap)
 
 
-def smaller(config: QuantizeConfig) -> list[QuantizeConfig]:
-    """Return the settings with smaller batches, then with less memory for Hessians too; the closest come first."""
+def offloads(config: QuantizeConfig, on_gpu: bool) -> list[str]:
+    """Return the values of `offload` to try in turn; on a CPU, where all is in RAM, "auto" is none."""
+    if config.offload != "auto":
+        return [config.offload]
+    return ["none", "ram", "disk"] if on_gpu else ["none"]
+
+
+def smaller(config: QuantizeConfig, calls: int = 50) -> list[QuantizeConfig]:
+    """Return the settings with smaller batches, then with less memory for Hessians too; the closest come first.
+
+    Block by block, all inputs of a block are kept: then also with fewer of the `calls` of a trajectory.
+    """
     found, size, memory = [], config.xtx_batch_size, config.hessian_memory_gb
+    if config.offload in ("ram", "disk"):
+        steps = min(config.calibration_nsteps or calls, calls)
+        while steps > 1:
+            steps //= 2
+            found.append(replace(config, calibration_nsteps=steps))
+        config = replace(config, calibration_nsteps=1)
     while size > 1:
         size //= 2
         found.append(replace(config, xtx_batch_size=size))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vqdm.devices import BatchSize
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.denoisers import compute_dtype, largest_timestep
 from vqdm.diffusion.hessians import DenoiserCall, HessianStore, passes, record_hessians, shared_inputs
@@ -27,9 +29,11 @@ from vqdm.diffusion.sampling import (
     record_evaluation,
     record_trajectories,
 )
+from vqdm.diffusion.streams import FIRST, BlockWalk
 from vqdm.diffusion.trajectories import Trajectories, batches, by_kind, held_out, join, spread_points
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
+from vqdm.quantization.plan import keeps_hessians
 from vqdm.storage.files import locked, sweep
 from vqdm.storage.run_folder import Tensors, shards, span_name, spans
 from vqdm.tracking import log_info, progress_bar
@@ -153,9 +157,21 @@ def teacher_hessians(job: Job) -> HessianStore:
         log_info(f"Hessians in {folder}: {len(job.layers) - len(missing)} of {len(job.layers)} layers are recorded")
         if missing:
             recorder = job.recorder(store)
-            for groups in passes(recorder.groups(missing), job.config.hessian_memory_gb):
-                recorder.record(groups)
+            for groups, last in recording_passes(job, recorder.groups(missing)):
+                recorder.record(groups, last)
+            drop_walk(job)
     return store
+
+
+def recording_passes(job: Job, groups: list[list[Layer]]) -> Iterator[tuple[list[list[Layer]], bool]]:
+    """Yield the groups of layers that are recorded at once, and whether no others of their block follow.
+
+    Where the denoiser is not on the device whole, each pass is of one block.
+    """
+    by_block = [list(some) for _, some in groupby(groups, key=lambda group: group[0].block)]
+    for some in by_block if job.swapper else [groups]:
+        parts = passes(some, job.config.hessian_memory_gb)
+        yield from ((part, part is parts[-1]) for part in parts)
 
 
 class HessianRecorder:
@@ -165,20 +181,30 @@ class HessianRecorder:
         points = held_out(spread_points(trajectories, job.config.calibration_nsteps))
         self.job, self.store = job, store
         self.training, self.held_out = (denoiser_calls(job, trajectories, part) for part in points)
-        self.first = denoiser_calls(job, trajectories, points[0][:1])[0]()
+        if job.swapper and keeps_hessians(job.config, job.layers):
+            self.held_out = []  # of all layers, they would take as much of the disk as the others
+        first = denoiser_calls(job, trajectories, points[0][:1])[0]
+        self.walk, self.first = walk_of(job, first, self.training, self.held_out), first()
         # A UNet's embeddings of the timestep are not in its default layers, and results of before stay what they were.
         unet = job.component == "unet"
         self.other_timesteps = [] if unet else calls_at_other_timesteps(job, trajectories, points[0])
 
     def groups(self, layers: list[Layer]) -> list[list[Layer]]:
         """Return `layers` by the input that they share."""
-        return shared_inputs(self.job.denoiser, layers, self.first)
+        one_block = len({layer.block for layer in layers}) == 1
+        return shared_inputs(self.job.denoiser, layers, self.first, self.walk if one_block else None)
 
-    def record(self, groups: list[list[Layer]]) -> None:
-        """Record the Hessians of `groups`, all at once; each is written by one rank."""
+    def record(self, groups: list[list[Layer]], last: bool = False) -> None:
+        """Record the Hessians of `groups`, all at once; each is written by one rank.
+
+        `last`: the block of the groups is done, and will not change before the next is recorded.
+        """
         job, ranks = self.job, self.job.ranks
+        if self.walk:
+            self.walk.keep = last
         total = sum(len(ranks.shard(calls)) for calls in (self.training, self.held_out))
-        with decoded_once(job.denoiser), progress_bar(total=total, description="Hessians") as ticks:
+        decoding = nullcontext() if job.swapper else decoded_once(job.denoiser)
+        with decoding, progress_bar(total=total, description="Hessians") as ticks:
             found = record_hessians(
                 job.denoiser,
                 groups,
@@ -188,8 +214,9 @@ class HessianRecorder:
                 job.config.hessian_samples_per_input,
                 ticks.update,
                 ranks,
-                job.size,
+                BatchSize(1, job.size.advice) if self.walk else job.size,
                 self.other_timesteps,
+                self.walk,
             )
         for group in ranks.shard(groups):
             self.store.write(group, *found.pop(group[0].name))
@@ -197,18 +224,46 @@ class HessianRecorder:
         self.store.enter(groups, on_disk=ranks.main)
 
 
+def walk_of(
+    job: Job, first: DenoiserCall, training: list[DenoiserCall], held_out: list[DenoiserCall]
+) -> BlockWalk | None:
+    """Return this rank's calls as they go from block to block; None where the denoiser is on the device whole.
+
+    Those of the teacher's points go on where they are, while blocks are quantized.
+    """
+    if job.swapper is None:
+        return None
+    own = [*job.ranks.shard(training), *job.ranks.shard(held_out)]
+    calls = {FIRST: first} | {call.points[0]: call for call in own}
+    if job.walk is None or job.config.calibration_latents == "student":
+        drop_walk(job)
+        folder = job.folder.work / "block_outputs" / str(job.ranks.rank) if job.offload == "disk" else None
+        job.walk = BlockWalk(job.swapper, calls, folder)
+    job.walk.calls = calls
+    return job.walk
+
+
+def drop_walk(job: Job) -> None:
+    """Drop what blocks returned, once no further block is recorded."""
+    if job.walk:
+        job.walk.restart()
+        job.walk = None
+
+
 def denoiser_calls(job: Job, trajectories: Trajectories, points: list) -> list[DenoiserCall]:
     """Return calls, each on at most `xtx_batch_size` points."""
     calls, device, dtype = trajectories.shape[1], job.denoiser.device, compute_dtype(job.denoiser)
     return [
         DenoiserCall(partial(trajectories.inputs, device=device, dtype=dtype), batch, [n * calls + j for n, j in batch])
-        for batch in trajectories.batches(points, job.config.xtx_batch_size)
+        for batch in trajectories.batches(points, 1 if job.swapper else job.config.xtx_batch_size)
     ]
 
 
 def calls_at_other_timesteps(job: Job, trajectories: Trajectories, points: list) -> list[DenoiserCall]:
     """Return calls on recorded points, in turn, at `OTHER_TIMESTEPS` timesteps spread evenly over all there are."""
     high, first = largest_timestep(job.denoiser, trajectories.largest), math.prod(trajectories.shape)
+    size, calls = 1 if job.swapper else job.config.xtx_batch_size, trajectories.shape[1]
+    numbers = [n * calls + j for n, j in points]
     device, dtype = job.denoiser.device, compute_dtype(job.denoiser)
 
     def make(numbers: list[int]) -> dict:
@@ -217,9 +272,9 @@ def calls_at_other_timesteps(job: Job, trajectories: Trajectories, points: list)
 
     kind = lambda k: trajectories.kind(points[k % len(points)])  # noqa: E731
     return [
-        DenoiserCall(make, batch, [first + k for k in batch])
+        DenoiserCall(make, batch, [first + k for k in batch], [numbers[k % len(points)] for k in batch])
         for alike in by_kind(range(OTHER_TIMESTEPS), kind)
-        for batch in batches(alike, job.config.xtx_batch_size)
+        for batch in batches(alike, size)
     ]
 
 

@@ -324,7 +324,7 @@ class TextRecorder(HessianRecorder):
     """Record Hessians of a text encoder in its present state, into a store."""
 
     def __init__(self, job: Job, store: HessianStore):
-        self.job, self.store, self.other_timesteps = job, store, []
+        self.job, self.store, self.other_timesteps, self.walk = job, store, [], None
         self.training, self.held_out = job.text.calls()
         self.first = next(self.training[0].divided(1))()
 
@@ -417,6 +417,8 @@ def quantize_text_encoders(job: Job) -> dict[str, dict]:
     with job.clock("prompts"):
         calibration, evaluation = text_calibration(job), encode_all(job, job.evaluation)
     figures = {}
+    if job.swapper:
+        job.swapper.leave()
     job.denoiser.to("cpu")
     try:
         for encoder in encoders:
@@ -438,7 +440,10 @@ def quantize_text_encoders(job: Job) -> dict[str, dict]:
     finally:
         for encoder in encoders:
             encoder.to("cpu")
-        job.denoiser.to(device)
+        if job.swapper:
+            job.swapper.settle()
+        else:
+            job.denoiser.to(device)
     return figures
 
 
