@@ -119,7 +119,7 @@ def test_a_second_run_records_nothing(planned, pipelines, prompt_file, tmp_path,
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(planned, pipelines, prompt_file, tmp_path, monkeypatch):
-    from vqdm.quantization import job as quantize
+    from vqdm.quantization import layerwise as quantize
 
     out = tmp_path / "out"
     words = target(pipelines, prompt_file, out, "--target_bits", "3", "--hessian_cache", str(planned / "cache"))
