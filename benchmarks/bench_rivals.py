@@ -1,7 +1,7 @@
 """Error of a UNet's output, as other packages and as vqdm quantize it, against stored bits: a JSON line each, a plot.
 
     SDNQ_USE_TORCH_COMPILE=0 python benchmarks/bench_rivals.py assets/shapes-xl prompts/shapes_evaluation.csv \\
-        --quantized out/bits/ours-* --plot docs/rivals.png
+        --quantized out/bits/ours-* --plot out/rivals.png
 
 The full-precision model samples the prompts; its UNet's inputs and outputs are recorded, and every quantized UNet is
 asked the same. Packages leave different layers alone, so bits are given twice: those of the quantized weights over
