@@ -1,16 +1,22 @@
 """The training of the small diffusion transformer: exact shortcuts, resumption, and a pipeline that diffusers loads."""
 
+import random
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
+from evaluate_pipeline import held_out_scenes, sample, verdicts
 from models import make_mmdit
+from scenes import caption
 from train_mmdit import ABSENT_TOKENS, CountedAttention, finish, learning_rate, make_trainer, train
+from vqdm.diffusion.pipelines import load_pipeline
 
 PARTS = Path("assets/shapes-xl")
+FOLDER = Path("assets/shapes-mmdit")
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +67,20 @@ def test_the_finished_folder_is_an_sd3_pipeline_without_its_third_encoder(traine
     image = pipeline("a red circle", num_inference_steps=1, generator=generator, output_type="pt").images
     assert image.shape == (1, 3, 64, 64) and image.isfinite().all()
     assert all("_name_or_path" not in path.read_text() for path in trained.finish.glob("*/config.json"))
+
+
+def test_the_shipped_files_are_fp16_and_of_this_configuration():
+    files = list(FOLDER.glob("*/*.safetensors"))
+    assert all(file.stat().st_size < 15e6 for file in files)
+    state = {name: t for file in files if file.parent.name == "transformer" for name, t in load_file(file).items()}
+    expected = {name: tensor.shape for name, tensor in make_mmdit().state_dict().items()}
+    assert {name: tensor.shape for name, tensor in state.items()} == expected
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+
+
+def test_the_shipped_one_shows_what_was_asked():
+    scenes = held_out_scenes(4, None)
+    captions = [caption(scene, random.Random(index)) for index, scene in enumerate(scenes)]
+    pipeline = load_pipeline(str(FOLDER), torch.device("cpu"), torch.float32)
+    images = sample(pipeline, captions, Namespace(bs=4, steps=8, guidance_scale=3.0))
+    assert verdicts(images, scenes).sum() >= 3
