@@ -22,7 +22,7 @@ sdxl-target)
 sdxl-paper)
     settings=(
         --num_codebooks "$BITS" --nbits_per_codebook 8 --in_group_size 8 --out_group_size 1 --scale_nbits 0 --group_channels
-        --calibration_nsamples 256 --evaluation_nsamples 32 --visualize_nsamples 16 --xtx_batch_size 4
+        --calibration_nsamples 256 --calibration_nsteps 0 --evaluation_nsamples 32 --visualize_nsamples 16 --xtx_batch_size 4
         --calibration_latents "${LATENTS:-teacher}" --encoder "${ENCODER:-ldl}" --beam_size 8
         --init_max_iter 100 --lr 1e-4 --steps_per_epoch 100 --relative_mse_tolerance 0.01
     )

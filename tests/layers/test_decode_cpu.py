@@ -148,6 +148,7 @@ def log_scales(request):
     return request.param
 
 
+@needs_compiler
 @pytest.mark.parametrize("L", [4, 8, 12, 16])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_native_and_pointwise_are_exact(rows, columns, L, log_scales):
@@ -176,7 +177,7 @@ def test_a_trellis_on_processors_with_shorter_vectors(left_out, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_compiler), "torch"])
 def test_other_types(dtype, backend, log_scales):
     stored, code = trellis_of(48, 17, 10, log_scales)
     torch.testing.assert_close(decode(stored, dtype, backend=backend), code.dequantize().to(dtype))
@@ -187,6 +188,7 @@ def test_the_choice_is_measured_on_the_first_segment():
     assert torch.equal(decode(stored, torch.float32), code.dequantize())
 
 
+@needs_compiler
 def test_nothing_after_the_codes_is_read():
     stored, code = trellis_of(48, 17, 12, True)
     for poison in (0, 255):

@@ -184,7 +184,7 @@ def test_times_are_in_the_order_of_the_work():
     usual = times(calibration_nsteps=5)
     assert usual["saving"] == 0 < usual["teacher"] < usual["evaluation"] and usual["layers"] > 0
     for changed, phases in (
-        (times(), {"hessians"}),
+        (times(calibration_nsteps=0), {"hessians"}),
         (times((128, 16), calibration_nsteps=5), {"hessians"}),
         (times((64, 32), calibration_nsteps=5), {"teacher", "evaluation"}),
         (times(calibration_nsteps=5, sensitivity_points=128), {"allocation"}),

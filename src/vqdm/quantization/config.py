@@ -146,7 +146,7 @@ class QuantizeConfig(RunConfig):
         aliases=("rest_nbits",),
     )
     calibration_nsamples: int = _calibration(256, "calibration prompts, chosen at random; 0 = all", ge=0, common=True)
-    calibration_nsteps: int = _calibration(0, "denoising steps per prompt to calibrate on; 0 = all", ge=0)
+    calibration_nsteps: int = _calibration(5, "denoising steps per prompt to calibrate on; 0 = all", ge=0)
     evaluation_nsamples: int = _calibration(32, "evaluation prompts", ge=1)
     visualize_nsamples: int | None = _calibration(
         None, "image pairs in image_pairs.png; default: 16, or all evaluation prompts if they are fewer", ge=0
