@@ -246,12 +246,7 @@ def quantize(
             denoiser_of(pipeline).to(ranks.device)
         with folder.lock(ranks):
             if ranks.main:
-                need = predicted_bytes(pipeline, config.sampling, len(calibration), len(evaluation))
-                need += hessians_to_come(config, planned, folder)
-                if planned.offload != "none" and planned.needs:  # some is written only once other files are gone
-                    written = sum(file.stat().st_size for file in folder.work.rglob("*.safetensors"))
-                    need = max(0, max(one.disk for one in planned.needs) - written)
-                need += sum(text_hessian_bytes(config, part) for part in planned.text_parts)
+                need = disk_to_come(config, planned, folder, pipeline, (len(calibration), len(evaluation)))
                 folder.open(settings, versions(), config.resume, 0 if config.ignore_budget else need)
             if ranks.broadcast(folder.finished):
                 return load_finished(folder, pipeline, ranks)
@@ -270,6 +265,17 @@ def quantize(
                     return pipeline, run(job)
             finally:
                 tracker.finish()
+
+
+def disk_to_come(
+    config: QuantizeConfig, planned: RunPlan, folder: RunFolder, pipeline: DiffusionPipeline, prompts: tuple[int, int]
+) -> int:
+    """Return the bytes that the run is yet to write; `prompts`: how many to calibrate on and to evaluate."""
+    need = predicted_bytes(pipeline, config.sampling, *prompts) + hessians_to_come(config, planned, folder)
+    if planned.offload != "none" and planned.needs:  # some is written only once other files are gone
+        written = sum(file.stat().st_size for file in folder.work.rglob("*.safetensors"))
+        need = max(0, max(one.disk for one in planned.needs) - written)
+    return need + sum(text_hessian_bytes(config, part) for part in planned.text_parts)
 
 
 @contextmanager

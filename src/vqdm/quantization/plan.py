@@ -197,21 +197,13 @@ def plan(
         prompts: numbers of those for calibration and for evaluation.
     """
     layers = [layer for group in groups for layer in group]
-    by_block = [list(some) for _, some in groupby(groups, key=lambda group: group[0].block)]
-    in_block = [part for some in by_block for part in passes(some, config.hessian_memory_gb)]
-    recorded = passes(groups, config.hessian_memory_gb) if all_kept else in_block
+    recorded = recording_passes(config, groups, all_kept)
     whole = config.offload in ("none", "auto")
     # Weights on the device, and in RAM beside it.
     on_device, in_ram = (shapes.denoiser, 0) if whole else (shapes.outside + shapes.block, shapes.denoiser)
-    batch = config.xtx_batch_size * shapes.step
-    together = batch if whole else shapes.step  # that are recorded
     waiting = 0 if whole else recorded_points(config, shapes, prompts[0]) * shapes.waiting
     in_files = waiting if config.offload == "disk" else 0
-    rows = max(sample_bytes(config, shapes, group[0].columns) for group in groups)
-    sampling = max(shapes.encoded(config.xtx_batch_size), shapes.vae + batch, shapes.decode)
-    hessians = max(map(squares, recorded)) * (SUM + MEAN) + together + rows
-    hardest = max(solver_bytes(layer, config.code == "trellis") for layer in layers)
-    solving = max(map(squares, in_block)) * 2 * MEAN + hardest
+    work = working_bytes(config, shapes, groups, recorded)
     weights = sum(layer.rows * layer.columns for layer in layers)
     codes = int(config.target_bits * weights if config.target_bits else sum(map(layer_bits, layers))) // 8
     sets = 1 if all_kept and not whole else 2
@@ -222,34 +214,45 @@ def plan(
     if not whole:  # Hessians are dropped before the pipeline is saved
         cached = kept if config.hessian_cache else 0
         in_layers, saved = codes, shapes.pipeline - shapes.itemsize * weights + 2 * codes + cached
-    times = seconds(config, shapes, groups, len(recorded), prompts, rates)
+    ram, disk = others + shapes.points, shapes.points + kept
     needs = [
-        Need("teacher", on_device + sampling, others + shapes.points, shapes.points),
-        Need(
-            "hessians",
-            on_device + hessians,
-            others + shapes.points + waiting - in_files,
-            shapes.points + kept + in_files,
-        ),
-        Need(
-            "layers",
-            on_device + solving,
-            others + (0 if all_kept else waiting - in_files),
-            shapes.points + kept + in_layers,
-        ),
-        Need("evaluation", on_device + decoded + sampling, others + shapes.points, shapes.points + kept + in_layers),
+        Need("teacher", on_device + work["sampling"], ram, shapes.points),
+        Need("hessians", on_device + work["hessians"], ram + waiting - in_files, disk + in_files),
+        Need("allocation", on_device + work["allocation"], ram + changes, disk + in_layers),
+        Need("layers", on_device + work["layers"], others + (0 if all_kept else waiting - in_files), disk + in_layers),
+        Need("evaluation", on_device + decoded + work["sampling"], ram, disk + in_layers),
         Need("saving", on_device, others + (shapes.denoiser if whole else 0), shapes.points + saved),
     ]
-    if config.target_bits is not None:
-        # A gradient in float32, its product with the layer's change, and that change.
-        effects = shapes.backward + (shapes.itemsize + 8) * max(layer.rows * layer.columns for layer in layers)
-        coding = max(map(squares, passes(groups, config.hessian_memory_gb))) * 2 * MEAN + hardest
-        effects = max(effects, coding)
-        needs.insert(
-            2,
-            Need("allocation", on_device + effects, others + changes + shapes.points, shapes.points + kept + in_layers),
-        )
-    return [replace(need, seconds=times.get(need.phase, 0.0)) for need in needs]
+    times = seconds(config, shapes, groups, len(recorded), prompts, rates)
+    present = [need for need in needs if need.phase != "allocation" or config.target_bits is not None]
+    return [replace(need, seconds=times.get(need.phase, 0.0)) for need in present]
+
+
+def recording_passes(config: QuantizeConfig, groups: list[list[Layer]], all_kept: bool) -> list[list[list[Layer]]]:
+    """Return the groups whose Hessians are recorded together, of all layers or within blocks."""
+    if all_kept:
+        return passes(groups, config.hessian_memory_gb)
+    by_block = [list(some) for _, some in groupby(groups, key=lambda group: group[0].block)]
+    return [part for some in by_block for part in passes(some, config.hessian_memory_gb)]
+
+
+def working_bytes(
+    config: QuantizeConfig, shapes: Shapes, groups: list[list[Layer]], recorded: list[list[list[Layer]]]
+) -> dict[str, int]:
+    """Return by phase the most bytes on the device beside the denoiser; `recorded` is of `recording_passes`."""
+    layers, batch = [layer for group in groups for layer in group], config.xtx_batch_size * shapes.step
+    together = batch if config.offload in ("none", "auto") else shapes.step  # points that are recorded at once
+    rows = max(sample_bytes(config, shapes, group[0].columns) for group in groups)
+    hardest = max(solver_bytes(layer, config.code == "trellis") for layer in layers)
+    # A gradient in float32, its product with the layer's change, and that change.
+    effects = shapes.backward + (shapes.itemsize + 8) * max(layer.rows * layer.columns for layer in layers)
+    coding = max(map(squares, passes(groups, config.hessian_memory_gb))) * 2 * MEAN + hardest
+    return {
+        "sampling": max(shapes.encoded(config.xtx_batch_size), shapes.vae + batch, shapes.decode),
+        "hessians": max(map(squares, recorded)) * (SUM + MEAN) + together + rows,
+        "allocation": max(effects, coding),
+        "layers": max(map(squares, recording_passes(config, groups, all_kept=False))) * 2 * MEAN + hardest,
+    }
 
 
 def seconds(
