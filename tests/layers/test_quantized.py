@@ -5,6 +5,7 @@ import tiny_students
 import torch
 from numerics import random_widths
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from vqdm.additive import trellis
 from vqdm.additive.code import AdditiveCode, CodeSpec, first_entries
@@ -156,6 +157,60 @@ def test_a_model_compiles_to_one_graph(learned):
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(found, model(x))
     assert found.requires_grad == (learned or any(p.requires_grad for p in model.parameters() if learned))
+
+
+class Block(nn.Module):
+    """A block of two layers, to be compiled for all blocks of its class."""
+
+    def __init__(self, specs: tuple[CodeSpec, CodeSpec]):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 8), nn.SiLU(), nn.Linear(8, 16))
+        for name, spec, shape in zip("02", specs, ((8, 16), (16, 8)), strict=True):
+            swap(self.layers, name, spec).set_code(random_code(spec, *shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_blocks_of_other_bits_share_a_graph(grad):
+    specs = [CodeSpec(1 + n % 3, 2 + n, 4, scale_nbits=4 * (n % 2)) for n in range(12)]
+    blocks, counter, x = nn.ModuleList(Block((spec, specs[0])) for spec in specs), CompileCounter(), torch.randn(3, 16)
+    blocks.requires_grad_(False)
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        expected = [block(x) for block in blocks]
+        for block in blocks:
+            block.compile(fullgraph=True, backend=counter, dynamic=False)
+        if not grad:  # with gradients, codebooks of other sizes are looked at
+            torch.testing.assert_close([block(x) for block in blocks], expected, rtol=0, atol=0)
+            assert counter.frame_count == 1
+        else:
+            torch.testing.assert_close([block(x) for block in blocks[:4]], expected[:4], rtol=0, atol=0)
+
+
+def test_a_compiled_copy_is_another_layer():
+    layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
+    layer.set_code(random_code(SPECS[0], 8, 16))
+    compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(2, 16)
+    other = copy.deepcopy(layer)
+    other.codebooks.data += 1
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+        torch.testing.assert_close(torch.compile(other, fullgraph=True, backend="eager")(x), other(x), rtol=0, atol=0)
+        assert not torch.allclose(other(x), layer(x))
+
+
+def test_a_compiled_graph_passes_gradients_through_frozen_layers():
+    layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
+    layer.set_code(random_code(SPECS[0], 8, 16))
+    layer.requires_grad_(False)
+    x = torch.randn(2, 16, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(call(x).square().sum(), x)
+        for call in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_call_uses_the_codebooks_that_the_layer_is_given():

@@ -46,20 +46,6 @@ BACKENDS = ("auto", "torch", "native", "triton", "compile")
 CANDIDATES = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}  # on other devices torch alone
 GROUPS_PER_BLOCK = 2**15  # of the reference on a CPU: intermediate tensors then stay in the cache
 MEASURED_WEIGHTS = 2**18  # of a layer, at most: measuring takes little time and memory
-SPEC_NUMBERS = {  # fields of a format, as an operator can take them
-    "num_codebooks": int,
-    "nbits_per_codebook": int,
-    "in_group_size": int,
-    "out_group_size": int,
-    "scale_nbits": int,
-    "row_bits": int,
-    "groupwise_codebooks": bool,
-    "input_channel_scales": bool,
-    "segment_rows": int,
-    "segment_bits": int,
-    "log_scales": bool,
-    "scale_exponent": int,
-}
 ROUNDS = 3  # of measuring, in which the backends take turns: another program may slow one of them down
 COMPILATIONS = 64  # formats that torch.compile may compile for
 
@@ -189,7 +175,7 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, backen
         UserError: no such backend, or not for this device.
     """
     if torch.compiler.is_compiling():
-        return traced(stored).to(dtype)
+        return pointwise(stored).to(dtype)
     if out is None:
         out = torch.empty(stored.shape, dtype=dtype, device=stored.codes.device)
     name = backend or _wanted or _environment()
@@ -198,49 +184,6 @@ def decode(stored: Stored, dtype: torch.dtype, out: Tensor | None = None, backen
         raise UserError(f"{ENVIRONMENT} is {name}, which is for the CPU; {out.device} takes torch, triton or compile")
     RUNS[name](stored, out)
     return out
-
-
-def traced(stored: Stored) -> Tensor:
-    """Return the matrix [O, I] under `torch.compile`: fused on a GPU, a call of the fastest backend on the CPU.
-
-    Differentiable in all but the codes.
-    """
-    differentiable = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in stored)
-    if stored.codes.device.type != "cpu" or differentiable:
-        return pointwise(stored)
-    spec = stored.spec
-    numbers = [int(getattr(spec, name)) for name in SPEC_NUMBERS]
-    return _decode_operator(numbers, spec.shared_codebooks, list(stored.shape), *stored[2:])
-
-
-@torch.library.custom_op("vqdm::decode", mutates_args=())
-def _decode_operator(
-    numbers: list[int],
-    shared_codebooks: str,
-    shape: list[int],
-    codes: Tensor,
-    codebooks: Tensor,
-    scales: Tensor | None,
-    scale_codes: Tensor | None,
-    scale_values: Tensor | None,
-    input_scales: Tensor | None,
-    code_widths: Tensor | None,
-    scale_logarithms: Tensor | None,
-    input_scale_logarithms: Tensor | None,
-) -> Tensor:
-    """Call `decode` from a compiled graph: C cannot be traced."""
-    settings = {name: kind(number) for (name, kind), number in zip(SPEC_NUMBERS.items(), numbers, strict=True)}
-    spec = CodeSpec(**settings, shared_codebooks=shared_codebooks)
-    scaling = scales, scale_codes, scale_values, input_scales
-    stored = Stored(
-        spec, tuple(shape), codes, codebooks, *scaling, code_widths, scale_logarithms, input_scale_logarithms
-    )
-    return decode(stored, torch.float32)
-
-
-@_decode_operator.register_fake
-def _(numbers: list[int], shared_codebooks: str, shape: list[int], *_) -> Tensor:
-    return torch.empty(shape)
 
 
 # ------------------------------------------------------------------------------------------------ the backends

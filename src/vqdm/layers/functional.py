@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqdm.additive.code import AdditiveCode
-from vqdm.layers.decode import Stored, decode, traced
+from vqdm.layers.decode import Stored, decode, pointwise
 
 GROUPS_AT_ONCE = 2**14  # in the backward pass, whose intermediate tensors are then smaller than the weight
 
@@ -74,7 +74,7 @@ def coded(
     that change codes, such as PV-tuning (arXiv 2405.14852).
     """
     if torch.compiler.is_compiling():
-        W = traced(stored).to(x.dtype)
+        W = pointwise(stored).to(x.dtype)
         return operation.forward(x, W if latent is None else W + (latent - latent.detach()).to(x.dtype), bias)
     learned = (x, bias, stored.codebooks, stored.scales, stored.scale_values, stored.input_scales, latent)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in learned):

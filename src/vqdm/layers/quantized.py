@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +94,25 @@ class Layer:
     spec: CodeSpec
 
 
+_by_number: WeakValueDictionary[int, _Quantized] = WeakValueDictionary()
+_numbers = count()
+
+
+@torch.library.custom_op("vqdm::decode_layer", mutates_args=())
+def _decode_layer(number: Tensor, x: Tensor, shape: list[int]) -> Tensor:
+    """Decode, inside a compiled graph, the weight [O, I] of the layer with that number, in the dtype of `x`.
+
+    The graph sees a number where the layer's format and packed codes would be, so that layers of one shape and of
+    different bits run the same graph: `torch.compile` would make another for each.
+    """
+    return decode(_by_number[int(number)]._stored(), x.dtype)
+
+
+@_decode_layer.register_fake
+def _(number: Tensor, x: Tensor, shape: list[int]) -> Tensor:
+    return x.new_empty(shape)
+
+
 class _Quantized:
     """The part that quantized layers have in common: stored tensors as parameters, and the decoded weight.
 
@@ -117,6 +138,16 @@ class _Quantized:
         for name, (shape, dtype) in spec.tensor_shapes(rows, columns).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device), False))
         self.register_parameter("bias", bias)
+        self._take_number()
+
+    def _take_number(self) -> None:
+        """Enter the layer in the table by which a compiled graph finds it."""
+        self._number = torch.tensor(next(_numbers), device="cpu")
+        _by_number[int(self._number)] = self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._take_number()  # a copy is another layer
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that replace the weight, by name; without `bias`."""
@@ -173,11 +204,18 @@ class _Quantized:
             return operation.forward(x, self.held, self.bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and self._is_trained()):
+            return operation.forward(x, _decode_layer(self._number, x.detach(), [self._rows, self._columns]), self.bias)
         if not self.keep_decoded or torch.is_grad_enabled():
             return coded(operation, x, self._stored(), self.bias, self.latent)
         if self._decoded is None or self._decoded.dtype != x.dtype or self._decoded.device != x.device:
             self._decoded = decode(self._stored(), x.dtype)
         return operation.forward(x, self._decoded, self.bias)
+
+    def _is_trained(self) -> bool:
+        """Whether the decoded weight has a gradient: tensors other than codes decide, which differ less in shape."""
+        tensors = [self.latent, *(t for name, t in self._parameters.items() if name not in ("codes", "bias"))]
+        return any(map(_wants, tensors)) or (bool(self.spec.shared_codebooks) and _wants(self._codebooks()))
 
     @property
     def dtype(self) -> torch.dtype:
