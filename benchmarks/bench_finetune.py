@@ -1,4 +1,4 @@
-"""UNet-output error before and after fine-tuning, with codes as they are and changing: one JSON line per row.
+"""Output error before and after fine-tuning, with codes as they are and changing: one JSON line per row.
 
     OMP_NUM_THREADS=2 python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 out/bits/ours-3
     python benchmarks/bench_finetune.py assets/shapes-xl out/bits/ours-2 --steps 60 --batch 8 --methods codebooks codes
@@ -8,7 +8,7 @@ The teacher is sampled once, on training prompts and on held-out ones; errors ar
     codebooks          everything but codes
     codes              codes too, in as many steps
     codebooks_as_long  everything but codes, for as long as `codes` took
-    unquantized        three steps of the full-precision UNet, for their time
+    unquantized        three steps of the full-precision denoiser, for their time
 
 Each runs in a process of its own, so that its peak of memory is its own. Times are of the steps alone.
 """
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from vqdm.devices import peak_memory
+from vqdm.diffusion.denoisers import denoiser_of
 from vqdm.diffusion.model_folders import find_denoiser, load_denoiser
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.diffusion.sampling import EVALUATION_SEED_OFFSET, error_spread, point_errors, record_evaluation
@@ -69,9 +70,9 @@ def train(method: str, quantized: str, steps: int, arguments: argparse.Namespace
     """The row of `steps` steps by one method."""
     learned, held_out = (Points([Trajectories.load(folder / f"{name}.safetensors")]) for name in PROMPTS)
     with launched(arguments.device) as ranks:
-        unet = starting_unet(method, quantized, arguments).to(ranks.device)
-        loss_fn = DistillationLoss(unet, None, torch.float32, arguments.local_batch, ranks)
-        before = errors(unet, held_out.parts[0], "before")
+        model = starting_model(method, quantized, arguments).to(ranks.device)
+        loss_fn = DistillationLoss(model, None, torch.float32, arguments.local_batch, ranks)
+        before = errors(model, held_out.parts[0], "before")
         trainer = make_trainer(loss_fn, steps, method == "codes", arguments)
         found = evaluate(loss_fn, learned, spread(learned, 128))
         trainer.learning_rate = choose_learning_rate(trainer.config, found.median_db)
@@ -80,32 +81,32 @@ def train(method: str, quantized: str, steps: int, arguments: argparse.Namespace
         for chosen in (order[k * arguments.batch : (k + 1) * arguments.batch] for k in range(steps)):
             changed += trainer.step(learned, chosen).codes.get("groups_changed", 0)
         seconds = time.perf_counter() - began
-        after = errors(unet, held_out.parts[0], "after")
+        after = errors(model, held_out.parts[0], "after")
     if arguments.keep and method != "unquantized":
-        keep(unet, quantized, Path(arguments.keep) / f"{Path(quantized).name}-{method}")
+        keep(model, quantized, Path(arguments.keep) / f"{Path(quantized).name}-{method}")
     row = {"quantized": quantized, "method": method, "steps": steps, **before, **after}
     row["learning_rate"] = trainer.learning_rate
     return row | {"seconds": seconds, "step_seconds": seconds / steps, "changed": changed, "peak": peak_memory()}
 
 
-def errors(unet: nn.Module, recorded: Trajectories, when: str) -> dict[str, float]:
-    """UNet-output error over all points, and that of the median point: a few points of one prompt may rule the sum."""
-    with decoded_once(unet):
-        found, energies = point_errors(unet, recorded, 16)
+def errors(model: nn.Module, recorded: Trajectories, when: str) -> dict[str, float]:
+    """Output error over all points, and that of the median point: a few points of one prompt may rule the sum."""
+    with decoded_once(model):
+        found, energies = point_errors(model, recorded, 16)
     median = error_spread(found, energies)["median"]
     return {f"{when}_db": decibels(sum(found), sum(energies)), f"{when}_median_db": median}
 
 
-def starting_unet(method: str, quantized: str, arguments: argparse.Namespace) -> nn.Module:
+def starting_model(method: str, quantized: str, arguments: argparse.Namespace) -> nn.Module:
     if method == "unquantized":
-        return load_pipeline(arguments.model, torch.device("cpu"), torch.float32).unet
+        return denoiser_of(load_pipeline(arguments.model, torch.device("cpu"), torch.float32))
     return load_denoiser(find_denoiser(quantized), torch.float32)
 
 
-def keep(unet: nn.Module, quantized: str, folder: Path) -> None:
-    """The UNet in the types it is stored in, as `generate.py MODEL FOLDER` takes it, and its size as it was."""
-    write_back(unet, types_on_disk(find_denoiser(quantized)))
-    unet.save_pretrained(folder)
+def keep(model: nn.Module, quantized: str, folder: Path) -> None:
+    """The denoiser in the types it is stored in, as `generate.py MODEL FOLDER` takes it, and its size as it was."""
+    write_back(model, types_on_disk(find_denoiser(quantized)))
+    model.save_pretrained(folder)
     if (summary := Path(quantized) / "summary.json").is_file():
         sizes = {
             name: value for name, value in read_json(summary).items() if name.startswith(("effective_bits", "bytes"))

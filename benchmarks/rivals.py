@@ -1,4 +1,4 @@
-"""Other packages' weight-only quantization of a UNet, each optional: `RIVALS[name](unet)` changes a plain one.
+"""Other packages' weight-only quantization of a denoiser, each optional: `RIVALS[name](model)` changes a plain one.
 
 Whatever a package raises says why it cannot: not installed, or not for this device, type or shape.
 """
@@ -14,46 +14,46 @@ from torch import Tensor, nn
 GROUP = 32  # of weights that share a scale, where a format leaves it open
 
 
-def bitsandbytes_nf4(unet: nn.Module) -> nn.Module:
+def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     """Linear layers in NF4."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name, layer in linear_layers(unet):
+    for name, layer in linear_layers(model):
         device = layer.weight.device
         options = dict(bias=layer.bias is not None, compute_dtype=layer.weight.dtype, quant_type="nf4")
         packed = Linear4bit(layer.in_features, layer.out_features, **options, device="meta")
         packed.weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4").to(device)
         packed.bias = layer.bias
-        unet.set_submodule(name, packed)
-    return unet
+        model.set_submodule(name, packed)
+    return model
 
 
-def torchao_int4(unet: nn.Module) -> nn.Module:
+def torchao_int4(model: nn.Module) -> nn.Module:
     """Linear layers in int4 by groups, in the first of torchao's layouts that this device takes."""
     from torchao.quantization import Int4WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
-    if next(unet.parameters()).device.type == "cuda":
+    if next(model.parameters()).device.type == "cuda":
         config = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
     else:
         config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
-    quantize_(unet, config, filter_fn=lambda layer, _: isinstance(layer, nn.Linear) and not layer.in_features % GROUP)
-    return unet
+    quantize_(model, config, filter_fn=lambda layer, _: isinstance(layer, nn.Linear) and not layer.in_features % GROUP)
+    return model
 
 
-def sdnq(unet: nn.Module, bits: int, convolutions: bool) -> nn.Module:
+def sdnq(model: nn.Module, bits: int, convolutions: bool) -> nn.Module:
     """Linear layers, and convolutions if asked for, in unsigned integers of `bits` bits."""
     from sdnq import sdnq_post_load_quant
 
-    return sdnq_post_load_quant(unet, weights_dtype=f"uint{bits}", quant_conv=convolutions, torch_dtype=unet.dtype)
+    return sdnq_post_load_quant(model, weights_dtype=f"uint{bits}", quant_conv=convolutions, torch_dtype=model.dtype)
 
 
-def gguf_q4_0(unet: nn.Module) -> nn.Module:
+def gguf_q4_0(model: nn.Module) -> nn.Module:
     """Linear layers in GGUF's Q4_0, run by diffusers' layers."""
     import gguf
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
     kind = gguf.GGMLQuantizationType.Q4_0
-    for name, layer in linear_layers(unet):
+    for name, layer in linear_layers(model):
         if layer.in_features % GROUP:
             continue
         packed = GGUFLinear(
@@ -61,8 +61,8 @@ def gguf_q4_0(unet: nn.Module) -> nn.Module:
         )
         packed.weight = GGUFParameter(q4_0(layer.weight.data), quant_type=kind)
         packed.bias = layer.bias
-        unet.set_submodule(name, packed)
-    return unet
+        model.set_submodule(name, packed)
+    return model
 
 
 def q4_0(weight: Tensor) -> Tensor:
@@ -75,9 +75,9 @@ def q4_0(weight: Tensor) -> Tensor:
     return torch.cat([scale.half().view(torch.uint8), low | high << 4], dim=-1).flatten(1)
 
 
-def linear_layers(unet: nn.Module) -> list[tuple[str, nn.Linear]]:
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """Names and modules of plain linear layers."""
-    return [(name, module) for name, module in unet.named_modules() if type(module) is nn.Linear]
+    return [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
 
 
 RIVALS: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -26,7 +26,7 @@ class Halved(nn.Linear):
 
 def test_bits_are_those_of_the_tensors_that_replace_weights():
     plain = tiny_unet("sdxl")
-    assert bench_rivals.bits_of(plain, plain) == {"bits_of_quantized_weights": None, "bits_of_unet": 16}
+    assert bench_rivals.bits_of(plain, plain) == {"bits_of_quantized_weights": None, "bits_of_model": 16}
     ours = random_coded(dict(plain.config), CodeSpec(2, 4, 4), torch.float32, "cpu")
     layers = quantized_layers(ours).values()
     weights = sum(layer._rows * layer._columns for layer in layers)
@@ -43,7 +43,7 @@ def test_other_packages_pay_for_what_they_change_alone():
     parameters = sum(tensor.numel() for tensor in plain.parameters())
     found = bench_rivals.bits_of(other, plain)
     assert found["bits_of_quantized_weights"] == pytest.approx(8)
-    assert found["bits_of_unet"] == pytest.approx(16 - 8 * linear / parameters)
+    assert found["bits_of_model"] == pytest.approx(16 - 8 * linear / parameters)
 
 
 def test_every_package_has_its_row_or_its_reason(pipelines, prompt_file, tmp_path, capsys, monkeypatch):
@@ -59,8 +59,8 @@ def test_every_package_has_its_row_or_its_reason(pipelines, prompt_file, tmp_pat
     words = [str(pipelines["sdxl"]), str(prompt_file), *words, "--plot", str(plot)]
     monkeypatch.setattr(sys, "argv", ["bench_rivals.py", *words])
     bench_rivals.main()
-    rows = {row["unet"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    rows = {row["model"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert rows["missing"]["unable"] == "ImportError: no such package"
-    assert rows["same"]["unet_output_error_db"] < -100
-    assert -70 < rows["bfloat16"]["unet_output_error_db"] < -30 < rows["vqdm ours"]["unet_output_error_db"]
-    assert rows["vqdm ours"]["bits_of_unet"] < 16 and plot.is_file()
+    assert rows["same"]["output_error_db"] < -100
+    assert -70 < rows["bfloat16"]["output_error_db"] < -30 < rows["vqdm ours"]["output_error_db"]
+    assert rows["vqdm ours"]["bits_of_model"] < 16 and plot.is_file()
