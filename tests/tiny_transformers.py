@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import (
@@ -10,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -26,6 +28,9 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -46,6 +51,8 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from train_text import known_words, make_tokenizer
@@ -312,6 +319,48 @@ def flux2() -> Flux2KleinPipeline:
     return Flux2KleinPipeline(scheduler, decoder, qwen3(tokenizer, 28), tokenizer, transformer)
 
 
+def wan(experts: int = 1, per_token: bool = False) -> WanPipeline:
+    """Wan 2.1, of which an image is a video of one frame; the two experts, or a timestep per token, of Wan 2.2."""
+    tokenizer = make_tokenizer(known_words())
+    sizes = dict(d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformers = [
+        WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=WIDTH,
+            freq_dim=16,
+            ffn_dim=64,
+            num_layers=2,
+            rope_max_seq_len=32,
+        )
+        for _ in range(experts)
+    ]
+    decoder = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        scale_factor_spatial=2,
+    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes))
+    boundary = 0.875 if experts > 1 else None
+    return WanPipeline(
+        tokenizer,
+        encoder,
+        decoder,
+        scheduler,
+        *transformers,
+        boundary_ratio=boundary,
+        expand_timesteps=per_token,
+    )
+
+
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux": flux,
     "sd3": sd3,
@@ -320,13 +369,15 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "qwen-image": qwen_image,
     "z-image": z_image,
     "flux2": flux2,
+    "wan": wan,
 }
+OTHERS = {"flux2-dev": flux2_dev, "wan-5b": partial(wan, per_token=True)}  # of these families, run in part
 
 
 def tiny_transformer_pipeline(family: str) -> DiffusionPipeline:
     """A whole pipeline of a family, with seeded random weights, for images of `SIZE`."""
     torch.manual_seed(0)
-    pipeline = flux2_dev() if family == "flux2-dev" else FAMILIES[family]()
+    pipeline = (FAMILIES | OTHERS)[family]()
     for parameter in pipeline.transformer.parameters():
         if parameter.dim() > 1 and not parameter.any():  # some start as zeros, with which nothing depends on the rest
             torch.nn.init.normal_(parameter, std=0.1)

@@ -124,9 +124,13 @@ class GeneratedImage:
 
 
 def generated_images(result) -> list[GeneratedImage]:
-    """Convert the output of a pipeline call with `output_type="pt"`, and mark what its safety checker replaced."""
-    replaced = getattr(result, "nsfw_content_detected", None) or [False] * len(result.images)
-    return [generated_image(one, bool(flag)) for one, flag in zip(result.images.float().cpu(), replaced, strict=True)]
+    """Convert the output of a pipeline call with `output_type="pt"`, and mark what its safety checker replaced.
+
+    Of a video the first frame.
+    """
+    images = result.images if hasattr(result, "images") else result.frames[:, 0]  # [N, F, 3, H, W] → [N, 3, H, W]
+    replaced = getattr(result, "nsfw_content_detected", None) or [False] * len(images)
+    return [generated_image(one, bool(flag)) for one, flag in zip(images.float().cpu(), replaced, strict=True)]
 
 
 def generated_image(values: Tensor, replaced: bool = False) -> GeneratedImage:

@@ -10,6 +10,7 @@ from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import select_layers, unquantized_layers
 from vqdm.diffusion.denoisers import block_names, block_of, compute_dtype, is_known, noise_levels
 from vqdm.diffusion.hessians import record_hessians, shared_inputs
+from vqdm.diffusion.pipelines import image_size
 from vqdm.diffusion.sampling import output_error, record_evaluation
 from vqdm.diffusion.shapes import guidance_calls, input_groups, meta_call, meta_denoiser, prompt_tokens
 
@@ -23,6 +24,7 @@ FIRST_AND_LAST = {
     "qwen-image": ("transformer_blocks.0", "transformer_blocks.1"),
     "z-image": ("noise_refiner.0", "layers.1"),
     "flux2": ("transformer_blocks.0", "single_transformer_blocks.1"),
+    "wan": ("blocks.0", "blocks.1"),
 }
 
 
@@ -67,6 +69,17 @@ def test_recorded_calls_give_the_recorded_outputs(family):
     assert calls == 2 * calls_of_step
     assert {tuple(group) for group in input_groups(meta, chosen(model), 16, 16)} == {tuple(group) for group in groups}
     assert reached >= {name for name in inside if block_of(model, name) in blocks}
+
+
+def test_timesteps_of_every_token_are_recorded():
+    """As Wan 2.2 of 5 B parameters takes them; images may be of the size that its pipeline's call names."""
+    pipeline = tiny_transformer_pipeline("wan-5b")
+    recorded, _ = record_evaluation(pipeline, PROMPTS, 0, {"num_inference_steps": 2, "height": 32, "width": 32}, 2)
+    first = recorded.inputs([(0, 0)], "cpu", torch.float32)
+    assert first["timestep"].shape == (1, 8 * 8) and first["hidden_states"].shape == (1, 4, 1, 16, 16)
+    assert output_error(pipeline.transformer, recorded, 3) < -80
+    assert recorded.inputs([(0, 0)], "cpu", torch.float32, [3.0])["timestep"].unique().tolist() == [3]
+    assert image_size(pipeline, None, None) == (480, 832) and image_size(pipeline, 32, None) == (32, 832)
 
 
 def test_fused_and_modulating_layers_are_quantized_and_ends_are_not():

@@ -9,6 +9,7 @@ from conftest import tiny_pipeline, tiny_unet
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from single_file import write_single_file
+from tiny_transformers import wan
 from torch import nn
 
 from vqdm.conversion import load_source
@@ -279,6 +280,16 @@ for name in (
 def test_what_cannot_be_calibrated_is_refused(changed, file, change, words):
     with pytest.raises(UserError, match=words):
         check_supported(changed(file, change), None, False)
+
+
+def test_two_experts_are_refused(tmp_path):
+    pipeline, words = wan(experts=2), "is a WanPipeline with two experts, transformer and transformer_2"
+    with pytest.raises(UserError, match=f"pipeline {words}, which is unsupported; give a model with one"):
+        check_supported_pipeline(pipeline, "pipeline")
+    pipeline.save_config(tmp_path)
+    with pytest.raises(UserError, match=words):
+        check_supported(str(tmp_path), None, False)
+    check_supported_pipeline(wan(), "pipeline")
 
 
 class Subclass(nn.Parameter):

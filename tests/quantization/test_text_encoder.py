@@ -62,6 +62,7 @@ LINEARS = {  # of one block of each kind of text encoder
     "qwen-image": ("text_encoder", 7),
     "z-image": ("text_encoder", 2 * 7),
     "flux2-dev": ("text_encoder", 31 * 7),
+    "wan": ("text_encoder", 7),
 }
 
 
@@ -85,7 +86,7 @@ def test_a_model_without_blocks_or_with_layers_that_do_not_divide_is_refused():
 # ------------------------------------------------------------------------------------------- recording
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "sana", "qwen-image", "z-image", "flux2", "flux2-dev"])
+@pytest.mark.parametrize("family", ["sd15", *LINEARS, "flux2"])
 def test_recorded_calls_and_arguments_give_the_embeddings_again(family):
     """Those that the denoiser is called with, whatever templates, padding and layers the pipeline takes."""
     pipeline, seen = pipeline_of(family), []

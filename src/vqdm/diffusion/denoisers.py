@@ -81,6 +81,7 @@ FAMILIES = {
     ),
     "ZImageTransformer2DModel": Family(listed=("cap_feats",), timestep=(-1000, 1000), padded=False, side=1024),
     "Flux2Transformer2DModel": Family(timestep=(1000, 0), guided_by="call"),
+    "WanTransformer3DModel": Family(timestep=(1, 0), guided_by="call"),
 }
 
 

@@ -57,6 +57,7 @@ PIPELINES = {
         "ZImagePipeline",
         "Flux2Pipeline",
         "Flux2KleinPipeline",
+        "WanPipeline",
     ),
 }
 # Arguments of pipelines that make an image, or frames, of something else than a prompt.
@@ -74,6 +75,7 @@ QUANTIZED_FILES = ("quantization_config.json", "quantize_config.json", "quanto_q
 SHARED_SETTINGS = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
 SHARED_SETTINGS += ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 SHARED_SETTINGS += ("joint_attention_dim", "pooled_projection_dim", "caption_channels", "guidance_embeds", "n_layers")
+SECOND_EXPERT = "transformer_2"  # of pipelines that change their denoiser on the way
 NO_DENOISER = f"which has neither {' nor '.join(COMPONENTS)}: there is nothing to quantize"
 
 
@@ -247,7 +249,8 @@ def check_supported_pipeline(pipeline: DiffusionPipeline, name: str) -> None:
     """Raise UserError, naming the argument, where a loaded pipeline cannot be calibrated."""
     own, vae = denoiser_name(pipeline), getattr(pipeline, "vae", None)
     denoiser = getattr(pipeline, own) if own else None
-    parts = {own: ["diffusers", type(denoiser).__name__]} if own else {}
+    experts = [one for one in (own, SECOND_EXPERT) if one and getattr(pipeline, one, None) is not None]
+    parts = {one: ["diffusers", type(getattr(pipeline, one)).__name__] for one in experts}
     _check_pipeline(name, {"_class_name": type(pipeline).__name__, **parts})
     check_loaded(denoiser, type(pipeline).__name__, name)
     if hasattr(denoiser, "peft_config"):
@@ -291,6 +294,11 @@ def _check_pipeline(model: str, index: dict) -> None:
     kind, denoiser = index.get("_class_name"), _named_denoiser(index)
     if denoiser is None:
         raise UserError(f"{model} is a {kind}, {NO_DENOISER}")
+    if (index.get(SECOND_EXPERT) or [None])[-1] is not None:
+        raise UserError(
+            f"{model} is a {kind} with two experts, {denoiser} and {SECOND_EXPERT}, which is unsupported; give a model "
+            "with one"
+        )
     library, own = index[denoiser][0], index[denoiser][-1]
     if denoiser == "unet" and library == "diffusers" and own != "UNet2DConditionModel":
         raise UserError(f"{model} has a {own} as its UNet, which is unsupported; allowed is UNet2DConditionModel")

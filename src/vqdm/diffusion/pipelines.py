@@ -388,17 +388,25 @@ def saved_types(pipeline: DiffusionPipeline, stored: dict[str, torch.dtype]) -> 
         yield
 
 
+def latent_scale(pipeline: DiffusionPipeline) -> int:
+    """Return the side in pixels of what one latent stands for; pipelines of videos name it otherwise."""
+    return getattr(pipeline, "vae_scale_factor", None) or pipeline.vae_scale_factor_spatial
+
+
 def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
     """Return height and width in pixels, the pipeline's own where None.
 
     Raises:
         UserError: one is None, and neither the pipeline nor its denoiser's configuration names a size.
     """
-    scale, denoiser = pipeline.vae_scale_factor, denoiser_of(pipeline)
+    scale, denoiser = latent_scale(pipeline), denoiser_of(pipeline)
     side = denoiser.config.get("sample_size", getattr(pipeline, "default_sample_size", None))
     own = [one * scale for one in ((side, side) if isinstance(side, int) else side or ())]
     if not own and family_of(denoiser).side:
         own = [family_of(denoiser).side] * 2
+    if not own:
+        known = inspect.signature(pipeline.__call__).parameters
+        own = [known[side].default for side in ("height", "width") if isinstance(known[side].default, int)]
     if not own and None in (height, width):
         raise UserError("MODEL's denoiser names no size of its images; give --height and --width")
     return height or own[0], width or own[1]
@@ -418,6 +426,8 @@ def call_arguments(pipeline: DiffusionPipeline, settings: dict, prompts: int) ->
         given.setdefault("negative_prompt", [row.negative] * prompts)
     if "negative_prompt" in given and "negative_prompt" not in known:
         raise UserError(f"negative_prompt: a {type(pipeline).__name__} takes none; leave it out")
+    if "num_frames" in known:
+        given["num_frames"] = 1  # an image, of a model of videos
     if "use_resolution_binning" in known and {"height", "width"} <= given.keys():
         given["use_resolution_binning"] = False  # the size that was asked for, not one of its own that is near
     return given
@@ -427,7 +437,7 @@ def latent_values(pipeline: DiffusionPipeline, height: int, width: int) -> int:
     """Return the number of values of the latents of one image of a size in pixels."""
     config = pipeline.vae.config
     channels = config.get("latent_channels") or config.get("z_dim") or denoiser_of(pipeline).config.in_channels
-    return channels * (height * width // pipeline.vae_scale_factor**2)
+    return channels * (height * width // latent_scale(pipeline) ** 2)
 
 
 def generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
@@ -455,7 +465,7 @@ def log_truncated(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> None:
 
 @torch.no_grad()
 def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: int, settings: dict) -> list[Image.Image]:
-    """Generate images for a batch of prompts, or latents [N, C, h, w]; the k-th uses seed `seed + first + k`.
+    """Generate images for a batch of prompts, or latents [N, C, (1,) h, w]; the k-th uses seed `seed + first + k`.
 
     Args:
         settings: keyword arguments of the pipeline call; None values are left to the pipeline.
@@ -472,6 +482,7 @@ def sample(pipeline: DiffusionPipeline, prompts: list[str], seed: int, first: in
         result = pipeline(prompt=prompts, generator=noise, **given)
     if given["output_type"] != "latent":
         return [one.image for one in generated_images(result)]
-    if not result.images.isfinite().all():
+    latents = result.images if hasattr(result, "images") else result.frames
+    if not latents.isfinite().all():
         raise RunError("sampling gave NaN or infinity; run the model in another --dtype (float32 or bfloat16)")
-    return result.images
+    return latents

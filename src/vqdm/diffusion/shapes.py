@@ -43,6 +43,7 @@ from vqdm.diffusion.pipelines import (
     MOST_TOKENS,
     absent_parts,
     image_size,
+    latent_scale,
     networks,
     set_scheduler,
 )
@@ -257,6 +258,16 @@ def _of_lists(config: Mapping, made: Callable, height: int, width: int, batch: i
     return {"x": latents, "t": made(batch), "cap_feats": [made(tokens, config.cap_feat_dim) for _ in range(batch)]}
 
 
+def _of_frames(config: Mapping, made: Callable, height: int, width: int, batch: int, tokens: int) -> dict:
+    """Latents of a video of one frame, as of Wan."""
+    latents = made(batch, config.in_channels, 1, height, width)
+    return {
+        "hidden_states": latents,
+        "timestep": made(batch),
+        "encoder_hidden_states": made(batch, tokens, config.text_dim),
+    }
+
+
 ARGUMENTS = {
     "UNet2DConditionModel": _of_unet,
     "FluxTransformer2DModel": _of_tokens,
@@ -266,6 +277,7 @@ ARGUMENTS = {
     "QwenImageTransformer2DModel": _of_tokens,
     "ZImageTransformer2DModel": _of_lists,
     "Flux2Transformer2DModel": _of_tokens,
+    "WanTransformer3DModel": _of_frames,
 }
 
 
@@ -451,7 +463,7 @@ def shapes_of(pipeline: DiffusionPipeline, config: RunConfig) -> Shapes | None:
     """Return the shapes of a pipeline, whose weights may be missing; None where its parts cannot be called as usual."""
     sampling, denoiser, component = config.sampling, denoiser_of(pipeline), denoiser_name(pipeline)
     values = {name: sum(one.numel() for one in part.parameters()) for name, part in networks(pipeline).items()}
-    dtype, scale = compute_dtype(denoiser), pipeline.vae_scale_factor
+    dtype, scale = compute_dtype(denoiser), latent_scale(pipeline)
     size = [side // scale for side in image_size(pipeline, sampling.height, sampling.width)]
     bytes_of = {name: dtype.itemsize * count for name, count in values.items()}
     wide = dtype == torch.float16 and pipeline.vae.config.get("force_upcast")

@@ -47,6 +47,7 @@ from vqdm.diffusion.pipelines import (
     check_configured,
     configured_pipeline,
     image_size,
+    latent_scale,
     log_truncated,
     networks,
     parameter_bytes,
@@ -384,7 +385,7 @@ def model_files(
 def groups_by_input(config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer]) -> list[list[Layer]]:
     """Return the layers grouped by the input that they share, found without the weights."""
     height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
-    size = (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
+    size = (height // latent_scale(pipeline), width // latent_scale(pipeline))
     denoiser = denoiser_of(pipeline)
     return input_groups(meta_denoiser(type(denoiser), denoiser.config), layers, *size)
 
