@@ -28,8 +28,8 @@ QUICK = {
 }
 
 TRANSFORMERS = "--calibration_nsamples 2 --height 32 --width 32 "
-FEW = "--layer_filter (transformer_blocks|layers).0.*(mod|norm|to_q|ff|mlp|w1) "
-ALLOCATED = "--layer_filter (transformer_blocks|layers).0.*to_q --target_bits 6 --state_bits 8 --sensitivity_points 2 "
+FEW = "--layer_filter (blocks|layers).0.*(mod|norm|to_q|ff|mlp|w1) "
+ALLOCATED = "--layer_filter (blocks|layers).0.*to_q --target_bits 6 --state_bits 8 --sensitivity_points 2 "
 
 
 def transformer(family: str, given, out) -> list[list]:
