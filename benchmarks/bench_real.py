@@ -7,7 +7,7 @@
 
 `errors`: of layers and of the model's output on held-out inputs, stored bits with everything, CPU seconds. Rows that
 are in WORK already are not computed again. `spectra`: what makes a model's layers easy or hard to quantize, one row for
-each model; with `--pipeline` also of a pipeline's UNet. `real/problems.py` says what the models and inputs are,
+each model; with `--pipeline` also of a pipeline's denoiser. `real/problems.py` says what the models and inputs are,
 `real/quantizers.py` what the other methods are.
 
 Letters: O rows, I columns.
@@ -139,7 +139,7 @@ def passed(arguments: argparse.Namespace) -> Iterator[dict]:
 
 
 def spectra(arguments: argparse.Namespace) -> Iterator[dict]:
-    """A row for each model, and for a pipeline's UNet."""
+    """A row for each model, and for a pipeline's denoiser."""
     for model in arguments.models:
         problem = LOADERS[model](arguments)
         layers = ((W, problem.hessians[name]) for name, W in problem.weights.items())
@@ -241,7 +241,7 @@ def parsed() -> argparse.Namespace:
     errors.add_argument("--methods", nargs="*", default=[], metavar="START", help="of names; all but shared codebooks")
     errors.add_argument("--state_bits", type=int, default=12)
     spectra.add_argument("--models", nargs="*", choices=LOADERS, default=list(LOADERS))
-    spectra.add_argument("--pipeline", metavar="MODEL", help="also its UNet, with the prompts of the repository")
+    spectra.add_argument("--pipeline", metavar="MODEL", help="also its denoiser, with the prompts of the repository")
     spectra.add_argument("--hessian_cache", metavar="FOLDER", help="of that pipeline; those it lacks are made")
     spectra.add_argument("--plans", nargs="*", default=[], metavar="JSON", help="plan.json of runs of that pipeline")
     for one in (errors, spectra):

@@ -2,6 +2,7 @@
 # Quantize the small pipeline at several numbers of bits, with vqdm and with the published procedure, on the same Hessians.
 #
 #     bash benchmarks/bits.sh [OUTPUT_DIR]
+#     MODEL=assets/shapes-mmdit bash benchmarks/bits.sh out/mmdit
 #     python benchmarks/bench_bits.py --ours out/bits/ours-* --plain out/bits/plain-* --plot docs/bits.png
 set -euo pipefail
 out="${1:-out/bits}"
@@ -9,7 +10,7 @@ out="${1:-out/bits}"
 run() {
     local name="$1"
     shift
-    python main_text2image.py assets/shapes-xl prompts/shapes_calibration.csv prompts/shapes_evaluation.csv \
+    python main_text2image.py "${MODEL:-assets/shapes-xl}" prompts/shapes_calibration.csv prompts/shapes_evaluation.csv \
         --output_dir "$out/$name" --resume --hessian_cache "$out/hessians" \
         --num_inference_steps 20 --guidance_scale 3 --calibration_nsamples 192 --calibration_nsteps 5 \
         --evaluation_nsamples 24 --visualize_nsamples 16 "$@"

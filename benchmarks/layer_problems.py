@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vqdm.config import SamplingConfig
 from vqdm.diffusion.blocks import matrix_of, select_layers
+from vqdm.diffusion.denoisers import denoiser_name, denoiser_of
 from vqdm.diffusion.pipelines import load_pipeline
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.job import Job, choose_prompts, read_prompts
@@ -57,11 +58,23 @@ def model_layers(
     )
     config = QuantizeConfig(model=model, hessian_cache=cache, **usual | settings)
     pipeline = load_pipeline(model, torch.device(device), torch.float32)
-    layers = select_layers(pipeline.unet, "default", 0, config.spec, {})
+    layers = select_layers(denoiser_of(pipeline), "default", 0, config.spec, {})
     folder, tracker = RunFolder(config.output_dir), Tracker("none", "", None, {})
     calibration, _ = choose_prompts(config, *read_prompts(config))
-    job = Job(config, pipeline, layers, calibration, [], folder, tracker, Stopwatch(), 0, Int8Totals(), "unet")
+    job = Job(
+        config,
+        pipeline,
+        layers,
+        calibration,
+        [],
+        folder,
+        tracker,
+        Stopwatch(),
+        0,
+        Int8Totals(),
+        denoiser_name(pipeline),
+    )
     store = teacher_hessians(job)
     for layer in layers:
-        W = matrix_of(pipeline.unet.get_submodule(layer.name), layer.spec.group_channels).float()
+        W = matrix_of(denoiser_of(pipeline).get_submodule(layer.name), layer.spec.group_channels).float()
         yield layer.name, W, *store.load(layer)
