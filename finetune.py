@@ -38,15 +38,22 @@ def report(config: FinetuneConfig, summary: dict) -> str:
     names = {"sum": f"{component}_output_error_db", "median": f"{component}_output_error_median_db"}
     pairs = {name: (summary[f"{key}_before"], summary[f"{key}_after"]) for name, key in names.items()}
     errors = "; ".join(f"{name} {pair[0]:.2f} dB before, {pair[1]:.2f} dB after" for name, pair in pairs.items())
-    learning_rate = f"learning rate {summary['learning_rate']:g}"
-    learning_rate += f", reduced {summary['learning_rate_reductions']}×" if summary["learning_rate_reductions"] else ""
-    kept = f"step {summary['step_kept']} of {summary['steps']}" if summary["step_kept"] else "step 0: nothing gained"
+    if "blocks" in summary:
+        gained = sum(row["step_kept"] > 0 for row in summary["blocks"])
+        training = f"{gained} of {len(summary['blocks'])} blocks gained"
+    else:
+        training = f"learning rate {summary['learning_rate']:g}"
+        training += f", reduced {summary['learning_rate_reductions']}×" if summary["learning_rate_reductions"] else ""
+        kept = (
+            f"step {summary['step_kept']} of {summary['steps']}" if summary["step_kept"] else "step 0: nothing gained"
+        )
+        training += f"; kept {kept}"
     risen = [name for name, (before, after) in pairs.items() if after > before + 0.01]
     advice = f"; the {' and the '.join(risen)} got worse: compare images, or try a lower --finetune_lr"
     return (
         f"result: {config.output_dir}, image pairs: {config.output_dir}/image_pairs.png\n"
         f"generate images with it: {generate_command(config, config.evaluation_prompts)}\n"
-        f"{label(component)}-output error on evaluation prompts: {errors}; {learning_rate}; kept {kept}{codes}"
+        f"{label(component)}-output error on evaluation prompts: {errors}; {training}{codes}"
         f"{advice if risen else ''}"
     )
 

@@ -3,7 +3,8 @@
     python benchmarks/bench_plans.py --gpu 24 --ram 64 --target_bits 3 --calibration_nsteps 1
 
 Each line has, in GB, the most that a phase of a quantization needs of GPU memory, RAM and disk, how the denoiser is
-held (`--offload auto`), and hours at assumed rates of matrix products. No weight is made.
+held (`--offload auto`), and hours at assumed rates of matrix products. No weight is made. With `--finetune_scope` it is
+the plan of a fine-tuning of the model at two bits, with the defaults of finetune.py besides `--xtx_batch_size`.
 """
 
 from __future__ import annotations
@@ -51,9 +52,16 @@ from transformers import (
     T5EncoderModel,
 )
 
-from vqdm.devices import MatmulRates, lacking, on
+from vqdm.additive.code import CodeSpec
+from vqdm.devices import MatmulRates, Need, lacking, on
+from vqdm.diffusion.blocks import select_layers
 from vqdm.diffusion.denoisers import denoiser_of
 from vqdm.diffusion.shapes import meta_encoder, shapes_of
+from vqdm.finetuning.config import FinetuneConfig
+from vqdm.finetuning.plan import Student, choices
+from vqdm.finetuning.plan import plan as finetuning_plan
+from vqdm.finetuning.trainer import TrainedParameters
+from vqdm.layers.quantized import swap
 from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.job import chosen_layers, groups_by_input, keeps_hessians, with_backward
 from vqdm.quantization.plan import offloads, plan, recorded_bytes
@@ -171,15 +179,45 @@ def planned(name: str, config: QuantizeConfig, gpu: float, ram: float) -> dict:
         needs = on(plan(one, shapes, groups, keeps_hessians(one, layers), prompts, RATES), "cuda")
         if not lacking(needs, int(gpu * 1e9), int(ram * 1e9)):
             break
+    about = {"model": name, "parameters_billion": billions(denoiser), "offload": offload}
+    return about | figures(needs, gpu, ram)
+
+
+def planned_finetuning(name: str, config: FinetuneConfig, gpu: float, ram: float) -> dict:
+    """The plan of fine-tuning a model whose layers have two bits, with the flags of memory that fit."""
+    pipeline = MODELS[name]()
+    shapes, denoiser = shapes_of(pipeline, config), denoiser_of(pipeline)
+    billion, spec = billions(denoiser), CodeSpec(2, 8, 8)
+    for layer in select_layers(denoiser, "default", 0, spec, {}):
+        swap(denoiser, layer.name, spec)
+    for one in denoiser.parameters():
+        if one.is_floating_point():
+            one.data = one.data.float()
+            one.requires_grad_(True)
+    trained = {key: one for key, one in denoiser.named_parameters() if one.is_floating_point()}
+    student = Student.of(denoiser, TrainedParameters(trained, {}, {}), DTYPE, shapes.call)
+    for one in choices(config):
+        needs = on(finetuning_plan(one, shapes, student, shapes.steps * shapes.calls, RATES), "cuda")
+        if not lacking(needs, int(gpu * 1e9), int(ram * 1e9)):
+            break
+    about = {"model": name, "parameters_billion": billion, "finetune_scope": one.finetune_scope}
+    about |= {key: getattr(one, key) for key in ("block_cache", "local_batch_size", "decode")}
+    return about | figures(needs, gpu, ram)
+
+
+def billions(denoiser: torch.nn.Module) -> float:
+    return round(sum(one.numel() for one in denoiser.parameters()) / 1e9, 2)
+
+
+def figures(needs: list[Need], gpu: float, ram: float) -> dict:
+    """The most that a phase needs, in GB, hours, and what each phase needs."""
     most = {
         kind: round(max(getattr(need, field) for need in needs) / 1e9, 1)
         for kind, field in {"gpu_gb": "device", "ram_gb": "ram", "disk_gb": "disk"}.items()
     }
     phases = {need.phase: [round(one / 1e9, 1) for one in (need.device, need.ram, need.disk)] for need in needs}
     hours = round(sum(need.seconds for need in needs) / 3600, 1)
-    parameters = round(sum(one.numel() for one in denoiser.parameters()) / 1e9, 2)
-    about = {"model": name, "parameters_billion": parameters, "offload": offload}
-    return about | most | {"hours": hours, "fits": not lacking(needs, int(gpu * 1e9), int(ram * 1e9)), "phases": phases}
+    return most | {"hours": hours, "fits": not lacking(needs, int(gpu * 1e9), int(ram * 1e9)), "phases": phases}
 
 
 def main() -> None:
@@ -191,9 +229,15 @@ def main() -> None:
     parser.add_argument("--calibration_nsamples", type=int, default=256)
     parser.add_argument("--calibration_nsteps", type=int, default=1)
     parser.add_argument("--xtx_batch_size", type=int, default=4)
+    parser.add_argument("--finetune_scope", choices=("auto", "denoiser", "blocks"), help="of a fine-tuning")
     given = vars(parser.parse_args())
-    models, gpu, ram = (given.pop(name) for name in ("models", "gpu", "ram"))
-    for name in models:
+    models, gpu, ram, scope = (given.pop(name) for name in ("models", "gpu", "ram", "finetune_scope"))
+    for name in models if scope else ():
+        files = dict.fromkeys(("quantized", "calibration_prompts", "evaluation_prompts"), "")
+        batch = given["xtx_batch_size"]
+        config = FinetuneConfig(model=name, **files, finetune_scope=scope, xtx_batch_size=batch)
+        print(json.dumps(planned_finetuning(name, config, gpu, ram)), flush=True)
+    for name in models if not scope else ():
         print(json.dumps(planned(name, QuantizeConfig(model=name, **given), gpu, ram)), flush=True)
 
 

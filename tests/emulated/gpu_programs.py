@@ -18,6 +18,7 @@ FINETUNE = (
     + "--finetune_nsamples 2 --held_out_nsamples 1 --held_out_points 2 --finetune_batch_size 2 --local_batch_size 2 "
     "--finetune_max_epochs 2 --eval_step 2 --checkpointing_steps 1 --finetune_lr 0.001 "
 )
+BLOCKS = "--finetune_scope blocks --block_steps 2 --block_points 2 "
 GENERATE = "--num_inference_steps 1 --bs 2 --limit 2 "
 SHAPES = "assets/shapes-clip"
 METRICS = f"--fid_features {SHAPES} --clip_model {SHAPES} --pickscore_model {SHAPES} "
@@ -49,6 +50,8 @@ FINETUNINGS = {
     "codes only": "--dtype float16 --update_codes --codebook_lr 0 --scale_lr 0 --weight_lr 0 --bias_lr 0",
     "student": "--finetune_method student --timestep_sampling error --target_cache_gb 0",
     "real": "--finetune_method real+teacher --real_images {images} --scheduler ddim --target_cache_gb 0",
+    "blocks": BLOCKS + "--dtype bfloat16 --update_codes",
+    "blocks float16": BLOCKS + "--dtype float16 --block_cache disk --decode call --device cuda:1",
     "real float16": "--finetune_method real --real_images {images} --dtype float16 --scheduler ddim",
 }
 GENERATIONS = {
@@ -82,7 +85,8 @@ def quantized(options: str) -> Chain:
 def finetuned(options: str) -> Chain:
     def chain(given: Materials, out: Path) -> list[list]:
         line = ["finetune", given.model, given.quantized, given.prompts, given.prompts, "--output_dir", out]
-        return [line + words(FINETUNE + options, given, out)]
+        shared = FINETUNE.replace("--finetune_max_epochs 2 ", "") if BLOCKS in options else FINETUNE
+        return [line + words(shared + options, given, out)]
 
     return chain
 

@@ -100,6 +100,11 @@ def test_text_encoders_and_vae_leave_the_gpu_while_they_rest(name, on_gpus, mate
     on_gpus(["gpu_places", *PLACES[name](materials, tmp_path / "out")[0]])
 
 
+@pytest.mark.parametrize("name", [pytest.param("finetune blocks", marks=LONG), "finetune blocks float16"])
+def test_one_block_of_each_model_is_on_the_gpu(name, on_gpus, materials, tmp_path):
+    on_gpus(["gpu_blocks", *CHAINS[name](materials, tmp_path / "out")[0]])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHAINS)
 def test_matrix(name, on_gpus, materials, tmp_path):

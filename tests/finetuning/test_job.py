@@ -34,7 +34,7 @@ from vqdm.prompts import choose
 FAST = shlex.split(
     "--finetune_nsamples 6 --held_out_nsamples 4 --held_out_points 8 --evaluation_nsamples 2 --visualize_nsamples 2 "
     "--num_inference_steps 2 --xtx_batch_size 3 --finetune_batch_size 4 --local_batch_size 2 --finetune_max_epochs 2 "
-    "--finetune_lr 0.005 --lr_warmup_steps 1 --eval_step 2 --checkpointing_steps 2"
+    "--finetune_lr 0.005 --lr_warmup_steps 1 --eval_step 2 --checkpointing_steps 2 --finetune_scope denoiser"
 )  # two epochs of three steps
 EXTRA = shlex.split(
     "--finetune_method student+teacher --timestep_sampling error --ema_decay 0.5 --finetune_keep_best "

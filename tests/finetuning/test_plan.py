@@ -75,6 +75,7 @@ def test_planned_are_the_tensors_that_live(flags, pipelines, quantized, prompt_f
 
 def sdxl(**settings) -> tuple[FinetuneConfig, Shapes, plan.Student]:
     """Sizes of SDXL at 1024² in bfloat16, counted on the meta device, and of a student of 3 bits."""
+    settings = {"finetune_scope": "denoiser"} | settings
     config = FinetuneConfig(model="m", quantized="q", calibration_prompts="c", evaluation_prompts="e", **settings)
     unet, text, vae, latents = 5_135_000_000, 1_635_000_000, 167_000_000, 2 * 4 * 128**2
     shapes = Shapes(

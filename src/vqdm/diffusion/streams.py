@@ -9,7 +9,7 @@ replaced by what they returned, so that whatever it does between blocks need not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.denoisers import block_names, output_of
 from vqdm.diffusion.hessians import DenoiserCall, input_key
 from vqdm.errors import UserError
-from vqdm.layers.quantized import decoded_once
+from vqdm.layers.quantized import decoded_once, drop_decoded
 
 FIRST = -1  # number of the call that shows how large inputs are
 ROUNDING = 1e-3  # of sums over inputs that ought to be equal
@@ -49,7 +49,7 @@ class BlockSwapper:
                 tensor.data = tensor.data.to("cpu")
         if denoiser.device.type != device.type:
             self.close()
-            raise UserError(f"--offload: a {type(denoiser).__name__} has nothing before its blocks; allowed is none")
+            raise _whole_only(denoiser, "has nothing before its blocks")
         self._hooks = [
             denoiser.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: self.enter(name), prepend=True)
             for name in self.names
@@ -77,7 +77,24 @@ class BlockSwapper:
         """Take the block that is on the device back; before its layers are replaced."""
         for tensor, data in self._home:
             tensor.data = data
+        if self._home and self.device.type != "cpu":
+            drop_decoded(self.denoiser.get_submodule(self._inside))
         self._inside, self._home = None, []
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[nn.Module]:
+        """Inside, a block is on the device, to be changed there; it goes back as it then is."""
+        self.leave()
+        block = self.denoiser.get_submodule(name)
+        for tensor in _tensors(block):
+            tensor.data = tensor.data.to(self.device)
+        self._inside = name
+        try:
+            yield block
+        finally:
+            self._inside = None
+            for tensor in _tensors(block):
+                tensor.data = tensor.data.to("cpu")
 
     def close(self) -> None:
         """Take everything back to where it was, blocks to the CPU, and remove all hooks."""
@@ -86,6 +103,11 @@ class BlockSwapper:
             tensor.data = tensor.data.to(place)
         for hook in getattr(self, "_hooks", ()):
             hook.remove()
+
+
+def _whole_only(denoiser: nn.Module, why: str) -> UserError:
+    flags = "--offload allows none, --finetune_scope denoiser"
+    return UserError(f"block by block: a {type(denoiser).__name__} {why}; {flags}")
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -160,6 +182,14 @@ class BlockWalk:
                     if position == block:
                         self._step(key, block, self.calls[key](), kept=True)
 
+    def output(self, keys: Sequence[int], place: int, call: dict):
+        """Return what a block returns for the points `keys` in one `call`, with gradients where the caller has them.
+
+        What the blocks before it returned must wait, in equal shapes. Guidance branches are outermost in the batch.
+        """
+        earlier = {index: partial(self.outputs.together, keys, index) for index in self.sources[place]}
+        return self.run(call, place, earlier, lambda of: collated([self.outputs.like(key, of) for key in keys]))
+
     def restart(self) -> None:
         """Let all calls begin again, at the first block."""
         self.outputs.clear()
@@ -170,6 +200,7 @@ class BlockWalk:
         for block in range(place):
             self._step(key, block, self.calls[key](), kept=True)
 
+    @torch.no_grad()
     def _step(self, key: int, place: int, call: dict, kept: bool, stem: bool = False) -> None:
         """Run a call until a block is done; `kept` moves it on to the next."""
         earlier = {index: partial(self.outputs.get, key, index) for index in self.sources[place]}
@@ -180,7 +211,6 @@ class BlockWalk:
             self.outputs.put(key, place, self.lists[place], returned, later)
             self.position[key] = place + 1
 
-    @torch.no_grad()
     def run(
         self,
         call: dict,
@@ -252,7 +282,7 @@ def find_sources(walk: BlockWalk, call: dict) -> list[tuple[int, ...]]:
             stack.callback(block.register_forward_hook(done).remove)
         arguments[K] = _sums(output_of(walk.denoiser(**call)))
     if order != list(range(K)):
-        raise UserError(f"--offload: blocks of a {type(walk.denoiser).__name__} do not run in turn; allowed is none")
+        raise _whole_only(walk.denoiser, "does not run its blocks in turn")
     device, found = walk.swapper.device, [()]
     like = {walk.lists[index]: partial(_zeros, outputs[index], device) for index in range(K)}
     for place in range(1, K + 1):
@@ -271,7 +301,7 @@ def find_sources(walk: BlockWalk, call: dict) -> list[tuple[int, ...]]:
             if _alike(seen[0], arguments[place]):
                 break
         else:
-            raise UserError(f"--offload: what a {type(walk.denoiser).__name__} does changes; allowed is none")
+            raise _whole_only(walk.denoiser, "does not do the same in each call")
         found.append(sources)
     return found
 
@@ -294,6 +324,19 @@ def _to_cpu(leaf):
 
 def _to_device(device: torch.device, leaf):
     return leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf
+
+
+def collated(trees: list):
+    """Return what a block returns for several points in one call, of what it returns for each: [A, ...] → [A·B, ...].
+
+    Letters: A guidance branches, B points.
+    """
+    leaves, spec = zip(*map(tree_flatten, trees), strict=True)
+    together = [
+        torch.stack(rows).transpose(0, 1).flatten(0, 1) if isinstance(rows[0], Tensor) else rows[0]  # [B, A, ...]
+        for rows in zip(*leaves, strict=True)
+    ]
+    return tree_unflatten(together, spec[0])
 
 
 def _zeros(tree, device: torch.device):
@@ -329,6 +372,19 @@ class _Outputs:
             tensors = load_file(self._file(key, block))
             leaves = [tensors.get(str(k), leaf) for k, leaf in enumerate(leaves)]
         return tree_unflatten([_to_device(self.device, leaf) for leaf in leaves], spec)
+
+    def together(self, keys: Sequence[int], block: int):
+        """Return what a block returned for several points, as of one call."""
+        return collated([self.get(key, block) for key in keys])
+
+    def kind(self, key: int) -> str:
+        """Return a text that is equal for the points that one call can take together."""
+        shapes = {
+            of: [one.shape for one in tree_leaves(tree) if isinstance(one, Tensor)]
+            for (held, of), tree in self.shapes.items()
+            if held == key
+        }
+        return str(shapes)
 
     def like(self, key: int, of: str):
         """Return zeros in the shapes of what a block of a list returned."""

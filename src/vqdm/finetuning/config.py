@@ -38,6 +38,8 @@ UNSUPPORTED_FLAGS = {
 _of_parameters = partial(flag, needs=("codebook_lr or scale_lr or weight_lr or bias_lr",))
 _data = partial(flag, group="training data")
 _training = partial(flag, group="optimization")
+_whole = partial(_training, needs=("not finetune_scope blocks",))
+_blocks = partial(flag, group="block by block", needs=("not finetune_scope denoiser",))
 _memory = partial(flag, group="memory")
 _evaluation = partial(flag, group="evaluation, early stopping, checkpoints")
 
@@ -132,10 +134,22 @@ class FinetuneConfig(RunConfig):
         16, "calibration prompts that are not trained on: their error chooses the step to keep", ge=1
     )
     held_out_points: int = _data(128, "points of held-out trajectories, approximately", ge=1)
-    finetune_max_epochs: int = _training(
+    finetune_scope: str = _training(
+        "auto",
+        "denoiser: all of it together; blocks: one after another, each towards the teacher's output of that block, for "
+        "models that do not fit; auto: by free memory",
+        choices=("auto", "denoiser", "blocks"),
+        common=True,
+    )
+    finetune_max_epochs: int = _whole(
         4, "epochs, each with new prompts, if there are enough, and new noise", ge=1, common=True
     )
-    max_steps: int = _training(0, "limit of steps; 0 = none", ge=0)
+    max_steps: int = _whole(0, "limit of steps; 0 = none", ge=0)
+    block_steps: int = _blocks(100, "steps per block", ge=1)
+    block_points: int = _blocks(
+        256, "points to train blocks on, approximately; what blocks return for them waits", ge=1
+    )
+    block_cache: str = _blocks("auto", "where it waits; auto: by free memory", choices=("auto", "ram", "disk"))
     finetune_batch_size: int = _training(
         32, "batch size, of all processes together; a point is both guidance branches", ge=1, common=True
     )
@@ -154,7 +168,9 @@ class FinetuneConfig(RunConfig):
     )
     xtx_batch_size: int = _memory(16, "batch size of sampling, in prompts", ge=1)
     use_checkpointing: bool | None = _memory(
-        None, "gradient checkpointing: less memory, slower (default: by free memory)"
+        None,
+        "gradient checkpointing: less memory, slower (default: by free memory)",
+        needs=("not finetune_scope blocks",),
     )
     decode: str = _memory(
         "auto",
@@ -163,7 +179,10 @@ class FinetuneConfig(RunConfig):
         choices=("auto", "step", "call"),
     )
     target_cache_gb: float = _memory(
-        32.0, "disk for the teacher's outputs of an epoch; if they do not fit, the teacher stays in memory", ge=0
+        32.0,
+        "disk for the teacher's outputs of an epoch; if they do not fit, the teacher stays in memory",
+        ge=0,
+        needs=("not finetune_scope blocks",),
     )
     ignore_budget: bool = ignore_budget()
     evaluation_nsamples: int = _evaluation(32, "evaluation prompts", ge=1)
@@ -172,7 +191,10 @@ class FinetuneConfig(RunConfig):
     )
     eval_step: int = _evaluation(25, "evaluation interval (steps), on held-out points", ge=0)
     visualize_step: int = _evaluation(
-        0, "interval of image pairs (steps); 0 = never", ge=0, needs=("not visualize_nsamples 0",)
+        0,
+        "interval of image pairs (steps); 0 = never",
+        ge=0,
+        needs=("not visualize_nsamples 0", "not finetune_scope blocks"),
     )
     finetune_relative_mse_tolerance: float = _evaluation(
         0.0, "stop after an epoch that lowers the held-out loss by a smaller share; 0 = never", ge=0, le=1

@@ -330,12 +330,15 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Points:
-    """Points of several parts, which may come from other models or images."""
+    """Points of several parts, which may come from other models or images; `chosen` are those in use, or all."""
 
     parts: list[Trajectories]
+    chosen: list[Point] | None = None
 
     def all(self) -> list[Point]:
-        """Return all points, part by part, prompt by prompt."""
+        """Return all points in use, part by part, prompt by prompt."""
+        if self.chosen is not None:
+            return self.chosen
         return [Point(k, n, s) for k, part in enumerate(self.parts) for n, s in part.points()]
 
     def timestep(self, point: Point) -> float:
@@ -518,7 +521,9 @@ class TrajectoryRecorder:
         """
         first, count = epoch * self.config.finetune_nsamples, self.config.finetune_nsamples
         parts = divided(sources(self.config.finetune_method), first, count)
-        teacher = denoiser_of(self.pipeline).to(self.ranks.device)
+        teacher = denoiser_of(self.pipeline)
+        if self.config.finetune_scope != "blocks":
+            teacher.to(self.ranks.device)
         points = self._recorded(f"epoch-{epoch:04d}", parts, lambda chunk: self._training_chunk(chunk, keep_outputs))
         if all(part.has_outputs for part in points.parts):  # an interrupted run may have recorded none
             teacher.to("cpu")

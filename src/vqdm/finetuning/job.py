@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,9 @@ from vqdm.diffusion.sampling import (
     set_timesteps,
 )
 from vqdm.diffusion.shapes import shapes_of, skeleton_pipeline
+from vqdm.diffusion.streams import BlockSwapper
 from vqdm.errors import RunError, UserError
+from vqdm.finetuning.blockwise import blocks_in_turn, check_points, finetune_blocks, joined_logs
 from vqdm.finetuning.code_updates import CodeUpdates
 from vqdm.finetuning.config import AUTO, FinetuneConfig
 from vqdm.finetuning.data import (
@@ -74,7 +76,6 @@ from vqdm.finetuning.plan import Student, choices, flags, plan, smaller
 from vqdm.finetuning.trainer import (
     KINDS,
     DistillationLoss,
-    Diverged,
     TrainedParameters,
     Trainer,
     trainable,
@@ -97,7 +98,7 @@ SMALL_LEARNING_RATE = 1e-5  # such as the published 1e-6, which was absolute
 # Fields that a resumption may change: they change the result by rounding at most.
 FREE_FIELDS = ("local_batch_size", "decode", "use_checkpointing", "target_cache_gb", "checkpointing_steps")
 FREE_FIELDS += ("checkpoints_total_limit", "visualize_step", "visualize_nsamples", "local_files_only")
-FREE_FIELDS += ("xtx_batch_size", "ignore_budget")
+FREE_FIELDS += ("xtx_batch_size", "ignore_budget", "block_cache")
 
 
 @dataclass
@@ -109,6 +110,7 @@ class FinetuneJob:
         source: the quantized denoiser's folder.
         types: name → stored type of the student's parameters.
         needs: what was planned, by phase.
+        swappers: of the teacher and the student, where one block of each is on the device; else none.
         size: `xtx_batch_size`, or what is left of it.
     """
 
@@ -122,6 +124,7 @@ class FinetuneJob:
     folder: RunFolder
     tracker: Tracker
     needs: list[Need]
+    swappers: list[BlockSwapper] = field(default_factory=list)
     clock: MemoryClock = field(init=False)
     size: BatchSize = field(init=False)
 
@@ -166,6 +169,13 @@ def finetune(config: FinetuneConfig) -> dict | None:
         trained = trainable(student, config.optimizer)
         log_info(training_plan(config, ranks, trained))
         config, needs = fitted(config, pipeline, student, trained, ranks)
+        blockwise = config.finetune_scope == "blocks"
+        if blockwise:
+            student.requires_grad_(False)
+            check_points(config, len(pipeline.scheduler.timesteps))
+        elif not config.dry_run:
+            denoiser_of(pipeline).to(ranks.device)
+            student.to(ranks.device)
         if config.use_checkpointing:
             student.enable_gradient_checkpointing()
         if config.optimizer.finetune_lr != AUTO and config.optimizer.finetune_lr < SMALL_LEARNING_RATE:
@@ -190,7 +200,8 @@ def finetune(config: FinetuneConfig) -> dict | None:
         tracker = Tracker(kind, "vqdm-finetune", folder.path, about)
         job = FinetuneJob(config, ranks, datasets, pipeline, student, source, types, folder, tracker, needs)
         try:
-            with resting_on_cpu(pipeline):
+            models = (denoiser_of(pipeline), student)
+            with resting_on_cpu(pipeline), blocks_in_turn(models if blockwise else (), ranks.device) as job.swappers:
                 return run(job, trained)
         finally:
             tracker.finish()
@@ -205,31 +216,37 @@ def close_finished(folder: RunFolder) -> dict:
 
 
 def load_models(config: FinetuneConfig, ranks: Ranks, source: Path) -> tuple[DiffusionPipeline, nn.Module]:
-    """Load MODEL's pipeline, whose denoiser is the teacher, and the student, both to this process's device.
+    """Load MODEL's pipeline, whose denoiser is the teacher, and the student, to the CPU until it is known what fits.
 
     Raises:
         UserError: either cannot be loaded, they do not fit, MODEL is quantized itself, or the settings do not fit it.
     """
     student, dtype = load_denoiser(source, torch.float32), pick_dtype(config.dtype, ranks.device)
     pipeline = skeleton_pipeline(config, dtype) if config.dry_run else None
-    pipeline = pipeline or configured_pipeline(config, ranks.device, dtype)
+    pipeline = pipeline or configured_pipeline(config, torch.device("cpu"), dtype)
     check_fits(student, denoiser_of(pipeline), config.quantized, config.model)
     check_loaded(denoiser_of(pipeline), config.model, role=ROLE)
     set_timesteps(pipeline.scheduler, config.sampling.num_inference_steps or 50)
-    steps_per_epoch(config, len(pipeline.scheduler.timesteps))
+    if config.finetune_scope != "blocks":
+        steps_per_epoch(config, len(pipeline.scheduler.timesteps))
     if config.real_images:
         check_scheduler(pipeline.scheduler)
-    return pipeline, student.to(ranks.device)
+    return pipeline, student
 
 
 def fitted(
     config: FinetuneConfig, pipeline: DiffusionPipeline, student: nn.Module, trained: TrainedParameters, ranks: Ranks
 ) -> tuple[FinetuneConfig, list[Need]]:
-    """Return the settings with those flags of memory that are left open chosen by what is free, and what they need.
+    """Return the settings with the scope and flags of memory that are left open chosen by what is free, and the needs.
+
+    A run keeps the scope that it was started with.
 
     Raises:
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
     """
+    folder = RunFolder(config.output_dir)
+    if config.finetune_scope == "auto" and config.resume and (folder.path / "run.json").is_file():
+        config = replace(config, finetune_scope=folder.started_with("finetune_scope"))
     shapes, options = shapes_of(pipeline, config), choices(config)
     if shapes is None:
         log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
@@ -284,7 +301,8 @@ def run(job: FinetuneJob, trained: TrainedParameters) -> dict | None:
     with job.clock("teacher"):
         evaluation, held_out = job.recorder.evaluation(), job.recorder.held_out()
         teacher_images = job.recorder.teacher_images() if job.ranks.main else []
-    denoiser_of(job.pipeline).to("cpu")  # its outputs are recorded; it comes back for the next points
+    if not job.swappers:
+        denoiser_of(job.pipeline).to("cpu")  # its outputs are recorded; it comes back for the next points
     with job.clock("evaluation"):
         before = evaluate(job.loss_fn, evaluation, evaluation.all())
     if not math.isfinite(before.loss):
@@ -294,34 +312,56 @@ def run(job: FinetuneJob, trained: TrainedParameters) -> dict | None:
         f"{label(job.component)}-output error on {len(job.datasets.evaluation)} evaluation prompts before training: "
         f"{before.db:.2f} dB, median {before.median_db:.2f} dB"
     )
-    loop = make_loop(job, trained, held_out, teacher_images)
-    divergence = None
-    try:
-        with job.clock("training"):
-            loop.run()
-    except Diverged as error:
-        divergence = error
-    best = loop.progress.best
-    figures = f"{best['db']:.2f} dB, median {best['median_db']:.2f} dB"
-    kept = f"step {best['step']}, the best by held-out error ({figures})"
-    step_kept = loop.trainer.steps_done
-    job.ranks.barrier()  # the first process has written the best parameters
-    if divergence or job.config.finetune_keep_best:
-        step_kept = best["step"]
-        loop.trainer.load_result(loop.checkpoints.load_best(step_kept))
-        log_info(f"keeping {kept}")
+    if job.swappers:
+        about, diverged = in_blocks(job, held_out), ""
     else:
-        loop.trainer.average.swap()
+        about, diverged = together(job, trained, held_out, teacher_images)
     write_back(job.student, job.types, torch.float32)  # evaluated are the stored values
-    if loop.trainer.updates:
-        loop.trainer.updates.close()
     with job.clock("evaluation"):
         after = evaluate(job.loss_fn, evaluation, evaluation.all())
-    summary = save_result(job, loop, step_kept, (before, after), teacher_images) if job.ranks.main else None
+    summary = save_result(job, about, (before, after), teacher_images) if job.ranks.main else None
     job.ranks.barrier()
-    if divergence:
-        raise RunError(f"{divergence}: {kept}, is in {job.folder.path}; try a lower --finetune_lr")
+    if diverged:
+        raise RunError(f"{diverged}, is in {job.folder.path}; try a lower --finetune_lr")
     return summary
+
+
+def together(
+    job: FinetuneJob, trained: TrainedParameters, held_out: Points, teacher_images: list[Image.Image]
+) -> tuple[dict, str]:
+    """Train the whole denoiser; return what the summary says of it, and why it diverged, with what is kept, or ""."""
+    loop = make_loop(job, trained, held_out, teacher_images)
+    with job.clock("training"):
+        step_kept, divergence = loop.run_to_result()
+    updates = loop.trainer.updates
+    groups, changed = updates.changed_groups() if updates else (0, 0)
+    if updates:
+        updates.close()
+    if job.ranks.main:
+        save_loss_plot(read_log(loop.log.path, loop.trainer.steps_done), job.folder.path / "loss.png")
+    about = {
+        "learning_rate": loop.progress.learning_rate,
+        "learning_rate_reductions": loop.progress.reductions,
+        "steps": loop.trainer.steps_done,
+        "step_kept": step_kept,
+        "best": loop.progress.best,
+        "groups": groups,
+        "groups_changed": changed,
+    }
+    return about, f"{divergence}: {loop.kept()}" if divergence else ""
+
+
+def in_blocks(job: FinetuneJob, held_out: Points) -> dict:
+    """Train block by block; return what the summary says of it."""
+    rows = finetune_blocks(job, held_out)
+    if job.ranks.main:
+        save_text("".join(json.dumps(row) + "\n" for row in joined_logs(job, rows)), job.folder.path / "training.jsonl")
+    return {
+        "blocks": rows,
+        "steps": sum(row["steps"] for row in rows),
+        "groups": sum(row["groups"] for row in rows),
+        "groups_changed": sum(row["groups_changed"] for row in rows),
+    }
 
 
 def make_loop(
@@ -392,11 +432,12 @@ def generate_pairs(job: FinetuneJob, path: Path, count: int, teacher_images: lis
 
 
 def save_result(
-    job: FinetuneJob, loop: Loop, step_kept: int, errors: tuple[Errors, Errors], teacher_images: list[Image.Image]
+    job: FinetuneJob, about: dict, errors: tuple[Errors, Errors], teacher_images: list[Image.Image]
 ) -> dict:
     """Write the pipeline folder, the card, the plots and the summary, then delete the working data.
 
     Args:
+        about: what the summary says of the training.
         errors: on the evaluation prompts, before and after.
     """
     folder, staged = job.folder, job.folder.work / "pipeline"
@@ -404,17 +445,18 @@ def save_result(
         images = generate_pairs(job, folder.path / "image_pairs.png", job.config.evaluation_nsamples, teacher_images)
         scores = compare_images(teacher_images, images, job.datasets.evaluation, "fine-tuned")
     parameters = sum(tensor.numel() for tensor in denoiser_of(job.pipeline).parameters())
+    for swapper in job.swappers:
+        swapper.leave()
     write_back(job.student, job.types)
     with job.clock("saving"):
         stage_pipeline(job, staged)
-    save_loss_plot(read_log(loop.log.path, loop.trainer.steps_done), folder.path / "loss.png")
-    summary = summary_of(job, loop, step_kept, *errors) | stored_sizes(job.student, job.component, parameters, staged)
+    summary = summary_of(job, about, *errors) | stored_sizes(job.student, job.component, parameters, staged)
     summary |= {"images": scores}
     save_text(model_card(job.config.model, summary), staged / "README.md")
     folder.publish(staged)
     save_json(summary, folder.path / "summary.json")
     shutil.rmtree(folder.work)
-    loop.checkpoints.clear()
+    Checkpoints(folder.path, 0).clear()
     job.tracker.log({key: value for key, value in summary.items() if isinstance(value, int | float)})
     return summary
 
@@ -443,11 +485,10 @@ def stage_pipeline(job: FinetuneJob, staged: Path) -> None:
             job.pipeline.save_pretrained(staged)
 
 
-def summary_of(job: FinetuneJob, loop: Loop, step_kept: int, before: Errors, after: Errors) -> dict:
+def summary_of(job: FinetuneJob, about: dict, before: Errors, after: Errors) -> dict:
     """Return settings, errors and cost of the run. `unet_output_error_db`, or that of another
     component's name, is the error after, as in a quantization."""
-    config, updates = job.config, loop.trainer.updates
-    groups, changed = updates.changed_groups() if updates else (0, 0)
+    config = job.config
     error = f"{job.component}_output_error"
     return {
         "model": config.model,
@@ -467,14 +508,9 @@ def summary_of(job: FinetuneJob, loop: Loop, step_kept: int, before: Errors, aft
         f"{error}_db_by_point": after.by_point,
         f"{error}_db_by_timestep_before": before.db_by_timestep,
         f"{error}_db_by_timestep": after.db_by_timestep,
-        "learning_rate": loop.progress.learning_rate,
-        "learning_rate_reductions": loop.progress.reductions,
+        "finetune_scope": config.finetune_scope,
         "memory_flags": flags(config),
-        "steps": loop.trainer.steps_done,
-        "step_kept": step_kept,
-        "best": loop.progress.best,
-        "groups": groups,
-        "groups_changed": changed,
+        **about,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": job.clock.whole(),
         "peak_memory_bytes_by_phase": job.clock.beside(job.needs),

@@ -274,6 +274,28 @@ class Loop:
         if self.progress.stop_reason:
             log_info(f"training stops at step {trainer.steps_done}: {self.progress.stop_reason}")
 
+    def run_to_result(self) -> tuple[int, Diverged | None]:
+        """Train, and put what is kept into the student; return its step, and why training diverged."""
+        divergence = None
+        try:
+            self.run()
+        except Diverged as error:
+            divergence = error
+        self.ranks.barrier()  # the first process has written the best parameters
+        if divergence is None and not self.evaluations.keep_best:
+            self.trainer.average.swap()
+            return self.trainer.steps_done, None
+        best = self.progress.best
+        self.trainer.load_result(self.checkpoints.load_best(best["step"]))
+        log_info(f"keeping {self.kept()}")
+        return best["step"], divergence
+
+    def kept(self) -> str:
+        """Return the best step and its errors, in words."""
+        best = self.progress.best
+        figures = f"{best['db']:.2f} dB, median {best['median_db']:.2f} dB"
+        return f"step {best['step']}, the best by held-out error ({figures})"
+
     def _start(self) -> None:
         """Evaluate step 0, and choose the learning rate."""
         errors, config = self.evaluate(), self.trainer.config

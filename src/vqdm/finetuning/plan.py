@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vqdm.devices import MatmulRates, Need
+from vqdm.diffusion.denoisers import block_names
 from vqdm.diffusion.shapes import Shapes, forward_cost, meta_denoiser, training_bytes, under_autocast
 from vqdm.documents import parse_json
 from vqdm.finetuning.config import FinetuneConfig
@@ -37,6 +38,8 @@ class Student(NamedTuple):
         trained: number of values that are trained.
         step: bytes of activations of a call without gradients on one point, all of its branches.
         activations: the same of a call and its backward pass, without (False) and with (True) checkpointing.
+        outside, block: bytes outside of the blocks, and of the largest block, as of `stored`.
+        block_weights, block_trained: the most quantized weights, and trained values, of a block.
     """
 
     stored: int
@@ -45,6 +48,10 @@ class Student(NamedTuple):
     trained: int
     step: int
     activations: Callable[[bool], int]
+    outside: int = 0
+    block: int = 0
+    block_weights: int = 0
+    block_trained: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, trained: TrainedParameters, dtype: torch.dtype, call: tuple[int, ...]) -> Student:
@@ -56,6 +63,10 @@ class Student(NamedTuple):
         """
         kind, config = type(model), model.to_json_string()
         weights = [layer._rows * layer._columns for layer in quantized_layers(model).values()]
+        parts = [model.get_submodule(name) for name in block_names(model)]
+        stored = [sum(tensor.nbytes for tensor in part.parameters()) for part in parts]
+        inside = [sum(one._rows * one._columns for one in quantized_layers(part).values()) for part in parts]
+        learning = [sum(one.numel() for one in part.parameters() if one.requires_grad) for part in parts]
         return cls(
             sum(tensor.nbytes for tensor in model.parameters()),
             sum(weights),
@@ -63,6 +74,10 @@ class Student(NamedTuple):
             sum(tensor.numel() for tensor in trained),
             forward_cost(under_autocast(meta_denoiser(kind, parse_json(config), dtype)), *call).bytes,
             lambda checkpointing: _activations(kind, config, dtype, call, checkpointing),
+            sum(tensor.nbytes for tensor in model.parameters()) - sum(stored),
+            max(stored, default=0),
+            max(inside, default=0),
+            max(learning, default=0),
         )
 
 
@@ -77,6 +92,8 @@ def plan(config: FinetuneConfig, shapes: Shapes, student: Student, steps: int, r
     Args:
         steps: of a trajectory.
     """
+    if config.finetune_scope == "blocks":
+        return plan_blocks(config, shapes, student, steps, rates)
     teacher, rest, c = shapes.denoiser, shapes.text + shapes.vae, shapes.itemsize
     texts = shapes.encoded(config.xtx_batch_size)
     sampling = max(texts, shapes.vae + config.xtx_batch_size * shapes.step, shapes.decode)
@@ -105,6 +122,45 @@ def plan(config: FinetuneConfig, shapes: Shapes, student: Student, steps: int, r
         Need("saving", student.stored, rest + teacher + known + epoch, known + 2 * epoch + saved + result),
     ]
     times = seconds(config, shapes, steps, rates)
+    return [replace(need, seconds=times.get(need.phase, 0.0)) for need in needs]
+
+
+def plan_blocks(config: FinetuneConfig, shapes: Shapes, student: Student, steps: int, rates: MatmulRates) -> list[Need]:
+    """Return the same, block by block: both models are in RAM, on the device their ends and one block of each."""
+    rest, c, size = shapes.text + shapes.vae, shapes.itemsize, config.xtx_batch_size
+    in_ram, ends = rest + shapes.denoiser + student.stored, shapes.outside + student.outside
+    texts = shapes.encoded(size)
+    sampling = max(texts, shapes.vae + size * shapes.step, shapes.decode)
+    student_sampling = max(texts, shapes.vae + max(size, config.local_batch_size) * student.step, shapes.decode)
+    prompts = config.evaluation_nsamples + config.held_out_nsamples
+    known = prompts * (steps * (shapes.latents + shapes.outputs) + shapes.conditioning)
+    epoch = config.finetune_nsamples * (steps * shapes.latents + shapes.conditioning)
+    # The student's wait in float32 where autocast makes it so; the next block's replace them point by point.
+    waiting = (config.block_points + config.held_out_points) * shapes.waiting * (1 + SINGLE // c)
+    in_files = waiting if config.block_cache == "disk" else 0
+    W, each = student.block_weights, config.decode == "call"
+    held = student.block + (ADAM + SINGLE * (config.optimizer.ema_decay > 0)) * student.block_trained
+    held += SINGLE * W + student.block if config.code_updates else 0
+    held += (
+        (2 * c + CODES) * student.widest if each else (SINGLE + (c if c < SINGLE else 0)) * W + CODES * student.widest
+    )
+    gradients = SINGLE * (student.block_trained + (0 if each and not config.code_updates else W))
+    train = held + gradients + config.local_batch_size * student.activations(True)
+    train = max(train, shapes.block + shapes.step, student.block + c * W + student.step)
+    saved = shapes.pipeline - shapes.denoiser + 3 * student.stored
+    files = known + 2 * epoch + in_files
+    needs = [
+        Need("teacher", ends + shapes.block + sampling, in_ram + known, known),
+        Need("evaluation", ends + student.block + c * W + student_sampling, in_ram + known, known),
+        Need("points", ends + shapes.block + sampling, in_ram + known + epoch, known + 2 * epoch),
+        Need("training", ends + train, in_ram + known + epoch + waiting - in_files, files + student.stored),
+        Need("saving", ends, in_ram + known + epoch, known + 2 * epoch + saved),
+    ]
+    times, call = seconds(config, shapes, steps, rates), shapes.call_seconds(rates)
+    evaluations = 1 + config.block_steps // (config.eval_step or config.block_steps)
+    trained = config.block_steps * config.finetune_batch_size * 3 * slowness(config)
+    passes = trained + evaluations * config.held_out_points + 2 * (config.block_points + config.held_out_points)
+    times |= {"points": steps * config.finetune_nsamples * call, "training": passes * call}
     return [replace(need, seconds=times.get(need.phase, 0.0)) for need in needs]
 
 
@@ -152,7 +208,14 @@ def slowness(config: FinetuneConfig) -> float:
 
 
 def choices(config: FinetuneConfig) -> list[FinetuneConfig]:
-    """Return the settings with the flags of memory that are left open filled in, the fastest first."""
+    """Return the settings with the flags of memory that are left open filled in, the fastest first.
+
+    Block by block comes last.
+    """
+    if config.finetune_scope == "auto":
+        return [one for scope in ("denoiser", "blocks") for one in choices(replace(config, finetune_scope=scope))]
+    if config.finetune_scope == "blocks":
+        return choices_of_blocks(config)
     found = [
         replace(config, local_batch_size=points, use_checkpointing=checkpointing, decode=decode)
         for points, checkpointing, decode in product(
@@ -164,17 +227,35 @@ def choices(config: FinetuneConfig) -> list[FinetuneConfig]:
     return sorted(found, key=slowness)
 
 
+def choices_of_blocks(config: FinetuneConfig) -> list[FinetuneConfig]:
+    """Return the same, block by block."""
+    found = [
+        replace(config, local_batch_size=points, use_checkpointing=False, decode=decode, block_cache=cache)
+        for points, decode, cache in product(
+            _halves(FASTEST) if config.local_batch_size is None else [config.local_batch_size],
+            ("step", "call") if config.decode == "auto" else [config.decode],
+            ("ram", "disk") if config.block_cache == "auto" else [config.block_cache],
+        )
+    ]
+    return sorted(found, key=lambda one: (one.block_cache == "disk", slowness(one)))
+
+
 def smaller(config: FinetuneConfig) -> Iterator[FinetuneConfig]:
     """Yield settings that need less memory than given ones, the fastest first; sampling batches are halved last."""
     for size in _halves(config.xtx_batch_size):
         open_flags = replace(config, local_batch_size=None, use_checkpointing=None, decode="auto", xtx_batch_size=size)
-        yield from choices(open_flags)
+        yield from choices(replace(open_flags, block_cache="auto"))
 
 
 def flags(config: FinetuneConfig | None) -> str:
     """Return the flags of memory as a command line has them."""
     if config is None:
         return "--local_batch_size or --xtx_batch_size"
+    if config.finetune_scope == "blocks":
+        return (
+            f"--finetune_scope blocks --block_cache {config.block_cache} --local_batch_size {config.local_batch_size} "
+            f"--decode {config.decode} --xtx_batch_size {config.xtx_batch_size}"
+        )
     checkpointing = "" if config.use_checkpointing else "no-"
     return (
         f"--local_batch_size {config.local_batch_size} --{checkpointing}use_checkpointing --decode {config.decode} "

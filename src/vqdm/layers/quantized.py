@@ -345,7 +345,14 @@ def decoded_once(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            layer.keep_decoded, layer._decoded = False, None
+            layer.keep_decoded = False
+        drop_decoded(model)
+
+
+def drop_decoded(model: nn.Module) -> None:
+    """Free the decoded weights that layers keep."""
+    for layer in quantized_layers(model).values():
+        layer._decoded = None
 
 
 @contextmanager
