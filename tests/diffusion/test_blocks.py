@@ -4,6 +4,7 @@ import sys
 
 import pytest
 from conftest import FAMILIES, tiny_unet
+from tiny_transformers import tiny_transformer_pipeline
 from torch import nn
 
 from vqdm.additive.code import CodeSpec
@@ -109,3 +110,10 @@ def test_matrix_of_runs_taps_outermost():
         for channel in range(3):
             assert (grouped[:, tap * 3 + channel] == conv.weight[:, channel, 0, tap]).all()
             assert (plain[:, channel * 2 + tap] == conv.weight[:, channel, 0, tap]).all()
+
+
+def test_convolutions_in_groups_are_refused_by_name():
+    sana = tiny_transformer_pipeline("sana").transformer
+    with pytest.raises(UserError, match="conv_depth: a convolution in .* groups cannot be .*leave it out of"):
+        select_layers(sana, "conv_depth", 0, CodeSpec(1, 4, 4), {})
+    assert not [layer for layer in select_layers(sana, "default", 0, CodeSpec(1, 4, 4), {}) if "depth" in layer.name]

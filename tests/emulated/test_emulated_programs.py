@@ -28,7 +28,7 @@ QUICK = {
 }
 
 TRANSFORMERS = "--calibration_nsamples 2 --height 32 --width 32 "
-FEW = "--layer_filter (blocks|layers).0.*(mod|norm|to_q|ff|mlp|w1) "
+FEW = "--layer_filter (blocks|layers).0.*(mod|norm|to_q|ff(?!.conv_depth)|mlp|w1) "
 ALLOCATED = "--layer_filter (blocks|layers).0.*to_q --target_bits 6 --state_bits 8 --sensitivity_points 2 "
 
 

@@ -162,15 +162,15 @@ def _describe(denoiser: nn.Module, name: str, spec: CodeSpec) -> Layer:
 
 def _check_layer(name: str, module: nn.Module, rows: int, columns: int, spec: CodeSpec) -> None:
     hint = "choose another size, or give this layer its own with --overrides (null leaves it alone)"
+    if getattr(module, "groups", 1) != 1:
+        leave = "leave it out of --layer_filter, or set it to null in --overrides"
+        raise UserError(f"layer {name}: a convolution in {module.groups} groups cannot be quantized; {leave}")
     try:
         spec.check_shape(rows, columns)
     except ValueError as error:
         raise UserError(f"layer {name}: {error}; {hint}") from None
-    if isinstance(module, nn.Conv2d):
-        if module.groups != 1:
-            raise UserError(f"layer {name}: a convolution in {module.groups} groups cannot be quantized; {hint}")
-        if spec.group_channels and module.in_channels % spec.in_group_size:
-            raise UserError(
-                f"layer {name}: in_group_size {spec.in_group_size} does not divide its {module.in_channels} "
-                f"channels; {hint}"
-            )
+    if isinstance(module, nn.Conv2d) and spec.group_channels and module.in_channels % spec.in_group_size:
+        raise UserError(
+            f"layer {name}: in_group_size {spec.in_group_size} does not divide its {module.in_channels} "
+            f"channels; {hint}"
+        )
