@@ -114,6 +114,6 @@ def test_matrix_of_runs_taps_outermost():
 
 def test_convolutions_in_groups_are_refused_by_name():
     sana = tiny_transformer_pipeline("sana").transformer
-    with pytest.raises(UserError, match="conv_depth: a convolution in .* groups cannot be .*leave it out of"):
+    with pytest.raises(UserError, match=r"conv_depth: a convolution in .* groups cannot be .*leave it out of"):
         select_layers(sana, "conv_depth", 0, CodeSpec(1, 4, 4), {})
     assert not [layer for layer in select_layers(sana, "default", 0, CodeSpec(1, 4, 4), {}) if "depth" in layer.name]
