@@ -19,7 +19,9 @@ from vqdm.additive import scoring
 from vqdm.additive import scoring_triton as kernels
 from vqdm.additive.solve import SolverConfig, solve_layer
 from vqdm.devices import check_float64, peak_memory, pick_device, pick_dtype
+from vqdm.diffusion.pipelines import parts_in_use
 from vqdm.diffusion.sensitivity import output_effects
+from vqdm.diffusion.streams import BlockSwapper
 from vqdm.errors import UserError
 from vqdm.finetuning.loop import Checkpoints
 from vqdm.layers.decode import decode, set_decode_backend
@@ -95,7 +97,7 @@ def offload_groups(folder: str) -> None:
 
 
 def offload_a_transformer(_: str) -> None:
-    """FLUX.1, whole and layer by layer."""
+    """FLUX.1, whole, layer by layer, and block by block as in calibration: then one block at a time is on the GPU."""
     wanted, flux = flux_image(quantized_flux()), quantized_flux()
     flux.enable_model_cpu_offload(device=FIRST)
     torch.testing.assert_close(flux_image(flux).cpu(), wanted, rtol=1e-3, atol=1e-3)
@@ -103,6 +105,17 @@ def offload_a_transformer(_: str) -> None:
     flux = quantized_flux()
     flux.enable_sequential_cpu_offload(device=SECOND)
     torch.testing.assert_close(flux_image(flux).cpu(), wanted, rtol=1e-3, atol=1e-3)
+    flux, there = quantized_flux(), []
+    swapper = BlockSwapper(flux.transformer, SECOND)
+    blocks = [flux.transformer.get_submodule(name) for name in swapper.names]
+    for block in blocks:
+        block.register_forward_hook(lambda *_: there.append([{one.device for one in b.parameters()} for b in blocks]))
+    with parts_in_use(flux):
+        torch.testing.assert_close(flux_image(flux).cpu(), wanted, rtol=1e-3, atol=1e-3)
+    assert [[SECOND in devices for devices in some] for some in there] == torch.eye(len(blocks)).bool().tolist()
+    assert all(len(devices) == 1 for some in there for devices in some)
+    swapper.close()
+    assert {one.device.type for one in flux.transformer.parameters()} == {"cpu"}
 
 
 def train_save_and_load_an_adapter(folder: str) -> None:
