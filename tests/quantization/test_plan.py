@@ -70,7 +70,8 @@ def models(pipelines, tmp_path_factory) -> Callable[[str], Path]:
         ("sdxl", WIDE),
         ("sdxl", [*WIDE, "--target_bits", "6"]),
         ("flux", [*LAST, "--target_bits", "6"]),
-        ("flux2", LAST),
+        ("flux", [*LAST, "--offload", "disk"]),
+        pytest.param("flux2", LAST, marks=pytest.mark.long),
     ],
 )
 def test_planned_are_the_tensors_that_live(family, words, models, prompt_file, tmp_path, monkeypatch):
@@ -101,11 +102,12 @@ def test_planned_are_the_tensors_that_live(family, words, models, prompt_file, t
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one layer at a time
     assert run_script(main, command(models(family), prompt_file, tmp_path / "out", *words)) == 0
     (shapes, needs), *_ = found
-    # What lives before the counting begins, beside the denoiser: the VAE while it samples.
+    # What lives before the counting begins, beside the denoiser or one block of it: the VAE while it samples.
     before = dict.fromkeys(("teacher", "evaluation"), shapes.vae)
+    resident = shapes.outside + shapes.block if "--offload" in words else shapes.denoiser
     for name, some in peaks.items():
         if some:
-            assert shapes.denoiser + before.get(name, 0) + max(some) == pytest.approx(needs[name], rel=0.15), name
+            assert resident + before.get(name, 0) + max(some) == pytest.approx(needs[name], rel=0.15), name
     assert bool(peaks["allocation"]) == code and all(some for name, some in peaks.items() if name != "allocation")
     phases = json.loads((tmp_path / "out" / "summary.json").read_text())["peak_memory_bytes_by_phase"]
     assert all(phases[name]["planned"]["ram"] > 1e9 and phases[name]["reached"]["host"] > 0 for name in needs)
