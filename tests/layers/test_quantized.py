@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import tiny_students
@@ -6,6 +7,7 @@ import torch
 from numerics import random_widths
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqdm.additive import trellis
 from vqdm.additive.code import AdditiveCode, CodeSpec, first_entries
@@ -193,12 +195,34 @@ def test_a_compiled_copy_is_another_layer():
     layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
     layer.set_code(random_code(SPECS[0], 8, 16))
     compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(2, 16)
-    other = copy.deepcopy(layer)
-    other.codebooks.data += 1
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
-        torch.testing.assert_close(torch.compile(other, fullgraph=True, backend="eager")(x), other(x), rtol=0, atol=0)
-        assert not torch.allclose(other(x), layer(x))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        other.codebooks.data += 1
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+            found = torch.compile(other, fullgraph=True, backend="eager")(x)
+            torch.testing.assert_close(found, other(x), rtol=0, atol=0)
+            assert not torch.allclose(other(x), layer(x))
+
+
+def test_compiled_layers_keep_what_they_decode_once(monkeypatch):
+    layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
+    layer.set_code(random_code(SPECS[0], 8, 16))
+    compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(2, 16)
+    with torch.no_grad(), decoded_once(layer):
+        expected = compiled(x)
+        monkeypatch.setattr("vqdm.layers.quantized.decode", None)
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+
+
+def test_an_exported_program_needs_no_layer():
+    layer = QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])
+    layer.set_code(random_code(SPECS[0], 8, 16))
+    x = torch.randn(2, 16)
+    expected, program = layer(x), torch.export.export(layer, (x,)).module()
+    del layer
+    torch.testing.assert_close(program(x), expected)
+    with FakeTensorMode():
+        assert QuantizedLinear.like(nn.Linear(16, 8), SPECS[0])(torch.ones(2, 16)).shape == (2, 8)
 
 
 def test_a_compiled_graph_passes_gradients_through_frozen_layers():

@@ -113,6 +113,12 @@ def _(number: Tensor, x: Tensor, shape: list[int]) -> Tensor:
     return x.new_empty(shape)
 
 
+def _in_graph() -> bool:
+    """Whether a graph is compiled that this process runs; one that is exported has no layers to find."""
+    exporting = getattr(torch.compiler, "is_exporting", bool)  # not in torch 2.6
+    return torch.compiler.is_compiling() and not exporting()
+
+
 class _Quantized:
     """The part that quantized layers have in common: stored tensors as parameters, and the decoded weight.
 
@@ -204,13 +210,19 @@ class _Quantized:
             return operation.forward(x, self.held, self.bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and self._is_trained()):
-            return operation.forward(x, _decode_layer(self._number, x.detach(), [self._rows, self._columns]), self.bias)
-        if not self.keep_decoded or torch.is_grad_enabled():
-            return coded(operation, x, self._stored(), self.bias, self.latent)
-        if self._decoded is None or self._decoded.dtype != x.dtype or self._decoded.device != x.device:
-            self._decoded = decode(self._stored(), x.dtype)
-        return operation.forward(x, self._decoded, self.bias)
+        if self.keep_decoded and not torch.is_grad_enabled():
+            if self._decoded is None or self._decoded.dtype != x.dtype or self._decoded.device != x.device:
+                self._decoded = self._decoded_like(x)
+            return operation.forward(x, self._decoded, self.bias)
+        if _in_graph() and not (torch.is_grad_enabled() and self._is_trained()):
+            return operation.forward(x, self._decoded_like(x), self.bias)
+        return coded(operation, x, self._stored(), self.bias, self.latent)
+
+    def _decoded_like(self, x: Tensor) -> Tensor:
+        """Return the weight [O, I] in the dtype of `x`, without a gradient."""
+        if _in_graph():
+            return _decode_layer(self._number, x.detach(), [self._rows, self._columns])
+        return decode(self._stored(), x.dtype)
 
     def _is_trained(self) -> bool:
         """Whether the decoded weight has a gradient: tensors other than codes decide, which differ less in shape."""
