@@ -19,11 +19,14 @@ from vqdm import devices
 from vqdm.cli import run_script
 from vqdm.diffusion.denoisers import block_names
 from vqdm.diffusion.sampling import record_evaluation
+from vqdm.diffusion.streams import BlockSwapper
 from vqdm.finetuning import plan
-from vqdm.finetuning.blockwise import BlockLoss, Walks, blocks_in_turn, joined
+from vqdm.finetuning.blockwise import BlockLoss, Walks, blocks_in_turn, joined, load_block
 from vqdm.finetuning.config import FinetuneConfig, OptimizerConfig
 from vqdm.finetuning.data import Point, Points
 from vqdm.finetuning.trainer import Trainer, trainable
+from vqdm.storage.files import save_checked, save_json
+from vqdm.tracking import Tracker
 
 PROMPTS = ["a circle", "a big red circle", "a star and a big green heart"]
 FAST = shlex.split(
@@ -147,6 +150,31 @@ def test_blocks_gain_in_turn_and_a_stopped_run_gives_the_same_bytes(flux, tmp_pa
     assert flux(tmp_path / "out", "--resume", "--block_cache", "disk") == 0
     assert resumed[:3] == [2, 3, 0]
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_blocks_with_nothing_to_train_are_as_before(flux, tmp_path, monkeypatch):
+    """Of three blocks two have quantized layers. A tracker's steps go on from block to block."""
+    steps = []
+    monkeypatch.setattr(Tracker, "log", lambda self, values, step=None: steps.extend([step] if step else []))
+    assert flux(tmp_path / "out", *shlex.split("--codebook_lr 0 --weight_lr 0 --bias_lr 0")) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [row["steps"] for row in summary["blocks"]] == [4, 4, 0]
+    assert steps == sorted(steps) and len(set(steps)) > 6
+
+
+def test_a_loaded_block_is_not_undone_when_another_comes(tmp_path):
+    """As on a GPU, from which a block comes back as it went there."""
+    student = models("flux")[1]
+    swapper, name = BlockSwapper(student, torch.device("cpu")), block_names(student)[-1]
+    swapper.enter(name)
+    swapper._home = [(one, one.data.clone()) for one, _ in swapper._home]
+    values = {key: one + 1 for key, one in student.get_submodule(name).named_parameters()}
+    folder = tmp_path / "blocks" / name
+    save_checked(values, folder / "result.safetensors")
+    save_json({}, folder / "result.json")
+    load_block(SimpleNamespace(folder=SimpleNamespace(work=tmp_path), student=student, swappers=[None, swapper]), name)
+    swapper.leave()
+    torch.testing.assert_close(dict(student.get_submodule(name).named_parameters()), values, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

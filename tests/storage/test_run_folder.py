@@ -47,6 +47,10 @@ def test_a_run_is_resumed_only_on_request_and_with_equal_settings(tmp_path):
     changed = SETTINGS | {"seed": 4, "solver": {"spec": {"num_codebooks": 3}}}
     with pytest.raises(UserError, match="seed was 0, now 4; num_codebooks was 2, now 3"):
         RunFolder(str(tmp_path)).open(changed, {}, True, 0)
+    folder = RunFolder(str(tmp_path))
+    assert folder.started_with("seed", 1) == SETTINGS["seed"] and folder.started_with("since then", 1) == 1
+    (tmp_path / "run.json").write_text("{")
+    assert folder.started_with("seed", 1) == 1
 
 
 def test_foreign_folders_and_files_are_refused(tmp_path):

@@ -179,6 +179,7 @@ def finetune_blocks(job: FinetuneJob, held_out: Points) -> list[dict]:
 def load_block(job: FinetuneJob, name: str) -> dict:
     """Load a block that was trained into the student, and return its row."""
     folder = job.folder.work / "blocks" / name
+    job.swappers[1].leave()  # a block that is on the device would come back as it was
     held = dict(job.student.get_submodule(name).named_parameters())
     for key, value in read_shard(folder / "result.safetensors").items():
         held[key].data.copy_(value)
@@ -197,10 +198,14 @@ def train_block(
     dtype = denoiser_of(job.pipeline).dtype
     about = (walks.student, walks.teacher, place, walks.numbers)
     loss_fn = BlockLoss(block, None, dtype, config.local_batch_size, job.ranks, *about)
-    trainer = Trainer(loss_fn, trained, config.optimizer, config.block_steps, config.decode, updates)
+    steps = config.block_steps if trained.tensors or updates else 0
+    trainer = Trainer(loss_fn, trained, config.optimizer, steps, config.decode, updates)
     loop = block_loop(job, trainer, points, judged, types, Checkpoints(folder, config.checkpoints_total_limit))
+    loop.first_step = place * config.block_steps
     log_info(f"block {place + 1}/{len(walks.student.names)} {name}")
     step_kept, divergence = loop.run_to_result()
+    if divergence:
+        log_info(f"block {name}: {divergence}; try a lower --finetune_lr")
     write_back(block, types, torch.float32)  # later blocks get what the stored values return
     groups, changed = updates.changed_groups() if updates else (0, 0)
     if updates:
@@ -232,7 +237,7 @@ def block_loop(
     config, log = job.config, checkpoints.folder / "training.jsonl"
     per_epoch = len(points.all()) // config.finetune_batch_size
     about = (config.finetune_batch_size, config.timestep_sampling, config.seed)
-    schedule = TrainingSchedule(lambda _: points, per_epoch, config.block_steps, *about)
+    schedule = TrainingSchedule(lambda _: points, per_epoch, trainer.total_steps, *about)
     evaluations = EvaluationSchedule(
         config.eval_step,
         config.checkpointing_steps,
@@ -249,7 +254,7 @@ def block_loop(
     loop = Loop(trainer, schedule, (points, judged), evaluations, checkpoints, JsonLines(log), job.tracker)
     if saved:
         loop.resume(saved[-1])
-        log_info(f"resuming after step {saved[-1]} of {config.block_steps}")
+        log_info(f"resuming after step {saved[-1]} of {trainer.total_steps}")
     return loop
 
 

@@ -244,9 +244,9 @@ def fitted(
     Raises:
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
     """
-    folder = RunFolder(config.output_dir)
-    if config.finetune_scope == "auto" and config.resume and (folder.path / "run.json").is_file():
-        config = replace(config, finetune_scope=folder.started_with("finetune_scope"))
+    if config.finetune_scope == "auto" and config.resume:
+        started = RunFolder(config.output_dir).started_with("finetune_scope", "auto")
+        config = replace(config, finetune_scope=started)
     shapes, options = shapes_of(pipeline, config), choices(config)
     if shapes is None:
         log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")

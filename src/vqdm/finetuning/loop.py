@@ -222,7 +222,12 @@ class Loop:
     Args:
         held_out: points, and the selection of them that is evaluated on.
         log: rows of steps and evaluations; written by the first process.
+
+    Attributes:
+        first_step: what the tracker's steps begin at.
     """
+
+    first_step = 0
 
     def __init__(
         self,
@@ -407,7 +412,7 @@ class Loop:
             self.log.write({"step": self.trainer.steps_done} | row)
             lists = {name: value for name, value in row.items() if isinstance(value, list)}
             flat = {f"{name}/{k}": entry for name, value in lists.items() for k, entry in enumerate(value)}
-            self.tracker.log(row | flat, step=self.trainer.steps_done)
+            self.tracker.log(row | flat, step=self.first_step + self.trainer.steps_done)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -129,9 +129,12 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
 
-    def started_with(self, name: str):
-        """Return a setting that the run was started with; a resumed run may have another."""
-        return read_json(self.path / "run.json")["settings"][name]
+    def started_with(self, name: str, otherwise=None):
+        """Return a setting that the run was started with, or `otherwise`; a resumed run may have another."""
+        try:
+            return read_json(self.path / "run.json")["settings"][name]
+        except (OSError, ValueError, KeyError, TypeError):
+            return otherwise
 
     def layer_path(self, name: str) -> Path:
         return self.work / "layers" / f"{name}.safetensors"
