@@ -106,7 +106,7 @@ class BlockSwapper:
 
 
 def _whole_only(denoiser: nn.Module, why: str) -> UserError:
-    flags = "--offload allows none, --finetune_scope denoiser"
+    flags = "use --offload none, or for fine-tuning --finetune_scope denoiser"
     return UserError(f"block by block: a {type(denoiser).__name__} {why}; {flags}")
 
 
