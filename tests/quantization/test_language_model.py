@@ -148,7 +148,7 @@ def test_the_folder_loads_in_transformers_and_generates(finished, folder, langua
     assert summary["perplexity"] == pytest.approx(plain_perplexity(model, sequences), rel=1e-3)
     plain = plain_perplexity(language_model.model, sequences)
     assert summary["perplexity_before"] == pytest.approx(plain, rel=1e-4)
-    assert plain < summary["perplexity"] < 2 * plain  # three bits per weight
+    assert 0.9 * plain < summary["perplexity"] < 2 * plain  # three bits per weight; by luck it may be the lower one
     again = model.dequantize()
     assert plain_perplexity(again, sequences) == pytest.approx(summary["perplexity"], rel=1e-2)
 

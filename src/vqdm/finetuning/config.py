@@ -139,7 +139,6 @@ class FinetuneConfig(RunConfig):
         "denoiser: all of it together; blocks: one after another, each towards the teacher's output of that block, for "
         "models that do not fit; auto: by free memory",
         choices=("auto", "denoiser", "blocks"),
-        common=True,
     )
     finetune_max_epochs: int = _whole(
         4, "epochs, each with new prompts, if there are enough, and new noise", ge=1, common=True
