@@ -29,7 +29,13 @@ def weights(folder: Path) -> dict:
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize("extra", [[], ["--update_codes", "--decode", "call"]], ids=["codes stay", "codes learn"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param([], id="codes stay", marks=pytest.mark.long),
+        pytest.param(["--update_codes", "--decode", "call"], id="codes learn"),
+    ],
+)
 def test_two_processes_give_what_one_gives(launcher, pipelines, prompt_file, quantized, tmp_path, extra):
     """Parameters agree to a thousandth of how far they have moved: sums are in another order."""
     words = ["finetune", pipelines["sdxl"], quantized, prompt_file, prompt_file, *FLAGS, *extra, "--output_dir"]

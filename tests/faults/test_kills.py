@@ -143,7 +143,7 @@ def torture(launcher, materials, uninterrupted, disk_changes, tmp_path):
     [
         ("quantize", 1, 5),
         ("quantize", 2, 2),
-        ("finetune", 1, 3),
+        ("finetune", 1, 2),
         ("finetune", 2, 2),
         ("generate", 1, 4),
         ("metrics", 1, 1),
