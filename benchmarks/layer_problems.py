@@ -61,19 +61,8 @@ def model_layers(
     layers = select_layers(denoiser_of(pipeline), "default", 0, config.spec, {})
     folder, tracker = RunFolder(config.output_dir), Tracker("none", "", None, {})
     calibration, _ = choose_prompts(config, *read_prompts(config))
-    job = Job(
-        config,
-        pipeline,
-        layers,
-        calibration,
-        [],
-        folder,
-        tracker,
-        Stopwatch(),
-        0,
-        Int8Totals(),
-        denoiser_name(pipeline),
-    )
+    component = denoiser_name(pipeline)
+    job = Job(config, pipeline, layers, calibration, [], folder, tracker, Stopwatch(), 0, Int8Totals(), component)
     store = teacher_hessians(job)
     for layer in layers:
         W = matrix_of(denoiser_of(pipeline).get_submodule(layer.name), layer.spec.group_channels).float()

@@ -62,6 +62,15 @@ from vqdm.layers.quantized import swap
 from vqdm.storage.hf import mark_quantized
 
 WIDTH = 32  # of every text encoder
+FRAMES_VAE = dict(  # autoencoders that also take videos
+    base_dim=8,
+    z_dim=4,
+    dim_mult=[1, 1],
+    num_res_blocks=1,
+    temperal_downsample=[False],
+    latents_mean=[0.0] * 4,
+    latents_std=[1.0] * 4,
+)
 SIZE = ("--height", "32", "--width", "32")
 
 
@@ -226,15 +235,7 @@ def qwen_image() -> QwenImagePipeline:
         joint_attention_dim=WIDTH,
         axes_dims_rope=(4, 6, 6),
     )
-    decoder = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    decoder = AutoencoderKLQwenImage(**FRAMES_VAE)
     encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return QwenImagePipeline(scheduler, decoder, encoder, tokenizer, transformer)
@@ -337,16 +338,7 @@ def wan(experts: int = 1, per_token: bool = False) -> WanPipeline:
         )
         for _ in range(experts)
     ]
-    decoder = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-        scale_factor_spatial=2,
-    )
+    decoder = AutoencoderKLWan(**FRAMES_VAE, scale_factor_spatial=2)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **sizes))
     boundary = 0.875 if experts > 1 else None
