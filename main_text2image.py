@@ -20,7 +20,7 @@ from vqdm.prompts import default_file
 from vqdm.quantization.config import UNSUPPORTED_FLAGS, QuantizeConfig
 from vqdm.quantization.job import quantize
 from vqdm.quantization.language_model import is_language_model, quantize_language_model
-from vqdm.storage.hub import open_repository, push_folder, size_table
+from vqdm.storage.hub import open_repository, push_folder, quantized_denoisers, size_table
 
 PARSER = Parser(QuantizeConfig, __doc__, UNSUPPORTED_FLAGS)
 
@@ -45,15 +45,18 @@ def main(argv: list[str] | None = None) -> None:
         )
     elif summary:
         prompts = config.evaluation_prompts or default_file("evaluation")
-        component = summary.get("component", "unet")
-        named, whole = label(component), summary[f"effective_bits_{component}"]
-        texts = summary.get("text_encoders") or {}
-        if texts:
+        components, texts = quantized_denoisers(summary), summary.get("text_encoders") or {}
+        if texts or len(components) > 1:
             print(size_table(summary))
+        if texts:
             print(f"error of the embeddings on held-out prompts {summary['embeddings_error_db']['all']:.2f} dB")
+        for name in components:
+            bits = summary.get(f"effective_bits_layers_{name}", summary["effective_bits_layers"])
+            print(
+                f"{bits:.3f} bits per weight ({summary[f'effective_bits_{name}']:.3f} over the whole {label(name)}), "
+                f"{label(name)}-output error {summary[f'{name}_output_error_db']:.2f} dB"
+            )
         print(
-            f"{summary['effective_bits_layers']:.3f} bits per weight ({whole:.3f} over the whole {named}), "
-            f"{named}-output error {summary[f'{component}_output_error_db']:.2f} dB\n"
             f"result: {config.output_dir}, image pairs: {config.output_dir}/image_pairs.png\n"
             f"generate images with it: {generate_command(config, prompts)}"
         )

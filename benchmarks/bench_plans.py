@@ -19,6 +19,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -34,6 +35,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -50,12 +54,14 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from vqdm.additive.code import CodeSpec
 from vqdm.devices import MatmulRates, Need, lacking, on
 from vqdm.diffusion.blocks import select_layers
-from vqdm.diffusion.denoisers import denoiser_of
+from vqdm.diffusion.denoisers import denoiser_of, denoisers_of
 from vqdm.diffusion.shapes import meta_encoder, shapes_of
 from vqdm.finetuning.config import FinetuneConfig
 from vqdm.finetuning.plan import Student, choices
@@ -63,8 +69,8 @@ from vqdm.finetuning.plan import plan as finetuning_plan
 from vqdm.finetuning.trainer import TrainedParameters
 from vqdm.layers.quantized import swap
 from vqdm.quantization.config import QuantizeConfig
-from vqdm.quantization.job import chosen_layers, groups_by_input, keeps_hessians, with_backward
-from vqdm.quantization.plan import offloads, plan, recorded_bytes
+from vqdm.quantization.job import needs_in_turn, planned_denoiser, planned_shapes
+from vqdm.quantization.plan import offloads
 
 DTYPE = torch.bfloat16
 RATES = MatmulRates(1e14, 4e13)  # of products in 16 bit and in float32, as of one large GPU
@@ -155,6 +161,20 @@ def z_image() -> DiffusionPipeline:
     return ZImagePipeline(scheduler, vae(16), text, None, transformer)
 
 
+def wan() -> DiffusionPipeline:
+    sizes = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    text = meta_encoder(UMT5EncoderModel, UMT5Config(**sizes, feed_forward_proj="gated-gelu"), DTYPE)
+    experts = [
+        meta(
+            WanTransformer3DModel, in_channels=16, out_channels=16, num_layers=40, num_attention_heads=40,
+            attention_head_dim=128, ffn_dim=13824, text_dim=4096,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(None, text, meta(AutoencoderKLWan), scheduler, *experts, boundary_ratio=0.875)
+
+
 MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SDXL": sdxl,
     "PixArt-Sigma": pixart,
@@ -163,23 +183,23 @@ MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "SD3.5-large": sd35,
     "FLUX.1-dev": flux,
     "Qwen-Image": qwen_image,
+    "Wan2.2-T2V-A14B": wan,
 }
 
 
 def planned(name: str, config: QuantizeConfig, gpu: float, ram: float) -> dict:
     """The plan of a model on a GPU and in RAM of so many GB."""
     pipeline = MODELS[name]()
-    denoiser = denoiser_of(pipeline)
-    layers = chosen_layers(config, denoiser)
-    groups, shapes = groups_by_input(config, pipeline, layers), shapes_of(pipeline, config)
-    prompts = config.calibration_nsamples, config.evaluation_nsamples
-    shapes = replace(with_backward(shapes, denoiser, layers, True), points=recorded_bytes(shapes, *prompts))
+    denoisers, prompts = denoisers_of(pipeline), (config.calibration_nsamples, config.evaluation_nsamples)
+    parts = [planned_denoiser(config, pipeline, part, given=True) for part in denoisers]
+    shapes = [planned_shapes(config, pipeline, part, prompts, on_gpu=True) for part in parts]
     for offload in offloads(config, name != "SDXL"):
         one = replace(config, offload=offload)
-        needs = on(plan(one, shapes, groups, keeps_hessians(one, layers), prompts, RATES), "cuda")
+        needs = on(needs_in_turn(one, parts, shapes, prompts, RATES), "cuda")
         if not lacking(needs, int(gpu * 1e9), int(ram * 1e9)):
             break
-    about = {"model": name, "parameters_billion": billions(denoiser), "offload": offload}
+    billion = round(sum(map(billions, denoisers.values())), 2)
+    about = {"model": name, "parameters_billion": billion, "offload": offload}
     return about | figures(needs, gpu, ram)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqdm.config import all_settings, build
-from vqdm.diffusion.denoisers import denoiser_name
+from vqdm.diffusion.denoisers import denoisers_of
 from vqdm.diffusion.model_folders import check_supported_pipeline
 from vqdm.diffusion.pipelines import networks, set_scheduler
 from vqdm.documents import kind_of
@@ -25,6 +25,7 @@ from vqdm.prompts import check_prompts, default_prompts, load_prompts
 from vqdm.quantization import job
 from vqdm.quantization.config import HubConfig, QuantizeConfig
 from vqdm.quantization.language_model import LanguageModel, is_language_model, quantize_language_model
+from vqdm.storage.hub import quantized_denoisers
 
 # Settings of how a path is loaded, which a loaded pipeline has decided already.
 LOADING = ("dtype", "device", "variant", "single_file_config", "revision", "local_files_only")
@@ -49,6 +50,8 @@ class QuantizationReport:
         embeddings_error_db: error of the embeddings of the evaluation prompts in dB, by kind and of "all" together,
             where `components` names text encoders; else None.
         text_encoders: by name, a dict of figures of each that is quantized, as in `summary.json`.
+        experts: of two denoisers that are quantized, by name a dict of the fields from `bits_per_weight` to
+            `median_error_db`; above are bits per weight and bytes of both, and the other figures of the first.
         perplexity_before, perplexity_after: of the evaluation texts, for a language model alone, which has no
             figures of images, outputs and embeddings.
         layers: a dict per quantized layer: name, block, kind, rows, columns, bits_per_weight, error, ...
@@ -66,6 +69,7 @@ class QuantizationReport:
     pipeline_bytes_after: int | None
     embeddings_error_db: dict[str, float] | None
     text_encoders: dict[str, dict]
+    experts: dict[str, dict]
     perplexity_before: float | None
     perplexity_after: float | None
     layers: tuple[dict, ...]
@@ -74,24 +78,39 @@ class QuantizationReport:
     @classmethod
     def of(cls, summary: dict) -> QuantizationReport:
         """Take the figures from the content of a run's `summary.json`."""
-        component = summary.get("component", "unet")
+        component, names = summary.get("component", "unet"), quantized_denoisers(summary)
+        own = {name: _figures(summary, name) for name in names or [component]}
+        first, experts = own[component], own if len(own) > 1 else {}
+        sizes = [[one[key] for one in own.values()] for key in ("bytes_before", "bytes_after")]
         return cls(
             summary["effective_bits_layers"],
-            summary[f"effective_bits_{component}"],
-            summary[f"bytes_of_original_{component}"],
-            summary[f"bytes_of_{component}"],
-            summary.get(f"{component}_output_error_db"),
-            summary.get(f"{component}_output_error_db_by_point", {}).get("median"),
+            first["bits_per_parameter"],
+            *(None if None in some else sum(some) for some in sizes),
+            first["error_db"],
+            first["median_error_db"],
             summary.get("images", {}).get("psnr_db"),
             summary.get("bytes_of_original_pipeline"),
             summary.get("bytes_of_pipeline"),
             summary.get("embeddings_error_db"),
             summary.get("text_encoders", {}),
+            experts,
             summary.get("perplexity_before"),
             summary.get("perplexity"),
             tuple(summary["layers"]),
             summary["seconds"],
         )
+
+
+def _figures(summary: dict, name: str) -> dict:
+    """Return the figures of a summary that are of one model alone."""
+    return {
+        "bits_per_weight": summary.get(f"effective_bits_layers_{name}", summary["effective_bits_layers"]),
+        "bits_per_parameter": summary[f"effective_bits_{name}"],
+        "bytes_before": summary[f"bytes_of_original_{name}"],
+        "bytes_after": summary[f"bytes_of_{name}"],
+        "error_db": summary.get(f"{name}_output_error_db"),
+        "median_error_db": summary.get(f"{name}_output_error_db_by_point", {}).get("median"),
+    }
 
 
 def quantize(
@@ -222,7 +241,7 @@ def _counts(calibration: int, evaluation: int) -> dict:
 
 def _working_copy(pipeline: DiffusionPipeline, config: QuantizeConfig) -> DiffusionPipeline:
     """Return a pipeline with copies of what is quantized, the scheduler and tokenizers, and the same other models."""
-    copied, changed = copy.copy(pipeline), {denoiser_name(pipeline), *(config.components or ())}
+    copied, changed = copy.copy(pipeline), {*(config.components or denoisers_of(pipeline))}
     for name, part in pipeline.components.items():
         if name in changed or not isinstance(part, nn.Module):
             setattr(copied, name, copy.deepcopy(part))

@@ -17,7 +17,8 @@ from vqdm.errors import UserError
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 TRACKERS = ("none", "wandb", "tensorboard")
-COMPONENTS = ("unet", "transformer")  # names of denoisers in pipelines, and of their folders
+SECOND_EXPERT = "transformer_2"  # of pipelines that change their denoiser on the way
+COMPONENTS = ("unet", "transformer", SECOND_EXPERT)  # names of denoisers in pipelines, and of their folders
 SCHEDULERS = {  # name → class of diffusers
     "default": None,
     "ddpm": "DDPMScheduler",

@@ -282,14 +282,15 @@ def test_what_cannot_be_calibrated_is_refused(changed, file, change, words):
         check_supported(changed(file, change), None, False)
 
 
-def test_two_experts_are_refused(tmp_path):
-    pipeline, words = wan(experts=2), "is a WanPipeline with two experts, transformer and transformer_2"
-    with pytest.raises(UserError, match=f"pipeline {words}, which is unsupported; give a model with one"):
-        check_supported_pipeline(pipeline, "pipeline")
+def test_a_second_expert_needs_a_boundary(tmp_path):
+    pipeline, words = wan(experts=2), "is a FluxPipeline with a transformer_2 but no boundary_ratio that says when"
+    check_supported_pipeline(pipeline, "pipeline")
     pipeline.save_config(tmp_path)
+    check_supported(str(tmp_path), None, False)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
     with pytest.raises(UserError, match=words):
         check_supported(str(tmp_path), None, False)
-    check_supported_pipeline(wan(), "pipeline")
 
 
 class Subclass(nn.Parameter):

@@ -57,7 +57,7 @@ def test_batches_are_halved_where_memory_ends(pipelines, monkeypatch):
 
     def results(size) -> list:
         whole, images = record_evaluation(pipeline, PROMPTS, 0, settings, size)
-        part = record_trajectories(pipeline, PROMPTS, 0, settings, size, 0, 1000)
+        part = record_trajectories(pipeline, ["unet"], PROMPTS, 0, settings, size, 0, 1000)["unet"]
         again = generate_images(pipeline, PROMPTS, 0, settings, size)
         errors = point_errors(pipeline.unet, moved(whole), size)
         pixels = to_tensor([*images, *again])
@@ -115,8 +115,8 @@ def test_images_do_not_depend_on_the_batch(pipelines):
 
 def test_timestep_range(pipelines):
     pipeline, settings = load(pipelines["sdxl"]), {"num_inference_steps": 5}
-    whole = record_trajectories(pipeline, PROMPTS, 0, settings, 3, 0, 1000)
-    part = record_trajectories(pipeline, PROMPTS, 0, settings, 3, 300, 700)
+    whole = record_trajectories(pipeline, ["unet"], PROMPTS, 0, settings, 3, 0, 1000)["unet"]
+    part = record_trajectories(pipeline, ["unet"], PROMPTS, 0, settings, 3, 300, 700)["unet"]
     keep = (whole.timesteps >= 300) & (whole.timesteps <= 700)
     assert 0 < keep.sum() < 5
     assert torch.equal(recorded.latents(part), recorded.latents(whole)[:, keep])

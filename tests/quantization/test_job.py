@@ -342,7 +342,8 @@ def test_load_is_checked_at_the_start(pipelines, prompt_file, tmp_path, monkeypa
     for load, words in (
         (
             "nosuch",
-            "--load nosuch holds neither unet/config.json nor transformer/config.json nor config.json, since it is",
+            "--load nosuch holds neither unet/config.json nor transformer/config.json nor transformer_2/config.json "
+            "nor config.json, since it is",
         ),
         (str(tmp_path), f"--load {tmp_path} holds neither"),
         (str(pipelines["sdxl"]), "is not quantized: its config.json has no quantization_config of vqdm; give the"),

@@ -6,6 +6,7 @@ row for each class that more must be known of. A class without a row is tried by
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from vqdm.config import COMPONENTS
+from vqdm.config import COMPONENTS, SECOND_EXPERT
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 EDGES = re.compile(
@@ -95,14 +96,33 @@ def family_of(model: nn.Module) -> Family:
     return FAMILIES.get(type(model).__name__, Family())
 
 
+def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return by name the components that a pipeline denoises with: one, or two experts in the order of their steps."""
+    held = {name: part for name in COMPONENTS if isinstance(part := getattr(pipeline, name, None), nn.Module)}
+    return {name: part for name, part in held.items() if noise_range(pipeline, name) is not None}
+
+
+def noise_range(pipeline: DiffusionPipeline, name: str) -> tuple[float, float] | None:
+    """Return the first timestep, and that before which all are, that a pipeline calls a denoiser at; None without any.
+
+    Of two experts, as in Wan 2.2, the first is called at timesteps from `boundary_ratio * num_train_timesteps` on, the
+    second below; without a `boundary_ratio` the second is never called.
+    """
+    ratio = None if name == "unet" else pipeline.config.get("boundary_ratio")
+    if ratio is None:
+        return None if name == SECOND_EXPERT else (0.0, math.inf)
+    boundary = ratio * pipeline.scheduler.config.num_train_timesteps
+    found = (0.0, boundary) if name == SECOND_EXPERT else (boundary, math.inf)
+    return found if found[0] <= pipeline.scheduler.config.num_train_timesteps and found[1] > 0 else None
+
+
 def denoiser_name(pipeline: DiffusionPipeline) -> str | None:
-    """Return the name of the component that a pipeline denoises with; None where it has none of `COMPONENTS`."""
-    found = (name for name in COMPONENTS if isinstance(getattr(pipeline, name, None), nn.Module))
-    return next(found, None)
+    """Return the name of the component that a pipeline denoises with first; None where it has none of `COMPONENTS`."""
+    return next(iter(denoisers_of(pipeline)), None)
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
-    """Return the component that a pipeline denoises with."""
+    """Return the component that a pipeline denoises with first."""
     return getattr(pipeline, denoiser_name(pipeline))
 
 

@@ -17,8 +17,8 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from vqdm.config import COMPONENTS, label
-from vqdm.diffusion.denoisers import denoiser_name
+from vqdm.config import COMPONENTS, SECOND_EXPERT, label
+from vqdm.diffusion.denoisers import denoisers_of
 from vqdm.diffusion.single_files import (
     FIRST_LAYER,
     INDEX,
@@ -75,7 +75,6 @@ QUANTIZED_FILES = ("quantization_config.json", "quantize_config.json", "quanto_q
 SHARED_SETTINGS = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
 SHARED_SETTINGS += ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "patch_size")
 SHARED_SETTINGS += ("joint_attention_dim", "pooled_projection_dim", "caption_channels", "guidance_embeds", "n_layers")
-SECOND_EXPERT = "transformer_2"  # of pipelines that change their denoiser on the way
 NO_DENOISER = f"which has neither {' nor '.join(COMPONENTS)}: there is nothing to quantize"
 
 
@@ -206,8 +205,10 @@ def check_full_precision(
         kinds = {kind for key, (_, kind) in parts_of(model)["unet"].items() if key.endswith("weight")}
         method = ", ".join(sorted(kinds - FULL_PRECISION))
     else:
-        name_of = _named_denoiser(_index(model, revision, local_files_only) or {}) or COMPONENTS[0]
-        method = _quantization(model, name_of, _component(model, name_of, revision, local_files_only))
+        names = _named_denoisers(_index(model, revision, local_files_only) or {}) or COMPONENTS[:1]
+        configs = {one: _component(model, one, revision, local_files_only) for one in names}
+        found = (_quantization(model, one, config) for one, config in configs.items())
+        method = next(filter(None, found), None)
     if method:
         raise UserError(f"{name} {model} is quantized itself ({method}); give the full-precision model{role}")
 
@@ -231,8 +232,8 @@ def check_supported(
         return
     _check_pipeline(f"{name} {model}", index)
     check_full_precision(model, revision, local_files_only, name, role)
-    denoiser = _named_denoiser(index)
-    parts = [part for part, value in index.items() if isinstance(value, list) and part != denoiser]
+    denoiser, *others = _named_denoisers(index)
+    parts = [part for part, value in index.items() if isinstance(value, list) and part not in (denoiser, *others)]
     configs = {part: _component(place, part, revision, local_files_only) for part in parts}
     config = _component(place, denoiser, revision, local_files_only)
     if one_file:  # the file decides: inpainting models are named by it alone
@@ -247,18 +248,32 @@ def check_supported(
 
 def check_supported_pipeline(pipeline: DiffusionPipeline, name: str) -> None:
     """Raise UserError, naming the argument, where a loaded pipeline cannot be calibrated."""
-    own, vae = denoiser_name(pipeline), getattr(pipeline, "vae", None)
-    denoiser = getattr(pipeline, own) if own else None
-    experts = [one for one in (own, SECOND_EXPERT) if one and getattr(pipeline, one, None) is not None]
-    parts = {one: ["diffusers", type(getattr(pipeline, one)).__name__] for one in experts}
-    _check_pipeline(name, {"_class_name": type(pipeline).__name__, **parts})
-    check_loaded(denoiser, type(pipeline).__name__, name)
-    if hasattr(denoiser, "peft_config"):
-        raise UserError(
-            f"{name} has LoRA weights beside its {label(own)}; call fuse_lora() and unload_lora_weights() first"
-        )
-    if own == "unet":
-        _check_unet(name, dict(denoiser.config), {} if vae is None else dict(vae.config))
+    kind, vae = type(pipeline).__name__, getattr(pipeline, "vae", None)
+    held = {one: part for one in COMPONENTS if isinstance(part := getattr(pipeline, one, None), nn.Module)}
+    _check_pipeline(
+        name, {"_class_name": kind} | {one: ["diffusers", type(part).__name__] for one, part in held.items()}
+    )
+    check_experts(pipeline, name)
+    for own, denoiser in denoisers_of(pipeline).items():
+        check_loaded(denoiser, kind, name)
+        if hasattr(denoiser, "peft_config"):
+            raise UserError(
+                f"{name} has LoRA weights beside its {label(own)}; call fuse_lora() and unload_lora_weights() first"
+            )
+        if own == "unet":
+            _check_unet(name, dict(denoiser.config), {} if vae is None else dict(vae.config))
+
+
+def check_experts(pipeline: DiffusionPipeline, name: str) -> None:
+    """Raise UserError, naming the argument, where a pipeline of two experts lacks one that it would call."""
+    if "boundary_ratio" not in pipeline.config:
+        return
+    ratio = pipeline.config.boundary_ratio
+    called = {"transformer": ratio is None or ratio < 1, SECOND_EXPERT: ratio is not None and ratio > 0}
+    missing = [one for one, needed in called.items() if needed and getattr(pipeline, one, None) is None]
+    if missing:
+        has = f"has no {missing[0]}, which a boundary_ratio of {ratio} has called"
+        raise UserError(f"{name} {has}; add it, or set boundary_ratio in {INDEX}: null for transformer alone, else 1")
 
 
 def check_loaded(denoiser: nn.Module, model: str, name: str = "MODEL", role: str = "") -> None:
@@ -284,25 +299,28 @@ def quantized_by(model: nn.Module) -> str | None:
     return None
 
 
-def _named_denoiser(index: dict) -> str | None:
-    """Return the name of the denoiser in the content of a `model_index.json`."""
-    held = (name for name in COMPONENTS if isinstance(index.get(name), list) and index[name][-1:] not in ([], [None]))
-    return next(held, None)
+def _named_denoisers(index: dict) -> list[str]:
+    """Return the names of the denoisers in the content of a `model_index.json`."""
+    return [name for name in COMPONENTS if isinstance(index.get(name), list) and index[name][-1:] not in ([], [None])]
 
 
 def _check_pipeline(model: str, index: dict) -> None:
-    kind, denoiser = index.get("_class_name"), _named_denoiser(index)
-    if denoiser is None:
+    kind, held = index.get("_class_name"), _named_denoisers(index)
+    if not held:
         raise UserError(f"{model} is a {kind}, {NO_DENOISER}")
-    if (index.get(SECOND_EXPERT) or [None])[-1] is not None:
+    denoiser = held[0]
+    if (
+        SECOND_EXPERT in held
+        and "boundary_ratio" not in inspect.signature(getattr(diffusers, str(kind), dict)).parameters
+    ):
         raise UserError(
-            f"{model} is a {kind} with two experts, {denoiser} and {SECOND_EXPERT}, which is unsupported; give a model "
-            "with one"
+            f"{model} is a {kind} with a {SECOND_EXPERT} but no boundary_ratio that says when it is called, which is "
+            "unsupported"
         )
     library, own = index[denoiser][0], index[denoiser][-1]
     if denoiser == "unet" and library == "diffusers" and own != "UNet2DConditionModel":
         raise UserError(f"{model} has a {own} as its UNet, which is unsupported; allowed is UNet2DConditionModel")
-    known = PIPELINES[denoiser]
+    known = PIPELINES["unet" if denoiser == "unet" else "transformer"]
     if kind in known or not hasattr(diffusers, str(kind)):
         return
     asked = inspect.signature(getattr(diffusers, kind).__call__).parameters.values()
@@ -382,8 +400,10 @@ LEAVE_OUT = "for full precision leave QUANTIZED out"
 GIVE = "give the folder that quantizing wrote"
 
 
-def find_denoiser(path: str, optional: bool = False, name: str = "QUANTIZED") -> Path:
-    """Return the denoiser's folder, given it or the pipeline folder around it.
+def find_denoisers(path: str, optional: bool = False, name: str = "QUANTIZED") -> dict[str, Path]:
+    """Return by component the folders of the quantized denoisers, given one or the pipeline folder around them.
+
+    One that is given itself belongs to the component that its folder is named after; "" where that is none.
 
     Args:
         optional: whether the program does without one, for messages.
@@ -394,24 +414,55 @@ def find_denoiser(path: str, optional: bool = False, name: str = "QUANTIZED") ->
     """
     if Path(path).is_file():
         raise UserError(f"{name} {path} is a file; {GIVE}")
-    places = [*(Path(path) / part for part in COMPONENTS), Path(path)]
-    candidates = [folder for folder in places if (folder / "config.json").is_file()]
+    own = Path(path).resolve().name
+    candidates = {part: Path(path) / part for part in COMPONENTS if (Path(path) / part / "config.json").is_file()}
+    if not candidates and (Path(path) / "config.json").is_file():
+        candidates = {own if own in COMPONENTS else "": Path(path)}
     if not candidates:
         what = "" if Path(path).is_dir() else f", since it is not a folder{not_found(path)}"
         files = f"neither {' nor '.join(f'{part}/config.json' for part in COMPONENTS)} nor config.json"
         raise UserError(f"{name} {path} holds {files}{what}; {GIVE}")
-    try:
-        config = read_json(candidates[0] / "config.json")
-        check_declared(config)
-        method = (config.get("quantization_config") or {}).get("quant_method")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{name} {path}: config.json cannot be read: {first_line(error)}") from None
-    if method != Method.VQDM.value:
+    found = {}
+    for part, folder in candidates.items():
+        try:
+            config = read_json(folder / "config.json")
+            check_declared(config)
+            method = (config.get("quantization_config") or {}).get("quant_method")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{name} {path}: config.json cannot be read: {first_line(error)}") from None
+        found |= {part: folder} if method == Method.VQDM.value else {}
+    if not found:
         raise UserError(
             f"{name} {path} is not quantized: its config.json has no quantization_config of vqdm; "
             f"{LEAVE_OUT if optional else GIVE}"
         )
-    return candidates[0]
+    return found
+
+
+def find_denoiser(path: str, optional: bool = False, name: str = "QUANTIZED") -> Path:
+    """Return the folder of the only quantized denoiser, or of the first of two experts, as `find_denoisers`."""
+    return next(iter(find_denoisers(path, optional, name).values()))
+
+
+def denoisers_for(
+    pipeline: DiffusionPipeline, path: str, model: str, optional: bool = False, name: str = "QUANTIZED"
+) -> dict[str, Path]:
+    """Return what `find_denoisers` finds at `path` by the components of MODEL's pipeline that it belongs to.
+
+    Raises:
+        UserError: as `find_denoisers`; MODEL lacks the component, or has two experts and the folder another name.
+    """
+    found, own = find_denoisers(path, optional, name), list(denoisers_of(pipeline))
+    if len(own) > 1 and "" in found:
+        raise UserError(
+            f"{name} {path} is one denoiser, and MODEL {model} has two experts; name its folder {' or '.join(own)}"
+        )
+    if len(own) == len(found) == 1:  # of whichever name
+        return dict(zip(own, found.values(), strict=True))
+    missing = [one for one in found if one not in own]
+    if missing:
+        raise UserError(f"{name} {path} has a {missing[0]}, and MODEL {model} has none; they do not fit")
+    return found
 
 
 def denoiser_class(folder: Path) -> type[ModelMixin]:

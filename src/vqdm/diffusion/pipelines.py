@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from vqdm.config import SCHEDULERS, RunConfig
-from vqdm.diffusion.denoisers import denoiser_name, denoiser_of, family_of
+from vqdm.config import COMPONENTS, SCHEDULERS, RunConfig
+from vqdm.diffusion.denoisers import denoiser_name, denoiser_of, denoisers_of, family_of
 from vqdm.diffusion.model_folders import (
     NO_DENOISER,
     check_declared,
+    check_experts,
     check_place,
     check_variant,
     found_variant,
@@ -40,7 +41,7 @@ from vqdm.diffusion.single_files import (
 from vqdm.documents import first_line, read_json, shortened
 from vqdm.errors import RunError, UserError
 from vqdm.images import generated_images
-from vqdm.layers.quantized import narrowed
+from vqdm.layers.quantized import drop_decoded, narrowed
 from vqdm.storage.files import pipeline_fingerprint, single_file_fingerprint
 from vqdm.storage.hub import is_offline
 from vqdm.tracking import log, log_info
@@ -86,6 +87,7 @@ def load_pipeline(
             raise UserError(f"MODEL {model} cannot be loaded: {first_line(error)}") from None
         place = f"is not a folder here{not_found(model)}, and cannot be loaded from the hub"
         raise UserError(f"MODEL {model} {place}: {first_line(error)}") from None
+    check_experts(pipeline, f"MODEL {model}")
     if denoiser_name(pipeline) is None:
         raise UserError(f"MODEL {model} is a {type(pipeline).__name__}, {NO_DENOISER}")
     pipeline.set_progress_bar_config(disable=True)
@@ -108,29 +110,40 @@ def slice_vae(pipeline: DiffusionPipeline) -> None:
 def parts_in_use(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Inside, the pipeline may be called: all parts are on the denoiser's device, text encoders until its first call.
 
-    The VAE works image by image. Afterwards each part is where it was, and in the type that it had: a call that fails
-    may leave the VAE in another. Parts with hooks of accelerate move without this.
+    Of two experts one of which is on the CPU, that which is called is on the device, the other on the CPU. The VAE
+    works image by image. Afterwards each part is where it was, and in the type that it had: a call that fails may leave
+    the VAE in another. Parts with hooks of accelerate move without this.
     """
-    denoiser = denoiser_of(pipeline)
-    device, sliced = denoiser.device, getattr(getattr(pipeline, "vae", None), "use_slicing", None)
+    denoisers, device = denoisers_of(pipeline), sampling_device(pipeline)
+    sliced = getattr(getattr(pipeline, "vae", None), "use_slicing", None)
     parts = {name: part for name, part in other_parts(pipeline).items() if not hasattr(part, "_hf_hook")}
     away = {name: part.device for name, part in parts.items() if part.device != device}
     types = {name: part.dtype for name, part in parts.items() if name == "vae"}
+    places = {name: part.device for name, part in denoisers.items() if not hasattr(part, "_hf_hook")}
+    turns = {name: denoisers[name] for name in places} if {*places.values()} - {device} else {}
 
-    def leave(*_) -> None:
+    def leave(denoiser: nn.Module, _) -> None:
         for name, place in away.items():
             if name != "vae":
                 parts[name].to(place)
+        if denoiser.device != device and denoiser in turns.values():
+            for other in turns.values():
+                drop_decoded(other)
+                other.to("cpu")
+            denoiser.to(device)
 
-    hook = denoiser.register_forward_pre_hook(leave) if away else None
+    hooks = [one.register_forward_pre_hook(leave, prepend=True) for one in denoisers.values() if away or turns]
     slice_vae(pipeline)
     try:
         for name in away:
             parts[name].to(device)
         yield
     finally:
-        if hook:
+        for hook in hooks:
             hook.remove()
+        for name in sorted(turns, key=lambda name: places[name] == device):  # first those that leave
+            drop_decoded(turns[name])
+            turns[name].to(places[name])
         for name, place in away.items():
             parts[name].to(place)
         for name, dtype in types.items():
@@ -140,14 +153,28 @@ def parts_in_use(pipeline: DiffusionPipeline) -> Iterator[None]:
             pipeline.vae.use_slicing = sliced
 
 
+def sampling_device(pipeline: DiffusionPipeline) -> torch.device:
+    """Return the device that a pipeline samples on: that of its denoiser, or of the expert that is not on the CPU."""
+    devices = [part.device for part in denoisers_of(pipeline).values() if not hasattr(part, "_hf_hook")]
+    return next((one for one in devices if one.type != "cpu"), denoiser_of(pipeline).device)
+
+
 @contextmanager
-def resting_on_cpu(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Inside, all parts but the denoiser are on the CPU, except while `parts_in_use`; afterwards where they were."""
-    parts = [part for part in other_parts(pipeline).values() if not hasattr(part, "_hf_hook")]
+def resting_on_cpu(pipeline: DiffusionPipeline, expert: str | None = None) -> Iterator[None]:
+    """Inside, all parts but the denoiser are on the CPU, except while `parts_in_use`; afterwards where they were.
+
+    Args:
+        expert: that which stays of two, by default the first; they may change places inside.
+    """
+    denoisers = denoisers_of(pipeline)
+    stays = denoisers.get(expert, denoiser_of(pipeline))
+    experts = denoisers.values() if len(denoisers) > 1 else ()
+    parts = [part for part in (*other_parts(pipeline).values(), *experts) if not hasattr(part, "_hf_hook")]
     places = [part.device for part in parts]
     try:
         for part in parts:
-            part.to("cpu")
+            if part is not stays:
+                part.to("cpu")
         yield
     finally:
         for part, place in zip(parts, places, strict=True):
@@ -160,8 +187,8 @@ def networks(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def other_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """Return the networks of a pipeline other than its denoiser, by name."""
-    return {name: part for name, part in networks(pipeline).items() if name != denoiser_name(pipeline)}
+    """Return the networks of a pipeline other than its denoisers, by name."""
+    return {name: part for name, part in networks(pipeline).items() if name not in COMPONENTS}
 
 
 def configured_pipeline(config: RunConfig, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:

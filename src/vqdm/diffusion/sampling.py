@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -13,8 +14,8 @@ from PIL import Image
 
 from vqdm.config import SamplingConfig
 from vqdm.devices import BatchSize, as_batch_size
-from vqdm.diffusion.denoisers import compute_dtype, denoiser_of, output_of
-from vqdm.diffusion.pipelines import image_size, latent_values, networks, sample
+from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, noise_range, output_of
+from vqdm.diffusion.pipelines import image_size, latent_values, networks, sample, sampling_device
 from vqdm.diffusion.trajectories import CallRecorder, Trajectories, join
 from vqdm.errors import RunError, UserError
 from vqdm.fidelity import PAIR_SCORES, decibels, pair_scores, to_tensor
@@ -56,8 +57,26 @@ def sampled(
     return found
 
 
+def recorded_calls(
+    pipeline: DiffusionPipeline, names: Sequence[str], prompts: int, outputs: bool, generate: Callable[[], Result]
+) -> tuple[dict[str, Trajectories], Result]:
+    """Sample a batch of prompts by `generate`; return each named denoiser's own calls by name, and what it returns."""
+    with ExitStack() as hooks:
+        recorders = [CallRecorder(getattr(pipeline, name), prompts, outputs) for name in names]
+        for recorder in recorders:
+            hooks.enter_context(recorder)
+        made = generate()
+    return {name: recorder.trajectories() for name, recorder in zip(names, recorders, strict=True)}, made
+
+
+def joined(parts: Sequence[dict[str, Trajectories]]) -> dict[str, Trajectories]:
+    """Concatenate the trajectories of each denoiser over prompts, as `trajectories.join`."""
+    return {name: join([part[name] for part in parts]) for name in parts[0]}
+
+
 def record_trajectories(
     pipeline: DiffusionPipeline,
+    names: Sequence[str],
     prompts: list[str],
     seed: int,
     settings: dict,
@@ -66,22 +85,23 @@ def record_trajectories(
     high: float,
     what: str = "calibration trajectories",
     outputs: bool = False,
-) -> Trajectories:
-    """Record the denoiser's inputs, and `outputs` on request, of sampling every prompt, at timesteps in [low, high].
+) -> dict[str, Trajectories]:
+    """Record the named denoisers' inputs, and `outputs` on request, of sampling every prompt, by name.
+
+    Only calls at timesteps in [low, high] are kept.
 
     Raises:
         RunError: the samples hold NaN.
     """
 
-    def record(chunk: list[str], generate: Callable) -> Trajectories:
-        with CallRecorder(denoiser_of(pipeline), len(chunk), outputs) as recorder:
-            generate()
-        part = recorder.trajectories().between(low, high)
-        if not part.is_finite():
+    def record(chunk: list[str], generate: Callable) -> dict[str, Trajectories]:
+        found, _ = recorded_calls(pipeline, names, len(chunk), outputs, generate)
+        found = {name: part.between(low, high) for name, part in found.items()}
+        if not all(part.is_finite() for part in found.values()):
             raise RunError(NOT_FINITE)
-        return part
+        return found
 
-    return join(sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what, record))
+    return joined(sampled(pipeline, prompts, seed, settings | {"output_type": "latent"}, size, what, record))
 
 
 def set_timesteps(scheduler, steps: int) -> None:
@@ -98,28 +118,68 @@ def check_timestep_range(scheduler, steps: int | None, low: float, high: float) 
         raise UserError(f"no step of the scheduler lies between --min_timestep {low} and --max_timestep {high}")
 
 
-def record_evaluation(
-    pipeline: DiffusionPipeline, prompts: list[str], seed: int, settings: dict, size: int | BatchSize
-) -> tuple[Trajectories, list[Image.Image]]:
-    """Record the teacher's inputs and outputs, and its images.
+def called_steps(
+    pipeline: DiffusionPipeline, name: str, steps: int | None, low: float = 0.0, high: float = math.inf
+) -> int:
+    """Return at how many of its steps (50 where `steps` is None) in [low, high] a pipeline calls a denoiser."""
+    set_timesteps(pipeline.scheduler, steps or 50)
+    (first, before), times = noise_range(pipeline, name), pipeline.scheduler.timesteps
+    return int(((times >= max(first, low)) & (times <= high) & (times < before)).sum())
+
+
+def check_steps(pipeline: DiffusionPipeline, names: Sequence[str], steps: int | None, low: float, high: float) -> None:
+    """Raise UserError where one of the named experts is called at no step in [low, high]."""
+    for name in names:
+        if not called_steps(pipeline, name, steps, low, high):
+            first, before = noise_range(pipeline, name)
+            limits = f"from {first:g} on" if math.isinf(before) else f"below {before:g}"
+            raise UserError(
+                f"{name} is called at timesteps {limits}, and none of {steps or 50} steps to calibrate on is there; "
+                "give more --num_inference_steps, other --min_timestep or --max_timestep, or --components without it"
+            )
+
+
+def record_evaluations(
+    pipeline: DiffusionPipeline,
+    names: Sequence[str],
+    prompts: list[str],
+    seed: int,
+    settings: dict,
+    size: int | BatchSize,
+) -> tuple[dict[str, Trajectories], list[Image.Image]]:
+    """Record the named teachers' inputs and outputs, by name, and their images.
 
     Raises:
-        RunError: the denoiser gives NaN or infinity: nothing can be compared with it.
+        RunError: a denoiser gives NaN or infinity: nothing can be compared with it.
     """
     size = as_batch_size(size)
 
-    def record(chunk: list[str], generate: Callable) -> tuple[Trajectories, list[Image.Image]]:
-        with CallRecorder(denoiser_of(pipeline), len(chunk), outputs=True) as recorder:
-            images = generate()
-        part = recorder.trajectories()
-        if not part.is_finite():
+    def record(chunk: list[str], generate: Callable) -> tuple[dict[str, Trajectories], list[Image.Image]]:
+        found, images = recorded_calls(pipeline, names, len(chunk), True, generate)
+        if not all(part.is_finite() for part in found.values()):
             raise RunError(NOT_FINITE)
-        return part, images
+        return found, images
 
     found = sampled(pipeline, prompts, seed, settings, size, "teacher images", record)
     parts, images = zip(*found, strict=True)
-    check_replay(denoiser_of(pipeline), parts[0], size)
-    return join(list(parts)), [image for some in images for image in some]
+    for name, denoiser in ((name, getattr(pipeline, name)) for name in names):
+        if denoiser.device == sampling_device(pipeline):  # the other expert waits on the CPU
+            check_replay(denoiser, parts[0][name], size)
+    return joined(parts), [image for some in images for image in some]
+
+
+def record_evaluation(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    seed: int,
+    settings: dict,
+    size: int | BatchSize,
+    name: str | None = None,
+) -> tuple[Trajectories, list[Image.Image]]:
+    """Record one denoiser's inputs and outputs as `record_evaluations`: that which is named, or the first."""
+    name = name or denoiser_name(pipeline)
+    found, images = record_evaluations(pipeline, [name], prompts, seed, settings, size)
+    return found[name], images
 
 
 def check_replay(denoiser: torch.nn.Module, recorded: Trajectories, size: BatchSize) -> None:

@@ -35,6 +35,7 @@ from vqdm.diffusion.denoisers import (
     compute_dtype,
     denoiser_name,
     denoiser_of,
+    denoisers_of,
     family_of,
     output_of,
 )
@@ -47,6 +48,7 @@ from vqdm.diffusion.pipelines import (
     networks,
     set_scheduler,
 )
+from vqdm.diffusion.sampling import called_steps
 from vqdm.documents import read_json
 from vqdm.errors import RunError
 
@@ -76,6 +78,9 @@ class Shapes:
         backward: activations of that call and a backward pass, where one is made.
         encoding: activations of a text encoder for one prompt, and for each further one of a batch.
         calls, steps: the calls of a denoising step, and the steps.
+        own_steps: of the steps, those at which this denoiser is called and not another expert.
+        experts: the denoisers that are called in turn.
+        others: weights of the other denoisers.
         outside, block: of the weights, those outside of the blocks, and of the largest block.
         waiting: what blocks returned that a point waits with for the next block, where all go block by block.
     """
@@ -99,6 +104,9 @@ class Shapes:
     encoding: tuple[int, int] = (0, 0)
     calls: int = 1
     steps: int = 50
+    own_steps: int = 50
+    experts: int = 1
+    others: int = 0
     outside: int = 0
     block: int = 0
     waiting: int = 0
@@ -459,9 +467,15 @@ def _bytes(tree) -> int:
     return sum(one.nbytes for one in tree_leaves(tree) if isinstance(one, Tensor))
 
 
-def shapes_of(pipeline: DiffusionPipeline, config: RunConfig) -> Shapes | None:
-    """Return the shapes of a pipeline, whose weights may be missing; None where its parts cannot be called as usual."""
-    sampling, denoiser, component = config.sampling, denoiser_of(pipeline), denoiser_name(pipeline)
+def shapes_of(pipeline: DiffusionPipeline, config: RunConfig, component: str | None = None) -> Shapes | None:
+    """Return the shapes of a pipeline, whose weights may be missing; None where its parts cannot be called as usual.
+
+    Args:
+        component: the denoiser, of two experts; by default the first.
+    """
+    sampling, component = config.sampling, component or denoiser_name(pipeline)
+    denoiser, experts = getattr(pipeline, component), denoisers_of(pipeline)
+    steps = own_steps(pipeline, sampling.num_inference_steps)
     values = {name: sum(one.numel() for one in part.parameters()) for name, part in networks(pipeline).items()}
     dtype, scale = compute_dtype(denoiser), latent_scale(pipeline)
     size = [side // scale for side in image_size(pipeline, sampling.height, sampling.width)]
@@ -483,7 +497,7 @@ def shapes_of(pipeline: DiffusionPipeline, config: RunConfig) -> Shapes | None:
     latents = tensors.pop(next(iter(given))) // branches
     return Shapes(
         denoiser=bytes_of[component],
-        text=sum(count for name, count in bytes_of.items() if name not in (component, "vae")),
+        text=sum(count for name, count in bytes_of.items() if name not in (*COMPONENTS, "vae")),
         vae=bytes_of["vae"],
         step=step.bytes,
         decode=sum(tensor.nbytes for tensor in vae.parameters()) + decode.bytes,
@@ -495,11 +509,14 @@ def shapes_of(pipeline: DiffusionPipeline, config: RunConfig) -> Shapes | None:
         decode_flops=decode.flops,
         latents=latents,
         outputs=branches * latents,
-        conditioning=calls * sum(held for name, held in tensors.items() if name not in TIMESTEP_NAMES),
+        conditioning=len(experts) * calls * sum(held for name, held in tensors.items() if name not in TIMESTEP_NAMES),
         call=call,
         encoding=encoding_bytes(pipeline, dtype),
         calls=calls,
-        steps=own_steps(pipeline, sampling.num_inference_steps),
+        steps=steps,
+        own_steps=called_steps(pipeline, component, steps) if len(experts) > 1 else steps,
+        experts=len(experts),
+        others=sum(bytes_of[name] for name in COMPONENTS if name in bytes_of and name != component),
         **blocks,
     )
 

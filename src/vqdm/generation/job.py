@@ -23,12 +23,13 @@ from huggingface_hub import try_to_load_from_cache
 
 import vqdm
 from vqdm.devices import pick_dtype
-from vqdm.diffusion.denoisers import denoiser_name, denoiser_of
+from vqdm.diffusion.denoisers import denoisers_of
 from vqdm.diffusion.model_folders import (
     check_fits,
     check_full_precision,
     check_loaded,
-    find_denoiser,
+    denoisers_for,
+    find_denoisers,
     load_denoiser,
     load_text_encoders,
     quantized_text_encoders,
@@ -101,17 +102,17 @@ def generate_images(config: GenerateConfig) -> GenerationResult | None:
     check_configured(config)
     if config.teacher:
         check_full_precision(config.model, config.revision, config.local_files_only, "--teacher: MODEL")
-    denoiser_folder = find_denoiser(config.quantized, optional=True) if config.quantized else None
+    folders = list(find_denoisers(config.quantized, optional=True).values()) if config.quantized else []
     with launched(config.device) as ranks:
         check_offload(config.offload, ranks.device)
-        settings = settings_of(config, ranks, rows, denoiser_folder)
+        settings = settings_of(config, ranks, rows, folders)
         folder = ImageFolder(Path(config.output_dir), config.layout, config.shard)
         if ranks.main:
             check_claim(folder.path, settings, config.resume)
         log_info(plan(config, ranks, folder, requests))
         if config.dry_run:
             return None
-        pipeline = load(config, ranks, denoiser_folder)
+        pipeline = load(config, ranks)
         with folder.held(ranks):
             if ranks.main:
                 log_truncated(
@@ -170,15 +171,15 @@ def check_offload(offload: str, device: torch.device) -> None:
         raise UserError(f"--offload {offload} moves weights between CPU and GPU; the device is {device}")
 
 
-def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], denoiser_folder: Path | None) -> dict:
-    """Return everything the images depend on, which a resumption must share."""
+def settings_of(config: GenerateConfig, ranks: Ranks, rows: list[dict], folders: list[Path]) -> dict:
+    """Return everything the images depend on, which a resumption must share; `folders`: of the quantized denoisers."""
     own = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
-    if denoiser_folder and (texts := text_encoder_folders(config, denoiser_folder)):
+    if folders and (texts := text_encoder_folders(config, folders[0])):
         own["text_encoders_sha256"] = " ".join(map(folder_fingerprint, texts))
     return own | {
         "dtype": str(pick_dtype(config.dtype, ranks.device)).removeprefix("torch."),
         "model_sha256": local_fingerprint(config),
-        "quantized_sha256": folder_fingerprint(denoiser_folder) if denoiser_folder else None,
+        "quantized_sha256": " ".join(map(folder_fingerprint, folders)) or None,
         "prompts_sha256": hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest(),
     }
 
@@ -217,25 +218,30 @@ def find_pending(ranks: Ranks, folder: ImageFolder, rows: list[dict], requests: 
 # ------------------------------------------------------------------------------------------- the pipeline
 
 
-def load(config: GenerateConfig, ranks: Ranks, denoiser_folder: Path | None) -> DiffusionPipeline:
-    """Load MODEL with QUANTIZED's denoiser, and its quantized text encoders, where it is given, ready to generate.
+def load(config: GenerateConfig, ranks: Ranks) -> DiffusionPipeline:
+    """Load MODEL with QUANTIZED's denoisers, and its quantized text encoders, where it is given, ready to generate.
 
     Raises:
         UserError: either cannot be loaded, they do not fit, or `--teacher` names a quantized MODEL.
     """
     dtype = pick_dtype(config.dtype, ranks.device)
-    quantized = load_denoiser(denoiser_folder, dtype, optional=True) if denoiser_folder else None
     pipeline = configured_pipeline(config, torch.device("cpu"), dtype)
-    if quantized is not None:
-        check_fits(quantized, denoiser_of(pipeline), config.quantized, config.model)
-        texts = {}
-        if text_encoder_folders(config, denoiser_folder):
-            texts = load_text_encoders(denoiser_folder.parent, pipeline)
+    folders = denoisers_for(pipeline, config.quantized, config.model, optional=True) if config.quantized else {}
+    parts = {}
+    for name, folder in folders.items():
+        parts[name] = load_denoiser(folder, dtype, optional=True)
+        check_fits(parts[name], getattr(pipeline, name), config.quantized, config.model)
+    if folders:
+        folder = next(iter(folders.values()))
+        if text_encoder_folders(config, folder):
+            texts = load_text_encoders(folder.parent, pipeline)
             log_info(f"{', '.join(texts)} of {config.quantized} are used too")
-        pipeline.register_modules(**{denoiser_name(pipeline): quantized}, **texts)
+            parts |= texts
+        pipeline.register_modules(**parts)
     elif config.teacher:
-        check_loaded(denoiser_of(pipeline), config.model, "--teacher: MODEL")
-    elif quantized_layers(denoiser_of(pipeline)):
+        for denoiser in denoisers_of(pipeline).values():
+            check_loaded(denoiser, config.model, "--teacher: MODEL")
+    elif any(map(quantized_layers, denoisers_of(pipeline).values())):
         log_info(f"MODEL {config.model} is quantized itself; its own denoiser is used")
     return placed(pipeline, config, ranks.device)
 
@@ -243,7 +249,8 @@ def load(config: GenerateConfig, ranks: Ranks, denoiser_folder: Path | None) -> 
 def placed(pipeline: DiffusionPipeline, config: GenerateConfig, device: torch.device) -> DiffusionPipeline:
     """Return the pipeline on its device, or offloaded as `--offload` asks."""
     if config.compile:
-        denoiser_of(pipeline).compile()
+        for denoiser in denoisers_of(pipeline).values():
+            denoiser.compile()
     if config.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif config.offload == "sequential":
@@ -255,7 +262,7 @@ def placed(pipeline: DiffusionPipeline, config: GenerateConfig, device: torch.de
 
 def record(config: GenerateConfig, settings: dict, ranks: Ranks, pipeline: DiffusionPipeline) -> dict:
     """Return the content of `run.json`: everything needed to repeat the run."""
-    layers = quantized_layers(denoiser_of(pipeline))
+    layers = [name for denoiser in denoisers_of(pipeline).values() for name in quantized_layers(denoiser)]
     device = ranks.device
     return {
         "settings": settings,

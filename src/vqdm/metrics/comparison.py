@@ -157,7 +157,7 @@ def _run(file: Path, record: dict, name: str | None) -> RunRecord:
         raise ValueError(record["schema"])
     size, settings = record["size"], record["run"].get("settings") or {}
     source = Path(settings.get("quantized") or record["images"])
-    part = next((part for part in COMPONENTS if f"effective_bits_{part}" in size), COMPONENTS[0])
+    bits, megabytes, original = _size(size)
     found = {name: record["metrics"][name] for name in METRICS if name in record["metrics"]}
     for entry in found.values():
         _check_entry(entry)
@@ -167,9 +167,9 @@ def _run(file: Path, record: dict, name: str | None) -> RunRecord:
         path=file,
         source=source,
         name=name or source.name,
-        bits=_number(size.get(f"effective_bits_{part}")),
-        megabytes=_megabytes(size.get(f"bytes_of_{part}")),
-        original=_megabytes(size.get(f"bytes_of_original_{part}")),
+        bits=bits,
+        megabytes=megabytes,
+        original=original,
         full_precision=full,
         floor=full and alike,
         metrics=found,
@@ -188,6 +188,18 @@ def _check_entry(entry: dict) -> None:
         raise ValueError(entry)
     if not isinstance(entry["label"], str) or not isinstance(entry["n"], int) or not entry["label"].isprintable():
         raise ValueError(entry)
+
+
+def _size(size: dict) -> tuple[float | None, float | None, float | None]:
+    """Return bits per weight, megabytes, and those of the original: of both experts together, where there are two."""
+    parts = [part for part in COMPONENTS if f"effective_bits_{part}" in size] or COMPONENTS[:1]
+    bits = [_number(size.get(f"effective_bits_{part}")) for part in parts]
+    sizes = [[_megabytes(size.get(f"{name}_{part}")) for part in parts] for name in ("bytes_of", "bytes_of_original")]
+    megabytes, original = (None if None in some else sum(some) for some in sizes)
+    if len(parts) == 1 or not megabytes or not all(bits):
+        return bits[0], megabytes, original
+    weights = sum(held / each for held, each in zip(sizes[0], bits, strict=True))  # in proportion to their numbers
+    return megabytes / weights, megabytes, original
 
 
 def _number(value) -> float | None:

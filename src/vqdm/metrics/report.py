@@ -236,9 +236,11 @@ def facts(record: dict) -> str:
     size = record["size"]
     settings = record["run"].get("settings") or {}
     items = {"images": record["num_images"], "prompts": record["num_prompts"]}
+    held = [part for part in COMPONENTS if f"effective_bits_{part}" in size]
     for part in COMPONENTS:
-        if f"effective_bits_{part}" in size:
-            items |= {"bits per weight": f"{size[f'effective_bits_{part}']:.2f}"}
+        if part in held:
+            of = f", {label(part)}" if len(held) > 1 else ""
+            items |= {f"bits per weight{of}": f"{size[f'effective_bits_{part}']:.2f}"}
         if f"bytes_of_{part}" in size:
             items |= {f"MB {label(part)}": f"{size[f'bytes_of_{part}'] / 1e6:.1f}"}
     lines = [f"<li><b>{escaped(value)}</b> {name}</li>" for name, value in items.items()]

@@ -125,7 +125,7 @@ class QuantizeConfig(RunConfig):
     components: tuple[str, ...] | str | None = _layers(
         None,
         "parts of the pipeline to quantize: the denoiser, and text encoders by name, such as unet,text_encoder; each "
-        "at --target_bits, or as the same codes (default: the denoiser)",
+        "at --target_bits, or as the same codes (default: the denoiser, or both experts)",
         metavar="NAME,NAME,...",
         common=True,
     )

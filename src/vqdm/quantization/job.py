@@ -14,9 +14,9 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,9 +40,16 @@ from vqdm.devices import (
     pick_dtype,
 )
 from vqdm.diffusion.blocks import Layer, select_layers, unquantized_layers
-from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of, is_known
+from vqdm.diffusion.denoisers import compute_dtype, denoisers_of, is_known
 from vqdm.diffusion.hessians import HessianStore
-from vqdm.diffusion.model_folders import check_loaded, check_supported, find_denoiser, load_denoiser, load_text_encoders
+from vqdm.diffusion.model_folders import (
+    check_loaded,
+    check_supported,
+    denoisers_for,
+    find_denoisers,
+    load_denoiser,
+    load_text_encoders,
+)
 from vqdm.diffusion.pipelines import (
     check_configured,
     configured_pipeline,
@@ -59,6 +66,7 @@ from vqdm.diffusion.pipelines import (
     weights_fingerprint,
 )
 from vqdm.diffusion.sampling import (
+    check_steps,
     check_timestep_range,
     compare_images,
     error_spread,
@@ -75,7 +83,7 @@ from vqdm.errors import RunError, UserError
 from vqdm.fidelity import decibels
 from vqdm.images import pair_sheet, save_png
 from vqdm.layers.int8 import int8_layers, quantize_int8
-from vqdm.layers.quantized import decoded_once
+from vqdm.layers.quantized import decoded_once, drop_decoded
 from vqdm.parallel import Ranks, launched
 from vqdm.prompts import choose, default_prompts, load_prompts
 from vqdm.quantization.allocation import check_target
@@ -85,6 +93,7 @@ from vqdm.quantization.plan import (
     Int8Totals,
     blocks_before_finetuning,
     hessian_bytes,
+    in_turn,
     keeps_hessians,
     offloads,
     plain_bits,
@@ -97,6 +106,7 @@ from vqdm.quantization.recording import (
     HessianRecorder,
     digest,
     finetuning_trajectories,
+    hessian_folder,
     student_images,
     teacher_evaluation,
     teacher_trajectories,
@@ -106,18 +116,37 @@ from vqdm.quantization.text_encoder import (
     TextCalibration,
     TextPart,
     TextRecorder,
+    chosen_parts,
     planned_text,
     quantize_text_encoders,
     text_hessian_bytes,
-    text_names,
 )
 from vqdm.storage.files import save_json, save_text
 from vqdm.storage.hf import mark_quantized
-from vqdm.storage.hub import model_card, stored_sizes
+from vqdm.storage.hub import model_card, sizes_together, stored_sizes
 from vqdm.storage.run_folder import LayerResult, RunFolder, check_disk
 from vqdm.tracking import Tracker, log_info, own_command, redacted, versions
 
 OUT_OF_MEMORY = "try smaller --height and --width, or --hessian_memory_gb"
+
+
+class DenoiserPart(NamedTuple):
+    """A denoiser to quantize.
+
+    Attributes:
+        name: of its component.
+        groups: its layers by the input that they share.
+        parameters, int8, original_bytes: as of `Job`.
+        planned_bytes: of the result.
+    """
+
+    name: str
+    layers: list[Layer]
+    groups: list[list[Layer]]
+    parameters: int
+    int8: Int8Totals
+    original_bytes: int | None
+    planned_bytes: int
 
 
 @dataclass
@@ -127,7 +156,9 @@ class Job:
     Attributes:
         parameters: number of those of the whole denoiser, or text encoder.
         int8: what becomes int8.
-        component: name of what is quantized, in the pipeline and of its folder: the denoiser, or a text encoder.
+        component: name of what is quantized, in the pipeline and of its folder: a denoiser, or a text encoder.
+        denoisers: names of all denoisers that the run quantizes, of which two experts have a job each.
+        experts: of the first denoiser's job, the others.
         text: what a text encoder is calibrated on; None of the denoiser.
         stored: types of the model's components in their files.
         original_bytes: of the denoiser's files, or of its tensors where it was given in memory; None if unknown.
@@ -141,7 +172,7 @@ class Job:
         finetune_blocks: as `quantize` takes it.
         needs: what was planned, by phase.
         offload: `config.offload`, decided.
-        one_block: what keeps all blocks of the denoiser but one in RAM, where they do not fit on the device.
+        swappers: by denoiser, what keeps all of its blocks but one in RAM, where they do not fit on the device.
         walk: calls that go from block to block together, then.
         size: `xtx_batch_size`, or what is left of it.
     """
@@ -157,6 +188,8 @@ class Job:
     parameters: int
     int8: Int8Totals
     component: str
+    denoisers: tuple[str, ...] = ()
+    experts: list[DenoiserPart] = field(default_factory=list)
     text: TextCalibration | None = None
     stored: dict[str, torch.dtype] = field(default_factory=dict)
     original_bytes: int | None = None
@@ -170,12 +203,13 @@ class Job:
     finetune_blocks: Callable | None = None
     needs: list[Need] = field(default_factory=list)
     offload: str = "none"
-    one_block: BlockSwapper | None = None
+    swappers: dict[str, BlockSwapper] = field(default_factory=dict)
     walk: BlockWalk | None = None
     size: BatchSize = field(init=False)
 
     def __post_init__(self) -> None:
         self.size = BatchSize(self.config.xtx_batch_size, OUT_OF_MEMORY)
+        self.denoisers = self.denoisers or (self.component,)
 
     @property
     def denoiser(self) -> torch.nn.Module:
@@ -185,11 +219,36 @@ class Job:
     @property
     def swapper(self) -> BlockSwapper | None:
         """What keeps all blocks but one of what is quantized in RAM, if anything does."""
-        return self.one_block if self.one_block and self.one_block.denoiser is self.denoiser else None
+        return self.swappers.get(self.component)
+
+    @property
+    def drops_hessians(self) -> bool:
+        """Whether stored Hessians of a denoiser are deleted once it is quantized, and not kept until the end."""
+        return bool(self.swappers) or len(self.denoisers) > 1
 
     @property
     def blocks(self) -> list[tuple[str, list[Layer]]]:
         return [(block, list(layers)) for block, layers in groupby(self.layers, key=lambda layer: layer.block)]
+
+    def rest(self) -> None:
+        """Take all denoisers off the device."""
+        for swapper in self.swappers.values():
+            swapper.leave()
+        for denoiser in denoisers_of(self.pipeline).values():
+            drop_decoded(denoiser)
+            denoiser.to("cpu")
+
+    def enter(self) -> None:
+        """Bring the denoiser to the device; of two experts, the other leaves it, but what `swappers` keep there."""
+        for name, denoiser in denoisers_of(self.pipeline).items():
+            if name not in self.swappers and name != self.component:
+                drop_decoded(denoiser)
+                denoiser.to("cpu")
+        for swapper in self.swappers.values():
+            swapper.leave()
+            swapper.settle()
+        if not self.swappers:
+            self.denoiser.to(self.ranks.device)
 
     def recorder(self, store: HessianStore, trajectories: Trajectories | None = None) -> HessianRecorder:
         """Return what records Hessians, of the denoiser on the teacher's points where no others are given."""
@@ -244,7 +303,7 @@ def quantize(
             folder.check(settings, config.resume, ranks)
             return pipeline, None
         if not given and planned.offload == "none":
-            denoiser_of(pipeline).to(ranks.device)
+            getattr(pipeline, planned.parts[0].name).to(ranks.device)
         with folder.lock(ranks):
             if ranks.main:
                 need = disk_to_come(config, planned, folder, pipeline, (len(calibration), len(evaluation)))
@@ -254,15 +313,16 @@ def quantize(
             about, kind = config.to_dict() | config.spec.to_dict(), config.report_to if ranks.main else "none"
             tracker = Tracker(kind, "vqdm-quantize", folder.path, about)
             work = (folder, tracker, MemoryClock(ranks.device))
-            sizes = planned.parameters, planned.int8, denoiser_name(pipeline)
-            job = Job(config, pipeline, planned.layers, calibration, evaluation, *work, *sizes)
+            first, *experts = planned.parts
+            sizes = first.parameters, first.int8, first.name, tuple(part.name for part in planned.parts), experts
+            job = Job(config, pipeline, first.layers, calibration, evaluation, *work, *sizes)
             job.text_parts, job.pipeline_bytes = planned.text_parts, planned.pipeline_bytes
             job.needs, job.ranks, job.finetune_blocks = planned.needs, ranks, finetune_blocks
-            job.stored, job.original_bytes = planned.stored, planned.original_bytes
+            job.stored, job.original_bytes = planned.stored, first.original_bytes
             job.fingerprint, job.offload = planned.fingerprint, planned.offload
             job.codebook_memory_gb = ranks.broadcast(folder.started_with("hessian_memory_gb") if ranks.main else None)
             try:
-                with resting_on_cpu(pipeline), blocks_in_turn(job):
+                with resting_on_cpu(pipeline, job.component), blocks_in_turn(job):
                     return pipeline, run(job)
             finally:
                 tracker.finish()
@@ -281,20 +341,21 @@ def disk_to_come(
 
 @contextmanager
 def blocks_in_turn(job: Job) -> Iterator[None]:
-    """Inside, one block of the denoiser at a time is on the device, if it does not fit whole."""
-    if job.offload != "none":
-        job.one_block = BlockSwapper(job.denoiser, job.ranks.device)
+    """Inside, one block of each denoiser at a time is on the device, if they do not fit whole."""
     try:
+        if job.offload != "none":
+            for name, denoiser in denoisers_of(job.pipeline).items():
+                job.swappers[name] = BlockSwapper(denoiser, job.ranks.device)
         yield
     finally:
-        if job.one_block:
-            job.one_block.close()
+        for swapper in job.swappers.values():
+            swapper.close()
 
 
 def check_sources(config: QuantizeConfig, given: bool) -> None:
     """Check the folders and hub names of the flags, where no loaded pipeline is given. Raises UserError."""
     if config.load is not None:
-        find_denoiser(config.load, name="--load")
+        find_denoisers(config.load, name="--load")
     if not given:
         check_configured(config)
         where = (config.revision, config.local_files_only)
@@ -309,16 +370,12 @@ def loaded_pipeline(config: QuantizeConfig, device: torch.device) -> DiffusionPi
 
 
 class RunPlan(NamedTuple):
-    """What is known of a run before anything slow starts: as in `Job`, the layers by input, and the run's record."""
+    """What is known of a run before anything slow starts: as in `Job`, the denoisers, and the run's record."""
 
-    layers: list[Layer]
-    parameters: int
-    int8: Int8Totals
-    groups: list[list[Layer]]
+    parts: list[DenoiserPart]
     needs: list[Need]
     offload: str
     stored: dict[str, torch.dtype]
-    original_bytes: int | None
     pipeline_bytes: int | None
     fingerprint: str | None
     settings: dict
@@ -338,89 +395,107 @@ def plan_run(
     Raises:
         UserError: settings and model do not fit each other, or the run does not fit the machine.
     """
-    denoiser, component = denoiser_of(pipeline), denoiser_name(pipeline)
+    names, encoders = chosen_parts(config, pipeline)
+    stored = stored_types(config, pipeline, given)
+    steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
+    check_timestep_range(pipeline.scheduler, steps, *limits)
+    check_steps(pipeline, names, steps, *limits)
+    parts = [planned_denoiser(config, pipeline, name, given, stored.get(name), len(names) > 1) for name in names]
+    text_parts = [planned_text(config, pipeline, name, given, stored.get(name)) for name in encoders]
+    whole, several = pipeline_bytes(config, pipeline, given), [*parts, *text_parts]
+    if len(several) > 1 and None not in (whole, *(one.original_bytes for one in parts)):
+        planned = whole - sum(one.original_bytes - one.planned_bytes for one in several)
+        log_info(f"whole pipeline: about {planned / 1e6:.2f} MB instead of {whole / 1e6:.2f} MB")
+    for part in parts:
+        blocks_before_finetuning(
+            config.intermediate.num_intermediate_finetunes, len({one.block for one in part.layers})
+        )
+    if ranks.main:
+        log_truncated(pipeline, calibration + evaluation)
+    needs, offload = planned_needs(config, pipeline, parts, ranks.device, (len(calibration), len(evaluation)))
+    if offload != "none" and (names == ["unet"] or config.intermediate.num_intermediate_finetunes):
+        flag = "a UNet" if names == ["unet"] else "--num_intermediate_finetunes"
+        raise UserError(f"--offload {offload} does not go with {flag}; allowed is none")
+    fingerprint = weights_fingerprint(pipeline) if given else None
+    settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
+    settings["full_precision_hessians"] = keeps_hessians(config, parts[0].layers)
+    settings |= {"weights_sha256": fingerprint} if given else {}
+    return RunPlan(parts, needs, offload, stored, whole, fingerprint, settings, text_parts)
+
+
+def planned_denoiser(
+    config: QuantizeConfig,
+    pipeline: DiffusionPipeline,
+    name: str,
+    given: bool,
+    stored: torch.dtype | None = None,
+    named: bool = False,
+) -> DenoiserPart:
+    """Choose the layers of a denoiser, and log their bits and its size.
+
+    Args:
+        stored: its type in its files.
+        named: whether the log names it.
+
+    Raises:
+        UserError: it is quantized itself, or its layers cannot take the settings.
+    """
+    denoiser = getattr(pipeline, name)
     check_loaded(denoiser, config.model)
-    names = text_names(config, pipeline)
-    stored, original_bytes = model_files(config, pipeline, given)
     layers = chosen_layers(config, denoiser)
     parameters = sum(tensor.numel() for tensor in denoiser.parameters())
     plain = unquantized_layers(denoiser, layers) if config.unquantized_nbits == 8 else []
     int8 = Int8Totals.of(denoiser, plain)
-    size, planned = planned_size(config, layers, parameters, int8, plain_bits(denoiser, stored.get(component)))
-    log_info(size)
-    text_parts = [planned_text(config, pipeline, name, given, stored.get(name)) for name in names]
-    whole = pipeline_bytes(config, pipeline, given)
-    if text_parts and None not in (whole, original_bytes):
-        smaller_by = original_bytes - planned + sum(one.original_bytes - one.planned_bytes for one in text_parts)
-        log_info(f"whole pipeline: about {(whole - smaller_by) / 1e6:.2f} MB instead of {whole / 1e6:.2f} MB")
-    steps, limits = config.sampling.num_inference_steps, (config.min_timestep, config.max_timestep)
-    check_timestep_range(pipeline.scheduler, steps, *limits)
-    blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len({one.block for one in layers}))
-    if ranks.main:
-        log_truncated(pipeline, calibration + evaluation)
-    groups = groups_by_input(config, pipeline, layers)
-    needs, offload = planned_needs(config, pipeline, groups, ranks.device, (len(calibration), len(evaluation)))
-    if offload != "none" and (component == "unet" or config.intermediate.num_intermediate_finetunes):
-        flag = "a UNet" if component == "unet" else "--num_intermediate_finetunes"
-        raise UserError(f"--offload {offload} does not go with {flag}; allowed is none")
-    fingerprint = weights_fingerprint(pipeline) if given else None
-    settings = config.to_dict() | {"prompts_sha256": digest(calibration + evaluation)}
-    settings["full_precision_hessians"] = keeps_hessians(config, layers)
-    settings |= {"weights_sha256": fingerprint} if given else {}
-    about = (offload, stored, original_bytes, whole, fingerprint)
-    return RunPlan(layers, parameters, int8, groups, needs, *about, settings, text_parts)
+    size, planned = planned_size(config, layers, parameters, int8, plain_bits(denoiser, stored))
+    log_info(f"{name}:\n{size}" if named else size)
+    files = None if given else stored_bytes(config.model, config.variant, name, config.revision)
+    original = parameter_bytes(denoiser) if given else files
+    groups = groups_by_input(config, pipeline, denoiser, layers)
+    return DenoiserPart(name, layers, groups, parameters, int8, original, planned)
 
 
-def model_files(
-    config: QuantizeConfig, pipeline: DiffusionPipeline, given: bool
-) -> tuple[dict[str, torch.dtype], int | None]:
-    """Return types of the components as stored, and bytes of the denoiser; of a loaded pipeline those in memory."""
+def stored_types(config: QuantizeConfig, pipeline: DiffusionPipeline, given: bool) -> dict[str, torch.dtype]:
+    """Return types of the components as stored; of a loaded pipeline those in memory."""
     if given:
-        stored = {name: part.dtype for name, part in networks(pipeline).items()}
-        return stored, parameter_bytes(denoiser_of(pipeline))
-    stored = stored_dtypes(config.model, config.variant, config.revision)
-    return stored, stored_bytes(config.model, config.variant, denoiser_name(pipeline), config.revision)
+        return {name: part.dtype for name, part in networks(pipeline).items()}
+    return stored_dtypes(config.model, config.variant, config.revision)
 
 
-def groups_by_input(config: QuantizeConfig, pipeline: DiffusionPipeline, layers: list[Layer]) -> list[list[Layer]]:
-    """Return the layers grouped by the input that they share, found without the weights."""
+def groups_by_input(
+    config: QuantizeConfig, pipeline: DiffusionPipeline, denoiser: torch.nn.Module, layers: list[Layer]
+) -> list[list[Layer]]:
+    """Return a denoiser's layers grouped by the input that they share, found without the weights."""
     height, width = image_size(pipeline, config.sampling.height, config.sampling.width)
     size = (height // latent_scale(pipeline), width // latent_scale(pipeline))
-    denoiser = denoiser_of(pipeline)
     return input_groups(meta_denoiser(type(denoiser), denoiser.config), layers, *size)
 
 
 def planned_needs(
     config: QuantizeConfig,
     pipeline: DiffusionPipeline,
-    groups: list[list[Layer]],
+    parts: list[DenoiserPart],
     device: torch.device,
     prompts: tuple[int, int],
 ) -> tuple[list[Need], str]:
     """Log what every phase needs, and return it and `offload` as decided; nothing where the model is an unusual one.
 
     Args:
-        groups: the layers to quantize, as of `groups_by_input`.
+        parts: the denoisers to quantize.
         prompts: numbers of those for calibration and for evaluation.
 
     Raises:
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
     """
-    shapes = shapes_of(pipeline, config)
-    if shapes is None:
+    counted = [planned_shapes(config, pipeline, part, prompts, device.type != "cpu") for part in parts]
+    if None in counted:
         log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
         return [], "none" if config.offload == "auto" else config.offload
-    denoiser, layers = denoiser_of(pipeline), list(chain.from_iterable(groups))
-    unet, dtype = denoiser_name(pipeline) == "unet", compute_dtype(denoiser)
-    points = point_bytes(pipeline, config.sampling, *prompts) if unet else recorded_bytes(shapes, *prompts)
-    shapes = replace(shapes, points=points)
-    if config.target_bits is not None:
-        shapes = with_backward(shapes, denoiser, layers, device.type != "cpu")
-    on_gpu = not unet and device.type != "cpu"
-    rates = MatmulRates.measured(device, dtype)
+    on_gpu = parts[0].name != "unet" and device.type != "cpu"
+    rates = MatmulRates.measured(device, compute_dtype(getattr(pipeline, parts[0].name)))
+    shapes = counted[0]
 
     def needs_of(one: QuantizeConfig) -> list[Need]:
-        return on(plan(one, shapes, groups, keeps_hessians(one, layers), prompts, rates), device.type)
+        return on(needs_in_turn(one, parts, counted, prompts, rates), device.type)
 
     def flags(one: QuantizeConfig | None) -> str:
         if one is None:
@@ -436,6 +511,35 @@ def planned_needs(
     return budgeted(fitting, needs_of, smaller(fitting, shapes.steps * shapes.calls), flags, device), fitting.offload
 
 
+def planned_shapes(
+    config: QuantizeConfig, pipeline: DiffusionPipeline, part: DenoiserPart, prompts: tuple[int, int], on_gpu: bool
+) -> Shapes | None:
+    """Return the shapes that a denoiser's needs are counted from; None as `shapes_of`."""
+    shapes = shapes_of(pipeline, config, part.name)
+    if shapes is None:
+        return None
+    unet = part.name == "unet"
+    points = point_bytes(pipeline, config.sampling, *prompts) if unet else recorded_bytes(shapes, *prompts)
+    shapes = replace(shapes, points=points)
+    return with_backward(shapes, getattr(pipeline, part.name), part.layers, on_gpu) if config.target_bits else shapes
+
+
+def needs_in_turn(
+    config: QuantizeConfig,
+    parts: list[DenoiserPart],
+    shapes: list[Shapes],
+    prompts: tuple[int, int],
+    rates: MatmulRates,
+) -> list[Need]:
+    """Return what every phase needs of denoisers, each with its shapes, that are quantized one after the other."""
+    plans = []
+    for part, own in zip(parts, shapes, strict=True):
+        kept, beside = keeps_hessians(config, part.layers), [one.groups for one in parts if one is not part]
+        plans.append(plan(config, own, part.groups, kept, prompts, rates, beside))
+    sampling = prompts[0] * shapes[0].steps * shapes[0].calls * shapes[0].call_seconds(rates)
+    return in_turn(plans, sampling) if len(plans) > 1 else plans[0]
+
+
 def with_backward(shapes: Shapes, denoiser: torch.nn.Module, layers: list[Layer], checkpointing: bool) -> Shapes:
     """Return the shapes with what a backward pass takes to the weights of the layers."""
     copied = meta_denoiser(type(denoiser), denoiser.config, compute_dtype(denoiser))
@@ -449,12 +553,16 @@ def hessians_to_come(config: QuantizeConfig, planned: RunPlan, folder: RunFolder
     Raises:
         UserError: the disk of `hessian_cache` has less free.
     """
-    kept = keeps_hessians(config, planned.layers)
-    sets = 1 if kept and planned.offload != "none" else 2
-    need = hessian_bytes(planned.groups, config.hessian_memory_gb, kept, sets)
-    place = Path(config.hessian_cache) if config.hessian_cache else folder.work / "hessians"
-    need = max(0, need - sum(file.stat().st_size for file in place.glob("*.safetensors")))
-    return need if place.parent == folder.work else check_disk(place, folder.path, need, "--hessian_cache")
+    needs = []
+    for part in planned.parts:
+        kept = keeps_hessians(config, part.layers)
+        sets = 1 if kept and planned.offload != "none" else 2
+        place = hessian_folder(config, folder if part is planned.parts[0] else folder.of_part(part.name), part.name)
+        need = hessian_bytes(part.groups, config.hessian_memory_gb, kept, sets)
+        needs.append(max(0, need - sum(file.stat().st_size for file in place.glob("*.safetensors"))))
+    if not config.hessian_cache:
+        return max(needs)  # one's are dropped before the next's are made
+    return check_disk(Path(config.hessian_cache), folder.path, sum(needs), "--hessian_cache")
 
 
 def chosen_layers(config: QuantizeConfig, denoiser: torch.nn.Module) -> list[Layer]:
@@ -480,9 +588,11 @@ def load_finished(
 
     Working data that a kill at the run's very end left is deleted.
     """
-    component, before = denoiser_name(pipeline), denoiser_of(pipeline)
-    denoiser = load_denoiser(folder.path / component, before.dtype).to(before.device)
-    pipeline.register_modules(**{component: denoiser}, **load_text_encoders(folder.path, pipeline))
+    found = {}
+    for name, place in denoisers_for(pipeline, str(folder.path), str(folder.path)).items():
+        before = getattr(pipeline, name)
+        found[name] = load_denoiser(place, before.dtype).to(before.device)
+    pipeline.register_modules(**found, **load_text_encoders(folder.path, pipeline))
     if not ranks.main:
         return pipeline, None
     shutil.rmtree(folder.work, ignore_errors=True)
@@ -514,17 +624,69 @@ def choose_prompts(
 
 def run(job: Job) -> dict | None:
     """All slow steps; each finds and keeps what an interrupted run left. Returns the summary on the first process."""
-    config = job.config
+    config, jobs = job.config, [job, *(expert_job(job, part) for part in job.experts)]
     with job.clock("teacher"):
-        teacher, teacher_images = teacher_evaluation(job)
-        finetuned_on = finetuning_trajectories(job) if config.intermediate.num_intermediate_finetunes else []
+        teachers, teacher_images = teacher_evaluation(job)
+        finetuning = jobs if config.intermediate.num_intermediate_finetunes else []
+        finetuned_on = {one.component: finetuning_trajectories(one) for one in finetuning}
     if config.unquantized_nbits == 8:
-        for name in unquantized_layers(job.denoiser, job.layers):  # before Hessians are recorded
-            try:
-                quantize_int8(job.denoiser, name)
-            except ValueError as error:  # a weight is not finite
-                raise RunError(str(error)) from None
-    finetunes = blocks_before_finetuning(config.intermediate.num_intermediate_finetunes, len(job.blocks))
+        for one in jobs:
+            make_int8(one)  # before Hessians are recorded
+    if job.experts and config.calibration_latents == "teacher":
+        with job.clock("hessians"):
+            teacher_trajectories(job)  # of all experts, before one is quantized
+    quantized, errors = {}, {}
+    for one in jobs:
+        if job.experts:
+            one.enter()
+        found = quantize_denoiser(one, teachers[one.component], finetuned_on.get(one.component))
+        quantized[one.component] = found
+        drop_hessians(one)
+    texts = quantize_text_encoders(job) if job.text_parts else {}
+    with job.clock("evaluation"), ExitStack() as decoded:
+        for one in jobs:
+            if job.experts:
+                one.enter()
+            if not one.swapper:
+                decoded.enter_context(decoded_once(one.denoiser))
+            errors[one.component] = point_errors(one.denoiser, teachers[one.component], job.size, job.ranks)
+        images = student_images(job)
+        scores = compare_pairs(job, teacher_images, images) if job.ranks.main else {}
+    return finish(job, jobs, quantized, errors, scores, texts) if job.ranks.main else None
+
+
+def expert_job(job: Job, part: DenoiserPart) -> Job:
+    """Return the job of quantizing another expert, in a part of the run's folder."""
+    found = replace(
+        job,
+        layers=part.layers,
+        folder=job.folder.of_part(part.name),
+        parameters=part.parameters,
+        int8=part.int8,
+        component=part.name,
+        experts=[],
+        original_bytes=part.original_bytes,
+        shared_codebooks={},
+        text_parts=[],
+    )
+    found.size = job.size
+    return found
+
+
+def make_int8(job: Job) -> None:
+    """Round the layers that become int8. Raises RunError where a weight is not finite."""
+    for name in unquantized_layers(job.denoiser, job.layers):
+        try:
+            quantize_int8(job.denoiser, name)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+
+def quantize_denoiser(
+    job: Job, teacher: Trajectories, finetuned_on: list[Trajectories] | None
+) -> dict[str, LayerResult]:
+    """Quantize the layers of a denoiser, with evaluations, snapshots and fine-tuning between blocks."""
+    finetunes = blocks_before_finetuning(job.config.intermediate.num_intermediate_finetunes, len(job.blocks))
 
     def after(index: int, block: str) -> None:
         if index in finetunes:
@@ -533,20 +695,13 @@ def run(job: Job) -> dict | None:
                 job.finetune_blocks(job.denoiser, finetuned_on, done, job.ranks, job.folder.work / file)
         after_block(job, index, block, teacher)
 
-    quantized = quantize_layers(job, after)
-    drop_hessians(job)
-    texts = quantize_text_encoders(job) if job.text_parts else {}
-    with job.clock("evaluation"), nullcontext() if job.swapper else decoded_once(job.denoiser):
-        errors = point_errors(job.denoiser, teacher, job.size, job.ranks)
-        images = student_images(job)
-        scores = compare_pairs(job, teacher_images, images) if job.ranks.main else {}
-    return finish(job, quantized, errors, scores, texts) if job.ranks.main else None
+    return quantize_layers(job, after)
 
 
 def drop_hessians(job: Job) -> None:
-    """Delete Hessians that are done with, if the denoiser is too large to keep them until the end."""
+    """Delete Hessians that are done with, if denoisers are too large, or too many, to keep them until the end."""
     job.ranks.barrier()
-    if job.swapper and job.ranks.main:
+    if job.drops_hessians and job.ranks.main:
         shutil.rmtree(job.folder.work / "hessians", ignore_errors=True)
 
 
@@ -579,38 +734,47 @@ def compare_pairs(job: Job, teacher: list[Image.Image], student: list[Image.Imag
 
 
 def finish(
-    job: Job, quantized: dict[str, LayerResult], errors: tuple[list, list], scores: dict, texts: dict[str, dict]
+    job: Job,
+    jobs: list[Job],
+    quantized: dict[str, dict[str, LayerResult]],
+    errors: dict[str, tuple[list, list]],
+    scores: dict,
+    texts: dict[str, dict],
 ) -> dict:
-    """Write the pipeline folder, the card and the summary, then drop the working data."""
+    """Write the pipeline folder, the card and the summary, then drop the working data.
+
+    Args:
+        jobs: of all denoisers; `quantized` and `errors` are theirs by component.
+    """
     staged = job.folder.work / "pipeline"
-    if job.swapper:
-        job.swapper.leave()
+    for swapper in job.swappers.values():
+        swapper.leave()
     with job.clock("saving"), saved_types(job.pipeline, job.stored):
         save_pipeline(job, staged)
-        sizes = stored_sizes(job.denoiser, job.component, job.parameters, staged)
+        sizes = {one.component: stored_sizes(one.denoiser, one.component, one.parameters, staged) for one in jobs}
         for part in job.text_parts:
             one = stored_sizes(getattr(job.pipeline, part.name), part.name, part.parameters, staged)
             texts[part.name] |= {key.removesuffix(f"_{part.name}").removesuffix("_of"): one[key] for key in one}
     summary = {
         "model": job.config.model,
         "component": job.component,
-        "layers_quantized": len(job.layers),
-        "layers_in_8_bit": len(int8_layers(job.denoiser)),
-        **sizes,
-        f"bytes_of_original_{job.component}": job.original_bytes,
+        "layers_quantized": sum(len(one.layers) for one in jobs),
+        "layers_in_8_bit": sum(len(int8_layers(one.denoiser)) for one in jobs),
+        **sizes_together(sizes),
+        **{f"bytes_of_original_{one.component}": one.original_bytes for one in jobs},
         "bytes_of_pipeline": sum(file.stat().st_size for file in staged.glob("*/*.safetensors")),
         "bytes_of_original_pipeline": job.pipeline_bytes,
         "text_encoders": texts,
         "embeddings_error_db": texts[job.text_parts[-1].name]["embeddings_error_db"] if texts else None,
-        f"{job.component}_output_error_db": decibels(*map(sum, errors)),
-        f"{job.component}_output_error_db_by_point": error_spread(*errors),
+        **{f"{name}_output_error_db": decibels(*map(sum, some)) for name, some in errors.items()},
+        **{f"{name}_output_error_db_by_point": error_spread(*some) for name, some in errors.items()},
         "images": scores,
         "seconds": job.clock.phases | {"total": round(sum(job.clock.phases.values()), 3)},
         "peak_memory_bytes": job.clock.whole(),
         "peak_memory_bytes_by_phase": job.clock.beside(job.needs),
         "versions": versions(),
         "command": own_command(),
-        "layers": [done.report for done in quantized.values()],
+        "layers": [reported(done, name, len(jobs) > 1) for name, some in quantized.items() for done in some.values()],
     }
     save_text(model_card(job.config.model, summary), staged / "README.md")
     job.folder.publish(staged)
@@ -622,10 +786,16 @@ def finish(
     return summary
 
 
+def reported(done: LayerResult, component: str, named: bool) -> dict:
+    """Return the summary's row of a layer; of two experts, whose layers have the same names, with its component."""
+    return {"component": component} | done.report if named else done.report
+
+
 def save_pipeline(job: Job, staged: Path) -> None:
     """Save the whole pipeline as diffusers does."""
     shutil.rmtree(staged, ignore_errors=True)
-    mark_quantized(job.denoiser)
+    for name in job.denoisers:
+        mark_quantized(getattr(job.pipeline, name))
     forget_calls(job.pipeline)
     try:
         job.pipeline.save_pretrained(staged)

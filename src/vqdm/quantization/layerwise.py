@@ -12,13 +12,13 @@ import torch
 
 from vqdm.additive.code import AdditiveCode
 from vqdm.diffusion.blocks import Layer
-from vqdm.diffusion.model_folders import find_denoiser, load_denoiser
+from vqdm.diffusion.model_folders import denoisers_for, load_denoiser
 from vqdm.diffusion.trajectories import Trajectories
 from vqdm.layers.quantized import QuantizedLayer, quantized_layers, swap
 from vqdm.quantization.allocation import allocated
 from vqdm.quantization.block import layer_row, load_quantized, quantize_block
 from vqdm.quantization.plan import keeps_hessians, layer_table, plain_bits, shared_codebook_users
-from vqdm.quantization.recording import calibration_trajectories, drop_walk, teacher_hessians, teacher_trajectories
+from vqdm.quantization.recording import drop_walk, student_trajectories, teacher_hessians, teacher_trajectories
 from vqdm.quantization.shared_codebooks import make_shared_codebooks
 from vqdm.storage.run_folder import LayerResult
 from vqdm.tracking import log_info, progress_bar
@@ -33,7 +33,7 @@ def quantize_layers(job: Job, after: Callable[[int, str], None]) -> dict[str, La
     Args:
         after: called with the number and name of each block that is done.
     """
-    if keeps_hessians(job.config, job.layers) and not (job.swapper and all_coded(job)):
+    if keeps_hessians(job.config, job.layers) and not (job.drops_hessians and all_coded(job)):
         with job.clock("hessians"):
             job.store = teacher_hessians(job)
     if job.config.target_bits is not None:
@@ -70,7 +70,7 @@ def calibration_points(job: Job, block: str) -> Trajectories | None:
     if job.text:
         return None
     if job.config.calibration_latents == "student":
-        return calibration_trajectories(job, f"calibration_{block}")
+        return student_trajectories(job, block)
     return None if job.store else teacher_trajectories(job)
 
 
@@ -84,8 +84,10 @@ def load_codes(job: Job) -> dict[str, LayerResult]:
     """Return the layers of an earlier result that `--load` names, where name, format and shared codebooks agree."""
     if job.config.load is None:
         return {}
-    earlier = load_denoiser(find_denoiser(job.config.load, name="--load"), torch.float32, name="--load")
-    held, found = quantized_layers(earlier), {}
+    folder = denoisers_for(job.pipeline, job.config.load, job.config.model, name="--load").get(job.component)
+    held, found = {}, {}
+    if folder is not None:  # else of another expert alone
+        held = quantized_layers(load_denoiser(folder, torch.float32, name="--load"))
     for layer in job.layers:
         if layer.name in held and held[layer.name].spec == layer.spec and same_shared_codebooks(job, held[layer.name]):
             tensors = held[layer.name].code().pack()

@@ -188,6 +188,7 @@ def plan(
     all_kept: bool,
     prompts: tuple[int, int],
     rates: MatmulRates,
+    beside: list[list[list[Layer]]] = (),
 ) -> list[Need]:
     """Return what every phase needs.
 
@@ -195,21 +196,27 @@ def plan(
         groups: layers by the input that they share.
         all_kept: whether the Hessians of all layers are recorded first, and kept.
         prompts: numbers of those for calibration and for evaluation.
+        beside: the same as `groups` of other experts that the run quantizes.
     """
-    layers = [layer for group in groups for layer in group]
+    own, every = (
+        [layer for groups in some for group in groups for layer in group] for some in ([groups], [groups, *beside])
+    )
     recorded = recording_passes(config, groups, all_kept)
     whole = config.offload in ("none", "auto")
     # Weights on the device, and in RAM beside it.
-    on_device, in_ram = (shapes.denoiser, 0) if whole else (shapes.outside + shapes.block, shapes.denoiser)
+    blocks = shapes.experts * (shapes.outside + shapes.block)
+    on_device, in_ram = (shapes.denoiser, shapes.others) if whole else (blocks, shapes.denoiser + shapes.others)
     waiting = 0 if whole else recorded_points(config, shapes, prompts[0]) * shapes.waiting
     in_files = waiting if config.offload == "disk" else 0
     work = working_bytes(config, shapes, groups, recorded)
-    weights = sum(layer.rows * layer.columns for layer in layers)
-    codes = int(config.target_bits * weights if config.target_bits else sum(map(layer_bits, layers))) // 8
+    weights, codes = sum(layer.rows * layer.columns for layer in every), code_bytes(config, every)
     sets = 1 if all_kept and not whole else 2
-    others, kept = shapes.text + shapes.vae + in_ram, hessian_bytes(groups, config.hessian_memory_gb, all_kept, sets)
-    decoded = codes if whole else 0
-    changes = shapes.itemsize * weights if whole else 0  # the others are read from codes when they are needed
+    stored = [groups, *(beside if config.hessian_cache else ())]  # else one's are dropped before the next's are made
+    kept = sum(hessian_bytes(some, config.hessian_memory_gb, all_kept, sets) for some in stored)
+    others = shapes.text + shapes.vae + in_ram
+    decoded = code_bytes(config, own) if whole else 0
+    # Others are read from codes when they are needed.
+    changes = shapes.itemsize * sum(layer.rows * layer.columns for layer in own) if whole else 0
     in_layers, saved = 0, 2 * shapes.pipeline + kept
     if not whole:  # Hessians are dropped before the pipeline is saved
         cached = kept if config.hessian_cache else 0
@@ -226,6 +233,29 @@ def plan(
     times = seconds(config, shapes, groups, len(recorded), prompts, rates)
     present = [need for need in needs if need.phase != "allocation" or config.target_bits is not None]
     return [replace(need, seconds=times.get(need.phase, 0.0)) for need in present]
+
+
+def code_bytes(config: QuantizeConfig, layers: list[Layer]) -> int:
+    """Return the bytes of the codes of layers."""
+    weights = sum(layer.rows * layer.columns for layer in layers)
+    return int(config.target_bits * weights if config.target_bits else sum(map(layer_bits, layers))) // 8
+
+
+def in_turn(plans: list[list[Need]], sampling: float) -> list[Need]:
+    """Return what every phase needs of experts that are quantized one after the other: the most of any, all their time.
+
+    Args:
+        plans: of each of them.
+        sampling: seconds to sample the calibration prompts, which is in the "hessians" of each plan, and done once.
+    """
+    found = []
+    for some in zip(*plans, strict=True):
+        seconds = [need.seconds for need in some]
+        once, first = max(seconds), sum(seconds) - (len(plans) - 1) * sampling
+        total = {"teacher": once, "evaluation": once, "hessians": first}.get(some[0].phase, sum(seconds))
+        sizes = (max(getattr(need, size) for need in some) for size in ("device", "ram", "disk"))
+        found.append(Need(some[0].phase, *sizes, total))
+    return found
 
 
 def recording_passes(config: QuantizeConfig, groups: list[list[Layer]], all_kept: bool) -> list[list[list[Layer]]]:
@@ -303,13 +333,13 @@ def coding_operations(layer: Layer, state_bits: int | None) -> float:
 
 def recorded_points(config: QuantizeConfig, shapes: Shapes, prompts: int) -> int:
     """Return the number of points that Hessians are recorded on."""
-    calls = shapes.steps * shapes.calls
+    calls = shapes.own_steps * shapes.calls
     return prompts * min(config.calibration_nsteps or calls, calls)
 
 
 def sample_bytes(config: QuantizeConfig, shapes: Shapes, columns: int) -> int:
     """Return the bytes of the samples of one batch that are multiplied at once, and of a strip of their product."""
-    steps = shapes.steps * shapes.calls
+    steps = shapes.own_steps * shapes.calls
     points = 0.9 * (config.calibration_nsamples or 256) * min(config.calibration_nsteps or steps, steps)
     share = min(1.0, config.xtx_batch_size / points)
     rows = config.xtx_batch_size * shapes.positions

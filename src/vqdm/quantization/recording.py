@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vqdm.config import SECOND_EXPERT
 from vqdm.devices import BatchSize
 from vqdm.diffusion.blocks import Layer
 from vqdm.diffusion.denoisers import compute_dtype, largest_timestep
@@ -26,16 +27,17 @@ from vqdm.diffusion.pipelines import local_fingerprint
 from vqdm.diffusion.sampling import (
     EVALUATION_SEED_OFFSET,
     generate_images,
-    record_evaluation,
+    record_evaluations,
     record_trajectories,
 )
 from vqdm.diffusion.streams import FIRST, BlockWalk
 from vqdm.diffusion.trajectories import Trajectories, batches, by_kind, held_out, join, spread_points
 from vqdm.images import BLACK, NAN, PROBLEM, REPLACED
 from vqdm.layers.quantized import decoded_once
+from vqdm.quantization.config import QuantizeConfig
 from vqdm.quantization.plan import keeps_hessians
 from vqdm.storage.files import locked, sweep
-from vqdm.storage.run_folder import Tensors, shards, span_name, spans
+from vqdm.storage.run_folder import RunFolder, Tensors, shards, span_name, spans
 from vqdm.tracking import log_info, progress_bar
 
 if TYPE_CHECKING:
@@ -48,9 +50,8 @@ FINETUNING_SEED_OFFSET = 4_000_000  # far from the seeds of other points
 # ------------------------------------------------------------------------------------------- prompts
 
 
-def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str], int], Tensors]) -> list[Tensors]:
-    """Call `work` on batches of prompts and the number of the first; results are files in the run's folder `name`."""
-    folder = job.folder.work / name
+def in_batches(job: Job, folder: Path, prompts: list[str], work: Callable[[list[str], int], Tensors]) -> list[Tensors]:
+    """Call `work` on batches of prompts and the number of the first; results are files in the run's `folder`."""
     found = spans(job.ranks, folder, 0, len(prompts), job.size.value)
     by_name = {span_name(*span): span for span in found}
 
@@ -63,25 +64,43 @@ def in_batches(job: Job, name: str, prompts: list[str], work: Callable[[list[str
         return made
 
     own = sum(count for _, count in job.ranks.shard(missing))
-    with progress_bar(total=own, description=f"prompts ({name.replace('_', ' ')})") as progress:
+    with progress_bar(total=own, description=f"prompts ({folder.name.replace('_', ' ')})") as progress:
         return shards(job.ranks, folder, list(by_name), make)
 
 
-def teacher_evaluation(job: Job) -> tuple[Trajectories, list[Image.Image]]:
-    """The full-precision model's points, outputs and images on the evaluation prompts; recorded once."""
-    parts = in_batches(job, "evaluation", job.evaluation, partial(_teacher_batch, job))
-    return join(list(map(Trajectories.of_tensors, parts))), _images(parts)
+def packed(found: dict[str, Trajectories]) -> Tensors:
+    """Return the tensors of trajectories by component; of two, under the component's name."""
+    if len(found) == 1:
+        return next(iter(found.values())).to_tensors()
+    return {f"{name}/{key}": one for name, part in found.items() for key, one in part.to_tensors().items()}
+
+
+def unpacked(tensors: Tensors, component: str) -> Trajectories:
+    """Return the trajectories of a component out of what `packed` made."""
+    start = f"{component}/"
+    own = {key.removeprefix(start): one for key, one in tensors.items() if key.startswith(start)}
+    return Trajectories.of_tensors(own or tensors)
+
+
+def teacher_evaluation(job: Job) -> tuple[dict[str, Trajectories], list[Image.Image]]:
+    """The full-precision denoisers' points and outputs by component, and images, on the evaluation prompts.
+
+    They are recorded once.
+    """
+    parts = in_batches(job, job.folder.recorded / "evaluation", job.evaluation, partial(_teacher_batch, job))
+    return {name: join([unpacked(part, name) for part in parts]) for name in job.denoisers}, _images(parts)
 
 
 def _teacher_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + EVALUATION_SEED_OFFSET + first
-    recorded, images = record_evaluation(job.pipeline, prompts, seed, config.sampling.call(), job.size)
-    return recorded.to_tensors() | _pixels(images)
+    settings = config.sampling.call()
+    recorded, images = record_evaluations(job.pipeline, job.denoisers, prompts, seed, settings, job.size)
+    return packed(recorded) | _pixels(images)
 
 
 def student_images(job: Job) -> list[Image.Image]:
     """Generate images of the evaluation prompts with the quantized pipeline."""
-    return _images(in_batches(job, "student", job.evaluation, partial(_student_batch, job)))
+    return _images(in_batches(job, job.folder.recorded / "student", job.evaluation, partial(_student_batch, job)))
 
 
 def _student_batch(job: Job, prompts: list[str], first: int) -> Tensors:
@@ -103,41 +122,56 @@ def _images(parts: list[Tensors]) -> list[Image.Image]:
 
 
 def teacher_trajectories(job: Job) -> Trajectories:
-    """Return the full-precision model's points on the calibration prompts; recorded once."""
-    return calibration_trajectories(job, "calibration")
+    """Return the full-precision denoiser's points on the calibration prompts; those of all denoisers are recorded once.
+
+    That is before the first of them is quantized.
+    """
+    return calibration_trajectories(job, job.folder.recorded / "calibration", job.denoisers)
 
 
-def calibration_trajectories(job: Job, name: str) -> Trajectories:
-    """Sample the calibration prompts with the pipeline in its present state, into the run's folder `name`."""
-    parts = in_batches(job, name, job.calibration, partial(_calibration_batch, job))
-    return join(list(map(Trajectories.of_tensors, parts)))
+def student_trajectories(job: Job, block: str) -> Trajectories:
+    """Sample the calibration prompts with the pipeline in its present state, before a block is quantized."""
+    return calibration_trajectories(job, job.folder.work / f"calibration_{block}", (job.component,))
 
 
-def _calibration_batch(job: Job, prompts: list[str], first: int) -> Tensors:
+def calibration_trajectories(job: Job, folder: Path, names: tuple[str, ...]) -> Trajectories:
+    parts = in_batches(job, folder, job.calibration, partial(_calibration_batch, job, names))
+    return join([unpacked(part, job.component) for part in parts])
+
+
+def _calibration_batch(job: Job, names: tuple[str, ...], prompts: list[str], first: int) -> Tensors:
     config = job.config
-    return record_trajectories(
+    found = record_trajectories(
         job.pipeline,
+        names,
         prompts,
         config.seed + first,
         config.sampling.call(),
         job.size,
         config.min_timestep,
         config.max_timestep,
-    ).to_tensors()
+    )
+    return packed(found)
 
 
 def finetuning_trajectories(job: Job) -> list[Trajectories]:
-    """Record the full-precision model's points and outputs, for fine-tuning between blocks; one part per batch."""
-    prompts = job.calibration[: job.config.intermediate.finetune_nsamples]
-    return list(map(Trajectories.of_tensors, in_batches(job, "finetune", prompts, partial(_finetuning_batch, job))))
+    """Record the full-precision denoiser's points and outputs, for fine-tuning between blocks; one part per batch.
+
+    Those of all denoisers are recorded once.
+    """
+    prompts, folder = job.calibration[: job.config.intermediate.finetune_nsamples], job.folder.recorded / "finetune"
+    parts = in_batches(job, folder, prompts, partial(_finetuning_batch, job))
+    return [unpacked(part, job.component) for part in parts]
 
 
 def _finetuning_batch(job: Job, prompts: list[str], first: int) -> Tensors:
     config, seed = job.config, job.config.seed + FINETUNING_SEED_OFFSET + first
     settings, size, what = config.sampling.call(), job.size, "fine-tuning trajectories"
-    return record_trajectories(
-        job.pipeline, prompts, seed, settings, size, -math.inf, math.inf, what, outputs=True
-    ).to_tensors()
+    return packed(
+        record_trajectories(
+            job.pipeline, job.denoisers, prompts, seed, settings, size, -math.inf, math.inf, what, outputs=True
+        )
+    )
 
 
 # ------------------------------------------------------------------------------------------- Hessians
@@ -145,8 +179,7 @@ def _finetuning_batch(job: Job, prompts: list[str], first: int) -> Tensors:
 
 def teacher_hessians(job: Job) -> HessianStore:
     """Return the full-precision model's Hessians of all layers; those that the cache lacks are recorded."""
-    cache = job.config.hessian_cache
-    folder = Path(cache) if cache else job.folder.work / "hessians"
+    cache, folder = job.config.hessian_cache, hessian_folder(job.config, job.folder, job.component)
     # Another run that shares the cache may be recording what this one needs.
     with locked(folder, "--hessian_cache", wait=True) if cache and job.ranks.main else nullcontext():
         if job.ranks.main:
@@ -161,6 +194,13 @@ def teacher_hessians(job: Job) -> HessianStore:
                 recorder.record(groups, last)
             drop_walk(job)
     return store
+
+
+def hessian_folder(config: QuantizeConfig, folder: RunFolder, component: str) -> Path:
+    """Return the folder of a component's full-precision Hessians: in `hessian_cache`, or of a run's part `folder`."""
+    if not config.hessian_cache:
+        return folder.work / "hessians"
+    return Path(config.hessian_cache, *([component] if component == SECOND_EXPERT else ()))
 
 
 def recording_passes(job: Job, groups: list[list[Layer]]) -> Iterator[tuple[list[list[Layer]], bool]]:
@@ -293,6 +333,8 @@ def hessian_settings(job: Job) -> dict:
         "min_timestep": config.min_timestep,
         "max_timestep": config.max_timestep,
         "hessian_samples_per_input": config.hessian_samples_per_input,
+        # What the other expert is while trajectories are sampled.
+        **({"denoisers": [*job.denoisers]} if config.unquantized_nbits == 8 and len(job.denoisers) > 1 else {}),
     }
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from vqdm.additive.code import CodeSpec
 from vqdm.diffusion.blocks import Layer, select_layers
-from vqdm.diffusion.denoisers import block_names, denoiser_name, denoiser_of
+from vqdm.diffusion.denoisers import block_names, denoisers_of
 from vqdm.diffusion.hessians import DenoiserCall, HessianStore
 from vqdm.diffusion.model_folders import check_loaded
 from vqdm.diffusion.pipelines import networks, parameter_bytes, sample, stored_bytes
@@ -129,7 +129,8 @@ def encode(pipeline: DiffusionPipeline, prompts: list[str], settings: dict) -> E
         if original is not None:
             pipeline.__dict__["encode_prompt"] = recorded
             hooks.callback(pipeline.__dict__.pop, "encode_prompt")
-        hooks.callback(denoiser_of(pipeline).register_forward_pre_hook(stop).remove)
+        for denoiser in denoisers_of(pipeline).values():
+            hooks.callback(denoiser.register_forward_pre_hook(stop).remove)
         for name, part in text_encoders(pipeline).items():
             hooks.callback(part.register_forward_pre_hook(partial(called, name), with_kwargs=True).remove)
         with suppress(_Encoded):
@@ -361,17 +362,21 @@ class TextPart(NamedTuple):
     planned_bytes: int
 
 
-def text_names(config: QuantizeConfig, pipeline: DiffusionPipeline) -> list[str]:
-    """Return the text encoders to quantize, in the order of `components`. Raises UserError for other names."""
-    denoiser, encoders = denoiser_name(pipeline), text_encoders(pipeline)
-    chosen = config.components or (denoiser,)
-    unknown = [name for name in chosen if name != denoiser and name not in encoders]
+def chosen_parts(config: QuantizeConfig, pipeline: DiffusionPipeline) -> tuple[list[str], list[str]]:
+    """Return the denoisers to quantize, and the text encoders in the order of `components`.
+
+    Raises:
+        UserError: `components` has another name, or no denoiser.
+    """
+    denoisers, encoders = list(denoisers_of(pipeline)), text_encoders(pipeline)
+    chosen = config.components or denoisers
+    unknown = [name for name in chosen if name not in denoisers and name not in encoders]
     if unknown:
-        allowed = ", ".join([denoiser, *encoders])
+        allowed = ", ".join([*denoisers, *encoders])
         raise UserError(f"--components: MODEL {config.model} has no {unknown[0]} to quantize; allowed are {allowed}")
-    if denoiser not in chosen:
-        raise UserError(f"--components {','.join(chosen)} lacks the denoiser; add {denoiser}")
-    return [name for name in chosen if name != denoiser]
+    if not {*denoisers} & {*chosen}:
+        raise UserError(f"--components {','.join(chosen)} lacks the denoiser; add {' or '.join(denoisers)}")
+    return [name for name in denoisers if name in chosen], [name for name in chosen if name in encoders]
 
 
 def planned_text(
@@ -413,13 +418,11 @@ def quantize_text_encoders(job: Job) -> dict[str, dict]:
 
     Their calls and embeddings are recorded first, of the full-precision encoders; the denoiser is on the CPU then.
     """
-    device, encoders = job.denoiser.device, text_encoders(job.pipeline).values()
+    device, encoders = job.ranks.device, text_encoders(job.pipeline).values()
     with job.clock("prompts"):
         calibration, evaluation = text_calibration(job), encode_all(job, job.evaluation)
     figures = {}
-    if job.swapper:
-        job.swapper.leave()
-    job.denoiser.to("cpu")
+    job.rest()
     try:
         for encoder in encoders:
             encoder.to(device)
@@ -440,10 +443,7 @@ def quantize_text_encoders(job: Job) -> dict[str, dict]:
     finally:
         for encoder in encoders:
             encoder.to("cpu")
-        if job.swapper:
-            job.swapper.settle()
-        else:
-            job.denoiser.to(device)
+        job.enter()
     return figures
 
 

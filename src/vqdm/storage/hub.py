@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from torch import nn
 
-from vqdm.config import label
+from vqdm.config import COMPONENTS, label
 from vqdm.documents import first_line
 from vqdm.errors import RunError, UserError
 from vqdm.layers.quantized import SHARED_CODEBOOKS, quantized_layers
@@ -91,6 +91,25 @@ def stored_sizes(denoiser: nn.Module, component: str, parameters: int, staged: P
     }
 
 
+def sizes_together(sizes: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return what `stored_sizes` found of the quantized denoisers, by component, as a run's summary holds it.
+
+    Of two experts, figures without a component's name in their key are of both; each has its own beside.
+    """
+    weights = sum(one["weights_quantized"] for one in sizes.values())
+    bits = sum(one["weights_quantized"] * one["effective_bits_layers"] for one in sizes.values())
+    found = {key: value for one in sizes.values() for key, value in one.items()}
+    if len(sizes) == 1:
+        return found
+    own = {f"effective_bits_layers_{name}": one["effective_bits_layers"] for name, one in sizes.items()}
+    return found | {"weights_quantized": weights, "effective_bits_layers": bits / weights} | own
+
+
+def quantized_denoisers(summary: dict) -> list[str]:
+    """Return the names of the denoisers that a run's summary has figures of."""
+    return [name for name in COMPONENTS if f"effective_bits_{name}" in summary]
+
+
 def language_model_card(model: str, summary: dict) -> str:
     """Markdown with the hub's YAML header, as `model_card`, of a language model."""
     hub_name = "" if Path(model).exists() else f"base_model: {model}\nbase_model_relation: quantized\n"
@@ -122,13 +141,10 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 
 def size_table(summary: dict) -> str:
     """Format bits and bytes, before and after, of each quantized part of a run's summary, and of the whole pipeline."""
-    component = summary.get("component", "unet")
-    first = (
-        summary["effective_bits_layers"],
-        summary[f"bytes_of_original_{component}"],
-        summary[f"bytes_of_{component}"],
-    )
-    rows = [(component, *first)]
+    rows = []
+    for name in quantized_denoisers(summary):
+        bits = summary.get(f"effective_bits_layers_{name}", summary["effective_bits_layers"])
+        rows.append((name, bits, summary[f"bytes_of_original_{name}"], summary[f"bytes_of_{name}"]))
     for name, one in summary.get("text_encoders", {}).items():
         rows.append((name, one["effective_bits_layers"], one["bytes_of_original"], one["bytes"]))
     rows.append(("whole pipeline", None, summary.get("bytes_of_original_pipeline"), summary.get("bytes_of_pipeline")))
@@ -147,15 +163,19 @@ def model_card(model: str, summary: dict) -> str:
     images = summary["images"]
     quality = "none: all images have problems" if images["psnr_db"] is None else f"{images['psnr_db']:.2f} dB"
     others = f"; {summary['layers_in_8_bit']} others are int8" if summary["layers_in_8_bit"] else ""
-    component = summary.get("component", "unet")
-    error, named = f"{component}_output_error_db", label(component)
-    before = summary.get(f"{error}_before")
-    tuned = f", fine-tuned; before: {before:.2f} dB" if before is not None else ""
-    rows = ""
+    components, rows = quantized_denoisers(summary), ""
+    for component in components:
+        error, named = f"{component}_output_error_db", label(component)
+        before = summary.get(f"{error}_before")
+        tuned = f", fine-tuned; before: {before:.2f} dB" if before is not None else ""
+        rows += f"""| stored bits per parameter, whole {named} | {summary[f"effective_bits_{component}"]:.3f} |
+| {named} on disk | {summary[f"bytes_of_{component}"] / 1e6:.2f} MB |
+| {named}-output error on held-out prompts{tuned} | {summary[error]:.2f} dB |
+"""
     for name, one in summary.get("text_encoders", {}).items():
         size = f"{one['effective_bits_layers']:.3f}, {one['bytes'] / 1e6:.2f} MB"
         rows += f"| {name}: stored bits per weight, size | {size} |\n"
-    if rows:
+    if summary.get("text_encoders"):
         rows += f"| error of the embeddings | {summary['embeddings_error_db']['all']:.2f} dB |\n"
     return f"""---
 library_name: diffusers
@@ -163,16 +183,13 @@ pipeline_tag: text-to-image
 tags: [vqdm, quantized, text-to-image]
 {hub_name}---
 
-# {base}, its {named} at {summary["effective_bits_layers"]:.2f} bits per weight
+# {base}, its {" and ".join(map(label, components))} at {summary["effective_bits_layers"]:.2f} bits per weight
 
 Quantized with vqdm: additive vector quantization (arXiv 2409.00492) of {summary["layers_quantized"]} layers{others}.
 
 | | |
 |---|---|
 | stored bits per weight, quantized layers | {summary["effective_bits_layers"]:.3f} |
-| stored bits per parameter, whole {named} | {summary[f"effective_bits_{component}"]:.3f} |
-| {named} on disk | {summary[f"bytes_of_{component}"] / 1e6:.2f} MB |
-| {named}-output error on held-out prompts{tuned} | {summary[error]:.2f} dB |
 {rows}| PSNR of {images["count"]} images at equal seeds | {quality} |
 
 ```python

@@ -6,8 +6,8 @@ run.json                    settings and versions, written first; compared by --
 work/evaluation, ...        shards of long steps, such as recorded trajectories
 work/hessians*, work/shared_codebooks  Hessians, and shared codebooks, if the run needs them
 work/layers/*.safetensors   one quantized layer each: stored tensors, and its report in the header
-work/text_encoder, ...      the same of text encoders
-plan.json                   the formats that --target_bits chose; plan_text_encoder.json, ... of text encoders
+work/transformer_2, work/text_encoder, ...  the same of a second expert, and of text encoders
+plan.json                   the formats that --target_bits chose; plan_text_encoder.json, ... of such parts
 layers.jsonl                one line per layer, as the run goes; layers_text_encoder.jsonl, ...
 summary.json                written last; marks the run as finished
 
@@ -67,7 +67,7 @@ class RunFolder:
 
     def __init__(self, path: str):
         self.path, self.part = Path(path), ""
-        self.work = self.path / "work"
+        self.work = self.recorded = self.path / "work"  # of the layers, and of what is recorded once for all parts
 
     def of_part(self, name: str) -> RunFolder:
         """Return the same folder for the layers of another part of the pipeline: its files have the part's name."""
