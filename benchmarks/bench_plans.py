@@ -3,8 +3,9 @@
     python benchmarks/bench_plans.py --gpu 24 --ram 64 --target_bits 3 --calibration_nsteps 1
 
 Each line has, in GB, the most that a phase of a quantization needs of GPU memory, RAM and disk, how the denoiser is
-held (`--offload auto`), and hours at assumed rates of matrix products. No weight is made. With `--finetune_scope` it is
-the plan of a fine-tuning of the model at two bits, with the defaults of finetune.py besides `--xtx_batch_size`.
+held (`--offload auto`), and hours at assumed rates of matrix products. No weight is made; those of bfloat16 files count
+as mapped from them. With `--finetune_scope` it is the plan of a fine-tuning of the model at two bits, with the defaults
+of finetune.py besides `--xtx_batch_size`.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ from vqdm.quantization.job import needs_in_turn, planned_denoiser, planned_shape
 from vqdm.quantization.plan import offloads
 
 DTYPE = torch.bfloat16
+IN_OTHER_TYPES = ("SDXL", "PixArt-Sigma", "SD3.5-large", "Wan2.2-T2V-A14B")  # whose files may be in another: in RAM
 RATES = MatmulRates(1e14, 4e13)  # of products in 16 bit and in float32, as of one large GPU
 
 
@@ -192,7 +194,8 @@ def planned(name: str, config: QuantizeConfig, gpu: float, ram: float) -> dict:
     pipeline = MODELS[name]()
     denoisers, prompts = denoisers_of(pipeline), (config.calibration_nsamples, config.evaluation_nsamples)
     parts = [planned_denoiser(config, pipeline, part, given=True) for part in denoisers]
-    shapes = [planned_shapes(config, pipeline, part, prompts, on_gpu=True) for part in parts]
+    given = name in IN_OTHER_TYPES
+    shapes = [planned_shapes(config, pipeline, part, prompts, on_gpu=True, given=given) for part in parts]
     for offload in offloads(config, name != "SDXL"):
         one = replace(config, offload=offload)
         needs = on(needs_in_turn(one, parts, shapes, prompts, RATES), "cuda")
@@ -206,7 +209,7 @@ def planned(name: str, config: QuantizeConfig, gpu: float, ram: float) -> dict:
 def planned_finetuning(name: str, config: FinetuneConfig, gpu: float, ram: float) -> dict:
     """The plan of fine-tuning a model whose layers have two bits, with the flags of memory that fit."""
     pipeline = MODELS[name]()
-    shapes, denoiser = shapes_of(pipeline, config), denoiser_of(pipeline)
+    shapes, denoiser = shapes_of(pipeline, config, given=name in IN_OTHER_TYPES), denoiser_of(pipeline)
     billion, spec = billions(denoiser), CodeSpec(2, 8, 8)
     for layer in select_layers(denoiser, "default", 0, spec, {}):
         swap(denoiser, layer.name, spec)

@@ -62,3 +62,11 @@ def test_the_cpu_has_no_number_so_that_weights_stay_where_they_are():
     """Tensors on "cpu" are copied where they are moved to the "cpu:0" of a launch of several processes."""
     weight = torch.zeros(3)
     assert weight.to(use_device(torch.device("cpu:0"))) is weight
+
+
+def test_mapped_files_do_not_count_twice_as_free(monkeypatch):
+    """The system can have their pages at any time, and counts them as available."""
+    texts = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   5 kB\n", "/proc/self/statm": "90 30 20 1 0 2 0"}
+    monkeypatch.setattr(devices.Path, "read_text", lambda path: texts[str(path)])
+    monkeypatch.setattr(devices.resource, "getpagesize", lambda: 4096)
+    assert devices.free_memory(torch.device("cpu")) == (None, 5 * 1024 + 10 * 4096)

@@ -83,6 +83,8 @@ def _has_bfloat16(device: torch.device) -> bool:
 def peak_memory(device: torch.device | None = None) -> dict[str, int]:
     """Return bytes: the process's largest resident set, and the peak of tensors on `device` if it is a CUDA GPU.
 
+    The resident set includes what the system keeps in RAM of mapped files, which plans leave out.
+
     Without a device, that of the current GPU if there is one.
     """
     unit = 1 if sys.platform == "darwin" else 1024
@@ -93,14 +95,17 @@ def peak_memory(device: torch.device | None = None) -> dict[str, int]:
 
 
 def free_memory(device: torch.device) -> tuple[int | None, int | None]:
-    """Return the bytes that this process can have of a GPU and of RAM, what it has counted in; None where unknown."""
+    """Return the bytes that this process can have of a GPU and of RAM, what it has counted in; None where unknown.
+
+    Pages of mapped files are available to the system already.
+    """
     gpu = None
     if device.type == "cuda":
         gpu = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return gpu, 1024 * int(lines["MemAvailable"].split()[0]) + pages * resource.getpagesize()
+        resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        return gpu, 1024 * int(lines["MemAvailable"].split()[0]) + (resident - of_files) * resource.getpagesize()
     except (OSError, KeyError, ValueError):  # no Linux
         return gpu, None
 

@@ -1,14 +1,30 @@
 """Devices, and the files of a pipeline on the disk."""
 
+import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from safetensors.torch import save_file
+from gpu_ram import mapped_files
+from safetensors.torch import load_file, save_file
+from tiny_transformers import tiny_transformer_pipeline
 
+from vqdm.config import RunConfig
 from vqdm.devices import check_float64, pick_dtype
-from vqdm.diffusion.pipelines import load_pipeline, set_scheduler, stored_dtypes, weight_files
+from vqdm.diffusion.pipelines import (
+    bytes_in_ram,
+    load_pipeline,
+    networks,
+    other_parts,
+    parameter_bytes,
+    returning,
+    set_scheduler,
+    stored_dtypes,
+    weight_files,
+)
+from vqdm.diffusion.shapes import skeleton_pipeline
 from vqdm.errors import UserError
 
 
@@ -102,3 +118,64 @@ def test_files_of_a_hub_name_are_those_of_the_cache(tmp_path, monkeypatch):
     assert stored_dtypes("you/name", None) == {"vae": torch.float16}
     assert stored_dtypes("you/name", None, "other") == {"vae": torch.bfloat16}
     assert stored_dtypes("you/unknown", None) == {}
+
+
+@pytest.fixture(scope="module")
+def flux_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux")
+    tiny_transformer_pipeline("flux").to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def in_ram(folder, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    """What the weights of each network are counted to take of RAM, and all of their bytes."""
+    pipeline, config = load_pipeline(str(folder), torch.device("cpu"), dtype), RunConfig(model=str(folder))
+    given = bytes_in_ram(config, pipeline, given=True)
+    assert given == {name: parameter_bytes(part) for name, part in networks(pipeline).items()}
+    return bytes_in_ram(config, pipeline, given=False), given
+
+
+def test_weights_in_the_type_of_their_files_take_no_ram(flux_folder, tmp_path):
+    """Nor do those of configurations alone; those that are read into another type, or out of .bin files, do."""
+    mapped, _ = in_ram(flux_folder, torch.bfloat16)
+    assert set(mapped.values()) == {0} and len(mapped) == 4
+    converted, whole = in_ram(flux_folder, torch.float32)
+    assert converted == whole
+    other = shutil.copytree(flux_folder, tmp_path / "other") / "text_encoder_2"
+    torch.save(load_file(other / "model.safetensors"), other / "pytorch_model.bin")
+    (other / "model.safetensors").unlink()
+    mixed, whole = in_ram(tmp_path / "other", torch.bfloat16)
+    assert mixed == mapped | {"text_encoder_2": whole["text_encoder_2"]}
+
+
+def test_a_part_gets_its_mapped_weights_back(flux_folder):
+    """And not copies in RAM of what was on the device, in whatever type and place it was."""
+    pipeline = load_pipeline(str(flux_folder), torch.device("cpu"), torch.bfloat16)
+    for part in other_parts(pipeline).values():
+        before = [(id(one), one.data_ptr(), one.dtype, one.clone()) for one in [*part.parameters(), *part.buffers()]]
+        take_back = returning(part)
+        part.to("meta", torch.float32)
+        for _ in range(2):
+            take_back()
+            after = [*part.parameters(), *part.buffers()]
+            assert [(id(one), one.data_ptr(), one.dtype) for one in after] == [one[:3] for one in before]
+            assert all(torch.equal(one, other[3]) for one, other in zip(after, before, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where files are mapped is read from /proc")
+def test_what_counts_as_mapped_is_mapped(flux_folder):
+    """By both libraries: all weights, but no buffers that are made anew."""
+    pipeline = load_pipeline(str(flux_folder), torch.device("cpu"), torch.bfloat16)
+    files = mapped_files()
+    for part in networks(pipeline).values():
+        assert all(any(one.data_ptr() in file for file in files) for one in part.parameters())
+
+
+def test_a_damaged_file_is_named_where_headers_alone_are_read(flux_folder, tmp_path):
+    """As a dry run does."""
+    other = shutil.copytree(flux_folder, tmp_path / "other")
+    file = other / "text_encoder_2" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"^MODEL {other} cannot be loaded: {file}: Error while deserializing header"):
+        skeleton_pipeline(RunConfig(model=str(other)), torch.bfloat16)
+    assert skeleton_pipeline(RunConfig(model=str(flux_folder)), torch.bfloat16) is not None

@@ -6,12 +6,14 @@ A few chains run always; all of them, and runs that are killed and resumed, with
 import json
 import shlex
 import signal
+import sys
 from functools import partial
 
 import pytest
+import torch
 from gpu_programs import CHAINS, FINETUNE, GENERATE, OWN, SAMPLED, TARGET, finetuned, generated, quantized
 from programs import digests
-from tiny_transformers import FAMILIES, tiny_transformer_pipeline
+from tiny_transformers import FAMILIES, quantized_flux, tiny_transformer_pipeline
 
 LONG = pytest.mark.long
 ONCE = "--finetune_max_epochs 1 "
@@ -103,6 +105,30 @@ def test_text_encoders_and_vae_leave_the_gpu_while_they_rest(name, on_gpus, mate
 @pytest.mark.parametrize("name", [pytest.param("finetune blocks", marks=LONG), "finetune blocks float16"])
 def test_one_block_of_each_model_is_on_the_gpu(name, on_gpus, materials, tmp_path):
     on_gpus(["gpu_blocks", *CHAINS[name](materials, tmp_path / "out")[0]])
+
+
+WAITING = (
+    "--height 32 --width 32 --num_inference_steps 2 --evaluation_nsamples 1 --visualize_nsamples 0 --dtype bfloat16 "
+)
+BY_BLOCK = {
+    "finetune": "--finetune_scope blocks --block_cache ram --block_steps 1 --block_points 8 --finetune_nsamples 4 "
+    "--held_out_nsamples 1 --held_out_points 2 --finetune_batch_size 2 --local_batch_size 2 --finetune_lr 0.01",
+    "main_text2image": "--offload ram --calibration_nsamples 4 --layer_filter blocks.0.*to_q "
+    "--target_bits 6 --state_bits 8 --sensitivity_points 2",
+}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="where files are mapped is read from /proc")
+@pytest.mark.parametrize("program", BY_BLOCK)
+def test_what_is_planned_of_ram_is_what_tensors_take(program, on_gpus, tmp_path):
+    """Weights that are mapped from files in the type that is computed in are not among them."""
+    model, student, prompts = (tmp_path / name for name in ("model", "quantized", "prompts.txt"))
+    tiny_transformer_pipeline("flux").to(torch.bfloat16).save_pretrained(model)
+    quantized_flux().save_pretrained(student)
+    prompts.write_text("\n".join(f"a red circle, number {k}" for k in range(20)))
+    given = [model, *([student] if program == "finetune" else []), prompts, prompts, "--output_dir", tmp_path / "out"]
+    on_gpus(["gpu_ram", program, *given, *shlex.split(WAITING + BY_BLOCK[program])])
 
 
 @pytest.mark.long

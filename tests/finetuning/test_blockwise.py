@@ -14,6 +14,7 @@ import torch
 from bench_plans import planned_finetuning
 from test_plan import sdxl
 from tiny_transformers import SIZE, quantized_flux, tiny_transformer_pipeline
+from torch.utils._pytree import tree_leaves
 
 from vqdm import devices
 from vqdm.cli import run_script
@@ -23,9 +24,11 @@ from vqdm.diffusion.streams import BlockSwapper
 from vqdm.finetuning import plan
 from vqdm.finetuning.blockwise import BlockLoss, Walks, blocks_in_turn, joined, load_block
 from vqdm.finetuning.config import FinetuneConfig, OptimizerConfig
-from vqdm.finetuning.data import Point, Points
+from vqdm.finetuning.data import Point, Points, autocast
+from vqdm.finetuning.job import disk_to_come
 from vqdm.finetuning.trainer import Trainer, trainable
 from vqdm.storage.files import save_checked, save_json
+from vqdm.storage.run_folder import RunFolder
 from vqdm.tracking import Tracker
 
 PROMPTS = ["a circle", "a big red circle", "a star and a big green heart"]
@@ -68,7 +71,7 @@ def test_loss_and_gradient_are_those_of_whole_calls(family, cache, tmp_path):
     chosen = [Point(0, n, n % 2) for n in (0, 1, 2)] + [Point(0, 0, 1)]
     with blocks_in_turn((teacher, student), torch.device("cpu")) as swappers:
         job = SimpleNamespace(
-            pipeline=SimpleNamespace(transformer=teacher),
+            pipeline=SimpleNamespace(transformer=teacher, config={}),
             swappers=swappers,
             config=SimpleNamespace(block_cache=cache),
             folder=SimpleNamespace(work=tmp_path),
@@ -99,6 +102,29 @@ def test_loss_and_gradient_are_those_of_whole_calls(family, cache, tmp_path):
         assert loss > 0 and bool(list(tmp_path.rglob("*.safetensors"))) == (cache == "disk")
         walks.close()
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_outputs_that_wait_in_the_teachers_type_are_those_of_whole_calls(tmp_path):
+    """In bfloat16 the student's wait in half the bytes, and its blocks get them in float32 again, within rounding."""
+    teacher, student, points = models("pixart")  # whose modulations make the student's float32
+    teacher.to(torch.bfloat16)
+    point = Point(0, 0, 1)
+    with blocks_in_turn((teacher, student), torch.device("cpu")) as swappers:
+        pipeline = SimpleNamespace(transformer=teacher, config={})
+        config, folder = SimpleNamespace(block_cache="ram"), SimpleNamespace(work=tmp_path)
+        job = SimpleNamespace(
+            pipeline=pipeline, swappers=swappers, config=config, folder=folder, ranks=tiny_students.ALONE
+        )
+        walks, name = Walks(job, points, [point]), block_names(teacher)[-1]
+        walks.reach(place := len(swappers[1].names) - 1)
+        waiting = walks.student.outputs
+        assert {leaf.dtype for leaves, *_ in waiting.held.values() for leaf in leaves} == {torch.bfloat16}
+        assert {leaf.dtype for leaf in tree_leaves(waiting.get(0, place - 1))} == {torch.float32}
+        call = points.batch([point], "cpu", torch.float32).call
+        with torch.no_grad(), autocast(torch.device("cpu"), torch.bfloat16):
+            found, expected = joined(walks.student.output([0], place, call)), returned(student, name, call)
+        energy = expected.square().mean()
+        assert 0 < (found - expected).square().mean() < 4 * 2.0**-16 * energy  # of one part in 256
 
 
 @pytest.fixture(scope="module")
@@ -211,10 +237,22 @@ def test_what_fits_decides_the_scope():
     assert {one.finetune_scope for one in plan.choices(sdxl(finetune_scope="blocks")[0])} == {"blocks"}
 
 
+def test_a_run_block_by_block_wants_the_disk_of_its_plan(tmp_path):
+    """Less what is written already; no two whole pipelines, which a large model would not have."""
+    save_checked({"one": torch.zeros(100)}, tmp_path / "work" / "blocks" / "one.safetensors")
+    written = (tmp_path / "work" / "blocks" / "one.safetensors").stat().st_size
+    config, needs = (
+        sdxl(finetune_scope="blocks")[0],
+        [devices.Need(name, 0, 0, size) for name, size in (("training", 900), ("saving", 800))],
+    )
+    assert disk_to_come(config, needs, RunFolder(str(tmp_path)), None) == 900 - written
+
+
 @pytest.mark.long
-def test_a_model_too_large_for_a_gpu_fits_block_by_block():
-    """FLUX.1-dev in 24 GB of GPU memory, 64 of RAM and 60 of disk, from the true configuration."""
+@pytest.mark.parametrize("model", ["FLUX.1-dev", "Qwen-Image"])
+def test_models_too_large_for_a_gpu_fit_block_by_block(model):
+    """In 24 GB of GPU memory, 64 of RAM and 60 of disk, from the true configurations."""
     files = dict.fromkeys(("quantized", "calibration_prompts", "evaluation_prompts"), "")
-    config = FinetuneConfig(model="FLUX.1-dev", **files, xtx_batch_size=4)
-    found = planned_finetuning("FLUX.1-dev", config, gpu=24, ram=64)
+    config = FinetuneConfig(model=model, **files, xtx_batch_size=4)
+    found = planned_finetuning(model, config, gpu=24, ram=64)
     assert found["fits"] and found["finetune_scope"] == "blocks" and found["disk_gb"] < 60

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,11 +17,11 @@ import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vqdm.config import COMPONENTS, SCHEDULERS, RunConfig
-from vqdm.diffusion.denoisers import denoiser_name, denoiser_of, denoisers_of, family_of
+from vqdm.diffusion.denoisers import compute_dtype, denoiser_name, denoiser_of, denoisers_of, family_of
 from vqdm.diffusion.model_folders import (
     NO_DENOISER,
     check_declared,
@@ -43,6 +44,7 @@ from vqdm.errors import RunError, UserError
 from vqdm.images import generated_images
 from vqdm.layers.quantized import drop_decoded, narrowed
 from vqdm.storage.files import pipeline_fingerprint, single_file_fingerprint
+from vqdm.storage.hf import tensors_in
 from vqdm.storage.hub import is_offline
 from vqdm.tracking import log, log_info
 
@@ -117,15 +119,15 @@ def parts_in_use(pipeline: DiffusionPipeline) -> Iterator[None]:
     denoisers, device = denoisers_of(pipeline), sampling_device(pipeline)
     sliced = getattr(getattr(pipeline, "vae", None), "use_slicing", None)
     parts = {name: part for name, part in other_parts(pipeline).items() if not hasattr(part, "_hf_hook")}
-    away = {name: part.device for name, part in parts.items() if part.device != device}
+    away = {name: returning(part) for name, part in parts.items() if part.device != device}
     types = {name: part.dtype for name, part in parts.items() if name == "vae"}
     places = {name: part.device for name, part in denoisers.items() if not hasattr(part, "_hf_hook")}
     turns = {name: denoisers[name] for name in places} if {*places.values()} - {device} else {}
 
     def leave(denoiser: nn.Module, _) -> None:
-        for name, place in away.items():
+        for name, take_back in away.items():
             if name != "vae":
-                parts[name].to(place)
+                take_back()
         if denoiser.device != device and denoiser in turns.values():
             for other in turns.values():
                 drop_decoded(other)
@@ -144,13 +146,38 @@ def parts_in_use(pipeline: DiffusionPipeline) -> Iterator[None]:
         for name in sorted(turns, key=lambda name: places[name] == device):  # first those that leave
             drop_decoded(turns[name])
             turns[name].to(places[name])
-        for name, place in away.items():
-            parts[name].to(place)
+        for take_back in away.values():
+            take_back()
         for name, dtype in types.items():
             if parts[name].dtype != dtype:
                 parts[name].to(dtype)
         if sliced is not None:
             pipeline.vae.use_slicing = sliced
+
+
+def returning(part: nn.Module) -> Callable[[], None]:
+    """Return a function that takes a part back to where it is now.
+
+    On the CPU it gets the tensors back that it has now, not copies of those on the device: weights that are mapped from
+    a file take no RAM, copies do.
+    """
+    place = part.device
+    if place.type != "cpu" or any(type(one) is not nn.Parameter for one in part.parameters()):
+        return lambda: part.to(place)
+    held = [
+        (owner, name, tensor, tensor.data)
+        for module in part.modules()
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
+        if tensor is not None
+    ]
+
+    def take_back() -> None:
+        for owner, name, tensor, data in held:
+            tensor.data = data
+            owner[name] = tensor
+
+    return take_back
 
 
 def sampling_device(pipeline: DiffusionPipeline) -> torch.device:
@@ -333,11 +360,38 @@ def weight_files(model: str, variant: str | None, component: str = "*", revision
     return chosen
 
 
+def check_headers(config: RunConfig) -> None:
+    """Raise UserError where the header of one of MODEL's safetensors files cannot be read."""
+    for file in weight_files(config.model, config.variant, "*", config.revision):
+        try:
+            list(tensors_in([file] if file.suffix == ".safetensors" else []))
+        except SafetensorError as error:
+            raise UserError(f"MODEL {config.model} cannot be loaded: {file}: {first_line(error)}") from None
+
+
 def stored_bytes(model: str, variant: str | None, component: str, revision: str | None = None) -> int | None:
     """Return the bytes of a component in the files of a loaded pipeline; None where there are none."""
     if Path(model).is_file():
         return bytes_of(parts_of(model).get(component, {})) or None
     return sum(file.stat().st_size for file in weight_files(model, variant, component, revision)) or None
+
+
+def bytes_in_ram(config: RunConfig, pipeline: DiffusionPipeline, given: bool) -> dict[str, int]:
+    """Return by network the bytes of RAM of its weights while they are on the CPU, in the type that is computed in.
+
+    diffusers and transformers map safetensors files: weights of that type stay there, and the system reads them when
+    they are needed. Others, and those of a pipeline that is `given` loaded, are in RAM. Without any files, as of
+    configurations alone, all count as mapped.
+    """
+    dtype, found = compute_dtype(denoiser_of(pipeline)), {}
+    for name, part in networks(pipeline).items():
+        found[name] = dtype.itemsize * sum(one.numel() for one in part.parameters())
+        files = None if given else weight_files(config.model, config.variant, name, config.revision)
+        if files is not None and not Path(config.model).is_file():
+            tensors = tensors_in(file for file in files if file.suffix == ".safetensors")
+            mapped = [math.prod(shape) for _, (shape, kind) in tensors if TYPES.get(kind) == dtype]
+            found[name] = max(0, found[name] - dtype.itemsize * sum(mapped)) if files else 0
+    return found
 
 
 def parameter_bytes(part: nn.Module) -> int:

@@ -43,6 +43,8 @@ from vqdm.diffusion.hessians import input_hooks, shared_inputs
 from vqdm.diffusion.pipelines import (
     MOST_TOKENS,
     absent_parts,
+    bytes_in_ram,
+    check_headers,
     image_size,
     latent_scale,
     networks,
@@ -83,6 +85,8 @@ class Shapes:
         others: weights of the other denoisers.
         outside, block: of the weights, those outside of the blocks, and of the largest block.
         waiting: what blocks returned that a point waits with for the next block, where all go block by block.
+        denoisers_in_ram, others_in_ram: what the weights of all denoisers, and of all other networks, take of RAM while
+            they are on the CPU; those that are mapped from files take none.
     """
 
     denoiser: int
@@ -110,6 +114,8 @@ class Shapes:
     outside: int = 0
     block: int = 0
     waiting: int = 0
+    denoisers_in_ram: int = 0
+    others_in_ram: int = 0
 
     def encoded(self, prompts: int) -> int:
         """Return the bytes of text encoders, and of what they make of a batch of prompts."""
@@ -143,6 +149,9 @@ def skeleton_pipeline(config: RunConfig, dtype: torch.dtype) -> DiffusionPipelin
     """Return MODEL of a program's flags with its networks on the meta device, made of configurations alone.
 
     None where it is no folder with the usual parts of a known family; it is to be loaded then.
+
+    Raises:
+        UserError: a weight file is damaged, of which the plan needs the header.
     """
     folder = Path(config.model)
     if not folder.is_dir():
@@ -151,6 +160,7 @@ def skeleton_pipeline(config: RunConfig, dtype: torch.dtype) -> DiffusionPipelin
     named = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
     if "vae" not in named or not any(name in named and named[name][1] in FAMILIES for name in COMPONENTS):
         return None
+    check_headers(config)
     parts = dict.fromkeys(absent_parts(config.model, config.revision, offline=True))
     try:
         for name, (library, kind) in named.items():
@@ -467,11 +477,14 @@ def _bytes(tree) -> int:
     return sum(one.nbytes for one in tree_leaves(tree) if isinstance(one, Tensor))
 
 
-def shapes_of(pipeline: DiffusionPipeline, config: RunConfig, component: str | None = None) -> Shapes | None:
+def shapes_of(
+    pipeline: DiffusionPipeline, config: RunConfig, component: str | None = None, given: bool = False
+) -> Shapes | None:
     """Return the shapes of a pipeline, whose weights may be missing; None where its parts cannot be called as usual.
 
     Args:
         component: the denoiser, of two experts; by default the first.
+        given: whether the pipeline was given loaded, and not read from the files of `config`.
     """
     sampling, component = config.sampling, component or denoiser_name(pipeline)
     denoiser, experts = getattr(pipeline, component), denoisers_of(pipeline)
@@ -485,16 +498,18 @@ def shapes_of(pipeline: DiffusionPipeline, config: RunConfig, component: str | N
     try:
         call = (*size, branches, prompt_tokens(pipeline))
         meta = meta_denoiser(type(denoiser), denoiser.config, dtype)
-        step, given = forward_cost(meta, *call), meta_call(meta, *call)
+        step, arguments = forward_cost(meta, *call), meta_call(meta, *call)
         rows, blocks = most_rows(meta, *call), block_bytes(meta, *call)
         vae = meta_copy(pipeline.vae, torch.float32 if wide else dtype)
         decode = decode_cost(vae, *size)
     except UNCALLABLE:
         return None
     tensors = {
-        name: sum(one.nbytes for one in tree_leaves(held) if isinstance(one, Tensor)) for name, held in given.items()
+        name: sum(one.nbytes for one in tree_leaves(held) if isinstance(one, Tensor))
+        for name, held in arguments.items()
     }
-    latents = tensors.pop(next(iter(given))) // branches
+    latents, in_ram = tensors.pop(next(iter(arguments))) // branches, bytes_in_ram(config, pipeline, given)
+    denoisers_in_ram = sum(in_ram.pop(name) for name in COMPONENTS if name in in_ram)
     return Shapes(
         denoiser=bytes_of[component],
         text=sum(count for name, count in bytes_of.items() if name not in (*COMPONENTS, "vae")),
@@ -517,6 +532,8 @@ def shapes_of(pipeline: DiffusionPipeline, config: RunConfig, component: str | N
         own_steps=called_steps(pipeline, component, steps) if len(experts) > 1 else steps,
         experts=len(experts),
         others=sum(bytes_of[name] for name in COMPONENTS if name in bytes_of and name != component),
+        denoisers_in_ram=denoisers_in_ram,
+        others_in_ram=sum(in_ram.values()),
         **blocks,
     )
 

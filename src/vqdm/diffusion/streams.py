@@ -30,7 +30,9 @@ ROUNDING = 1e-3  # of sums over inputs that ought to be equal
 
 
 class BlockSwapper:
-    """Keeps the blocks of a denoiser in RAM, and on the device that which runs, until another one does.
+    """Keeps the blocks of a denoiser on the CPU, and on the device that which runs, until another one does.
+
+    It goes back to the tensors that it had there, such as those that are mapped from files and take no RAM.
 
     A backward pass needs gradient checkpointing, which runs each block again just before its gradients are computed.
 
@@ -125,6 +127,7 @@ class BlockWalk:
         swapper: of the denoiser.
         calls: number of a recorded point → a call on it alone; `FIRST` → that which all processes make.
         folder: for what blocks returned; None keeps it in RAM.
+        dtype: that it is kept in, where it is wider; blocks get it in the type that it was returned in. None keeps all.
 
     Attributes:
         keep: whether outputs that `running` sees are those that the next block gets. Not while the block is to change.
@@ -133,12 +136,18 @@ class BlockWalk:
         UserError: the blocks do not run one after another, each once in a call.
     """
 
-    def __init__(self, swapper: BlockSwapper, calls: dict[int, DenoiserCall], folder: Path | None = None):
+    def __init__(
+        self,
+        swapper: BlockSwapper,
+        calls: dict[int, DenoiserCall],
+        folder: Path | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         self.swapper, self.denoiser, self.calls, self.keep = swapper, swapper.denoiser, calls, False
         self.names = swapper.names
         self.blocks = [self.denoiser.get_submodule(name) for name in self.names]
         self.lists = [name.rpartition(".")[0] for name in self.names]
-        self.outputs = _Outputs(folder, swapper.device)
+        self.outputs = _Outputs(folder, swapper.device, dtype)
         self.position = dict.fromkeys(calls, 0)
         self.sources = find_sources(self, calls[FIRST]())
 
@@ -347,8 +356,8 @@ def _zeros(tree, device: torch.device):
 class _Outputs:
     """What blocks returned, by call and block, in RAM or in files of a folder."""
 
-    def __init__(self, folder: Path | None, device: torch.device):
-        self.folder, self.device, self.held, self.shapes = folder, device, {}, {}
+    def __init__(self, folder: Path | None, device: torch.device, dtype: torch.dtype | None):
+        self.folder, self.device, self.dtype, self.held, self.shapes = folder, device, dtype, {}, {}
 
     def put(self, key: int, block: int, of: str, tree, later: set[int]) -> None:
         """Keep what a block of a list returned, if it is among the `later` ones; drop the call's that are not."""
@@ -357,21 +366,30 @@ class _Outputs:
         self.shapes[key, of] = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree)
         if block not in later:
             return
-        leaves, spec = tree_flatten(tree_map(_to_cpu, tree))
+        leaves, spec = tree_flatten(tree)
+        types = [leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves]
+        leaves = [_to_cpu(self._narrowed(leaf)) for leaf in leaves]
         if self.folder is not None:
             tensors = {str(k): leaf.clone() for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self._file(key, block))
             leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.held[key, block] = leaves, spec
+        self.held[key, block] = leaves, types, spec
 
     def get(self, key: int, block: int):
         """Return it, on the device."""
-        leaves, spec = self.held[key, block]
+        leaves, types, spec = self.held[key, block]
         if self.folder is not None:
             tensors = load_file(self._file(key, block))
             leaves = [tensors.get(str(k), leaf) for k, leaf in enumerate(leaves)]
-        return tree_unflatten([_to_device(self.device, leaf) for leaf in leaves], spec)
+        leaves = [_to_device(self.device, leaf) for leaf in leaves]
+        return tree_unflatten(
+            [leaf.to(dtype) if dtype else leaf for leaf, dtype in zip(leaves, types, strict=True)], spec
+        )
+
+    def _narrowed(self, leaf):
+        wide = self.dtype and isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(self.dtype) if wide and leaf.dtype.itemsize > self.dtype.itemsize else leaf
 
     def together(self, keys: Sequence[int], block: int):
         """Return what a block returned for several points, as of one call."""

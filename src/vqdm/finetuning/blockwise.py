@@ -5,7 +5,8 @@ block are trained. A block of the student gets what the trained blocks before it
 the teacher returns in the teacher's own call, so that it also makes up for errors of the blocks before it. Shared
 codebooks stay, because earlier blocks decode with them.
 
-One block of each model is on the device at a time. What blocks return waits in RAM or on the disk.
+One block of each model is on the device at a time, and the teacher's others stay in their files, which are mapped. What
+blocks return waits in RAM or on the disk, in the teacher's type.
 """
 
 from __future__ import annotations
@@ -123,13 +124,14 @@ class Walks:
 
     def __init__(self, job: FinetuneJob, points: Points, every: Sequence[Point]):
         self.job, self.numbers = job, {point: number for number, point in enumerate(every)}
-        types = {"teacher": denoiser_of(job.pipeline).dtype, "student": torch.float32}
-        for (name, dtype), swapper in zip(types.items(), job.swappers, strict=True):
+        own = denoiser_of(job.pipeline).dtype
+        types = {"teacher": (own, None), "student": (torch.float32, own)}  # of a call, and as it waits
+        for (name, (dtype, kept)), swapper in zip(types.items(), job.swappers, strict=True):
             calls = {number: partial(self._call, points, point, dtype) for point, number in self.numbers.items()}
             folder = job.folder.work / "block_outputs" / str(job.ranks.rank) / name
             calls = {FIRST: calls[0]} | calls
             with self._computing(name):
-                walk = BlockWalk(swapper, calls, folder if job.config.block_cache == "disk" else None)
+                walk = BlockWalk(swapper, calls, folder if job.config.block_cache == "disk" else None, kept)
             setattr(self, name, walk)
 
     def _call(self, points: Points, point: Point, dtype: torch.dtype) -> dict:

@@ -191,9 +191,7 @@ def finetune(config: FinetuneConfig) -> dict | None:
             return None
         held.enter_context(folder.lock(ranks))
         if ranks.main:
-            evaluated = config.evaluation_nsamples + config.held_out_nsamples
-            need = predicted_bytes(pipeline, config.sampling, 2 * config.finetune_nsamples, evaluated)
-            folder.open(settings, versions(), config.resume, need)
+            folder.open(settings, versions(), config.resume, disk_to_come(config, needs, folder, pipeline))
         if ranks.broadcast(folder.finished):
             return close_finished(folder) if ranks.main else None
         about, kind = config.to_dict() | config.to_dict()["optimizer"], config.report_to if ranks.main else "none"
@@ -205,6 +203,15 @@ def finetune(config: FinetuneConfig) -> dict | None:
                 return run(job, trained)
         finally:
             tracker.finish()
+
+
+def disk_to_come(config: FinetuneConfig, needs: list[Need], folder: RunFolder, pipeline: DiffusionPipeline) -> int:
+    """Return the bytes that the run is yet to write; block by block those of the plan, without a checkpoint of all."""
+    if config.finetune_scope == "blocks" and needs:
+        written = sum(file.stat().st_size for file in folder.work.rglob("*.safetensors"))
+        return max(0, max(need.disk for need in needs) - written)
+    evaluated = config.evaluation_nsamples + config.held_out_nsamples
+    return predicted_bytes(pipeline, config.sampling, 2 * config.finetune_nsamples, evaluated)
 
 
 def close_finished(folder: RunFolder) -> dict:

@@ -94,7 +94,7 @@ def plan(config: FinetuneConfig, shapes: Shapes, student: Student, steps: int, r
     """
     if config.finetune_scope == "blocks":
         return plan_blocks(config, shapes, student, steps, rates)
-    teacher, rest, c = shapes.denoiser, shapes.text + shapes.vae, shapes.itemsize
+    teacher, rest, c = shapes.denoiser, shapes.others_in_ram, shapes.itemsize
     texts = shapes.encoded(config.xtx_batch_size)
     sampling = max(texts, shapes.vae + config.xtx_batch_size * shapes.step, shapes.decode)
     student_sampling = max(texts, shapes.vae + config.xtx_batch_size * student.step, shapes.decode)
@@ -126,17 +126,19 @@ def plan(config: FinetuneConfig, shapes: Shapes, student: Student, steps: int, r
 
 
 def plan_blocks(config: FinetuneConfig, shapes: Shapes, student: Student, steps: int, rates: MatmulRates) -> list[Need]:
-    """Return the same, block by block: both models are in RAM, on the device their ends and one block of each."""
-    rest, c, size = shapes.text + shapes.vae, shapes.itemsize, config.xtx_batch_size
-    in_ram, ends = rest + shapes.denoiser + student.stored, shapes.outside + student.outside
+    """Return the same, block by block: on the device are both models' ends and one block of each.
+
+    In RAM is the student, and what of the other weights is not mapped from files.
+    """
+    c, size = shapes.itemsize, config.xtx_batch_size
+    in_ram, ends = shapes.others_in_ram + shapes.denoisers_in_ram + student.stored, shapes.outside + student.outside
     texts = shapes.encoded(size)
     sampling = max(texts, shapes.vae + size * shapes.step, shapes.decode)
     student_sampling = max(texts, shapes.vae + max(size, config.local_batch_size) * student.step, shapes.decode)
     prompts = config.evaluation_nsamples + config.held_out_nsamples
     known = prompts * (steps * (shapes.latents + shapes.outputs) + shapes.conditioning)
     epoch = config.finetune_nsamples * (steps * shapes.latents + shapes.conditioning)
-    # The student's wait in float32 where autocast makes it so; the next block's replace them point by point.
-    waiting = (config.block_points + config.held_out_points) * shapes.waiting * (1 + SINGLE // c)
+    waiting = 2 * (config.block_points + config.held_out_points) * shapes.waiting  # the next block's replace these
     in_files = waiting if config.block_cache == "disk" else 0
     W, each = student.block_weights, config.decode == "call"
     held = student.block + (ADAM + SINGLE * (config.optimizer.ema_decay > 0)) * student.block_trained
@@ -147,14 +149,16 @@ def plan_blocks(config: FinetuneConfig, shapes: Shapes, student: Student, steps:
     gradients = SINGLE * (student.block_trained + (0 if each and not config.code_updates else W))
     train = held + gradients + config.local_batch_size * student.activations(True)
     train = max(train, shapes.block + shapes.step, student.block + c * W + student.step)
-    saved = shapes.pipeline - shapes.denoiser + 3 * student.stored
-    files = known + 2 * epoch + in_files
+    states = student.block + SINGLE * (3 + (config.optimizer.ema_decay > 0)) * student.block_trained
+    checkpoints = (config.checkpoints_total_limit + 2) * states
+    files = known + epoch + student.stored  # what is trained of the blocks, and more
+    saved = shapes.pipeline - shapes.denoiser + student.stored
     needs = [
         Need("teacher", ends + shapes.block + sampling, in_ram + known, known),
         Need("evaluation", ends + student.block + c * W + student_sampling, in_ram + known, known),
-        Need("points", ends + shapes.block + sampling, in_ram + known + epoch, known + 2 * epoch),
-        Need("training", ends + train, in_ram + known + epoch + waiting - in_files, files + student.stored),
-        Need("saving", ends, in_ram + known + epoch, known + 2 * epoch + saved),
+        Need("points", ends + shapes.block + sampling, in_ram + known + epoch, known + epoch),
+        Need("training", ends + train, in_ram + known + epoch + waiting - in_files, files + in_files + checkpoints),
+        Need("saving", ends, in_ram + known + epoch, files + saved),
     ]
     times, call = seconds(config, shapes, steps, rates), shapes.call_seconds(rates)
     evaluations = 1 + config.block_steps // (config.eval_step or config.block_steps)

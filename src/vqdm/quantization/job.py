@@ -412,7 +412,8 @@ def plan_run(
         )
     if ranks.main:
         log_truncated(pipeline, calibration + evaluation)
-    needs, offload = planned_needs(config, pipeline, parts, ranks.device, (len(calibration), len(evaluation)))
+    prompts = (len(calibration), len(evaluation))
+    needs, offload = planned_needs(config, pipeline, parts, ranks.device, prompts, given)
     if offload != "none" and (names == ["unet"] or config.intermediate.num_intermediate_finetunes):
         flag = "a UNet" if names == ["unet"] else "--num_intermediate_finetunes"
         raise UserError(f"--offload {offload} does not go with {flag}; allowed is none")
@@ -476,17 +477,19 @@ def planned_needs(
     parts: list[DenoiserPart],
     device: torch.device,
     prompts: tuple[int, int],
+    given: bool,
 ) -> tuple[list[Need], str]:
     """Log what every phase needs, and return it and `offload` as decided; nothing where the model is an unusual one.
 
     Args:
         parts: the denoisers to quantize.
         prompts: numbers of those for calibration and for evaluation.
+        given: whether the pipeline was given loaded.
 
     Raises:
         UserError: a phase needs more than is free, unless `ignore_budget` or `dry_run`.
     """
-    counted = [planned_shapes(config, pipeline, part, prompts, device.type != "cpu") for part in parts]
+    counted = [planned_shapes(config, pipeline, part, prompts, device.type != "cpu", given) for part in parts]
     if None in counted:
         log_info("no plan of memory: the denoiser or the VAE wants arguments that are not known")
         return [], "none" if config.offload == "auto" else config.offload
@@ -512,10 +515,15 @@ def planned_needs(
 
 
 def planned_shapes(
-    config: QuantizeConfig, pipeline: DiffusionPipeline, part: DenoiserPart, prompts: tuple[int, int], on_gpu: bool
+    config: QuantizeConfig,
+    pipeline: DiffusionPipeline,
+    part: DenoiserPart,
+    prompts: tuple[int, int],
+    on_gpu: bool,
+    given: bool = False,
 ) -> Shapes | None:
-    """Return the shapes that a denoiser's needs are counted from; None as `shapes_of`."""
-    shapes = shapes_of(pipeline, config, part.name)
+    """Return the shapes that a denoiser's needs are counted from; None and `given` as of `shapes_of`."""
+    shapes = shapes_of(pipeline, config, part.name, given)
     if shapes is None:
         return None
     unet = part.name == "unet"

@@ -205,7 +205,7 @@ def plan(
     whole = config.offload in ("none", "auto")
     # Weights on the device, and in RAM beside it.
     blocks = shapes.experts * (shapes.outside + shapes.block)
-    on_device, in_ram = (shapes.denoiser, shapes.others) if whole else (blocks, shapes.denoiser + shapes.others)
+    on_device, in_ram = (shapes.denoiser, shapes.others) if whole else (blocks, shapes.denoisers_in_ram)
     waiting = 0 if whole else recorded_points(config, shapes, prompts[0]) * shapes.waiting
     in_files = waiting if config.offload == "disk" else 0
     work = working_bytes(config, shapes, groups, recorded)
@@ -213,7 +213,7 @@ def plan(
     sets = 1 if all_kept and not whole else 2
     stored = [groups, *(beside if config.hessian_cache else ())]  # else one's are dropped before the next's are made
     kept = sum(hessian_bytes(some, config.hessian_memory_gb, all_kept, sets) for some in stored)
-    others = shapes.text + shapes.vae + in_ram
+    others = shapes.others_in_ram + in_ram
     decoded = code_bytes(config, own) if whole else 0
     # Others are read from codes when they are needed.
     changes = shapes.itemsize * sum(layer.rows * layer.columns for layer in own) if whole else 0
@@ -222,13 +222,15 @@ def plan(
         cached = kept if config.hessian_cache else 0
         in_layers, saved = codes, shapes.pipeline - shapes.itemsize * weights + 2 * codes + cached
     ram, disk = others + shapes.points, shapes.points + kept
+    coded = 0 if whole else max(0, codes - in_ram)  # more than what they replace, which may have been in files
+    in_blocks = coded + (0 if all_kept else waiting - in_files)
     needs = [
         Need("teacher", on_device + work["sampling"], ram, shapes.points),
         Need("hessians", on_device + work["hessians"], ram + waiting - in_files, disk + in_files),
         Need("allocation", on_device + work["allocation"], ram + changes, disk + in_layers),
-        Need("layers", on_device + work["layers"], others + (0 if all_kept else waiting - in_files), disk + in_layers),
-        Need("evaluation", on_device + decoded + work["sampling"], ram, disk + in_layers),
-        Need("saving", on_device, others + (shapes.denoiser if whole else 0), shapes.points + saved),
+        Need("layers", on_device + work["layers"], others + in_blocks, disk + in_layers),
+        Need("evaluation", on_device + decoded + work["sampling"], ram + coded, disk + in_layers),
+        Need("saving", on_device, others + (shapes.denoiser if whole else coded), shapes.points + saved),
     ]
     times = seconds(config, shapes, groups, len(recorded), prompts, rates)
     present = [need for need in needs if need.phase != "allocation" or config.target_bits is not None]
